@@ -1,0 +1,155 @@
+"""Paged MLA decode in float32 torch: what CPU tensors run, and what the kernels are judged against.
+
+    S = q_nope ckv^T + q_pe kpe^T      P = softmax(sm_scale * S)      output = P ckv
+
+One request at a time: its pages are gathered (never a page id past its end, and rows past kv_len are cut off before any
+arithmetic, so NaN there cannot leak), and contexts longer than `_CHUNK_TOKENS` are walked in chunks whose partial softmaxes
+are merged, which bounds the float32 copy of K at 38 MB. It reads lengths on the host: on CUDA tensors it synchronises.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+
+_CHUNK_TOKENS = 16384
+_LOG2_E = math.log2(math.e)
+
+
+def decode_reference(
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    ckv_cache: torch.Tensor,
+    kpe_cache: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    kv_indices: torch.Tensor,
+    sm_scale: float,
+    *,
+    kv_last_page_len: torch.Tensor | None = None,
+    lse_base: int | str = 2,
+    out: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decode attention over page lists in CSR form, computed in float32.
+
+    Args:
+        q_nope: [batch, H, 512], any floating dtype.
+        q_pe: [batch, H, 64].
+        ckv_cache: [num_pages, page_size, 512], any strides.
+        kpe_cache: [num_pages, page_size, 64], any strides.
+        kv_indptr: [batch + 1] int32; request b owns `kv_indices[kv_indptr[b]:kv_indptr[b + 1]]`.
+        kv_indices: [num_kv_indices] int32 page ids.
+        sm_scale: factor of the scores before the softmax.
+        kv_last_page_len: [batch] int32, tokens in each request's last page; None means that last pages are full. The value
+            of a request without pages is ignored.
+        lse_base: 2 or "e", the base of the log-sum-exp returned.
+        out: [batch, H, 512] to write to; None allocates it with the dtype of q_nope.
+        lse: [batch, H] to write to; None allocates it as float32.
+
+    Returns:
+        (output, lse). A request of length 0 gives output 0 and lse -inf.
+
+    Raises:
+        IndexError, RuntimeError: from torch, when a page id in use is out of range. Arguments are not checked otherwise:
+        `mla_cute.problem.check_decode` does that.
+    """
+    page_size = ckv_cache.shape[1]
+    indptr = kv_indptr.tolist()
+    last = [page_size] * q_nope.shape[0] if kv_last_page_len is None else kv_last_page_len.tolist()
+    pages = [kv_indices[start:end] for start, end in itertools.pairwise(indptr)]
+    lengths = [(len(ids) - 1) * page_size + n if len(ids) else 0 for ids, n in zip(pages, last)]
+    return _decode(q_nope, q_pe, ckv_cache, kpe_cache, pages, lengths, sm_scale, lse_base, out, lse)
+
+
+def decode_reference_block_table(
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    ckv_cache: torch.Tensor,
+    kpe_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    sm_scale: float,
+    *,
+    lse_base: int | str = 2,
+    out: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decode attention over a padded block table, computed in float32.
+
+    Args:
+        block_table: [batch, max_pages] int32 page ids; the columns past ceil(seq_lens[b] / page_size) are not read.
+        seq_lens: [batch] int32, tokens of each request.
+
+    The other arguments, the result and the errors are those of `decode_reference`.
+    """
+    page_size = ckv_cache.shape[1]
+    lengths = seq_lens.tolist()
+    pages = [block_table[b, : -(-n // page_size)] for b, n in enumerate(lengths)]
+    return _decode(q_nope, q_pe, ckv_cache, kpe_cache, pages, lengths, sm_scale, lse_base, out, lse)
+
+
+def _decode(
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    ckv_cache: torch.Tensor,
+    kpe_cache: torch.Tensor,
+    pages: list[torch.Tensor],
+    lengths: list[int],
+    sm_scale: float,
+    lse_base: int | str,
+    out: torch.Tensor | None,
+    lse: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, num_heads, _ = q_nope.shape
+    if out is None:
+        out = torch.empty((batch, num_heads, ckv_cache.shape[2]), dtype=q_nope.dtype, device=q_nope.device)
+    if lse is None:
+        lse = torch.empty((batch, num_heads), dtype=torch.float32, device=q_nope.device)
+    per_base = _LOG2_E if lse_base == 2 else 1.0
+    dtype = _compute_dtype()
+    with torch.no_grad():
+        for b, (page_ids, kv_len) in enumerate(zip(pages, lengths)):
+            if kv_len <= 0:
+                out[b] = 0
+                lse[b] = -math.inf
+                continue
+            q = torch.cat((q_nope[b], q_pe[b]), dim=-1).to(dtype) * sm_scale
+            row_out, row_lse = _attend(q, ckv_cache, kpe_cache, page_ids, kv_len)
+            out[b] = row_out
+            lse[b] = row_lse * per_base
+    return out, lse
+
+
+def _attend(
+    q: torch.Tensor, ckv_cache: torch.Tensor, kpe_cache: torch.Tensor, page_ids: torch.Tensor, kv_len: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One request: scaled q [H, 576] (its dtype is that of the math) against its kv_len > 0 tokens -> [H, 512], natural-log lse [H]."""
+    page_size, ckv_dim = ckv_cache.shape[1:]
+    pages_per_chunk = max(1, _CHUNK_TOKENS // page_size)
+    acc = q.new_zeros(q.shape[0], ckv_dim)
+    row_sum = q.new_zeros(q.shape[0], 1)
+    row_max = q.new_full((q.shape[0], 1), -math.inf)
+    for start in range(0, len(page_ids), pages_per_chunk):
+        ids = page_ids[start : start + pages_per_chunk]
+        num_tokens = min(len(ids) * page_size, kv_len - start * page_size)
+        ckv = ckv_cache.index_select(0, ids).flatten(0, 1)[:num_tokens].to(q.dtype)
+        kpe = kpe_cache.index_select(0, ids).flatten(0, 1)[:num_tokens].to(q.dtype)
+        scores = q[:, :ckv_dim] @ ckv.T + q[:, ckv_dim:] @ kpe.T
+        new_max = torch.maximum(row_max, scores.amax(dim=-1, keepdim=True))
+        p = torch.exp(scores - new_max)
+        rescale = torch.exp(row_max - new_max)
+        acc = acc * rescale + p @ ckv
+        row_sum = row_sum * rescale + p.sum(dim=-1, keepdim=True)
+        row_max = new_max
+    return acc / row_sum, (row_max + row_sum.log()).squeeze(-1)
+
+
+def _compute_dtype() -> torch.dtype:
+    """float32 where a float32 product is one, float64 where the process allows TF32 or bf16 shortcuts for it."""
+    try:
+        exact = torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # set through a per-backend switch, and then torch refuses to name one value
+        exact = False
+    return torch.float32 if exact else torch.float64
