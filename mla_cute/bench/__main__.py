@@ -1,0 +1,149 @@
+"""`python -m mla_cute.bench`: the bench without the CLI's dependencies."""
+
+import argparse
+import itertools
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from .. import gpu as gpu_facts
+from . import peers, report
+from .cases import DTYPES, PRESETS, Case
+from .runner import Library, run, write_json
+from .timing import CudaTimer
+
+_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16"}
+
+
+def numbers(text: str) -> list[int]:
+    """ "1,16,128" -> [1, 16, 128]."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected integers separated by commas, got {text!r}") from None
+
+
+def dtypes(text: str) -> list[str]:
+    """ "bf16,float16" -> ["bfloat16", "float16"]."""
+    names = [_ALIASES.get(part, part) for part in text.split(",")]
+    if unknown := [name for name in names if name not in DTYPES]:
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join([*DTYPES, *_ALIASES])}, got {unknown[0]!r}")
+    return names
+
+
+def select_cases(
+    presets: Sequence[str],
+    heads: list[int] | None = None,
+    batches: list[int] | None = None,
+    kv_lens: list[int] | None = None,
+    page_sizes: list[int] | None = None,
+    dtype_names: list[str] | None = None,
+    layout: str = "separate",
+) -> list[Case]:
+    """Cases of the presets and of the grid, each once, in the order given.
+
+    With a preset, `page_sizes`, `dtype_names` and `layout` replace those of its cases. Raises ValueError for an unknown
+    preset and for values a case cannot have.
+    """
+    cases: list[Case] = []
+    if not presets and heads is None and batches is None and kv_lens is None:
+        presets = ["quick"]
+    for name in presets:
+        if name not in PRESETS:
+            raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
+        for case in PRESETS[name]:
+            sizes, names = page_sizes or [case.page_size], dtype_names or [case.dtype]
+            shape = (case.num_heads, case.batch, case.kv_len)
+            cases += [Case(*shape, size, dtype, layout) for size, dtype in itertools.product(sizes, names)]
+    if not presets or heads or batches or kv_lens:
+        grid = (
+            heads or [16, 128],
+            batches or [1, 128],
+            kv_lens or [8192],
+            page_sizes or [64],
+            dtype_names or ["bfloat16"],
+        )
+        cases += [Case(*point, layout) for point in itertools.product(*grid)]
+    return list(dict.fromkeys(cases))
+
+
+def parser() -> argparse.ArgumentParser:
+    names = ", ".join(f"{name} ({len(cases)} cases)" for name, cases in PRESETS.items())
+    p = argparse.ArgumentParser(prog="python -m mla_cute.bench", description="Time paged MLA decode on this GPU.")
+    p.add_argument("presets", nargs="*", metavar="PRESET", help=f"{names}; quick when nothing is chosen")
+    p.add_argument("--heads", type=numbers, metavar="H,..", help="grid: numbers of heads")
+    p.add_argument("--batch", type=numbers, metavar="B,..", help="grid: batch sizes")
+    p.add_argument("--kv-len", type=numbers, metavar="L,..", help="grid: tokens per request")
+    p.add_argument("--page-size", type=numbers, metavar="P,..", help="grid, or instead of the preset's page sizes")
+    p.add_argument("--dtype", type=dtypes, metavar="T,..", help="bf16, fp16; grid, or instead of the preset's")
+    p.add_argument(
+        "--layout", choices=("separate", "fused"), default="separate", help="caches apart, or one 576-wide buffer"
+    )
+    p.add_argument("--config", type=json.loads, metavar="JSON", help="KernelConfig to time instead of the default")
+    p.add_argument("--batch-invariant", action="store_true", help="time the batch-invariant mode")
+    p.add_argument("--no-peers", action="store_true", help="leave FlashInfer and FlashMLA out")
+    p.add_argument("--out", type=pathlib.Path, metavar="FILE", help="write the record as JSON")
+    p.add_argument(
+        "--compare", nargs=2, type=pathlib.Path, metavar=("A", "B"), help="print the ratio per cell of two records"
+    )
+    return p
+
+
+def find_peers(wanted: bool) -> tuple[list[peers.Peer], dict[str, Any]]:
+    """Installed peers and their status; when not wanted, the record says that instead of nothing."""
+    if wanted:
+        return peers.installed()
+    return [], {peer.name: {"present": False, "why": "left out (--no-peers)"} for peer in peers.PEERS}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0, 1 when a case failed or is wrong, 2 when nothing could be timed."""
+    p = parser()
+    args = p.parse_args(argv)
+    if args.compare:
+        try:
+            rows, lines = report.compare(*map(report.load, args.compare))
+        except (OSError, ValueError) as error:
+            p.error(str(error))
+        table = [report.COMPARE_COLUMNS, *rows]
+        print("\n".join(report.line(row, report.widths(table)) for row in table))
+        print("\n".join(lines))
+        return 0
+    try:
+        grid = (args.heads, args.batch, args.kv_len, args.page_size, args.dtype)
+        cases = select_cases(args.presets, *grid, layout=args.layout)
+        library = Library.installed(args.config, args.batch_invariant)
+    except (TypeError, ValueError) as error:
+        p.error(str(error))
+    if (why := gpu_facts.why_not_hopper()) is not None:
+        print(f"mla_cute.bench: nothing to time: {why}", file=sys.stderr)
+        return 2
+    found, status = find_peers(not args.no_peers)
+    names = [peer.name for peer in found]
+    header = report.columns(names)
+    column_widths = [max(len(name), 7) for name in header]
+
+    def show(row: dict[str, Any]) -> None:
+        print(report.line(report.cells(row, names), column_widths), flush=True)
+
+    print(report.line(header, column_widths), flush=True)
+    record = run(
+        cases,
+        timer=CudaTimer(),
+        library=library,
+        peers=(found, status),
+        gpu=gpu_facts.facts(),
+        on_row=show,
+        preset=" ".join(args.presets) or None,
+    )
+    print("\n".join(report.summary(record)))
+    if args.out is not None:
+        write_json(args.out, record)
+        print(f"record: {args.out}")
+    return 1 if record["failed"] or not record["complete"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

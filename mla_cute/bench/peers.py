@@ -1,0 +1,121 @@
+"""Other people's MLA decode kernels behind the interface `bench` times ours through.
+
+Only public interfaces are used. A peer that is not installed says so; one that cannot run a case says why.
+"""
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from .bench import Inputs
+
+
+class Unsupported(Exception):
+    """The peer does not offer this case: a page size, a dtype."""
+
+
+class Peer(ABC):
+    """`calls(inputs)` gives one callable per rotation slot; each fills `outputs[slot]` with [batch, H, 512]."""
+
+    name: str
+    module: str
+
+    def __init__(self) -> None:
+        self._package = importlib.import_module(self.module)
+        self.outputs: dict[int, torch.Tensor] = {}
+
+    @property
+    def version(self) -> str | None:
+        return getattr(self._package, "__version__", None)
+
+    @abstractmethod
+    def calls(self, inputs: "Inputs") -> list[Callable[[], Any]]: ...
+
+
+class FlashInfer(Peer):
+    """BatchMLAPagedAttentionWrapper. Its plan runs on the host and is left out of its time."""
+
+    name, module = "flashinfer", "flashinfer"
+
+    def calls(self, inputs: "Inputs") -> list[Callable[[], Any]]:
+        case = inputs.case
+        wrapper_class = importlib.import_module("flashinfer.mla").BatchMLAPagedAttentionWrapper
+        device = inputs.q_nope.device
+        workspace = torch.empty(128 << 20, dtype=torch.uint8, device=device)
+        qo_indptr = torch.arange(case.batch + 1, dtype=torch.int32, device=device)
+        kv_lens = torch.full((case.batch,), case.kv_len, dtype=torch.int32, device=device)
+        self.outputs = {}
+
+        def make(slot: int) -> Callable[[], Any]:
+            wrapper = wrapper_class(workspace)
+            wrapper.plan(
+                qo_indptr=qo_indptr,
+                kv_indptr=inputs.kv_indptr,
+                kv_indices=inputs.kv_indices[slot],
+                kv_len_arr=kv_lens,
+                num_heads=case.num_heads,
+                head_dim_ckv=512,
+                head_dim_kpe=64,
+                page_size=case.page_size,
+                causal=False,
+                sm_scale=inputs.sm_scale,
+                q_data_type=inputs.q_nope.dtype,
+                kv_data_type=inputs.q_nope.dtype,
+            )
+            out = self.outputs[slot] = torch.full_like(inputs.q_nope[slot], float("nan"))
+            q_nope, q_pe = inputs.q_nope[slot], inputs.q_pe[slot]
+            return lambda: wrapper.run(q_nope, q_pe, inputs.ckv_cache, inputs.kpe_cache, out=out)
+
+        return [make(slot) for slot in range(inputs.num_slots)]
+
+
+class FlashMLA(Peer):
+    """flash_mla_with_kvcache. Its scheduling metadata is made once, before the first timed call."""
+
+    name, module = "flash_mla", "flash_mla"
+
+    def calls(self, inputs: "Inputs") -> list[Callable[[], Any]]:
+        case = inputs.case
+        if case.page_size != 64:
+            raise Unsupported(f"page size {case.page_size}: FlashMLA has 64 only")
+        device = inputs.q_nope.device
+        seq_lens = torch.full((case.batch,), case.kv_len, dtype=torch.int32, device=device)
+        # Before 2026 the metadata was two tensors made from the lengths; since then an object filled by the first call.
+        metadata, num_splits = self._package.get_mla_metadata(seq_lens, case.num_heads, 1)
+        cache = inputs.fused_cache.unsqueeze(2)
+        self.outputs = {}
+
+        def make(slot: int) -> Callable[[], Any]:
+            q = torch.cat([inputs.q_nope[slot], inputs.q_pe[slot]], dim=-1).unsqueeze(1)
+            block_table = inputs.kv_indices[slot].view(case.batch, -1)
+
+            def call() -> None:
+                out, _ = self._package.flash_mla_with_kvcache(
+                    q, cache, block_table, seq_lens, 512, metadata, num_splits, inputs.sm_scale, False
+                )
+                self.outputs[slot] = out.squeeze(1)
+
+            return call
+
+        return [make(slot) for slot in range(inputs.num_slots)]
+
+
+PEERS: tuple[type[Peer], ...] = (FlashInfer, FlashMLA)
+
+
+def installed() -> tuple[list[Peer], dict[str, dict[str, Any]]]:
+    """The peers that import here, and for every known peer {"present", "version" or "why"} for the record."""
+    found, status = [], {}
+    for peer_class in PEERS:
+        try:
+            peer = peer_class()
+        except Exception as error:  # noqa: BLE001  a broken install raises anything, OSError of a missing .so too
+            status[peer_class.name] = {"present": False, "why": f"{type(error).__name__}: {error}"}
+            continue
+        found.append(peer)
+        status[peer.name] = {"present": True, "version": peer.version}
+    return found, status

@@ -1,0 +1,189 @@
+"""A record as text: the rows of the table, the summary under it, and two records compared. Plain strings, no dependency."""
+
+import json
+import math
+import pathlib
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from .cases import Case
+from .runner import SCHEMA, row_ok
+
+COLUMNS = (
+    "H", "B", "L", "page", "dtype", "us", "min", "p90", "plan", "us+plan/61", "chained",
+    "GB/s", "% read", "TFLOP/s", "% cuBLAS", "x public", "rel err",
+)  # fmt: skip
+_SHORT_DTYPE = {"bfloat16": "bf16", "float16": "fp16"}
+
+
+def columns(peers: Sequence[str] = ()) -> tuple[str, ...]:
+    return (*COLUMNS, *peers)
+
+
+def cells(row: dict[str, Any], peers: Sequence[str] = ()) -> tuple[str, ...]:
+    """One row of the record as strings, in the order of `columns(peers)`."""
+    case = Case(**row["case"])
+    dtype = _SHORT_DTYPE[case.dtype] + ("" if case.layout == "separate" else "/fused")
+    head = (str(case.num_heads), str(case.batch), str(case.kv_len), str(case.page_size), dtype)
+    if "error" in row:
+        return (*head, "error", *[""] * (len(columns(peers)) - len(head) - 1))
+    ratio = row.get("public_best_ratio")
+    error = row["check"]["rel_err"]
+    return (
+        *head,
+        *(f"{row[key]:.1f}" for key in ("us", "us_min", "us_p90")),
+        f"{row['plan_us']:.1f}",
+        f"{row['us_amortised']:.1f}",
+        f"{row['us_chained']:.1f}",
+        f"{row['gbps']:.0f}",
+        f"{row['read_share']:.1%}",
+        f"{row['tflops']:.0f}",
+        f"{row['cublas_share']:.1%}",
+        f"{ratio:.2f}" if ratio is not None else "-",
+        ("nan" if error is None else f"{error:.1e}") + ("" if row_ok(row) else " WRONG"),
+        *(_peer_cell(row, name) for name in peers),
+    )
+
+
+def _peer_cell(row: dict[str, Any], name: str) -> str:
+    peer = row["peers"].get(name, {})
+    if "us" not in peer:
+        return "unsupported" if "unsupported" in peer else "error"
+    wrong = "" if peer["check"]["ok"] else " WRONG"
+    return f"{peer['us']:.1f} ({peer['us'] / row['us_amortised']:.2f}x){wrong}"
+
+
+def widths(rows: Sequence[Sequence[str]]) -> list[int]:
+    return [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+
+def line(texts: Sequence[str], column_widths: Sequence[int]) -> str:
+    return "  ".join(text.rjust(width) for text, width in zip(texts, column_widths, strict=True)).rstrip()
+
+
+def summary(record: dict[str, Any]) -> list[str]:
+    """What the table does not say: ceilings, host time, bars, absent peers, failures."""
+    gpu, ceilings = record["gpu"], record["ceilings"]
+    lines = []
+    if gpu is not None:
+        clocks = gpu.get("clocks_under_load") or {}
+        lines.append(
+            f"{gpu['name']}, {gpu['sm_count']} SMs, driver {gpu['driver']}, SM clock under load {clocks.get('sm_mhz')} MHz"
+        )
+    lines.append("versions: " + ", ".join(f"{name} {version}" for name, version in record["versions"].items()))
+    for key, what in (("read_gbps", "read bandwidth, GB/s"), ("cublas_bf16_tflops", "cuBLAS bf16 8192^3, TFLOP/s")):
+        end = ceilings["end"]
+        lines.append(
+            f"{what}: {ceilings['start'][key]:.0f} at the start, {f'{end[key]:.0f}' if end else 'not measured'} at the end"
+        )
+    if "empty_graph_us" in ceilings:
+        lines.append(
+            f"a graph with an empty kernel measures as {ceilings['empty_graph_us']:.1f} us; it is part of every us above"
+        )
+    host = record.get("host", {})
+    if "call_us" in host:
+        lines.append(
+            f"host time of one call: {host['call_us']:.1f} us with a plan, {host['call_without_plan_us']:.1f} us without"
+        )
+    elif "error" in host:
+        lines.append(f"FAILED host time of one call: {host['error']}")
+    for name, peer in record["peers"].items():
+        lines.append(f"peer {name}: " + (f"{peer['version']}" if peer["present"] else f"absent ({peer['why']})"))
+    for bar in record["bars"]:
+        verdict = "met" if bar["met"] else "MISSED"
+        lines.append(
+            f"{verdict:>6}  {bar['what']}: {bar['measured']:.3g} (reach {bar['reach']:g}, beyond {bar['beyond']:g})"
+        )
+    ratios = [row["public_best_ratio"] for row in record["rows"] if "public_best_ratio" in row]
+    if ratios:
+        worst = min(ratios)
+        lines.append(
+            f"against the best public kernel per cell, {len(ratios)} cells: geometric mean {statistics.geometric_mean(ratios):.3f}x, "
+            f"lowest {worst:.3f}x, {sum(ratio < 1 for ratio in ratios)} slower"
+        )
+    for row in record["rows"]:
+        label = Case(**row["case"]).label
+        if "error" in row:
+            lines.append(f"FAILED {label}: {row['error']}")
+        elif not row_ok(row):
+            lines.append(f"WRONG  {label}: {row['check']}")
+        for name, peer in row.get("peers", {}).items():
+            if reason := peer.get("error") or peer.get("unsupported"):
+                lines.append(f"{name}, {label}: {reason}")
+    if not record["complete"]:
+        lines.append("INCOMPLETE: interrupted")
+    lines.append(f"{len(record['rows'])} cases in {record['seconds']} s, {record['failed']} failed")
+    return lines
+
+
+def load(path: pathlib.Path) -> dict[str, Any]:
+    """Read a record. Raises ValueError naming the file when it is none, or of another schema."""
+    try:
+        record = json.loads(pathlib.Path(path).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(record, dict) or not str(record.get("kind", "")).startswith("mla_cute.bench"):
+        raise ValueError(f"{path}: not a record of mla_cute.bench")
+    if record.get("schema") != SCHEMA:
+        raise ValueError(f"{path}: schema {record.get('schema')}, this version reads {SCHEMA}")
+    return record
+
+
+COMPARE_COLUMNS = (
+    "H",
+    "B",
+    "L",
+    "page",
+    "dtype",
+    "a us",
+    "b us",
+    "a / b",
+    "a plan",
+    "b plan",
+    "a chained",
+    "b chained",
+)
+
+
+def compare(a: dict[str, Any], b: dict[str, Any]) -> tuple[list[tuple[str, ...]], list[str]]:
+    """Rows of COMPARE_COLUMNS for the cells both records hold (a / b above 1: b is faster), and the lines under them."""
+    times = [{Case(**row["case"]): row for row in record["rows"] if "error" not in row} for record in (a, b)]
+    shared = [case for case in times[0] if case in times[1]]
+    rows, ratios = [], []
+    for case in shared:
+        old, new = times[0][case], times[1][case]
+        ratios.append(old["us_amortised"] / new["us_amortised"])
+        rows.append(
+            (
+                *cells(old)[:5],
+                f"{old['us_amortised']:.1f}",
+                f"{new['us_amortised']:.1f}",
+                f"{ratios[-1]:.3f}",
+                *(f"{side[key]:.1f}" for key in ("plan_us", "us_chained") for side in (old, new)),
+            )
+        )
+    lines = [
+        f"{name}: {record['date']}, {(record['gpu'] or {}).get('name')}, "
+        f"mla_cute {record['versions']['mla_cute']} {_code(record)}, read {record['ceilings']['used']['read_gbps']:.0f} GB/s, "
+        f"cuBLAS {record['ceilings']['used']['cublas_bf16_tflops']:.0f} TFLOP/s"
+        for name, record in (("a", a), ("b", b))
+    ]
+    if (a["gpu"] or {}).get("name") != (b["gpu"] or {}).get("name"):
+        lines.append("WARNING: different GPUs, the ratios compare cards and not code")
+    for name, only in (("a", set(times[0]) - set(shared)), ("b", set(times[1]) - set(shared))):
+        if only:
+            lines.append(f"only in {name}: " + "; ".join(sorted(case.label for case in only)))
+    if ratios:
+        mean = math.exp(statistics.fmean(map(math.log, ratios)))
+        lines.append(
+            f"{len(ratios)} cells: a / b geometric mean {mean:.3f}, lowest {min(ratios):.3f}, highest {max(ratios):.3f}"
+        )
+    return rows, lines
+
+
+def _code(record: dict[str, Any]) -> str:
+    git = record["git"]
+    if git is None:
+        return f"source {record['source_sha256'][:12]}"
+    return git["commit"][:12] + ("+dirty" if git["dirty"] else "")

@@ -1,0 +1,450 @@
+"""Time and check cases, and make the record of a run."""
+
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import json
+import math
+import os
+import pathlib
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import gpu as gpu_facts
+from .cases import (
+    BARS,
+    DTYPES,
+    HEAD_DIM_CKV,
+    HEAD_DIM_KPE,
+    HOST_BAR,
+    PAGE_ONE_BAR,
+    PUBLIC_BEST_GPU,
+    PUBLIC_BEST_US,
+    ROTATION_BYTES,
+    Case,
+)
+from .peers import Peer, Unsupported
+from .timing import Replay, Timer, empty_graph_us, measure_ceilings, occupy
+
+SCHEMA = 1
+PLAN_SHARED_BY = 61
+SM_SCALE = 192**-0.5  # DeepSeek-V3: 128 + 64 dimensions per head before absorption
+
+# Frobenius error of output against float32 rounded to the dtype. Rounding P, O and the reference is 2..3 units of
+# 2^-9 / sqrt(3) (bf16) or 2^-12 / sqrt(3); a wrong page or a lost token is 1e-1 and more at the lengths timed here.
+REL_ERR_LIMIT = {"bfloat16": 8e-3, "float16": 1.5e-3}
+LSE_ERR_LIMIT = 5e-3
+
+METHOD = {
+    "us": "median of CUDA-graph replays, one call with a plan per graph (main kernel and merge), each replay between "
+    "two CUDA events, enqueued behind a spin kernel so that the host is ahead; nothing subtracted",
+    "plan_us": "the same with a graph that holds plan.update() only",
+    "us_amortised": f"us + plan_us / {PLAN_SHARED_BY}; gbps, tflops, shares and ratios are made from it",
+    "us_chained": "one graph of calls back to back over the slots, divided by the number of calls",
+    "rotation": f"disjoint page sets, queries and outputs per slot; one pass over the slots reads more than "
+    f"{ROTATION_BYTES} bytes of KV; random page order over the whole pool; standard normal data",
+    "bytes": "KV once + queries + outputs",
+    "flop": "2 * H * (576 + 512) per token of context",
+    "ceilings": "measured in this run at its start and end, the larger is used: maximum over 4 GB of random words "
+    "(read), torch.mm of bf16 8192^3 on random data (cuBLAS), medians",
+    "host": "perf_counter over chunks of 50 calls of one small case enqueued back to back, median chunk",
+    "peers": "the same slots, graphs and events; their planning is left out",
+}
+
+
+class KvPool:
+    """One allocation that every case carves its pages from: [tokens, 576] elements of standard normal data."""
+
+    def __init__(self, num_tokens: int, device: torch.device, seed: int = 0):
+        self.num_tokens = num_tokens
+        self._words = torch.empty(num_tokens * (HEAD_DIM_CKV + HEAD_DIM_KPE), dtype=torch.bfloat16, device=device)
+        self._filled_as: torch.dtype | None = None
+        self._generator = torch.Generator(device=device).manual_seed(seed)
+
+    def caches(self, case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """ckv [num_pages, page_size, 512], kpe [num_pages, page_size, 64] and the pool as one fused buffer."""
+        dtype = DTYPES[case.dtype]
+        flat = self._words.view(dtype)
+        if self._filled_as != dtype:
+            for part in flat.split(1 << 28):
+                part.normal_(generator=self._generator)
+            self._filled_as = dtype
+        pages, size = self.num_tokens // case.page_size, case.page_size
+        tokens = pages * size
+        fused = flat[: tokens * (HEAD_DIM_CKV + HEAD_DIM_KPE)].view(pages, size, HEAD_DIM_CKV + HEAD_DIM_KPE)
+        if case.layout == "fused":
+            return fused[..., :HEAD_DIM_CKV], fused[..., HEAD_DIM_CKV:], fused
+        ckv = flat[: tokens * HEAD_DIM_CKV].view(pages, size, HEAD_DIM_CKV)
+        kpe = flat[self.num_tokens * HEAD_DIM_CKV :][: tokens * HEAD_DIM_KPE].view(pages, size, HEAD_DIM_KPE)
+        return ckv, kpe, fused
+
+
+@dataclass
+class Inputs:
+    """Tensors of one case; the first dimension of q_*, kv_indices, out and lse is the rotation slot."""
+
+    case: Case
+    q_nope: torch.Tensor
+    q_pe: torch.Tensor
+    ckv_cache: torch.Tensor
+    kpe_cache: torch.Tensor
+    fused_cache: torch.Tensor
+    kv_indptr: torch.Tensor
+    kv_indices: torch.Tensor
+    kv_last_page_len: torch.Tensor | None
+    out: torch.Tensor
+    lse: torch.Tensor
+    sm_scale: float = SM_SCALE
+
+    @property
+    def num_slots(self) -> int:
+        return self.kv_indices.shape[0]
+
+
+def make_inputs(case: Case, pool: KvPool, device: torch.device, seed: int = 0) -> Inputs:
+    generator = torch.Generator(device=device).manual_seed(seed)
+    dtype = DTYPES[case.dtype]
+    slots, rows = case.num_slots, (case.num_slots, case.batch, case.num_heads)
+    ckv, kpe, fused = pool.caches(case)
+    per_slot = case.batch * case.pages_per_request
+    order = torch.randperm(ckv.shape[0], generator=generator, device=device)[: slots * per_slot]
+    last = case.kv_len - (case.pages_per_request - 1) * case.page_size
+
+    def normal(width: int) -> torch.Tensor:
+        return torch.empty(*rows, width, dtype=dtype, device=device).normal_(generator=generator)
+
+    return Inputs(
+        case=case,
+        q_nope=normal(HEAD_DIM_CKV),
+        q_pe=normal(HEAD_DIM_KPE),
+        ckv_cache=ckv,
+        kpe_cache=kpe,
+        fused_cache=fused,
+        kv_indptr=torch.arange(case.batch + 1, dtype=torch.int32, device=device) * case.pages_per_request,
+        kv_indices=order.to(torch.int32).view(slots, per_slot),
+        kv_last_page_len=None
+        if last == case.page_size
+        else torch.full((case.batch,), last, dtype=torch.int32, device=device),
+        out=torch.full((*rows, HEAD_DIM_CKV), float("nan"), dtype=dtype, device=device),
+        lse=torch.full(rows, float("nan"), dtype=torch.float32, device=device),
+    )
+
+
+@dataclass(frozen=True)
+class Library:
+    """The two functions under test, and the options every call passes on."""
+
+    decode: Callable[..., Any]
+    plan: Callable[..., Any]
+    config: Any = None
+    batch_invariant: bool = False
+
+    @classmethod
+    def installed(cls, config: dict[str, Any] | None = None, batch_invariant: bool = False) -> "Library":
+        from .. import mla_paged_decode, plan_decode
+
+        parsed = None
+        if config is not None:
+            from ..config import KernelConfig
+
+            parsed = KernelConfig.from_dict(config)
+        return cls(mla_paged_decode, plan_decode, parsed, batch_invariant)
+
+    def make_plan(self, inputs: Inputs) -> Any:
+        return self.plan(
+            inputs.kv_indptr,
+            num_heads=inputs.case.num_heads,
+            page_size=inputs.case.page_size,
+            kv_last_page_len=inputs.kv_last_page_len,
+            config=self.config,
+            batch_invariant=self.batch_invariant,
+            num_kv_indices=inputs.kv_indices.shape[1],
+        )
+
+    def calls(self, inputs: Inputs, plan: Any) -> list[Replay]:
+        def make(slot: int) -> Replay:
+            args = (
+                inputs.q_nope[slot],
+                inputs.q_pe[slot],
+                inputs.ckv_cache,
+                inputs.kpe_cache,
+                inputs.kv_indptr,
+                inputs.kv_indices[slot],
+                inputs.sm_scale,
+            )
+            options = {
+                "kv_last_page_len": inputs.kv_last_page_len,
+                "out": inputs.out[slot],
+                "lse": inputs.lse[slot],
+                "plan": plan,
+                "config": self.config,
+                "batch_invariant": self.batch_invariant,
+            }
+            return lambda: self.decode(*args, **options)
+
+        return [make(slot) for slot in range(inputs.num_slots)]
+
+
+def spot_check(
+    inputs: Inputs, out: Callable[[int], torch.Tensor], lse: Callable[[int], torch.Tensor] | None
+) -> dict[str, Any]:
+    """Three requests in three slots against the float32 reference: {"ok", "rel_err", "lse_err", "limit", "requests"}."""
+    from ..reference import decode_reference
+
+    case, pages = inputs.case, inputs.case.pages_per_request
+    picks = {(0, 0), (inputs.num_slots // 2, case.batch // 2), (inputs.num_slots - 1, case.batch - 1)}
+    indptr = torch.tensor([0, pages], dtype=torch.int32, device=inputs.kv_indptr.device)
+    rel_errs, lse_errs = [], [0.0]
+    for slot, b in sorted(picks):
+        one = slice(b, b + 1)
+        want, want_lse = decode_reference(
+            inputs.q_nope[slot, one],
+            inputs.q_pe[slot, one],
+            inputs.ckv_cache,
+            inputs.kpe_cache,
+            indptr,
+            inputs.kv_indices[slot, b * pages : (b + 1) * pages],
+            inputs.sm_scale,
+            kv_last_page_len=None if inputs.kv_last_page_len is None else inputs.kv_last_page_len[one],
+        )
+        want, got = want.float(), out(slot)[one].float()
+        rel_errs.append(((got - want).norm() / want.norm()).item())
+        if lse is not None:
+            lse_errs.append((lse(slot)[one] - want_lse).abs().max().item())
+    limit = REL_ERR_LIMIT[case.dtype]
+    # `max` passes over a NaN that is not first; `all` of comparisons does not.
+    ok = all(err <= limit for err in rel_errs) and all(err <= LSE_ERR_LIMIT for err in lse_errs)
+    return {
+        "ok": ok,
+        "rel_err": _finite_max(rel_errs),
+        "lse_err": _finite_max(lse_errs) if lse is not None else None,
+        "limit": limit,
+        "requests": len(picks),
+    }
+
+
+def _finite_max(values: Sequence[float]) -> float | None:
+    return max(values) if all(map(math.isfinite, values)) else None
+
+
+def _percentile(values: Sequence[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def run_case(
+    case: Case, pool: KvPool, timer: Timer, library: Library, peers: Iterable[Peer] = (), seed: int = 0
+) -> dict[str, Any]:
+    """Time and check one case; the row for the record, without what needs the ceilings."""
+    inputs = make_inputs(case, pool, timer.device, seed)
+    plan = library.make_plan(inputs)
+    calls = library.calls(inputs, plan)
+    calls[0]()  # compiles or loads the kernels: not allowed under capture
+    timer.synchronize()
+    inputs.out.fill_(float("nan"))
+    inputs.lse.fill_(float("nan"))
+    samples = timer.samples([timer.capture(call) for call in calls], 0.2)
+    check = spot_check(inputs, lambda slot: inputs.out[slot], lambda slot: inputs.lse[slot])
+
+    plan_us = statistics.median(timer.samples([timer.capture(plan.update)], 0.02))
+    repeats = -(-4 // len(calls))
+    chain = timer.capture(lambda: [call() for _ in range(repeats) for call in calls])
+    chained = statistics.median(timer.samples([chain], 0.1, at_least=8)) / (repeats * len(calls))
+
+    us = statistics.median(samples)
+    amortised = us + plan_us / PLAN_SHARED_BY
+    row: dict[str, Any] = {
+        "case": dataclasses.asdict(case),
+        "us": us,
+        "us_min": min(samples),
+        "us_p90": _percentile(samples, 0.9),
+        "samples": len(samples),
+        "plan_us": plan_us,
+        "us_amortised": amortised,
+        "us_chained": chained,
+        "gbps": case.bytes_moved / amortised * 1e-3,
+        "tflops": case.flop / amortised * 1e-6,
+        "rotation": {"slots": inputs.num_slots, "bytes": inputs.num_slots * case.kv_bytes},
+        "check": check,
+    }
+    row["peers"] = {peer.name: _time_peer(peer, inputs, timer) for peer in peers}
+    return row
+
+
+def _time_peer(peer: Peer, inputs: Inputs, timer: Timer) -> dict[str, Any]:
+    try:
+        calls = peer.calls(inputs)
+        calls[0]()
+        timer.synchronize()
+        samples = timer.samples([timer.capture(call) for call in calls], 0.2)
+        check = spot_check(inputs, peer.outputs.__getitem__, None)
+    except Unsupported as reason:
+        return {"unsupported": str(reason)}
+    except Exception as error:  # noqa: BLE001  what a peer raises belongs in the record, not in our way
+        return {"error": f"{type(error).__name__}: {error}"}
+    finally:
+        peer.outputs = {}
+    return {"us": statistics.median(samples), "us_min": min(samples), "samples": len(samples), "check": check}
+
+
+def measure_host(pool: KvPool, timer: Timer, library: Library) -> dict[str, Any]:
+    """Host time of one call, with and without a plan, on a case whose kernels are shorter than the call."""
+    case = Case(num_heads=16, batch=1, kv_len=64)
+    inputs = make_inputs(case, pool, timer.device)
+    results: dict[str, Any] = {"case": dataclasses.asdict(case)}
+    for key, plan in (("call_us", library.make_plan(inputs)), ("call_without_plan_us", None)):
+        call = library.calls(inputs, plan)[0]
+        call()
+        results[key] = timer.host_us(call)
+    return results
+
+
+def apply_ceilings(row: dict[str, Any], ceilings: dict[str, float], gpu_name: str | None) -> None:
+    """Fill in the shares of the ceilings and, on the GPU it was measured on, the ratio to the public best."""
+    if "error" in row:
+        return
+    case = Case(**row["case"])
+    row["read_share"] = row["gbps"] / ceilings["read_gbps"]
+    row["cublas_share"] = row["tflops"] / ceilings["cublas_bf16_tflops"]
+    best = PUBLIC_BEST_US.get((case.num_heads, case.batch, case.kv_len))
+    if best is not None and case == Case(case.num_heads, case.batch, case.kv_len, layout=case.layout):
+        row["public_best_us"] = best
+        if gpu_name == PUBLIC_BEST_GPU:
+            row["public_best_ratio"] = best / row["us_amortised"]
+
+
+def judge_bars(rows: Sequence[dict[str, Any]], host: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every bar that these rows measure: {"what", "measured", "reach", "beyond", "met"}."""
+    by_case = {Case(**row["case"]): row for row in rows if "error" not in row}
+    judged = []
+
+    def judge(what: str, measured: float, limits: tuple[float, float], less_is_better: bool) -> None:
+        reach, beyond = limits
+        met = measured <= reach if less_is_better else measured >= reach
+        judged.append({"what": what, "measured": measured, "reach": reach, "beyond": beyond, "met": met})
+
+    for bar in BARS:
+        if bar.case in by_case:
+            key, unit = {
+                "read": ("read_share", "share of read bandwidth"),
+                "cublas": ("cublas_share", "share of cuBLAS"),
+            }.get(bar.kind, ("us_amortised", "us"))
+            judge(f"{bar.case.label}, {unit}", by_case[bar.case][key], (bar.reach, bar.beyond), bar.kind == "us")
+    for case, row in by_case.items():
+        twin = by_case.get(dataclasses.replace(case, page_size=64))
+        if case.page_size == 1 and twin is not None:
+            ratio = twin["us_amortised"] / row["us_amortised"]
+            judge(f"{case.label}, speed over that of page 64", ratio, PAGE_ONE_BAR, False)
+    if "call_us" in host:
+        judge("host time of one call with a plan, us", host["call_us"], HOST_BAR, True)
+    return judged
+
+
+def source_digest() -> str:
+    """sha256 over the package's source: names the code measured where there is no git."""
+    root = pathlib.Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def run(
+    cases: Sequence[Case],
+    *,
+    timer: Timer,
+    library: Library,
+    peers: tuple[Sequence[Peer], dict[str, Any]] = ((), {}),
+    ceilings: Callable[[Timer], dict[str, float]] = measure_ceilings,
+    gpu: gpu_facts.GpuFacts | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+    on_row: Callable[[dict[str, Any]], None] | None = None,
+    preset: str | None = None,
+) -> dict[str, Any]:
+    """Measure `cases` and return the record. A case that fails is a row with "error"; Ctrl-C ends an incomplete record."""
+    begin = time.monotonic()
+    say = progress or (lambda done, total, label: None)
+    name = gpu.name if gpu is not None else None
+    rows: list[dict[str, Any]] = []
+    record: dict[str, Any] = {
+        "schema": SCHEMA,
+        "kind": "mla_cute.bench.decode",
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "preset": preset,
+        "gpu": gpu.to_dict() if gpu is not None else None,
+        "versions": gpu_facts.versions(),
+        "git": gpu_facts.git_state(),
+        "source_sha256": source_digest(),
+        "method": METHOD,
+        "config": library.config.to_dict() if library.config is not None else None,
+        "batch_invariant": library.batch_invariant,
+        "peers": peers[1],
+        "complete": False,
+        "rows": rows,
+    }
+    total = len(cases) + 2
+    say(0, total, "ceilings: read bandwidth, cuBLAS")
+    start = ceilings(timer)
+    record["ceilings"] = {"start": start, "end": None, "used": dict(start)}
+    pool = KvPool(max([64, *(case.pool_tokens for case in cases)]), timer.device)
+    with contextlib.suppress(KeyboardInterrupt):
+        say(1, total, "host time of a call")
+        record["ceilings"]["empty_graph_us"] = empty_graph_us(timer)
+        try:
+            record["host"] = measure_host(pool, timer, library)
+        except Exception as error:  # noqa: BLE001  as for a case below
+            record["host"] = {"error": f"{type(error).__name__}: {error}"}
+        # The pool is refilled when the dtype changes.
+        for done, case in enumerate(sorted(cases, key=lambda case: case.dtype)):
+            say(done + 1, total, case.label)
+            try:
+                row = run_case(case, pool, timer, library, peers[0])
+            except Exception as error:  # noqa: BLE001  one failing case must not lose the others
+                row = {"case": dataclasses.asdict(case), "error": f"{type(error).__name__}: {error}"}
+            apply_ceilings(row, start, name)
+            rows.append(row)
+            if on_row is not None:
+                on_row(row)
+        del pool
+        say(total - 1, total, "ceilings again")
+        end = ceilings(timer)
+        record["ceilings"].update(end=end, used={key: max(start[key], end[key]) for key in start})
+        record["complete"] = True
+    if gpu is not None:
+        occupy(timer.device)
+        record["gpu"]["clocks_under_load"] = gpu_facts.clocks(gpu)
+        timer.synchronize()
+    for row in rows:
+        apply_ceilings(row, record["ceilings"]["used"], name)
+    record["bars"] = judge_bars(rows, record.get("host", {}))
+    record["failed"] = sum(not row_ok(row) for row in rows)
+    record["seconds"] = round(time.monotonic() - begin, 1)
+    say(total, total, "done")
+    return record
+
+
+def row_ok(row: dict[str, Any]) -> bool:
+    return "error" not in row and row["check"]["ok"]
+
+
+def write_json(path: pathlib.Path, record: dict[str, Any]) -> None:
+    """Write atomically: a reader sees the old file or the whole new one."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump(record, file, indent=1, allow_nan=False)
+            file.write("\n")
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -1,0 +1,153 @@
+"""Facts about the GPU and the software around it: what a bench record, `info` and error messages quote.
+
+Nothing here initialises CUDA in a process that has no GPU, and nothing raises: a fact that cannot be read is None.
+"""
+
+import functools
+import pathlib
+import re
+import subprocess
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+
+HOPPER = (9, 0)
+
+_PACKAGES = {
+    "torch": "torch",
+    "cutlass_dsl": "nvidia-cutlass-dsl",
+    "tvm_ffi": "apache-tvm-ffi",
+    "cuda_python": "cuda-python",
+}
+
+
+@dataclass(frozen=True)
+class GpuFacts:
+    """One GPU. Memory and L2 in bytes; clocks in MHz, the maxima of the card and not of the moment."""
+
+    index: int
+    name: str
+    capability: tuple[int, int]
+    sm_count: int
+    memory_bytes: int
+    l2_bytes: int | None
+    driver: str | None
+    max_sm_mhz: int | None
+    max_memory_mhz: int | None
+    uuid: str | None
+
+    @property
+    def is_hopper(self) -> bool:
+        return self.capability == HOPPER
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"capability": list(self.capability)}
+
+
+def facts(index: int | None = None) -> GpuFacts | None:
+    """Facts of GPU `index` (default: torch's current device), or None when torch sees no GPU."""
+    if not torch.cuda.is_available():
+        return None
+    index = torch.cuda.current_device() if index is None else index
+    props = torch.cuda.get_device_properties(index)
+    uuid = getattr(props, "uuid", None)
+    selector = f"GPU-{uuid}" if uuid is not None else str(index)
+    smi = _nvidia_smi(selector, "driver_version", "clocks.max.sm", "clocks.max.memory")
+    return GpuFacts(
+        index=index,
+        name=props.name,
+        capability=(props.major, props.minor),
+        sm_count=props.multi_processor_count,
+        memory_bytes=props.total_memory,
+        l2_bytes=getattr(props, "L2_cache_size", None),
+        driver=smi.get("driver_version") or _driver_from_proc(),
+        max_sm_mhz=_int(smi.get("clocks.max.sm")),
+        max_memory_mhz=_int(smi.get("clocks.max.memory")),
+        uuid=str(uuid) if uuid is not None else None,
+    )
+
+
+def clocks(gpu: GpuFacts) -> dict[str, int | None]:
+    """The clocks of this moment in MHz, and the power drawn in W. Read it while the GPU works: an idle one clocks down."""
+    smi = _nvidia_smi(f"GPU-{gpu.uuid}" if gpu.uuid else str(gpu.index), "clocks.sm", "clocks.mem", "power.draw")
+    return {
+        "sm_mhz": _int(smi.get("clocks.sm")),
+        "memory_mhz": _int(smi.get("clocks.mem")),
+        "power_w": _int(smi.get("power.draw")),
+    }
+
+
+def why_not_hopper() -> str | None:
+    """None when torch's current GPU is a Hopper one, else one sentence that says what was found instead."""
+    if not torch.cuda.is_available():
+        if torch.version.cuda is None:
+            return f"torch {torch.__version__} is built without CUDA"
+        return f"torch {torch.__version__} sees no CUDA GPU"
+    props = torch.cuda.get_device_properties(torch.cuda.current_device())
+    if (props.major, props.minor) != HOPPER:
+        return f"{props.name} has compute capability {props.major}.{props.minor}, the kernels need 9.0 (Hopper)"
+    return None
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of mla_cute and of what its kernels are built and launched with; None for what is not installed."""
+    from . import __version__
+
+    out: dict[str, str | None] = {"mla_cute": __version__}
+    for key, package in _PACKAGES.items():
+        try:
+            out[key] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            out[key] = None
+    # The metadata leaves out the local part (+cu130) that tells which build this is.
+    out["torch"] = str(torch.__version__)
+    out["cuda"] = torch.version.cuda
+    return out
+
+
+def git_state(directory: pathlib.Path | None = None) -> dict[str, Any] | None:
+    """{"commit", "dirty"} of the checkout mla_cute runs from, or None when it is installed or git is missing."""
+    where = directory or pathlib.Path(__file__).resolve().parent
+    try:
+        commit = _run("git", "-C", str(where), "rev-parse", "HEAD").strip()
+        # Only what the package is made of: a stray note beside it does not make a measurement irreproducible.
+        status = _run("git", "-C", str(where), "status", "--porcelain", "--", str(where))
+        tracked = _run("git", "-C", str(where), "ls-files", "--", str(where))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    if not tracked.strip():  # a site-packages that happens to lie inside somebody else's repository
+        return None
+    return {"commit": commit, "dirty": bool(status.strip())}
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout
+
+
+def _nvidia_smi(selector: str, *fields: str) -> dict[str, str]:
+    try:
+        text = _run("nvidia-smi", "-i", selector, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits")
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    lines = text.strip().splitlines()
+    values = [value.strip() for value in lines[0].split(",")] if lines else []
+    return dict(zip(fields, values, strict=True)) if len(values) == len(fields) else {}
+
+
+@functools.cache
+def _driver_from_proc() -> str | None:
+    try:
+        text = pathlib.Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return None
+    found = re.search(r"\b(\d{3}\.\d+(?:\.\d+)?)\b", text)
+    return found.group(1) if found else None
+
+
+def _int(text: str | None) -> int | None:
+    try:
+        return round(float(text)) if text is not None else None
+    except ValueError:  # nvidia-smi answers "[N/A]" for what the card or the virtual machine does not report
+        return None
