@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import gpu as gpu_facts
+from ..config import KernelConfig
 from . import peers, report
 from .cases import DTYPES, PRESETS, Case
 from .runner import Library, run, write_json
@@ -114,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         grid = (args.heads, args.batch, args.kv_len, args.page_size, args.dtype)
         cases = select_cases(args.presets, *grid, layout=args.layout)
-        library = Library.installed(args.config, args.batch_invariant)
+        config = KernelConfig.from_dict(args.config) if args.config is not None else None
     except (TypeError, ValueError) as error:
         p.error(str(error))
     if (why := gpu_facts.why_not_hopper()) is not None:
@@ -132,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     record = run(
         cases,
         timer=CudaTimer(),
-        library=library,
+        library=Library.installed(config, args.batch_invariant),
         peers=(found, status),
         gpu=gpu_facts.facts(),
         on_row=show,

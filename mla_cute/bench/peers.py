@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from .bench import Inputs
+    from .runner import Inputs
 
 
 class Unsupported(Exception):
@@ -31,6 +31,10 @@ class Peer(ABC):
     @property
     def version(self) -> str | None:
         return getattr(self._package, "__version__", None)
+
+    def caches(self, inputs: "Inputs") -> tuple[torch.Tensor, torch.Tensor]:
+        """ckv and kpe as this peer reads them."""
+        return inputs.ckv_cache, inputs.kpe_cache
 
     @abstractmethod
     def calls(self, inputs: "Inputs") -> list[Callable[[], Any]]: ...
@@ -74,9 +78,15 @@ class FlashInfer(Peer):
 
 
 class FlashMLA(Peer):
-    """flash_mla_with_kvcache. Its scheduling metadata is made once, before the first timed call."""
+    """flash_mla_with_kvcache. Its scheduling metadata is made once, before the first timed call.
+
+    It has fused caches only, so it always reads the pool as one 576-wide buffer: the same bytes, other values.
+    """
 
     name, module = "flash_mla", "flash_mla"
+
+    def caches(self, inputs: "Inputs") -> tuple[torch.Tensor, torch.Tensor]:
+        return inputs.fused_cache[..., :512], inputs.fused_cache[..., 512:]
 
     def calls(self, inputs: "Inputs") -> list[Callable[[], Any]]:
         case = inputs.case

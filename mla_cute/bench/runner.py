@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from .. import gpu as gpu_facts
+from ..config import KernelConfig
 from .cases import (
     BARS,
     DTYPES,
@@ -143,19 +144,14 @@ class Library:
 
     decode: Callable[..., Any]
     plan: Callable[..., Any]
-    config: Any = None
+    config: KernelConfig | None = None
     batch_invariant: bool = False
 
     @classmethod
-    def installed(cls, config: dict[str, Any] | None = None, batch_invariant: bool = False) -> "Library":
+    def installed(cls, config: KernelConfig | None = None, batch_invariant: bool = False) -> "Library":
         from .. import mla_paged_decode, plan_decode
 
-        parsed = None
-        if config is not None:
-            from ..config import KernelConfig
-
-            parsed = KernelConfig.from_dict(config)
-        return cls(mla_paged_decode, plan_decode, parsed, batch_invariant)
+        return cls(mla_paged_decode, plan_decode, config, batch_invariant)
 
     def make_plan(self, inputs: Inputs) -> Any:
         return self.plan(
@@ -193,7 +189,10 @@ class Library:
 
 
 def spot_check(
-    inputs: Inputs, out: Callable[[int], torch.Tensor], lse: Callable[[int], torch.Tensor] | None
+    inputs: Inputs,
+    out: Callable[[int], torch.Tensor],
+    lse: Callable[[int], torch.Tensor] | None,
+    caches: tuple[torch.Tensor, torch.Tensor],
 ) -> dict[str, Any]:
     """Three requests in three slots against the float32 reference: {"ok", "rel_err", "lse_err", "limit", "requests"}."""
     from ..reference import decode_reference
@@ -207,8 +206,7 @@ def spot_check(
         want, want_lse = decode_reference(
             inputs.q_nope[slot, one],
             inputs.q_pe[slot, one],
-            inputs.ckv_cache,
-            inputs.kpe_cache,
+            *caches,
             indptr,
             inputs.kv_indices[slot, b * pages : (b + 1) * pages],
             inputs.sm_scale,
@@ -251,7 +249,7 @@ def run_case(
     inputs.out.fill_(float("nan"))
     inputs.lse.fill_(float("nan"))
     samples = timer.samples([timer.capture(call) for call in calls], 0.2)
-    check = spot_check(inputs, lambda slot: inputs.out[slot], lambda slot: inputs.lse[slot])
+    check = spot_check(inputs, inputs.out.__getitem__, inputs.lse.__getitem__, (inputs.ckv_cache, inputs.kpe_cache))
 
     plan_us = statistics.median(timer.samples([timer.capture(plan.update)], 0.02))
     repeats = -(-4 // len(calls))
@@ -284,7 +282,7 @@ def _time_peer(peer: Peer, inputs: Inputs, timer: Timer) -> dict[str, Any]:
         calls[0]()
         timer.synchronize()
         samples = timer.samples([timer.capture(call) for call in calls], 0.2)
-        check = spot_check(inputs, peer.outputs.__getitem__, None)
+        check = spot_check(inputs, peer.outputs.__getitem__, None, peer.caches(inputs))
     except Unsupported as reason:
         return {"unsupported": str(reason)}
     except Exception as error:  # noqa: BLE001  what a peer raises belongs in the record, not in our way
@@ -424,7 +422,7 @@ def run(
     for row in rows:
         apply_ceilings(row, record["ceilings"]["used"], name)
     record["bars"] = judge_bars(rows, record.get("host", {}))
-    record["failed"] = sum(not row_ok(row) for row in rows)
+    record["failed"] = sum(not row_ok(row) for row in rows) + ("error" in record.get("host", {}))
     record["seconds"] = round(time.monotonic() - begin, 1)
     say(total, total, "done")
     return record

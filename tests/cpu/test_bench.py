@@ -1,0 +1,530 @@
+"""The bench without a GPU: grid, rotation, arithmetic, record, comparison, command line, with a timer that returns given times."""
+
+import json
+import math
+import sys
+import types
+
+import pytest
+import torch
+
+from mla_cute.bench import __main__ as command
+from mla_cute.bench import cases as cases_module
+from mla_cute.bench import peers as peers_module
+from mla_cute.bench import report, runner
+from mla_cute.bench.cases import BARS, PRESETS, PUBLIC_BEST_GPU, PUBLIC_BEST_US, Case
+from mla_cute.gpu import GpuFacts
+from mla_cute.reference import decode_reference, decode_reference_block_table
+
+# The cells of the project's table of public kernels, written out here once more: bench.cases must not drift from it.
+TABLE = """
+16 1 11.0 23.4 44.1
+16 16 15.6 47.3 152.5
+16 128 43.6 288.4 1177.6
+64 1 13.2 23.4 47.8
+64 16 19.9 53.4 159.8
+64 128 46.5 297.1 1213.0
+128 1 13.7 22.8 39.2
+128 16 21.5 75.9 256.5
+128 64 37.8 251.6 1005.4
+128 128 68.0 475.0 1743.4
+"""
+CEILINGS = {"read_gbps": 4000.0, "cublas_bf16_tflops": 800.0}
+H200 = GpuFacts(0, PUBLIC_BEST_GPU, (9, 0), 132, 141 << 30, 60 << 20, "580.1", 1980, 3201, None)
+SMALL = [Case(4, 2, 100, 16), Case(2, 1, 64, 64, "float16", "fused"), Case(3, 3, 7, 1), Case(1, 1, 128, 64)]
+
+
+class FakeTimer:
+    """Runs what it is given once and answers with given times; a captured graph says what it holds."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, us=100.0, plan_us=6.1):
+        self.us, self.plan_us, self.measured = us, plan_us, []
+
+    def capture(self, fn):
+        return fn
+
+    def samples(self, replays, seconds, at_least=24):
+        for replay in replays:
+            replay()
+        self.measured.append(len(replays))
+        if getattr(replays[0], "__name__", "") == "update":
+            return [self.plan_us] * at_least
+        return [self.us + i for i in range(-1, 9)]  # median us + 3.5, 90 % at us + 8
+
+    def host_us(self, fn, calls=50, chunks=20):
+        fn()
+        return 12.5
+
+    def synchronize(self):
+        pass
+
+
+class Plan:
+    def __init__(self):
+        self.updates = 0
+
+    def update(self):
+        self.updates += 1
+
+
+class FakeLibrary(runner.Library):
+    """The reference behind the library's two functions, with a record of what the bench asked for."""
+
+    @classmethod
+    def make(cls, decode=decode_reference):
+        plans, asked = [], []
+
+        def plan(kv_indptr, **options):
+            asked.append((kv_indptr, options))
+            plans.append(Plan())
+            return plans[-1]
+
+        def call(*args, plan, config, batch_invariant, **options):
+            assert config is None and batch_invariant is False
+            assert plan is None or plan in plans
+            return decode(*args, **options)
+
+        library = cls(call, plan)
+        object.__setattr__(library, "asked", asked)
+        return library
+
+
+@pytest.fixture
+def small_rotation(monkeypatch):
+    monkeypatch.setattr(cases_module, "ROTATION_BYTES", 500_000)
+
+
+def bench(cases, library=None, timer=None, **options):
+    library = library or FakeLibrary.make()
+    return runner.run(cases, timer=timer or FakeTimer(), library=library, ceilings=lambda _: dict(CEILINGS), **options)
+
+
+def table_cells():
+    for text in TABLE.split("\n"):
+        if text:
+            h, b, *times = text.split()
+            for length, us in zip((1024, 8192, 32768), times, strict=True):
+                yield (int(h), int(b), length), float(us)
+
+
+def test_table_preset_is_the_published_table():
+    cells = dict(table_cells())
+    assert len(cells) == 30
+    assert cells == PUBLIC_BEST_US
+    assert PRESETS["table"] == tuple(Case(*cell, 64, "bfloat16", "separate") for cell in cells)
+
+
+def test_bars_are_the_decode_rows_to_reach():
+    expected = {
+        (16, 128, 8192): ("read", 0.94, 0.96),
+        (64, 128, 8192): ("read", 0.93, 0.95),
+        (128, 64, 8192): ("cublas", 0.84, 0.90),
+        (16, 1, 8192): ("us", 11, 8),
+        (16, 1, 32768): ("us", 22, 15),
+        (128, 1, 8192): ("us", 12, 9),
+        (16, 16, 1024): ("us", 9.5, 8),
+        (16, 16, 8192): ("us", 42, 39),
+    }
+    got = {(b.case.num_heads, b.case.batch, b.case.kv_len): (b.kind, b.reach, b.beyond) for b in BARS}
+    assert got == expected
+    assert cases_module.PAGE_ONE_BAR == (0.90, 0.97)
+    assert cases_module.HOST_BAR == (15, 10)
+    assert {bar.case for bar in BARS} < set(PRESETS["bars"])
+    ones = [case for case in PRESETS["bars"] if case.page_size == 1]
+    assert ones and all(Case(c.num_heads, c.batch, c.kv_len) in PRESETS["bars"] for c in ones)
+
+
+def test_pages_preset():
+    shapes = {(c.num_heads, c.batch, c.kv_len) for c in PRESETS["pages"]}
+    assert shapes == {(16, 128, 8192), (128, 64, 8192)}
+    assert all({c.page_size for c in PRESETS["pages"] if c.num_heads == h} == {1, 16, 64, 128} for h in (16, 128))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_rotation_reads_more_than_300_mb_before_a_page_comes_round_again(preset):
+    for case in PRESETS[preset]:
+        assert case.num_slots * case.kv_bytes > 300_000_000, case
+        assert case.num_slots == 1 or (case.num_slots - 1) * case.kv_bytes <= 300_000_000, case
+        assert case.kv_bytes == case.batch * case.kv_len * 1152
+        assert case.pool_tokens * 1152 < 6_000_000_000, case
+
+
+def test_bytes_and_flop_of_a_case():
+    case = Case(16, 128, 8192)
+    assert case.kv_bytes == 1_207_959_552
+    assert case.bytes_moved == 1_207_959_552 + 128 * 16 * (576 + 512) * 2
+    assert case.flop == 16 * 2176 * 128 * 8192
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.label)
+def test_slots_are_disjoint_random_pages_of_the_pool(case, small_rotation):
+    pool = runner.KvPool(case.pool_tokens + 5, torch.device("cpu"))
+    inputs = runner.make_inputs(case, pool, torch.device("cpu"))
+    ids = inputs.kv_indices.flatten()
+    assert inputs.num_slots == case.num_slots > 1
+    assert ids.unique().numel() == ids.numel() == case.num_slots * case.batch * case.pages_per_request
+    assert 0 <= ids.min() and ids.max() < inputs.ckv_cache.shape[0]
+    assert not torch.equal(ids, ids.sort().values)
+    assert inputs.kv_indptr.tolist() == [i * case.pages_per_request for i in range(case.batch + 1)]
+    last = case.page_size if inputs.kv_last_page_len is None else inputs.kv_last_page_len[0].item()
+    assert (case.pages_per_request - 1) * case.page_size + last == case.kv_len
+    assert inputs.ckv_cache.shape[1:] == (case.page_size, 512) and inputs.kpe_cache.shape[1:] == (case.page_size, 64)
+    assert (inputs.ckv_cache.stride(1) == 576) == (case.layout == "fused")
+    for tensor in (inputs.ckv_cache, inputs.kpe_cache, inputs.q_nope, inputs.q_pe):
+        assert tensor.dtype == cases_module.DTYPES[case.dtype]
+        assert 0.9 < tensor.float().std() < 1.1
+    assert inputs.q_nope.shape == inputs.out.shape == (case.num_slots, case.batch, case.num_heads, 512)
+
+
+def test_separate_caches_do_not_overlap(small_rotation):
+    case = Case(4, 2, 100, 16)
+    pool = runner.KvPool(case.pool_tokens, torch.device("cpu"))
+    ckv, kpe, _ = pool.caches(case)
+    assert ckv.data_ptr() + ckv.numel() * 2 <= kpe.data_ptr()
+
+
+def test_record_rows_and_arithmetic(small_rotation):
+    library, timer = FakeLibrary.make(), FakeTimer()
+    seen, steps = [], []
+    record = bench(
+        SMALL,
+        library,
+        timer,
+        on_row=seen.append,
+        progress=lambda done, total, what: steps.append((done, total)),
+        preset="x",
+    )
+    assert record["complete"] and record["failed"] == 0 and record["preset"] == "x"
+    assert record["schema"] == 1 and record["kind"] == "mla_cute.bench.decode"
+    assert [Case(**row["case"]) for row in record["rows"]] == sorted(SMALL, key=lambda case: case.dtype)
+    assert seen == record["rows"]
+    assert steps[0][0] == 0 and steps[-1] == (len(SMALL) + 2, len(SMALL) + 2)
+    assert record["versions"]["torch"] == torch.__version__
+    assert len(record["source_sha256"]) == 64
+    assert set(record["method"]) >= {"us", "plan_us", "us_amortised", "us_chained", "rotation", "ceilings"}
+    assert record["host"]["call_us"] == 12.5
+    json.dumps(record, allow_nan=False)
+    for row in record["rows"]:
+        case = Case(**row["case"])
+        assert row["us"] == 103.5 and row["us_min"] == 99 and row["us_p90"] == 108 and row["samples"] == 10
+        assert row["plan_us"] == 6.1
+        assert row["us_amortised"] == pytest.approx(103.6)
+        calls = case.num_slots * -(-4 // case.num_slots)
+        assert row["us_chained"] == pytest.approx(103.5 / calls)
+        assert row["gbps"] == pytest.approx(case.bytes_moved / 103.6e-6 / 1e9)
+        assert row["tflops"] == pytest.approx(case.flop / 103.6e-6 / 1e12)
+        assert row["read_share"] == pytest.approx(row["gbps"] / 4000)
+        assert row["cublas_share"] == pytest.approx(row["tflops"] / 800)
+        assert row["rotation"] == {"slots": case.num_slots, "bytes": case.num_slots * case.kv_bytes}
+        assert row["check"]["ok"] and row["check"]["rel_err"] < 1e-3
+        assert "public_best_us" not in row
+    for kv_indptr, options in library.asked:
+        assert options["num_kv_indices"] == kv_indptr[-1]
+    # Per case: one graph per slot, the plan's graph, the chain.
+    slots = [Case(**row["case"]).num_slots for row in record["rows"]]
+    assert timer.measured[1:] == [n for case_slots in slots for n in (case_slots, 1, 1)]
+
+
+def test_ceilings_of_start_and_end_the_larger_counts(small_rotation):
+    answers = iter(
+        [{"read_gbps": 4000.0, "cublas_bf16_tflops": 820.0}, {"read_gbps": 4400.0, "cublas_bf16_tflops": 800.0}]
+    )
+    record = runner.run(SMALL[:1], timer=FakeTimer(), library=FakeLibrary.make(), ceilings=lambda _: next(answers))
+    assert record["ceilings"]["used"] == {"read_gbps": 4400.0, "cublas_bf16_tflops": 820.0}
+    row = record["rows"][0]
+    assert row["read_share"] == row["gbps"] / 4400 and row["cublas_share"] == row["tflops"] / 820
+
+
+def test_public_best_only_on_the_gpu_it_was_measured_on():
+    row = {"case": vars(Case(16, 1, 8192)), "gbps": 1.0, "tflops": 1.0, "us_amortised": 11.7}
+    runner.apply_ceilings(row, CEILINGS, "NVIDIA H100 80GB HBM3")
+    assert row["public_best_us"] == 23.4 and "public_best_ratio" not in row
+    runner.apply_ceilings(row, CEILINGS, PUBLIC_BEST_GPU)
+    assert row["public_best_ratio"] == pytest.approx(2.0)
+    for other in (Case(16, 1, 8192, page_size=1), Case(16, 1, 8192, dtype="float16"), Case(16, 1, 4096)):
+        row = {"case": vars(other), "gbps": 1.0, "tflops": 1.0, "us_amortised": 11.7}
+        runner.apply_ceilings(row, CEILINGS, PUBLIC_BEST_GPU)
+        assert "public_best_us" not in row
+
+
+def row_of(case, us, read=0.5, cublas=0.5):
+    return {"case": vars(case), "us_amortised": us, "read_share": read, "cublas_share": cublas}
+
+
+def test_bars_are_judged_in_their_own_direction():
+    rows = [
+        row_of(Case(16, 128, 8192), 300, read=0.95),
+        row_of(Case(128, 64, 8192), 300, cublas=0.80),
+        row_of(Case(16, 1, 8192), 10.9),
+        row_of(Case(16, 16, 1024), 9.6),
+        row_of(Case(16, 128, 8192, page_size=1), 310),
+        {"case": vars(Case(64, 128, 8192)), "error": "broken"},
+    ]
+    judged = {bar["what"]: bar for bar in runner.judge_bars(rows, {"call_us": 15.5})}
+    assert len(judged) == 6
+    met = {what.split(",")[0]: bar["met"] for what, bar in judged.items()}
+    assert met == {
+        "H=16 B=128 L=8192 page 64 bfloat16": True,
+        "H=128 B=64 L=8192 page 64 bfloat16": False,
+        "H=16 B=1 L=8192 page 64 bfloat16": True,
+        "H=16 B=16 L=1024 page 64 bfloat16": False,
+        "H=16 B=128 L=8192 page 1 bfloat16": True,
+        "host time of one call with a plan": False,
+    }
+    one = judged["H=16 B=128 L=8192 page 1 bfloat16, speed over that of page 64"]
+    assert one["measured"] == pytest.approx(300 / 310) and one["reach"] == 0.90
+
+
+def wrong_page(q_nope, q_pe, ckv_cache, kpe_cache, kv_indptr, kv_indices, sm_scale, **options):
+    return decode_reference(q_nope, q_pe, ckv_cache, kpe_cache, kv_indptr, kv_indices.roll(1), sm_scale, **options)
+
+
+def writes_nothing(q_nope, *args, **options):
+    return None
+
+
+@pytest.mark.parametrize("decode", [wrong_page, writes_nothing])
+def test_speed_of_a_wrong_kernel_is_marked(decode, small_rotation):
+    record = bench(SMALL[:1], FakeLibrary.make(decode))
+    row = record["rows"][0]
+    assert not row["check"]["ok"] and record["failed"] == 1
+    assert report.cells(row)[-1].endswith("WRONG")
+    assert any(text.startswith("WRONG") for text in report.summary(record))
+    json.dumps(record, allow_nan=False)
+
+
+def test_wrong_lse_alone_is_caught(small_rotation):
+    def natural_log(*args, **options):
+        return decode_reference(*args, **options, lse_base="e")
+
+    check = bench(SMALL[:1], FakeLibrary.make(natural_log))["rows"][0]["check"]
+    assert not check["ok"] and check["rel_err"] < 1e-3 and check["lse_err"] > 0.1
+
+
+def test_a_failing_case_keeps_the_others(small_rotation):
+    def no_page_one(q_nope, q_pe, ckv_cache, *args, **options):
+        if ckv_cache.shape[1] == 1:
+            raise RuntimeError("page size 1 is broken")
+        return decode_reference(q_nope, q_pe, ckv_cache, *args, **options)
+
+    record = bench(SMALL, FakeLibrary.make(no_page_one))
+    errors = [row for row in record["rows"] if "error" in row]
+    assert len(record["rows"]) == len(SMALL) and record["failed"] == 1
+    assert [row["case"]["page_size"] for row in errors] == [1]
+    assert errors[0]["error"] == "RuntimeError: page size 1 is broken"
+    assert report.cells(errors[0])[5] == "error"
+    assert any("page size 1 is broken" in text for text in report.summary(record))
+
+
+def test_interrupt_keeps_the_finished_rows(small_rotation):
+    def stop(row):
+        raise KeyboardInterrupt
+
+    record = bench(SMALL, on_row=stop)
+    assert len(record["rows"]) == 1 and not record["complete"]
+    assert record["rows"][0]["read_share"] > 0
+    assert any("INCOMPLETE" in text for text in report.summary(record))
+
+
+def test_gpu_facts_are_in_the_record(small_rotation, monkeypatch):
+    monkeypatch.setattr(runner, "occupy", lambda device: None)
+    monkeypatch.setattr(runner.gpu_facts, "clocks", lambda gpu: {"sm_mhz": 1755, "memory_mhz": 3201, "power_w": 600})
+    record = bench(SMALL[:1], gpu=H200)
+    assert record["gpu"]["name"] == PUBLIC_BEST_GPU and record["gpu"]["sm_count"] == 132
+    assert record["gpu"]["driver"] == "580.1" and record["gpu"]["clocks_under_load"]["sm_mhz"] == 1755
+    assert report.summary(record)[0].startswith("NVIDIA H200, 132 SMs, driver 580.1, SM clock under load 1755")
+
+
+def test_write_is_atomic(tmp_path, monkeypatch):
+    path = tmp_path / "deep" / "record.json"
+    runner.write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="JSON compliant"):
+        runner.write_json(path, {"a": math.nan})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(path.parent.iterdir()) == [path]
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_compare(tmp_path, small_rotation, capsys):
+    old, new = bench(SMALL[:3], timer=FakeTimer(us=200)), bench(SMALL[1:], timer=FakeTimer(us=100))
+    for name, record in (("a.json", old), ("b.json", new)):
+        runner.write_json(tmp_path / name, record)
+    assert command.main(["--compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 0
+    text = capsys.readouterr().out
+    ratio = 203.6 / 103.6
+    assert text.count(f"{ratio:.3f}") == 2 + 3  # two cells; mean, lowest, highest
+    assert "only in a: H=4 B=2 L=100 page 16 bfloat16" in text
+    assert "only in b: H=1 B=1 L=128 page 64 bfloat16" in text
+
+
+def test_compare_warns_of_different_gpus(small_rotation):
+    a, b = bench(SMALL[:1]), bench(SMALL[:1])
+    a["gpu"], b["gpu"] = {"name": "NVIDIA H200"}, {"name": "NVIDIA H100"}
+    assert any("different GPUs" in text for text in report.compare(a, b)[1])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "not JSON"), ("[]", "not a record"), ('{"kind": "mla_cute.bench.decode", "schema": 99}', "schema 99")],
+)
+def test_compare_names_the_file_that_is_no_record(tmp_path, text, message, capsys):
+    bad = tmp_path / "bad.json"
+    bad.write_text(text)
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["--compare", str(bad), str(bad)])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert str(bad) in error and message in error
+
+
+def test_select_cases():
+    assert command.select_cases([]) == list(PRESETS["quick"])
+    assert command.select_cases(["table"]) == list(PRESETS["table"])
+    assert command.select_cases(["bars", "bars"]) == list(dict.fromkeys(PRESETS["bars"]))
+    assert command.select_cases(
+        [], heads=[8], batches=[1, 2], kv_lens=[64], page_sizes=[32], dtype_names=["float16"]
+    ) == [
+        Case(8, 1, 64, 32, "float16"),
+        Case(8, 2, 64, 32, "float16"),
+    ]
+    sizes = command.select_cases(["table"], page_sizes=[1, 16], layout="fused")
+    assert len(sizes) == 60 and {c.page_size for c in sizes} == {1, 16} and {c.layout for c in sizes} == {"fused"}
+    both = command.select_cases(["quick"], heads=[7])
+    assert both[: len(PRESETS["quick"])] == list(PRESETS["quick"]) and both[-1].num_heads == 7
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["nonsense"], "preset: expected one of table, bars, pages, quick, got 'nonsense'"),
+        (["--heads", "129"], "num_heads: expected 1..128, got 129"),
+        (["--heads", "16,x"], "expected integers separated by commas, got '16,x'"),
+        (["--page-size", "0", "--heads", "16"], "page_size: expected at least 1, got 0"),
+        (["--dtype", "fp8"], "got 'fp8'"),
+        (["--config", '{"speed": 11}'], "config: unknown fields ['speed']"),
+    ],
+)
+def test_bad_arguments_are_usage_errors(argv, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command.main(argv)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_command_writes_table_and_record(tmp_path, monkeypatch, small_rotation, capsys):
+    monkeypatch.setattr(runner.Library, "installed", classmethod(lambda cls, *options: FakeLibrary.make()))
+    monkeypatch.setattr(command.gpu_facts, "why_not_hopper", lambda: None)
+    monkeypatch.setattr(command, "CudaTimer", FakeTimer)
+    monkeypatch.setattr(
+        command, "run", lambda *args, **options: runner.run(*args, **options, ceilings=lambda _: CEILINGS)
+    )
+    out = tmp_path / "record.json"
+    argv = ["--heads", "4", "--batch", "2", "--kv-len", "100,64", "--page-size", "16", "--out", str(out)]
+    assert command.main(argv) == 0
+    text = capsys.readouterr().out
+    assert "103.5" in text and "peer flashinfer: absent" in text and "peer flash_mla: absent" in text
+    record = report.load(out)
+    assert [row["case"]["kv_len"] for row in record["rows"]] == [100, 64]
+    assert (
+        record["peers"]["flashinfer"]["present"] is False
+        and "ModuleNotFoundError" in record["peers"]["flashinfer"]["why"]
+    )
+    monkeypatch.setattr(runner.Library, "installed", classmethod(lambda cls, *options: FakeLibrary.make(wrong_page)))
+    assert command.main(argv) == 1
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_command_without_a_hopper_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(command.gpu_facts, "why_not_hopper", lambda: "torch sees no CUDA GPU")
+    assert command.main(["quick"]) == 2
+    assert "nothing to time: torch sees no CUDA GPU" in capsys.readouterr().err
+
+
+def fake_flash_mla():
+    def flash_mla_with_kvcache(q, cache, block_table, seq_lens, head_dim_v, metadata, num_splits, scale, causal):
+        assert head_dim_v == 512 and metadata == "metadata" and num_splits == "splits" and causal is False
+        q, cache = q.squeeze(1), cache.squeeze(2)
+        out, lse = decode_reference_block_table(
+            q[..., :512], q[..., 512:], cache[..., :512], cache[..., 512:], block_table, seq_lens, scale, lse_base="e"
+        )
+        return out.unsqueeze(1), lse
+
+    module = types.ModuleType("flash_mla")
+    module.__version__ = "1.0.0"
+    module.flash_mla_with_kvcache = flash_mla_with_kvcache
+    module.get_mla_metadata = lambda seq_lens, heads_per_kv_head, kv_heads: ("metadata", "splits")
+    return module
+
+
+def fake_flashinfer():
+    class Wrapper:
+        def __init__(self, workspace):
+            assert workspace.numel() == 128 << 20
+
+        def plan(self, **options):
+            self.options = options
+
+        def run(self, q_nope, q_pe, ckv_cache, kpe_cache, *, out):
+            o = self.options
+            assert o["page_size"] == ckv_cache.shape[1] and o["num_heads"] == q_nope.shape[1] and o["causal"] is False
+            pages = o["kv_indptr"][1:] - o["kv_indptr"][:-1]
+            last = (o["kv_len_arr"] - (pages - 1) * o["page_size"]).int()
+            decode_reference(
+                q_nope,
+                q_pe,
+                ckv_cache,
+                kpe_cache,
+                o["kv_indptr"],
+                o["kv_indices"],
+                o["sm_scale"],
+                kv_last_page_len=last,
+                out=out,
+            )
+
+    module, mla = types.ModuleType("flashinfer"), types.ModuleType("flashinfer.mla")
+    module.__version__ = "0.6.0"
+    module.mla = mla
+    mla.BatchMLAPagedAttentionWrapper = Wrapper
+    return module
+
+
+def test_peers_are_timed_and_checked(monkeypatch, small_rotation):
+    monkeypatch.setitem(sys.modules, "flash_mla", fake_flash_mla())
+    monkeypatch.setitem(sys.modules, "flashinfer", fake_flashinfer())
+    monkeypatch.setitem(sys.modules, "flashinfer.mla", sys.modules["flashinfer"].mla)
+    found, status = peers_module.installed()
+    assert status == {
+        "flashinfer": {"present": True, "version": "0.6.0"},
+        "flash_mla": {"present": True, "version": "1.0.0"},
+    }
+    # Separate caches hold other values than the pool read as one fused buffer: a peer is checked on what it reads.
+    cases = [Case(4, 2, 100, 16), Case(2, 2, 200, 64, layout="fused"), Case(2, 2, 200, 64)]
+    record = bench(cases, peers=(found, status))
+    paged, fused, separate = record["rows"]
+    assert paged["peers"]["flash_mla"] == {"unsupported": "page size 16: FlashMLA has 64 only"}
+    for peer in (
+        paged["peers"]["flashinfer"],
+        fused["peers"]["flashinfer"],
+        fused["peers"]["flash_mla"],
+        separate["peers"]["flash_mla"],
+    ):
+        assert peer["us"] == 103.5 and peer["check"]["ok"] and peer["check"]["lse_err"] is None
+    names = ["flashinfer", "flash_mla"]
+    assert report.cells(fused, names)[-2:] == ("103.5 (1.00x)", "103.5 (1.00x)")
+    assert report.cells(paged, names)[-1] == "unsupported"
+
+
+def test_a_peer_that_raises_is_recorded(monkeypatch, small_rotation):
+    module = fake_flash_mla()
+
+    def out_of_date(*args):
+        raise TypeError("another interface")
+
+    module.get_mla_metadata = out_of_date
+    monkeypatch.setitem(sys.modules, "flash_mla", module)
+    found, status = peers_module.installed()
+    row = bench([Case(2, 2, 200, 64)], peers=(found, status))["rows"][0]
+    assert row["peers"]["flash_mla"] == {"error": "TypeError: another interface"}
+    assert row["check"]["ok"]
