@@ -70,7 +70,7 @@ def facts(index: int | None = None) -> GpuFacts | None:
 
 
 def clocks(gpu: GpuFacts) -> dict[str, int | None]:
-    """The clocks of this moment in MHz, and the power drawn in W. Read it while the GPU works: an idle one clocks down."""
+    """Clocks of this moment in MHz and power in W. Read them while the GPU works: an idle one clocks down."""
     smi = _nvidia_smi(f"GPU-{gpu.uuid}" if gpu.uuid else str(gpu.index), "clocks.sm", "clocks.mem", "power.draw")
     return {
         "sm_mhz": _int(smi.get("clocks.sm")),

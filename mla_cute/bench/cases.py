@@ -1,4 +1,4 @@
-"""The shapes that are timed: one case, the presets, the speeds to reach, and the public kernels' times for reference."""
+"""The shapes that are timed: one case, the presets, the speeds to reach, and the public kernels' times."""
 
 from dataclasses import dataclass
 

@@ -123,7 +123,7 @@ def installed() -> tuple[list[Peer], dict[str, dict[str, Any]]]:
     for peer_class in PEERS:
         try:
             peer = peer_class()
-        except Exception as error:  # noqa: BLE001  a broken install raises anything, OSError of a missing .so too
+        except Exception as error:  # a broken install raises anything, OSError of a missing .so too
             status[peer_class.name] = {"present": False, "why": f"{type(error).__name__}: {error}"}
             continue
         found.append(peer)

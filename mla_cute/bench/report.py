@@ -1,7 +1,6 @@
-"""A record as text: the rows of the table, the summary under it, and two records compared. Plain strings, no dependency."""
+"""A record as text: the rows of the table, the summary under it, and two records compared."""
 
 import json
-import math
 import pathlib
 import statistics
 from collections.abc import Sequence
@@ -69,22 +68,23 @@ def summary(record: dict[str, Any]) -> list[str]:
     if gpu is not None:
         clocks = gpu.get("clocks_under_load") or {}
         lines.append(
-            f"{gpu['name']}, {gpu['sm_count']} SMs, driver {gpu['driver']}, SM clock under load {clocks.get('sm_mhz')} MHz"
+            f"{gpu['name']}, {gpu['sm_count']} SMs, driver {gpu['driver']}, "
+            f"SM clock under load {clocks.get('sm_mhz')} MHz"
         )
     lines.append("versions: " + ", ".join(f"{name} {version}" for name, version in record["versions"].items()))
     for key, what in (("read_gbps", "read bandwidth, GB/s"), ("cublas_bf16_tflops", "cuBLAS bf16 8192^3, TFLOP/s")):
         end = ceilings["end"]
-        lines.append(
-            f"{what}: {ceilings['start'][key]:.0f} at the start, {f'{end[key]:.0f}' if end else 'not measured'} at the end"
-        )
+        at_end = f"{end[key]:.0f}" if end else "not measured"
+        lines.append(f"{what}: {ceilings['start'][key]:.0f} at the start, {at_end} at the end")
     if "empty_graph_us" in ceilings:
         lines.append(
-            f"a graph with an empty kernel measures as {ceilings['empty_graph_us']:.1f} us; it is part of every us above"
+            f"a graph with an empty kernel measures as {ceilings['empty_graph_us']:.1f} us, part of every us above"
         )
     host = record.get("host", {})
     if "call_us" in host:
         lines.append(
-            f"host time of one call: {host['call_us']:.1f} us with a plan, {host['call_without_plan_us']:.1f} us without"
+            f"host time of one call: {host['call_us']:.1f} us with a plan, "
+            f"{host['call_without_plan_us']:.1f} us without"
         )
     elif "error" in host:
         lines.append(f"FAILED host time of one call: {host['error']}")
@@ -97,10 +97,10 @@ def summary(record: dict[str, Any]) -> list[str]:
         )
     ratios = [row["public_best_ratio"] for row in record["rows"] if "public_best_ratio" in row]
     if ratios:
-        worst = min(ratios)
+        mean, slower = statistics.geometric_mean(ratios), sum(ratio < 1 for ratio in ratios)
         lines.append(
-            f"against the best public kernel per cell, {len(ratios)} cells: geometric mean {statistics.geometric_mean(ratios):.3f}x, "
-            f"lowest {worst:.3f}x, {sum(ratio < 1 for ratio in ratios)} slower"
+            f"against the best public kernel per cell, {len(ratios)} cells: "
+            f"geometric mean {mean:.3f}x, lowest {min(ratios):.3f}x, {slower} slower"
         )
     for row in record["rows"]:
         label = Case(**row["case"]).label
@@ -147,7 +147,7 @@ COMPARE_COLUMNS = (
 
 
 def compare(a: dict[str, Any], b: dict[str, Any]) -> tuple[list[tuple[str, ...]], list[str]]:
-    """Rows of COMPARE_COLUMNS for the cells both records hold (a / b above 1: b is faster), and the lines under them."""
+    """Rows of COMPARE_COLUMNS for the cells of both records (a / b above 1: b is faster), and the lines under them."""
     times = [{Case(**row["case"]): row for row in record["rows"] if "error" not in row} for record in (a, b)]
     shared = [case for case in times[0] if case in times[1]]
     rows, ratios = [], []
@@ -163,27 +163,26 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> tuple[list[tuple[str, ...]]
                 *(f"{side[key]:.1f}" for key in ("plan_us", "us_chained") for side in (old, new)),
             )
         )
-    lines = [
-        f"{name}: {record['date']}, {(record['gpu'] or {}).get('name')}, "
-        f"mla_cute {record['versions']['mla_cute']} {_code(record)}, read {record['ceilings']['used']['read_gbps']:.0f} GB/s, "
-        f"cuBLAS {record['ceilings']['used']['cublas_bf16_tflops']:.0f} TFLOP/s"
-        for name, record in (("a", a), ("b", b))
-    ]
+    lines = [f"{name}: {_origin(record)}" for name, record in (("a", a), ("b", b))]
     if (a["gpu"] or {}).get("name") != (b["gpu"] or {}).get("name"):
         lines.append("WARNING: different GPUs, the ratios compare cards and not code")
     for name, only in (("a", set(times[0]) - set(shared)), ("b", set(times[1]) - set(shared))):
         if only:
             lines.append(f"only in {name}: " + "; ".join(sorted(case.label for case in only)))
     if ratios:
-        mean = math.exp(statistics.fmean(map(math.log, ratios)))
+        mean = statistics.geometric_mean(ratios)
         lines.append(
             f"{len(ratios)} cells: a / b geometric mean {mean:.3f}, lowest {min(ratios):.3f}, highest {max(ratios):.3f}"
         )
     return rows, lines
 
 
-def _code(record: dict[str, Any]) -> str:
-    git = record["git"]
-    if git is None:
-        return f"source {record['source_sha256'][:12]}"
-    return git["commit"][:12] + ("+dirty" if git["dirty"] else "")
+def _origin(record: dict[str, Any]) -> str:
+    git, gpu, used = record["git"], record["gpu"] or {}, record["ceilings"]["used"]
+    code = f"source {record['source_sha256'][:12]}"
+    if git is not None:
+        code = git["commit"][:12] + ("+dirty" if git["dirty"] else "")
+    return (
+        f"{record['date']}, {gpu.get('name')}, mla_cute {record['versions']['mla_cute']} {code}, "
+        f"read {used['read_gbps']:.0f} GB/s, cuBLAS {used['cublas_bf16_tflops']:.0f} TFLOP/s"
+    )

@@ -194,7 +194,7 @@ def spot_check(
     lse: Callable[[int], torch.Tensor] | None,
     caches: tuple[torch.Tensor, torch.Tensor],
 ) -> dict[str, Any]:
-    """Three requests in three slots against the float32 reference: {"ok", "rel_err", "lse_err", "limit", "requests"}."""
+    """Three requests in three slots against the reference: {"ok", "rel_err", "lse_err", "limit", "requests"}."""
     from ..reference import decode_reference
 
     case, pages = inputs.case, inputs.case.pages_per_request
@@ -285,7 +285,7 @@ def _time_peer(peer: Peer, inputs: Inputs, timer: Timer) -> dict[str, Any]:
         check = spot_check(inputs, peer.outputs.__getitem__, None, peer.caches(inputs))
     except Unsupported as reason:
         return {"unsupported": str(reason)}
-    except Exception as error:  # noqa: BLE001  what a peer raises belongs in the record, not in our way
+    except Exception as error:  # what a peer raises belongs in the record, not in our way
         return {"error": f"{type(error).__name__}: {error}"}
     finally:
         peer.outputs = {}
@@ -366,7 +366,7 @@ def run(
     on_row: Callable[[dict[str, Any]], None] | None = None,
     preset: str | None = None,
 ) -> dict[str, Any]:
-    """Measure `cases` and return the record. A case that fails is a row with "error"; Ctrl-C ends an incomplete record."""
+    """Measure `cases` and return the record. A case that fails is a row with "error"; Ctrl-C ends the run early."""
     begin = time.monotonic()
     say = progress or (lambda done, total, label: None)
     name = gpu.name if gpu is not None else None
@@ -397,14 +397,14 @@ def run(
         record["ceilings"]["empty_graph_us"] = empty_graph_us(timer)
         try:
             record["host"] = measure_host(pool, timer, library)
-        except Exception as error:  # noqa: BLE001  as for a case below
+        except Exception as error:  # as for a case below
             record["host"] = {"error": f"{type(error).__name__}: {error}"}
         # The pool is refilled when the dtype changes.
         for done, case in enumerate(sorted(cases, key=lambda case: case.dtype)):
             say(done + 1, total, case.label)
             try:
                 row = run_case(case, pool, timer, library, peers[0])
-            except Exception as error:  # noqa: BLE001  one failing case must not lose the others
+            except Exception as error:  # one failing case must not lose the others
                 row = {"case": dataclasses.asdict(case), "error": f"{type(error).__name__}: {error}"}
             apply_ceilings(row, start, name)
             rows.append(row)

@@ -5,6 +5,7 @@ kernel holds the stream, so the GPU never waits for the host between the two eve
 measures as the 8 us the host takes to launch a graph plus what the kernel takes.
 """
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -59,10 +60,8 @@ class CudaTimer:
             try:
                 fn()
             except BaseException:
-                try:
+                with contextlib.suppress(RuntimeError):  # the error that is on its way up invalidated the capture
                     graph.capture_end()
-                except RuntimeError:
-                    pass  # the capture was invalidated by the error that is on its way up
                 raise
             graph.capture_end()
         return graph.replay
@@ -109,7 +108,7 @@ class CudaTimer:
 
 
 def read_gbps(timer: Timer, num_bytes: int = 4_000_000_000) -> float:
-    """Read bandwidth in GB/s (1e9 bytes): a maximum over `num_bytes` of random data, the median of the faster of two ways."""
+    """Read bandwidth in GB/s (1e9 bytes): maximum over `num_bytes` of random data, median of the faster of two ways."""
     buffer = torch.empty(num_bytes // 4, dtype=torch.int32, device=timer.device)
     for part in buffer.split(1 << 28):
         part.random_()

@@ -1,4 +1,4 @@
-"""The bench without a GPU: grid, rotation, arithmetic, record, comparison, command line, with a timer that returns given times."""
+"""The bench without a GPU: grid, rotation, arithmetic, record, comparison, command line; the timer is a fake."""
 
 import json
 import math
@@ -82,7 +82,8 @@ class FakeLibrary(runner.Library):
             return plans[-1]
 
         def call(*args, plan, config, batch_invariant, **options):
-            assert config is None and batch_invariant is False
+            assert config is None
+            assert batch_invariant is False
             assert plan is None or plan in plans
             return decode(*args, **options)
 
@@ -133,7 +134,8 @@ def test_bars_are_the_decode_rows_to_reach():
     assert cases_module.HOST_BAR == (15, 10)
     assert {bar.case for bar in BARS} < set(PRESETS["bars"])
     ones = [case for case in PRESETS["bars"] if case.page_size == 1]
-    assert ones and all(Case(c.num_heads, c.batch, c.kv_len) in PRESETS["bars"] for c in ones)
+    assert ones
+    assert all(Case(c.num_heads, c.batch, c.kv_len) in PRESETS["bars"] for c in ones)
 
 
 def test_pages_preset():
@@ -165,12 +167,14 @@ def test_slots_are_disjoint_random_pages_of_the_pool(case, small_rotation):
     ids = inputs.kv_indices.flatten()
     assert inputs.num_slots == case.num_slots > 1
     assert ids.unique().numel() == ids.numel() == case.num_slots * case.batch * case.pages_per_request
-    assert 0 <= ids.min() and ids.max() < inputs.ckv_cache.shape[0]
+    assert ids.min() >= 0
+    assert ids.max() < inputs.ckv_cache.shape[0]
     assert not torch.equal(ids, ids.sort().values)
     assert inputs.kv_indptr.tolist() == [i * case.pages_per_request for i in range(case.batch + 1)]
     last = case.page_size if inputs.kv_last_page_len is None else inputs.kv_last_page_len[0].item()
     assert (case.pages_per_request - 1) * case.page_size + last == case.kv_len
-    assert inputs.ckv_cache.shape[1:] == (case.page_size, 512) and inputs.kpe_cache.shape[1:] == (case.page_size, 64)
+    assert inputs.ckv_cache.shape[1:] == (case.page_size, 512)
+    assert inputs.kpe_cache.shape[1:] == (case.page_size, 64)
     assert (inputs.ckv_cache.stride(1) == 576) == (case.layout == "fused")
     for tensor in (inputs.ckv_cache, inputs.kpe_cache, inputs.q_nope, inputs.q_pe):
         assert tensor.dtype == cases_module.DTYPES[case.dtype]
@@ -196,11 +200,15 @@ def test_record_rows_and_arithmetic(small_rotation):
         progress=lambda done, total, what: steps.append((done, total)),
         preset="x",
     )
-    assert record["complete"] and record["failed"] == 0 and record["preset"] == "x"
-    assert record["schema"] == 1 and record["kind"] == "mla_cute.bench.decode"
+    assert record["complete"]
+    assert record["failed"] == 0
+    assert record["preset"] == "x"
+    assert record["schema"] == 1
+    assert record["kind"] == "mla_cute.bench.decode"
     assert [Case(**row["case"]) for row in record["rows"]] == sorted(SMALL, key=lambda case: case.dtype)
     assert seen == record["rows"]
-    assert steps[0][0] == 0 and steps[-1] == (len(SMALL) + 2, len(SMALL) + 2)
+    assert steps[0][0] == 0
+    assert steps[-1] == (len(SMALL) + 2, len(SMALL) + 2)
     assert record["versions"]["torch"] == torch.__version__
     assert len(record["source_sha256"]) == 64
     assert set(record["method"]) >= {"us", "plan_us", "us_amortised", "us_chained", "rotation", "ceilings"}
@@ -208,7 +216,10 @@ def test_record_rows_and_arithmetic(small_rotation):
     json.dumps(record, allow_nan=False)
     for row in record["rows"]:
         case = Case(**row["case"])
-        assert row["us"] == 103.5 and row["us_min"] == 99 and row["us_p90"] == 108 and row["samples"] == 10
+        assert row["us"] == 103.5
+        assert row["us_min"] == 99
+        assert row["us_p90"] == 108
+        assert row["samples"] == 10
         assert row["plan_us"] == 6.1
         assert row["us_amortised"] == pytest.approx(103.6)
         calls = case.num_slots * -(-4 // case.num_slots)
@@ -218,7 +229,8 @@ def test_record_rows_and_arithmetic(small_rotation):
         assert row["read_share"] == pytest.approx(row["gbps"] / 4000)
         assert row["cublas_share"] == pytest.approx(row["tflops"] / 800)
         assert row["rotation"] == {"slots": case.num_slots, "bytes": case.num_slots * case.kv_bytes}
-        assert row["check"]["ok"] and row["check"]["rel_err"] < 1e-3
+        assert row["check"]["ok"]
+        assert row["check"]["rel_err"] < 1e-3
         assert "public_best_us" not in row
     for kv_indptr, options in library.asked:
         assert options["num_kv_indices"] == kv_indptr[-1]
@@ -234,13 +246,15 @@ def test_ceilings_of_start_and_end_the_larger_counts(small_rotation):
     record = runner.run(SMALL[:1], timer=FakeTimer(), library=FakeLibrary.make(), ceilings=lambda _: next(answers))
     assert record["ceilings"]["used"] == {"read_gbps": 4400.0, "cublas_bf16_tflops": 820.0}
     row = record["rows"][0]
-    assert row["read_share"] == row["gbps"] / 4400 and row["cublas_share"] == row["tflops"] / 820
+    assert row["read_share"] == row["gbps"] / 4400
+    assert row["cublas_share"] == row["tflops"] / 820
 
 
 def test_public_best_only_on_the_gpu_it_was_measured_on():
     row = {"case": vars(Case(16, 1, 8192)), "gbps": 1.0, "tflops": 1.0, "us_amortised": 11.7}
     runner.apply_ceilings(row, CEILINGS, "NVIDIA H100 80GB HBM3")
-    assert row["public_best_us"] == 23.4 and "public_best_ratio" not in row
+    assert row["public_best_us"] == 23.4
+    assert "public_best_ratio" not in row
     runner.apply_ceilings(row, CEILINGS, PUBLIC_BEST_GPU)
     assert row["public_best_ratio"] == pytest.approx(2.0)
     for other in (Case(16, 1, 8192, page_size=1), Case(16, 1, 8192, dtype="float16"), Case(16, 1, 4096)):
@@ -274,7 +288,8 @@ def test_bars_are_judged_in_their_own_direction():
         "host time of one call with a plan": False,
     }
     one = judged["H=16 B=128 L=8192 page 1 bfloat16, speed over that of page 64"]
-    assert one["measured"] == pytest.approx(300 / 310) and one["reach"] == 0.90
+    assert one["measured"] == pytest.approx(300 / 310)
+    assert one["reach"] == 0.90
 
 
 def wrong_page(q_nope, q_pe, ckv_cache, kpe_cache, kv_indptr, kv_indices, sm_scale, **options):
@@ -289,7 +304,8 @@ def writes_nothing(q_nope, *args, **options):
 def test_speed_of_a_wrong_kernel_is_marked(decode, small_rotation):
     record = bench(SMALL[:1], FakeLibrary.make(decode))
     row = record["rows"][0]
-    assert not row["check"]["ok"] and record["failed"] == 1
+    assert not row["check"]["ok"]
+    assert record["failed"] == 1
     assert report.cells(row)[-1].endswith("WRONG")
     assert any(text.startswith("WRONG") for text in report.summary(record))
     json.dumps(record, allow_nan=False)
@@ -300,7 +316,9 @@ def test_wrong_lse_alone_is_caught(small_rotation):
         return decode_reference(*args, **options, lse_base="e")
 
     check = bench(SMALL[:1], FakeLibrary.make(natural_log))["rows"][0]["check"]
-    assert not check["ok"] and check["rel_err"] < 1e-3 and check["lse_err"] > 0.1
+    assert not check["ok"]
+    assert check["rel_err"] < 1e-3
+    assert check["lse_err"] > 0.1
 
 
 def test_a_failing_case_keeps_the_others(small_rotation):
@@ -311,7 +329,8 @@ def test_a_failing_case_keeps_the_others(small_rotation):
 
     record = bench(SMALL, FakeLibrary.make(no_page_one))
     errors = [row for row in record["rows"] if "error" in row]
-    assert len(record["rows"]) == len(SMALL) and record["failed"] == 1
+    assert len(record["rows"]) == len(SMALL)
+    assert record["failed"] == 1
     assert [row["case"]["page_size"] for row in errors] == [1]
     assert errors[0]["error"] == "RuntimeError: page size 1 is broken"
     assert report.cells(errors[0])[5] == "error"
@@ -323,7 +342,8 @@ def test_interrupt_keeps_the_finished_rows(small_rotation):
         raise KeyboardInterrupt
 
     record = bench(SMALL, on_row=stop)
-    assert len(record["rows"]) == 1 and not record["complete"]
+    assert len(record["rows"]) == 1
+    assert not record["complete"]
     assert record["rows"][0]["read_share"] > 0
     assert any("INCOMPLETE" in text for text in report.summary(record))
 
@@ -332,8 +352,10 @@ def test_gpu_facts_are_in_the_record(small_rotation, monkeypatch):
     monkeypatch.setattr(runner, "occupy", lambda device: None)
     monkeypatch.setattr(runner.gpu_facts, "clocks", lambda gpu: {"sm_mhz": 1755, "memory_mhz": 3201, "power_w": 600})
     record = bench(SMALL[:1], gpu=H200)
-    assert record["gpu"]["name"] == PUBLIC_BEST_GPU and record["gpu"]["sm_count"] == 132
-    assert record["gpu"]["driver"] == "580.1" and record["gpu"]["clocks_under_load"]["sm_mhz"] == 1755
+    assert record["gpu"]["name"] == PUBLIC_BEST_GPU
+    assert record["gpu"]["sm_count"] == 132
+    assert record["gpu"]["driver"] == "580.1"
+    assert record["gpu"]["clocks_under_load"]["sm_mhz"] == 1755
     assert report.summary(record)[0].startswith("NVIDIA H200, 132 SMs, driver 580.1, SM clock under load 1755")
 
 
@@ -376,7 +398,8 @@ def test_compare_names_the_file_that_is_no_record(tmp_path, text, message, capsy
         command.main(["--compare", str(bad), str(bad)])
     assert stopped.value.code == 2
     error = capsys.readouterr().err
-    assert str(bad) in error and message in error
+    assert str(bad) in error
+    assert message in error
 
 
 def test_select_cases():
@@ -390,9 +413,12 @@ def test_select_cases():
         Case(8, 2, 64, 32, "float16"),
     ]
     sizes = command.select_cases(["table"], page_sizes=[1, 16], layout="fused")
-    assert len(sizes) == 60 and {c.page_size for c in sizes} == {1, 16} and {c.layout for c in sizes} == {"fused"}
+    assert len(sizes) == 60
+    assert {c.page_size for c in sizes} == {1, 16}
+    assert {c.layout for c in sizes} == {"fused"}
     both = command.select_cases(["quick"], heads=[7])
-    assert both[: len(PRESETS["quick"])] == list(PRESETS["quick"]) and both[-1].num_heads == 7
+    assert both[: len(PRESETS["quick"])] == list(PRESETS["quick"])
+    assert both[-1].num_heads == 7
 
 
 @pytest.mark.parametrize(
@@ -424,13 +450,13 @@ def test_command_writes_table_and_record(tmp_path, monkeypatch, small_rotation, 
     argv = ["--heads", "4", "--batch", "2", "--kv-len", "100,64", "--page-size", "16", "--out", str(out)]
     assert command.main(argv) == 0
     text = capsys.readouterr().out
-    assert "103.5" in text and "peer flashinfer: absent" in text and "peer flash_mla: absent" in text
+    assert "103.5" in text
+    assert "peer flashinfer: absent" in text
+    assert "peer flash_mla: absent" in text
     record = report.load(out)
     assert [row["case"]["kv_len"] for row in record["rows"]] == [100, 64]
-    assert (
-        record["peers"]["flashinfer"]["present"] is False
-        and "ModuleNotFoundError" in record["peers"]["flashinfer"]["why"]
-    )
+    assert record["peers"]["flashinfer"]["present"] is False
+    assert "ModuleNotFoundError" in record["peers"]["flashinfer"]["why"]
     monkeypatch.setattr(runner.Library, "installed", classmethod(lambda cls, *options: FakeLibrary.make(wrong_page)))
     assert command.main(argv) == 1
     assert "WRONG" in capsys.readouterr().out
@@ -444,7 +470,10 @@ def test_command_without_a_hopper_gpu(monkeypatch, capsys):
 
 def fake_flash_mla():
     def flash_mla_with_kvcache(q, cache, block_table, seq_lens, head_dim_v, metadata, num_splits, scale, causal):
-        assert head_dim_v == 512 and metadata == "metadata" and num_splits == "splits" and causal is False
+        assert head_dim_v == 512
+        assert metadata == "metadata"
+        assert num_splits == "splits"
+        assert causal is False
         q, cache = q.squeeze(1), cache.squeeze(2)
         out, lse = decode_reference_block_table(
             q[..., :512], q[..., 512:], cache[..., :512], cache[..., 512:], block_table, seq_lens, scale, lse_base="e"
@@ -468,7 +497,9 @@ def fake_flashinfer():
 
         def run(self, q_nope, q_pe, ckv_cache, kpe_cache, *, out):
             o = self.options
-            assert o["page_size"] == ckv_cache.shape[1] and o["num_heads"] == q_nope.shape[1] and o["causal"] is False
+            assert o["page_size"] == ckv_cache.shape[1]
+            assert o["num_heads"] == q_nope.shape[1]
+            assert o["causal"] is False
             pages = o["kv_indptr"][1:] - o["kv_indptr"][:-1]
             last = (o["kv_len_arr"] - (pages - 1) * o["page_size"]).int()
             decode_reference(
@@ -510,7 +541,9 @@ def test_peers_are_timed_and_checked(monkeypatch, small_rotation):
         fused["peers"]["flash_mla"],
         separate["peers"]["flash_mla"],
     ):
-        assert peer["us"] == 103.5 and peer["check"]["ok"] and peer["check"]["lse_err"] is None
+        assert peer["us"] == 103.5
+        assert peer["check"]["ok"]
+        assert peer["check"]["lse_err"] is None
     names = ["flashinfer", "flash_mla"]
     assert report.cells(fused, names)[-2:] == ("103.5 (1.00x)", "103.5 (1.00x)")
     assert report.cells(paged, names)[-1] == "unsupported"
