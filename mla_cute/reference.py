@@ -55,11 +55,7 @@ def decode_reference(
         IndexError, RuntimeError: from torch, when a page id in use is out of range. Arguments are not checked otherwise:
         `mla_cute.problem.check_decode` does that.
     """
-    page_size = ckv_cache.shape[1]
-    indptr = kv_indptr.tolist()
-    last = [page_size] * q_nope.shape[0] if kv_last_page_len is None else kv_last_page_len.tolist()
-    pages = [kv_indices[start:end] for start, end in itertools.pairwise(indptr)]
-    lengths = [(len(ids) - 1) * page_size + n if len(ids) else 0 for ids, n in zip(pages, last)]
+    pages, lengths = _csr_requests(kv_indptr, kv_indices, kv_last_page_len, ckv_cache.shape[1])
     return _decode(q_nope, q_pe, ckv_cache, kpe_cache, pages, lengths, sm_scale, lse_base, out, lse)
 
 
@@ -90,6 +86,17 @@ def decode_reference_block_table(
     return _decode(q_nope, q_pe, ckv_cache, kpe_cache, pages, lengths, sm_scale, lse_base, out, lse)
 
 
+def _csr_requests(
+    kv_indptr: torch.Tensor, kv_indices: torch.Tensor, kv_last_page_len: torch.Tensor | None, page_size: int
+) -> tuple[list[torch.Tensor], list[int]]:
+    """Page ids and kv_len of each request."""
+    indptr = kv_indptr.tolist()
+    last = [page_size] * (len(indptr) - 1) if kv_last_page_len is None else kv_last_page_len.tolist()
+    pages = [kv_indices[start:end] for start, end in itertools.pairwise(indptr)]
+    lengths = [(len(ids) - 1) * page_size + n if len(ids) else 0 for ids, n in zip(pages, last)]
+    return pages, lengths
+
+
 def _decode(
     q_nope: torch.Tensor,
     q_pe: torch.Tensor,
@@ -101,7 +108,9 @@ def _decode(
     lse_base: int | str,
     out: torch.Tensor | None,
     lse: torch.Tensor | None,
+    p_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """`p_dtype` rounds P before P ckv, as a kernel that multiplies in that dtype does; tests judge errors by it."""
     batch, num_heads, _ = q_nope.shape
     if out is None:
         out = torch.empty((batch, num_heads, ckv_cache.shape[2]), dtype=q_nope.dtype, device=q_nope.device)
@@ -116,14 +125,19 @@ def _decode(
                 lse[b] = -math.inf
                 continue
             q = torch.cat((q_nope[b], q_pe[b]), dim=-1).to(dtype) * sm_scale
-            row_out, row_lse = _attend(q, ckv_cache, kpe_cache, page_ids, kv_len)
+            row_out, row_lse = _attend(q, ckv_cache, kpe_cache, page_ids, kv_len, p_dtype)
             out[b] = row_out
             lse[b] = row_lse * per_base
     return out, lse
 
 
 def _attend(
-    q: torch.Tensor, ckv_cache: torch.Tensor, kpe_cache: torch.Tensor, page_ids: torch.Tensor, kv_len: int
+    q: torch.Tensor,
+    ckv_cache: torch.Tensor,
+    kpe_cache: torch.Tensor,
+    page_ids: torch.Tensor,
+    kv_len: int,
+    p_dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One request: scaled q [H, 576] (its dtype is that of the math) against its kv_len > 0 tokens -> [H, 512], natural-log lse [H]."""
     page_size, ckv_dim = ckv_cache.shape[1:]
@@ -140,8 +154,10 @@ def _attend(
         new_max = torch.maximum(row_max, scores.amax(dim=-1, keepdim=True))
         p = torch.exp(scores - new_max)
         rescale = torch.exp(row_max - new_max)
-        acc = acc * rescale + p @ ckv
         row_sum = row_sum * rescale + p.sum(dim=-1, keepdim=True)
+        if p_dtype is not None:
+            p = p.to(p_dtype).to(p.dtype)
+        acc = acc * rescale + p @ ckv
         row_max = new_max
     return acc / row_sum, (row_max + row_sum.log()).squeeze(-1)
 

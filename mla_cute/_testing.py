@@ -1,0 +1,532 @@
+"""Adversarial decode cases and the verdict on a result, shared by tests/ and `mla-cute check`.
+
+`make_case` builds inputs that punish what a kernel must not do: every page, row and gap that a correct kernel does not read
+holds NaN, every page id that it must not dereference is absurd, metadata is only 4-byte aligned, pages come in random order,
+and the outputs lie between guard regions. `compare` judges an output against the float32 reference, with the error that the
+same computation has in the input dtype as the yardstick. `sweep` lists the cases every release has to pass, and `run_case`
+runs one through the public call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from mla_cute import reference
+from mla_cute.problem import CKV_DIM, KPE_DIM
+
+# softmax scale of DeepSeek-V2/V3: 128 + 64 query dimensions before absorption
+SM_SCALE = 192**-0.5
+ABSURD_PAGE_IDS = (2**30, -5)
+# 0x5a5a is a large finite number in bf16 (1.5e16), 203 in fp16, 1.5e16 in float32: an element nobody wrote is a wrong one.
+SENTINEL = {2: 0x5A5A, 4: 0x5A5A5A5A}
+
+CACHE_LAYOUTS = ("fused", "split", "padded", "slot_major")
+Q_LAYOUTS = ("contiguous", "batch_strided", "fused")
+OUT_LAYOUTS = ("contiguous", "batch_strided")
+
+# lse is a float32 sum over float32 exponentials of float32-accumulated scores: rounding reaches about 1e-5 where |lse| is 10.
+LSE_ATOL = 1e-4
+LSE_RTOL = 2e-6
+
+
+class Guarded:
+    """A tensor inside a larger buffer of sentinels: `tensor` is handed out, the rest must stay as it is."""
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        strides: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device | str,
+        guard: int,
+    ) -> None:
+        extent = 1 + sum((n - 1) * s for n, s in zip(shape, strides)) if math.prod(shape) else 0
+        int_dtype = torch.int16 if dtype.itemsize == 2 else torch.int32
+        self.sentinel = SENTINEL[dtype.itemsize]
+        self.buffer = torch.full((extent + 2 * guard,), self.sentinel, dtype=int_dtype, device=device)
+        self._geometry = (tuple(shape), tuple(strides), guard)
+        self.tensor = self.buffer.view(dtype).as_strided(*self._geometry)
+
+    def reset(self) -> None:
+        self.buffer.fill_(self.sentinel)
+
+    def untouched(self) -> bool:
+        """True when nothing was written, inside or around."""
+        return bool((self.buffer == self.sentinel).all())
+
+    def intact(self) -> bool:
+        """True when nothing was written around `tensor`."""
+        around = self.buffer.clone()
+        around.as_strided(*self._geometry).fill_(self.sentinel)
+        return bool((around == self.sentinel).all())
+
+
+@dataclass
+class DecodeCase:
+    """Inputs of one decode call in both metadata forms, and guarded outputs for it."""
+
+    lengths: list[int]
+    page_size: int
+    num_heads: int
+    sm_scale: float
+    q_nope: torch.Tensor
+    q_pe: torch.Tensor
+    ckv_cache: torch.Tensor
+    kpe_cache: torch.Tensor
+    kv_indptr: torch.Tensor
+    kv_indices: torch.Tensor
+    kv_last_page_len: torch.Tensor
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    guarded_out: Guarded = field(repr=False)
+    guarded_lse: Guarded = field(repr=False)
+
+    @property
+    def out(self) -> torch.Tensor:
+        return self.guarded_out.tensor
+
+    @property
+    def lse(self) -> torch.Tensor:
+        return self.guarded_lse.tensor
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.q_nope, self.q_pe, self.ckv_cache, self.kpe_cache
+
+    @property
+    def csr_args(self) -> tuple[Any, ...]:
+        """Positional arguments of `mla_paged_decode`; pass `kv_last_page_len` as a keyword beside them."""
+        return (*self.tensors, self.kv_indptr, self.kv_indices, self.sm_scale)
+
+    @property
+    def block_table_args(self) -> tuple[Any, ...]:
+        """Positional arguments of `mla_paged_decode_block_table`."""
+        return (*self.tensors, self.block_table, self.seq_lens, self.sm_scale)
+
+    def load(self, other: DecodeCase) -> None:
+        """Overwrite this case's inputs in place, as a serving engine does between replays of a CUDA graph.
+
+        Both cases need equal shapes: make them with the same `num_pages`, `num_indices` and `max_pages`.
+        """
+        names = ("kv_indptr", "kv_indices", "kv_last_page_len", "block_table", "seq_lens")
+        for name in ("q_nope", "q_pe", "ckv_cache", "kpe_cache", *names):
+            getattr(self, name).copy_(getattr(other, name))
+        self.lengths = list(other.lengths)
+
+
+def make_case(
+    lengths: Sequence[int],
+    *,
+    num_heads: int,
+    page_size: int,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    sm_scale: float = SM_SCALE,
+    cache_layout: str = "fused",
+    q_layout: str = "contiguous",
+    out_layout: str = "contiguous",
+    shared_pages: int = 0,
+    drift: float = 0.0,
+    num_pages: int | None = None,
+    num_indices: int | None = None,
+    max_pages: int | None = None,
+    index_offset: int = 0,
+) -> DecodeCase:
+    """Build a case of one request per entry of `lengths` (tokens); deterministic for a seed and a device type.
+
+    Args:
+        cache_layout: "fused" (two views of [num_pages, page_size, 576]), "split" (two tensors), "padded" (views whose rows
+            are 640 wide and whose pages have one more row, NaN in both gaps), "slot_major" (stride(0) < stride(1)).
+        q_layout: "contiguous", "batch_strided" (NaN between requests), "fused" (two views of [batch, H, 576]).
+        out_layout: "contiguous" or "batch_strided" (guard regions between requests).
+        shared_pages: up to this many leading full pages of request 0 are also those of every other request.
+        drift: scores rise by this many nats from a request's first token to its last (fall when negative).
+        num_pages: pages in the cache, at least those in use; the others are NaN. Default: one in nine, and 3 at least.
+        num_indices: length of kv_indices, the rest absurd page ids. Default: 7 of them.
+        max_pages: columns of block_table, the rest absurd page ids. Default: 3 of them.
+        index_offset: kv_indptr[0]; that many absurd page ids come first.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    length = torch.tensor(lengths, dtype=torch.int64)
+    batch = len(length)
+    pages_of = (length + page_size - 1) // page_size
+    indptr = torch.zeros(batch + 1, dtype=torch.int64)
+    indptr[1:] = pages_of.cumsum(0)
+    used = int(indptr[-1])
+    num_pages = used + max(3, used // 8) if num_pages is None else num_pages
+    num_indices = index_offset + used + 7 if num_indices is None else num_indices
+    max_pages = int(pages_of.max() if batch else 0) + 3 if max_pages is None else max_pages
+
+    ids = torch.randperm(num_pages, generator=generator)[:used]
+    full_pages = length // page_size
+    for b in range(1, batch if shared_pages else 0):
+        n = min(shared_pages, int(full_pages[b]), int(full_pages[0]))
+        ids[indptr[b] : indptr[b] + n] = ids[:n]
+    request_of = torch.arange(batch).repeat_interleave(pages_of)
+    page_of = torch.arange(used) - indptr[request_of]
+
+    all_indices = _absurd(num_indices)
+    all_indices[index_offset : index_offset + used] = ids
+    # an odd row stride, so that rows are only 4-byte aligned
+    table = _absurd(batch * (max_pages | 1)).view(batch, max_pages | 1)[:, :max_pages]
+    table[request_of, page_of] = ids.to(torch.int32)
+    # what the last page length of an empty request says must not matter
+    last_page_len = (torch.arange(batch) % 2) * page_size
+    last_page_len[length > 0] = (length - (pages_of - 1) * page_size)[length > 0]
+
+    live_rows = torch.zeros(num_pages, dtype=torch.int64)
+    live_rows[ids] = (length[request_of] - page_of * page_size).clamp(max=page_size)
+
+    device = torch.device(device)
+    values = torch.Generator(device=device).manual_seed(seed)
+    q_nope, q_pe = _make_q(batch, num_heads, q_layout, dtype, device, values)
+    ckv_cache, kpe_cache = _make_caches(num_pages, page_size, cache_layout, dtype, device, values)
+    if drift:
+        amplitude = math.sqrt(abs(drift) / sm_scale)
+        first_token = torch.zeros(num_pages, dtype=torch.float32)
+        first_token[ids] = (page_of * page_size).float()
+        last_token = torch.ones(num_pages, dtype=torch.float32)
+        last_token[ids] = (length[request_of] - 1).clamp(min=1).float()
+        slot = torch.arange(page_size, device=device)
+        fraction = (first_token.to(device)[:, None] + slot) / last_token.to(device)[:, None]
+        q_pe[..., 0] = amplitude
+        kpe_cache[..., 0] = (math.copysign(amplitude, drift) * fraction).to(dtype)
+    dead = torch.arange(page_size, device=device) >= live_rows.to(device)[:, None]
+    for cache in (ckv_cache, kpe_cache):
+        cache.masked_fill_(dead[..., None], math.nan)
+
+    gap = 2 if out_layout == "batch_strided" else 1
+    out_shape, out_strides = (batch, num_heads, CKV_DIM), (gap * num_heads * CKV_DIM, CKV_DIM, 1)
+    return DecodeCase(
+        lengths=list(lengths),
+        page_size=page_size,
+        num_heads=num_heads,
+        sm_scale=sm_scale,
+        q_nope=q_nope,
+        q_pe=q_pe,
+        ckv_cache=ckv_cache,
+        kpe_cache=kpe_cache,
+        kv_indptr=_unaligned(indptr + index_offset, device),
+        kv_indices=_unaligned(all_indices, device),
+        kv_last_page_len=_unaligned(last_page_len, device),
+        block_table=_like_table(table, device),
+        seq_lens=_unaligned(length, device),
+        guarded_out=Guarded(out_shape, out_strides, dtype, device, guard=4096),
+        # 4-byte alignment is all that lse has to have
+        guarded_lse=Guarded((batch, num_heads), (num_heads, 1), torch.float32, device, guard=1021),
+    )
+
+
+def _absurd(n: int) -> torch.Tensor:
+    return torch.tensor(ABSURD_PAGE_IDS, dtype=torch.int32).repeat(n // 2 + 1)[:n]
+
+
+def _unaligned(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The values as int32 on the device, contiguous, 4 bytes past an aligned address, absurd numbers on both sides."""
+    buffer = _absurd(len(values) + 2)
+    buffer[1:-1] = values
+    return buffer.to(device)[1:-1]
+
+
+def _like_table(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if device.type == "cpu":
+        return table
+    on_device = torch.empty(table.shape[0], table.stride(0), dtype=torch.int32, device=device)[:, : table.shape[1]]
+    return on_device.copy_(table)
+
+
+def _make_q(
+    batch: int, num_heads: int, layout: str, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator)
+
+    if layout == "contiguous":
+        return normal(batch, num_heads, CKV_DIM), normal(batch, num_heads, KPE_DIM)
+    if layout == "fused":
+        q = normal(batch, num_heads, CKV_DIM + KPE_DIM)
+        return q[..., :CKV_DIM], q[..., CKV_DIM:]
+    if layout != "batch_strided":
+        raise ValueError(f"q_layout: expected one of {Q_LAYOUTS}, got {layout!r}")
+    nope, pe = normal(batch, 3, num_heads, CKV_DIM), normal(batch, 3, num_heads, KPE_DIM)
+    for q in (nope, pe):
+        q[:, 0] = q[:, 2] = math.nan
+    return nope[:, 1], pe[:, 1]
+
+
+def _make_caches(
+    num_pages: int, page_size: int, layout: str, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator)
+
+    width = CKV_DIM + KPE_DIM
+    if layout == "split":
+        return normal(num_pages, page_size, CKV_DIM), normal(num_pages, page_size, KPE_DIM)
+    if layout == "fused":
+        cache = normal(num_pages, page_size, width)
+    elif layout == "slot_major":
+        cache = normal(page_size, num_pages, width).transpose(0, 1)
+    elif layout == "padded":
+        buffer = normal(num_pages, page_size + 1, width + 64)
+        buffer[:, page_size:] = math.nan
+        buffer[..., width:] = math.nan
+        cache = buffer[:, :page_size, :width]
+    else:
+        raise ValueError(f"cache_layout: expected one of {CACHE_LAYOUTS}, got {layout!r}")
+    return cache[..., :CKV_DIM], cache[..., CKV_DIM:]
+
+
+# ------------------------------------------------------------------------------------------------ the verdict
+
+
+@dataclass
+class Expected:
+    """Reference of a case: float32 output and lse, and the output of the same computation with P and output in `dtype`."""
+
+    output: torch.Tensor
+    lse: torch.Tensor
+    in_dtype: torch.Tensor
+    dtype: torch.dtype
+    lengths: list[int]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Error figures of a result. `failures` says what is wrong, worst row first; empty means the result is accepted.
+
+    `relative_error` and `dtype_error` are Frobenius norms of the error over that of the reference, of the result and of the
+    same computation in the input dtype; `cosine` is the smallest over rows; errors are taken where the reference is finite.
+    """
+
+    failures: tuple[str, ...]
+    relative_error: float
+    dtype_error: float
+    max_error: float
+    cosine: float
+    lse_error: float
+
+    @property
+    def ok(self) -> bool:
+        return not self.failures
+
+    def __str__(self) -> str:
+        figures = (
+            f"relative error {self.relative_error:.2e} (in dtype: {self.dtype_error:.2e}), max error {self.max_error:.2e}, "
+            f"cosine {self.cosine:.7f}, lse error {self.lse_error:.2e}"
+        )
+        return "\n".join((*self.failures, figures))
+
+
+def expected_of(case: DecodeCase, *, lse_base: int | str = 2) -> Expected:
+    """Run the reference on a case, once in float32 and once with P and the output rounded to the dtype of q."""
+    pages, lengths = reference._csr_requests(case.kv_indptr, case.kv_indices, case.kv_last_page_len, case.page_size)
+    if lengths != case.lengths:
+        raise AssertionError(f"the case's metadata say lengths {lengths}, it was made for {case.lengths}")
+    arguments = (*case.tensors, pages, lengths, case.sm_scale, lse_base)
+    output = torch.empty(case.q_nope.shape, dtype=torch.float32, device=case.q_nope.device)
+    output, lse = reference._decode(*arguments, output, None)
+    in_dtype, _ = reference._decode(*arguments, None, None, p_dtype=case.q_nope.dtype)
+    return Expected(output, lse, in_dtype, case.q_nope.dtype, lengths)
+
+
+def compare(output: torch.Tensor, lse: torch.Tensor | None, expected: Expected) -> Verdict:
+    """Judge a decode result; `lse` None leaves lse out.
+
+    Accepted is, for every (request, head) row: inf and NaN where the reference has them and nowhere else; an error, in norm
+    and in the largest element, of at most twice that of the same computation in the input dtype plus rounding (eps / 4 of
+    the row's norm, eps / 2 of its largest element); a cosine that such an error allows; |lse error| of at most
+    1e-4 + 2e-6 * |lse|.
+    """
+    failures: list[str] = []
+    if output.dtype is not expected.dtype or output.shape != expected.output.shape:
+        failures.append(
+            f"output: expected {expected.dtype} {list(expected.output.shape)}, got {output.dtype} {list(output.shape)}"
+        )
+    if lse is not None and (lse.dtype is not torch.float32 or lse.shape != expected.lse.shape):
+        failures.append(f"lse: expected torch.float32 {list(expected.lse.shape)}, got {lse.dtype} {list(lse.shape)}")
+    if failures or output.numel() == 0:
+        return Verdict(tuple(failures), 0.0, 0.0, 0.0, 1.0, 0.0)
+
+    want, got, base = expected.output.double(), output.double(), expected.in_dtype.double()
+    masks_differ = (_kind(output) != _kind(expected.output.to(expected.dtype))).any(-1)
+    failures += _worst(
+        "output: inf or NaN where the reference has none, or the reverse", masks_differ.double(), expected
+    )
+
+    finite = want.isfinite() & got.isfinite() & base.isfinite()
+    want, got, base = (x.where(finite, torch.zeros_like(x)) for x in (want, got, base))
+    error, base_error = got - want, base - want
+    norm, error_norm, base_norm = want.norm(dim=-1), error.norm(dim=-1), base_error.norm(dim=-1)
+    largest, error_max, base_max = want.abs().amax(-1), error.abs().amax(-1), base_error.abs().amax(-1)
+    eps = torch.finfo(expected.dtype).eps
+
+    allowed = 2 * base_norm + eps / 4 * norm
+    failures += _over("output: error norm", error_norm, allowed, expected)
+    failures += _over("output: largest error", error_max, 2 * base_max + eps / 2 * largest, expected)
+    cosine = torch.where(
+        norm > 0, (got * want).sum(-1) / (got.norm(dim=-1) * norm).clamp(min=1e-300), torch.ones_like(norm)
+    )
+    # an error of relative norm r turns a row by at most asin(r), and 1 - cos(asin(r)) < r^2 for r < 1
+    allowed_turn = (allowed / norm.clamp(min=1e-300)).square().clamp(max=1) + 1e-12
+    failures += _over("output: 1 - cosine", 1 - cosine, allowed_turn, expected)
+
+    lse_error = torch.zeros_like(norm)
+    if lse is not None:
+        lse_masks_differ = _kind(lse) != _kind(expected.lse)
+        failures += _worst(
+            "lse: inf or NaN where the reference has none, or the reverse", lse_masks_differ.double(), expected
+        )
+        lse_finite = lse.isfinite() & expected.lse.isfinite()
+        lse_error = (lse.double() - expected.lse.double()).abs().where(lse_finite, lse_error)
+        allowed_lse = LSE_ATOL + LSE_RTOL * expected.lse.double().abs().where(lse_finite, torch.zeros_like(norm))
+        failures += _over("lse: error", lse_error, allowed_lse, expected)
+
+    total = norm.norm().clamp(min=1e-300)
+    return Verdict(
+        failures=tuple(failures),
+        relative_error=float(error_norm.norm() / total),
+        dtype_error=float(base_norm.norm() / total),
+        max_error=float(error_max.max()),
+        cosine=float(cosine.min()),
+        lse_error=float(lse_error.max()),
+    )
+
+
+def _kind(x: torch.Tensor) -> torch.Tensor:
+    """0 finite, 1 NaN, 2 +inf, 3 -inf."""
+    return x.isnan().int() + 2 * x.isposinf().int() + 3 * x.isneginf().int()
+
+
+def _over(what: str, value: torch.Tensor, allowed: torch.Tensor, expected: Expected) -> list[str]:
+    excess = (value - allowed).where(value > allowed, torch.zeros_like(value))
+    return _worst(what, excess, expected, lambda b, h: f" {float(value[b, h]):.3e}, allowed {float(allowed[b, h]):.3e}")
+
+
+def _worst(
+    what: str, badness: torch.Tensor, expected: Expected, figures: Callable[[int, int], str] = lambda b, h: ""
+) -> list[str]:
+    """A message for the largest positive entry of `badness` [batch, H], none if there is none."""
+    count = int((badness > 0).sum())
+    if count == 0:
+        return []
+    b, h = divmod(int(badness.argmax()), badness.shape[1])
+    where = f"request {b} (kv_len {expected.lengths[b]}), head {h}"
+    return [f"{what}{figures(b, h)} in {where}; {count} of {badness.numel()} rows are wrong"]
+
+
+# ------------------------------------------------------------------------------------------------ the sweep
+
+SWEEP_HEADS = (1, 6, 8, 16, 24, 64, 65, 96, 128)
+SWEEP_PAGE_SIZES = (1, 3, 8, 16, 24, 32, 48, 64, 100, 128, 192, 256)
+SWEEP_DTYPES = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class CaseSpec:
+    """A case by its parameters; `make` builds it on a device."""
+
+    num_heads: int
+    page_size: int
+    dtype: torch.dtype
+    lengths: tuple[int, ...]
+    cache_layout: str = "fused"
+    q_layout: str = "contiguous"
+    out_layout: str = "contiguous"
+    shared_pages: int = 0
+    drift: float = 0.0
+    seed: int = 0
+
+    def __str__(self) -> str:
+        dtype = {torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
+        name = f"h{self.num_heads}-page{self.page_size}-{dtype}-b{len(self.lengths)}x{max(self.lengths, default=0)}"
+        return f"{name}-{self.cache_layout}-q_{self.q_layout}-out_{self.out_layout}-drift{self.drift:g}"
+
+    def make(self, device: torch.device | str) -> DecodeCase:
+        return make_case(
+            self.lengths,
+            num_heads=self.num_heads,
+            page_size=self.page_size,
+            dtype=self.dtype,
+            device=device,
+            seed=self.seed,
+            cache_layout=self.cache_layout,
+            q_layout=self.q_layout,
+            out_layout=self.out_layout,
+            shared_pages=self.shared_pages,
+            drift=self.drift,
+        )
+
+
+def sweep(heads_per_cell: int = 3) -> list[CaseSpec]:
+    """Ragged batches over every page size and dtype, each with `heads_per_cell` of the head counts and of the layouts.
+
+    3 makes 72 cases, in which a head count meets two thirds of the page sizes; 9 is the full product, 216 cases.
+    """
+    specs: list[CaseSpec] = []
+    for page_size in SWEEP_PAGE_SIZES:
+        for dtype in SWEEP_DTYPES:
+            for _ in range(heads_per_cell):
+                i = len(specs)
+                edges = (page_size - 1, page_size, page_size + 1, 3 * page_size)
+                lengths = [0, 1, 63, 64, 65, 127, 129, 1000, *edges]
+                lengths += [20000] if i % 2 == 0 else [4097, 0]
+                order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(i)).tolist()
+                specs.append(
+                    CaseSpec(
+                        num_heads=SWEEP_HEADS[(i + i // len(SWEEP_HEADS)) % len(SWEEP_HEADS)],
+                        page_size=page_size,
+                        dtype=dtype,
+                        lengths=tuple(lengths[j] for j in order),
+                        cache_layout=CACHE_LAYOUTS[(i + i // 12) % len(CACHE_LAYOUTS)],
+                        q_layout=Q_LAYOUTS[(i + i // 6) % len(Q_LAYOUTS)],
+                        out_layout=OUT_LAYOUTS[(i // 3) % len(OUT_LAYOUTS)],
+                        shared_pages=(0, 1, 1000)[i // 2 % 3],
+                        drift=(0.0, 60.0, -60.0)[i // 4 % 3],
+                        seed=i,
+                    )
+                )
+    return specs
+
+
+def run_case(
+    case: DecodeCase,
+    *,
+    entry: str = "csr",
+    lse_base: int | str = 2,
+    expected: Expected | None = None,
+    **kwargs: Any,
+) -> Verdict:
+    """Run a case through the public call into its guarded outputs and judge what came out.
+
+    Args:
+        entry: "csr" (`mla_paged_decode`) or "block_table" (`mla_paged_decode_block_table`).
+        expected: from `expected_of`, with the same `lse_base`; None computes it.
+        kwargs: further keywords of the call, such as `plan` or `batch_invariant`.
+    """
+    import mla_cute
+
+    case.guarded_out.reset()
+    case.guarded_lse.reset()
+    kwargs |= {"out": case.out, "lse": case.lse, "lse_base": lse_base}
+    if entry == "csr":
+        output, lse = mla_cute.mla_paged_decode(*case.csr_args, kv_last_page_len=case.kv_last_page_len, **kwargs)
+    else:
+        output, lse = mla_cute.mla_paged_decode_block_table(*case.block_table_args, **kwargs)
+    verdict = compare(output, lse, expected_of(case, lse_base=lse_base) if expected is None else expected)
+    failures = []
+    if output.data_ptr() != case.out.data_ptr() or output.stride() != case.out.stride():
+        failures.append("output: expected the tensor given as out")
+    if lse.data_ptr() != case.lse.data_ptr():
+        failures.append("lse: expected the tensor given as lse")
+    if not case.guarded_out.intact():
+        failures.append("output: memory around out was written")
+    if not case.guarded_lse.intact():
+        failures.append("lse: memory around lse was written")
+    return replace(verdict, failures=(*failures, *verdict.failures))
