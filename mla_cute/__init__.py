@@ -1,0 +1,24 @@
+"""Multi-head Latent Attention over a paged cache for Hopper GPUs, in the CuTe Python DSL.
+
+>>> import mla_cute
+>>> plan = mla_cute.plan_decode(kv_indptr, num_heads=16, page_size=64)              # once per step
+>>> out, lse = mla_cute.mla_paged_decode(q_nope, q_pe, ckv_cache, kpe_cache,        # every layer
+...                                      kv_indptr, kv_indices, sm_scale, plan=plan)
+"""
+
+from .api import mla_paged_decode, mla_paged_decode_block_table
+from .config import KernelConfig
+from .jit import cache_dir, warmup
+from .plan import DecodePlan, plan_decode, plan_decode_block_table
+
+__version__ = "0.1.0"
+__all__ = [
+    "DecodePlan",
+    "KernelConfig",
+    "cache_dir",
+    "mla_paged_decode",
+    "mla_paged_decode_block_table",
+    "plan_decode",
+    "plan_decode_block_table",
+    "warmup",
+]

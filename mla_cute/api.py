@@ -1,0 +1,240 @@
+"""The public calls. The path is: check, plan, look up the compiled step, launch; nothing reads the device."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+
+from . import reference
+from .config import KernelConfig
+from .plan import DecodePlan, plan_decode, plan_decode_block_table
+from .problem import (
+    CKV_DIM,
+    DecodeProblem,
+    check_decode,
+    check_decode_block_table,
+    verify_block_table_on_device,
+    verify_on_device,
+)
+
+_LOG2_E = math.log2(math.e)
+_LN_2 = math.log(2.0)
+
+
+def _check_enabled() -> bool:
+    return os.environ.get("MLA_CUTE_CHECK", "0") not in ("", "0")
+
+
+def mla_paged_decode(
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    ckv_cache: torch.Tensor,
+    kpe_cache: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    kv_indices: torch.Tensor,
+    sm_scale: float,
+    *,
+    kv_last_page_len: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+    lse_base: int | str = 2,
+    return_lse: bool = True,
+    plan: DecodePlan | None = None,
+    config: KernelConfig | None = None,
+    deterministic: bool = True,
+    batch_invariant: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """One MLA decode step over a paged latent cache, one query token per request.
+
+    S = q_nope ckv^T + q_pe kpe^T;  P = softmax(sm_scale * S);  output = P ckv   (absorbed MLA, DeepSeek-V2)
+
+    Args:
+        q_nope: [batch, H, 512] bfloat16 or float16, H in 1..128; last dimension contiguous, other strides multiples
+            of 8 elements.
+        q_pe: [batch, H, 64], dtype of q_nope.
+        ckv_cache: [num_pages, page_size, 512], dtype of q_nope, page_size >= 1; may be a strided view of one
+            [num_pages, page_size, 576] buffer.
+        kpe_cache: [num_pages, page_size, 64], likewise.
+        kv_indptr: [batch + 1] int32, non-decreasing; request b owns kv_indices[kv_indptr[b]:kv_indptr[b + 1]].
+            (One published text says num_pages + 1; batch + 1 is what every implementation means.)
+        kv_indices: [num_kv_indices] int32 page ids.
+        sm_scale: factor of the scores, > 0; 1 / sqrt(192) for DeepSeek-V2/V3 before YaRN's correction.
+        kv_last_page_len: [batch] int32, tokens in each request's last page; None: last pages are full.
+        out: [batch, H, 512] to write to, dtype of q_nope; None allocates.
+        lse: [batch, H] float32 to write to; None allocates.
+        lse_base: 2 (default) or "e", base of the log-sum-exp.
+        return_lse: False returns the output alone.
+        plan: from :func:`plan_decode` on the same metadata, shared by the layers of a step; None plans in the call.
+        config: a KernelConfig when no plan is given; None takes the default.
+        deterministic: accepted for compatibility; results never vary from run to run.
+        batch_invariant: as :func:`plan_decode`; ignored when a plan is given.
+
+    Returns:
+        (output [batch, H, 512] in the dtype of q_nope, lse [batch, H] float32), or output. A request of length 0
+        gives output 0 and lse -inf.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it, what was expected and what it was. Nothing
+            has been launched and out, lse and the caches are untouched.
+        RuntimeError: a CUDA device that is not Hopper (compute capability 9.0).
+
+    Runs on the tensors' device and torch's current stream and can be captured in a CUDA graph. CPU tensors are
+    computed in float32 by torch. Page ids and lengths are not read on the host: ids outside the cache or lengths
+    beyond kv_indices are undefined behaviour, except with MLA_CUTE_CHECK=1, which verifies them on the device
+    (synchronising) and raises ValueError.
+    """
+    del deterministic
+    problem = check_decode(
+        q_nope, q_pe, ckv_cache, kpe_cache, kv_indptr, kv_indices, sm_scale, kv_last_page_len, out, lse, lse_base
+    )
+    if plan is not None:
+        _check_plan(plan, problem)
+    if _check_enabled():
+        verify_on_device(problem, kv_indptr, kv_indices, kv_last_page_len)
+    if not q_nope.is_cuda:
+        result = reference.decode_reference(
+            q_nope, q_pe, ckv_cache, kpe_cache, kv_indptr, kv_indices, sm_scale,
+            kv_last_page_len=kv_last_page_len, lse_base=lse_base, out=out, lse=lse,
+        )  # fmt: skip
+        return result if return_lse else result[0]
+    if plan is None:
+        plan = plan_decode(
+            kv_indptr,
+            num_heads=problem.num_heads,
+            page_size=problem.page_size,
+            kv_last_page_len=kv_last_page_len,
+            num_kv_indices=kv_indices.shape[0],
+            config=config,
+            batch_invariant=batch_invariant,
+        )
+    return _launch(
+        problem, plan, q_nope, q_pe, ckv_cache, kpe_cache, kv_indices, sm_scale, out, lse, lse_base, return_lse
+    )
+
+
+def mla_paged_decode_block_table(
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    ckv_cache: torch.Tensor,
+    kpe_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    sm_scale: float,
+    *,
+    out: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+    lse_base: int | str = 2,
+    return_lse: bool = True,
+    plan: DecodePlan | None = None,
+    config: KernelConfig | None = None,
+    deterministic: bool = True,
+    batch_invariant: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """:func:`mla_paged_decode` for engines that carry a padded block table; same kernels, no copy.
+
+    Args:
+        block_table: [batch, max_pages] int32 page ids, last dimension contiguous; entries past a request's last page
+            are never read.
+        seq_lens: [batch] int32, tokens per request.
+        plan: from :func:`plan_decode_block_table`.
+        (the rest): as :func:`mla_paged_decode`.
+
+    Returns and raises as :func:`mla_paged_decode`.
+    """
+    del deterministic
+    problem = check_decode_block_table(
+        q_nope, q_pe, ckv_cache, kpe_cache, block_table, seq_lens, sm_scale, out, lse, lse_base
+    )
+    if plan is not None:
+        _check_plan(plan, problem)
+    if _check_enabled():
+        verify_block_table_on_device(problem, block_table, seq_lens)
+    if not q_nope.is_cuda:
+        result = reference.decode_reference_block_table(
+            q_nope, q_pe, ckv_cache, kpe_cache, block_table, seq_lens, sm_scale, lse_base=lse_base, out=out, lse=lse
+        )
+        return result if return_lse else result[0]
+    rows, columns = block_table.shape
+    stride = block_table.stride(0) if rows > 1 else columns
+    if plan is None:
+        plan = plan_decode_block_table(
+            seq_lens,
+            num_heads=problem.num_heads,
+            page_size=problem.page_size,
+            max_pages=columns,
+            table_stride=stride,
+            config=config,
+            batch_invariant=batch_invariant,
+        )
+    elif plan._table_stride != stride:
+        raise ValueError(
+            f"plan: expected a plan for block_table rows {stride} elements apart, got one for {plan._table_stride}"
+        )
+    flat = block_table.as_strided(((rows - 1) * stride + columns if rows else 0,), (1,))
+    return _launch(problem, plan, q_nope, q_pe, ckv_cache, kpe_cache, flat, sm_scale, out, lse, lse_base, return_lse)
+
+
+def _check_plan(plan: DecodePlan, problem: DecodeProblem) -> None:
+    if (
+        plan.batch == problem.batch
+        and plan.num_heads == problem.num_heads
+        and plan.page_size == problem.page_size
+        and plan.device == problem.device
+    ):
+        return
+    reason = plan.why_unusable(problem.batch, problem.num_heads, problem.page_size, problem.device)
+    raise ValueError(f"plan: {reason}")
+
+
+def _unit_strides(x: torch.Tensor) -> torch.Tensor:
+    """The same elements with packed strides where a dimension has size 1: TMA checks strides it never takes."""
+    size, stride = list(x.shape), list(x.stride())
+    for d in range(x.dim() - 2, -1, -1):
+        if size[d] == 1:
+            stride[d] = size[d + 1] * stride[d + 1]
+    return x.as_strided(size, stride)
+
+
+def _launch(
+    problem: DecodeProblem,
+    plan: DecodePlan,
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    ckv_cache: torch.Tensor,
+    kpe_cache: torch.Tensor,
+    kv_indices: torch.Tensor,
+    sm_scale: float,
+    out: torch.Tensor | None,
+    lse: torch.Tensor | None,
+    lse_base: int | str,
+    return_lse: bool,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    batch, heads = problem.batch, problem.num_heads
+    if out is None:
+        out = torch.empty((batch, heads, CKV_DIM), dtype=problem.dtype, device=problem.device)
+    if lse is None:
+        lse = torch.empty((batch, heads), dtype=torch.float32, device=problem.device)
+    if batch:
+        if batch == 1 or heads == 1 or problem.page_size == 1 or problem.num_pages == 1:
+            q_nope, q_pe, ckv_cache, kpe_cache = map(_unit_strides, (q_nope, q_pe, ckv_cache, kpe_cache))
+        plan.launcher(problem.dtype, problem.page_size)(
+            q_nope,
+            q_pe,
+            ckv_cache,
+            kpe_cache,
+            kv_indices,
+            plan.items,
+            plan.part_items,
+            plan.splits,
+            out,
+            lse,
+            plan.part_o,
+            plan.part_lse,
+            plan.num_tiles,
+            plan.merge_rows,
+            sm_scale * _LOG2_E,
+            1.0 if lse_base == 2 else _LN_2,
+        )
+    return (out, lse) if return_lse else out

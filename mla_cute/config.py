@@ -1,0 +1,73 @@
+"""Tunable configuration of the kernels: values that change speed, never results."""
+
+import dataclasses
+from typing import Any
+
+KERNELS = ("rows",)
+
+
+@dataclasses.dataclass(frozen=True)
+class LaunchConfig:
+    """The part of a configuration that compiled code depends on."""
+
+    kernel: str
+    evict_first: bool
+    use_pdl: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class KernelConfig:
+    """One point of the tuning space of the decode path.
+
+    kernel            which main kernel runs: "rows" (64 packed rows per tile, two KV tiles in flight)
+    evict_first       KV loads carry the L2 evict-first hint
+    use_pdl           launch planner, main and merge kernels with programmatic dependent launch
+    min_blocks        64-token blocks below which a piece of a request is not split further (even)
+    item_overhead     cost of starting a work item, in 64-token blocks, as the planner's balance counts it
+    split_penalty     cost of splitting requests at all, in 64-token blocks per CTA; whole requests are preferred
+                      while their makespan is within it
+    """
+
+    kernel: str = "rows"
+    evict_first: bool = True
+    use_pdl: bool = True
+    min_blocks: int = 2
+    item_overhead: int = 4
+    split_penalty: int = 6
+
+    def launch(self) -> LaunchConfig:
+        return LaunchConfig(self.kernel, self.evict_first, self.use_pdl)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "KernelConfig":
+        """Raises ValueError on an unknown field, TypeError on a field of the wrong type."""
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - set(fields)):
+            raise ValueError(f"config: unknown fields {unknown}; known are {sorted(fields)}")
+        for name, value in values.items():
+            expected = type(fields[name].default)
+            if type(value) is not expected:
+                raise TypeError(f"config.{name}: expected {expected.__name__}, got {value!r}")
+        return cls(**values)
+
+
+def why_infeasible(config: KernelConfig) -> str | None:
+    """The one feasibility rule: None, or the reason why `config` cannot run."""
+    if config.kernel not in KERNELS:
+        return f"kernel: expected one of {KERNELS}, got {config.kernel!r}"
+    if config.min_blocks < 2 or config.min_blocks % 2:
+        return f"min_blocks: expected an even number >= 2, got {config.min_blocks}"
+    if config.item_overhead < 0:
+        return f"item_overhead: expected >= 0, got {config.item_overhead}"
+    if config.split_penalty < 0:
+        return f"split_penalty: expected >= 0, got {config.split_penalty}"
+    return None
+
+
+def default_config(num_heads: int, page_size: int, batch: int, num_sms: int) -> KernelConfig:
+    """The configuration used when no tuned entry applies."""
+    del page_size, batch, num_sms
+    return KernelConfig(split_penalty=2 + (4 * min(num_heads, 128) + 63) // 64)

@@ -1,0 +1,79 @@
+"""One decode step as one host call: the main kernel and the merge kernel behind it."""
+
+import cutlass.cute as cute
+from cutlass import Float32, Int32
+from cutlass.cute.runtime import make_fake_stream
+
+from ..config import LaunchConfig
+from .fake import fake_tensor, sym64
+from .merge import Merge
+from .registry import DECODE, DecodeKey
+from .rows_sm90 import DTYPES, HEAD_DIM_ROPE, HEAD_DIM_V, RowsSm90
+
+
+class Decode:
+    """Launches RowsSm90, then Merge under programmatic dependent launch. A second host call would cost 6 us."""
+
+    name = DECODE.name
+
+    def __init__(self, key: DecodeKey, config: LaunchConfig):
+        self.dtype = DTYPES[key.dtype]
+        self.rows = RowsSm90(key, config)
+        self.merge = Merge(key, config)
+
+    def compile_args(self) -> tuple:
+        batch, heads, pages, page = cute.sym_int(), cute.sym_int(), cute.sym_int(), cute.sym_int()
+        dt = self.dtype
+
+        def rows3(a, b, c):
+            return fake_tensor(dt, (a, b, c), (sym64(8), sym64(8), 1), 16)
+
+        def ints(n):
+            return fake_tensor(Int32, (n,), (1,), 4)
+
+        return (
+            rows3(batch, heads, HEAD_DIM_V),
+            rows3(batch, heads, HEAD_DIM_ROPE),
+            rows3(pages, page, HEAD_DIM_V),
+            rows3(pages, page, HEAD_DIM_ROPE),
+            ints(cute.sym_int()),
+            fake_tensor(Int32, (cute.sym_int(), 8), (8, 1), 16),
+            ints(cute.sym_int()),
+            fake_tensor(Int32, (batch, 2), (2, 1), 8),
+            rows3(batch, heads, HEAD_DIM_V),
+            fake_tensor(Float32, (batch, heads), (sym64(), 1), 4),
+            fake_tensor(Float32, (cute.sym_int(), HEAD_DIM_V), (HEAD_DIM_V, 1), 16),
+            fake_tensor(Float32, (cute.sym_int(),), (1,), 4),
+            Int32(1),
+            Int32(1),
+            Float32(1.0),
+            Float32(1.0),
+            make_fake_stream(use_tvm_ffi_env_stream=True),
+        )
+
+    @cute.jit
+    def __call__(
+        self,
+        q_nope: cute.Tensor,
+        q_pe: cute.Tensor,
+        ckv_cache: cute.Tensor,
+        kpe_cache: cute.Tensor,
+        kv_indices: cute.Tensor,
+        items: cute.Tensor,
+        part_items: cute.Tensor,
+        splits: cute.Tensor,
+        out: cute.Tensor,
+        lse: cute.Tensor,
+        part_o: cute.Tensor,
+        part_lse: cute.Tensor,
+        num_tiles: Int32,
+        merge_rows: Int32,
+        scale_log2: Float32,
+        lse_scale: Float32,
+        stream,
+    ):
+        self.rows(
+            q_nope, q_pe, ckv_cache, kpe_cache, kv_indices, items, part_items, out, lse, part_o, part_lse,
+            num_tiles, scale_log2, lse_scale, stream,
+        )  # fmt: skip
+        self.merge(splits, part_o, part_lse, out, lse, merge_rows, lse_scale, stream)

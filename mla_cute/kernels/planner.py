@@ -1,0 +1,404 @@
+"""Planner: one CTA turns kv lengths into the work items of a decode step, on the GPU.
+
+    part     one work list; `parts` of them, run by num_tiles CTAs each (one per 64-head row tile of a request)
+    item     (request, kv_begin, kv_end) run by one part; requests cut into several items write float32 partials
+    block    64 tokens; cuts lie on even blocks, since the main kernel takes blocks in pairs
+
+balanced (default)   Requests are laid on a line, request b taking overhead + blocks(b) (0 when empty). Part k gets
+                     [k, k + 1) * payload of it, so every part does the same work and a request is cut where a
+                     boundary falls into it. If assigning whole requests (boundary moved to the nearest request
+                     edge) costs at most overhead + `split_penalty` blocks more, nothing is cut or merged.
+fixed (invariant)    A request of n blocks is cut into pieces of max(FIXED_MIN_BLOCKS,
+                     n / FIXED_MAX_PIECES rounded up) blocks:
+                     a function of its own length alone, so its arithmetic does not depend on its neighbours.
+                     Pieces go to parts in order, each to the part in whose share of the line it begins.
+
+Outputs: items [capacity, 8] int32 (request, kv_begin, kv_end, first index, partial row or -1, 0, 0, 0),
+part_items [parts + 1], splits [batch, 2] (first partial row, number of pieces; 0 pieces: empty request).
+Piece s of a request writes the partial rows first + s * H + head. All of it is integer arithmetic on prefix sums
+(scratch in global memory), so the plan is a function of the lengths alone.
+"""
+
+import dataclasses
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils as utils
+from cutlass import Int32, const_expr
+from cutlass.cute.runtime import make_fake_stream
+
+from ..config import LaunchConfig
+from .fake import fake_tensor
+from .registry import BLOCK, FIXED_MAX_PIECES, FIXED_MIN_BLOCKS, MAX_PARTS, PLANNER, PlannerKey
+
+NUM_THREADS = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanParams:
+    mLengths: cute.Tensor
+    mLastLen: cute.Tensor
+    mItems: cute.Tensor
+    mPartItems: cute.Tensor
+    mSplits: cute.Tensor
+    mCost: cute.Tensor
+    mCount: cute.Tensor
+    batch: Int32
+    page_size: Int32
+    table_stride: Int32
+    num_heads: Int32
+    parts: Int32
+    min_blocks: Int32
+    overhead: Int32
+    penalty: Int32
+
+
+def _even(x):
+    return x - x % 2
+
+
+class Planner:
+    name = PLANNER.name
+
+    def __init__(self, key: PlannerKey, config: LaunchConfig):
+        self.key = key
+        self.use_pdl = config.use_pdl
+
+    def compile_args(self) -> tuple:
+        batch = cute.sym_int()
+
+        def ints(n):
+            return fake_tensor(Int32, (n,), (1,), 4)
+
+        return (
+            ints(cute.sym_int()),
+            ints(cute.sym_int()),
+            fake_tensor(Int32, (cute.sym_int(), 8), (8, 1), 16),
+            ints(cute.sym_int()),
+            fake_tensor(Int32, (batch, 2), (2, 1), 8),
+            ints(cute.sym_int()),
+            ints(cute.sym_int()),
+            *(Int32(1) for _ in range(6)),
+            make_fake_stream(use_tvm_ffi_env_stream=True),
+        )
+
+    @cute.jit
+    def __call__(
+        self,
+        lengths: cute.Tensor,  # csr: kv_indptr (batch + 1,); seq_lens (batch,)
+        last_len: cute.Tensor,  # csr_last: kv_last_page_len (batch,); else anything
+        items: cute.Tensor,  # (capacity, 8)
+        part_items: cute.Tensor,  # (parts + 1,)
+        splits: cute.Tensor,  # (batch, 2)
+        cost: cute.Tensor,  # scratch (batch + 1,): where each request begins on the line
+        count: cute.Tensor,  # scratch (batch + 1,): items (fixed) or non-empty requests (balanced) before it
+        page_size: Int32,
+        table_stride: Int32,  # seq_lens: entries of a block table row
+        num_heads: Int32,
+        min_blocks: Int32,
+        overhead: Int32,
+        penalty: Int32,
+        stream,
+    ):
+        params = PlanParams(
+            mLengths=lengths,
+            mLastLen=last_len,
+            mItems=items,
+            mPartItems=part_items,
+            mSplits=splits,
+            mCost=cost,
+            mCount=count,
+            batch=Int32(cute.size(splits, mode=[0])),
+            page_size=page_size,
+            table_stride=table_stride,
+            num_heads=num_heads,
+            parts=Int32(cute.size(part_items) - 1),
+            min_blocks=min_blocks,
+            overhead=overhead,
+            penalty=penalty,
+        )
+        self.kernel(params).launch(grid=[1, 1, 1], block=[NUM_THREADS, 1, 1], stream=stream, use_pdl=self.use_pdl)
+
+    # ------------------------------------------------------------- requests
+
+    @cute.jit
+    def _request(self, p, b):
+        """(kv length in tokens, first index) of request b < batch."""
+        length = Int32(0)
+        first = Int32(0)
+        if const_expr(self.key.lengths == "seq_lens"):
+            length = p.mLengths[b]
+            first = b * p.table_stride
+        else:
+            first = p.mLengths[b]
+            pages = p.mLengths[b + 1] - first
+            length = pages * p.page_size
+            if const_expr(self.key.lengths == "csr_last"):
+                if pages > 0:
+                    length = length - p.page_size + p.mLastLen[b]
+        return cutlass.max(length, Int32(0)), first
+
+    @cute.jit
+    def _blocks(self, p, b):
+        """Blocks of request b, rounded up to even; 0 when empty or past the batch."""
+        blocks = Int32(0)
+        if b < p.batch:
+            length, _ = self._request(p, b)
+            blocks = 2 * cute.ceil_div(length, 2 * BLOCK)
+        return blocks
+
+    def _piece_blocks(self, blocks):
+        """fixed: blocks per piece of a request of `blocks` blocks."""
+        even_share = 2 * cute.ceil_div(cute.ceil_div(blocks, FIXED_MAX_PIECES), 2)
+        return cutlass.max(even_share, Int32(FIXED_MIN_BLOCKS))
+
+    @cute.jit
+    def _emit(self, p, index, b, block_begin, block_end, part_row):
+        length, first = self._request(p, b)
+        p.mItems[index, 0] = b
+        p.mItems[index, 1] = block_begin * BLOCK
+        p.mItems[index, 2] = cutlass.min(block_end * BLOCK, length)
+        p.mItems[index, 3] = first
+        p.mItems[index, 4] = part_row
+
+    # ---------------------------------------------------------------- scans
+
+    @cute.jit
+    def _scan(self, x, s_warp, t):
+        """Block-wide exclusive prefix sum of x; returns (prefix, total)."""
+        lane = t % 32
+        w = t // 32
+        incl = x
+        for i in cutlass.range_constexpr(5):
+            y = cute.arch.shuffle_sync_up(incl, offset=1 << i, mask_and_clamp=0)
+            if lane >= (1 << i):
+                incl = incl + y
+        if lane == 31:
+            s_warp[w] = incl
+        cute.arch.sync_threads()
+        before = Int32(0)
+        total = Int32(0)
+        for i in cutlass.range_constexpr(NUM_THREADS // 32):
+            v = s_warp[i]
+            total = total + v
+            if i < w:
+                before = before + v
+        cute.arch.sync_threads()
+        return before + incl - x, total
+
+    @cute.jit
+    def _layout_line(self, p, s_warp, t):
+        """mCost[b], mCount[b] = prefix sums over the requests before b (also at b = batch)."""
+        cost0 = Int32(0)
+        count0 = Int32(0)
+        for base in cutlass.range(0, p.batch + 1, NUM_THREADS, unroll=1):
+            b = base + t
+            blocks = self._blocks(p, b)
+            pieces = Int32(0)
+            if blocks > 0:
+                pieces = Int32(1)
+                if const_expr(self.key.batch_invariant):
+                    pieces = cute.ceil_div(blocks, self._piece_blocks(blocks))
+            cost, cost_sum = self._scan(blocks + pieces * p.overhead, s_warp, t)
+            count, count_sum = self._scan(pieces, s_warp, t)
+            if b <= p.batch:
+                p.mCost[b] = cost0 + cost
+                p.mCount[b] = count0 + count
+            cost0 = cost0 + cost_sum
+            count0 = count0 + count_sum
+        cute.arch.sync_threads()
+        return cost0, count0
+
+    @cute.jit
+    def _last_at_or_before(self, m, n, x):
+        """Largest b in 0..n with m[b] <= x, for a non-decreasing m with m[0] <= x."""
+        lo = Int32(0)
+        hi = n
+        while lo < hi:
+            mid = (lo + hi + 1) // 2
+            if m[mid] <= x:
+                lo = mid
+            else:
+                hi = mid - 1
+        return lo
+
+    # --------------------------------------------------------------- kernel
+
+    @cute.kernel
+    def kernel(self, p: PlanParams):
+        t, _, _ = cute.arch.thread_idx()
+        alloc = utils.SmemAllocator()
+        s_warp = alloc.allocate_tensor(Int32, cute.make_layout(NUM_THREADS // 32), 16)
+        if const_expr(self.use_pdl):
+            cute.arch.griddepcontrol_wait()
+            cute.arch.griddepcontrol_launch_dependents()
+        total, num_items = self._layout_line(p, s_warp, t)
+        payload = cutlass.max(cute.ceil_div(total, p.parts), p.min_blocks)
+        if const_expr(self.key.batch_invariant):
+            self._plan_fixed(p, t, payload)
+        else:
+            s_cut_b = alloc.allocate_tensor(Int32, cute.make_layout(MAX_PARTS + 1), 16)
+            s_cut_off = alloc.allocate_tensor(Int32, cute.make_layout(MAX_PARTS + 1), 16)
+            s_inner = alloc.allocate_tensor(Int32, cute.make_layout(MAX_PARTS + 1), 16)
+            s_first = alloc.allocate_tensor(Int32, cute.make_layout(MAX_PARTS + 1), 16)
+            self._plan_balanced(p, t, payload, s_warp, s_cut_b, s_cut_off, s_inner, s_first)
+
+    @cute.jit
+    def _plan_fixed(self, p, t, payload):
+        for k in cutlass.range(t, p.parts + 1, NUM_THREADS, unroll=1):
+            # Number of pieces that begin before k * payload on the line.
+            x = k * payload
+            b = self._last_at_or_before(p.mCost, p.batch, x)
+            index = p.mCount[b]
+            if b < p.batch:
+                blocks = self._blocks(p, b)
+                if blocks > 0:
+                    step = self._piece_blocks(blocks) + p.overhead
+                    pieces = p.mCount[b + 1] - index
+                    index = index + cutlass.min(cute.ceil_div(x - p.mCost[b], step), pieces)
+            if k == p.parts:
+                index = p.mCount[p.batch]
+            p.mPartItems[k] = index
+        for b in cutlass.range(t, p.batch, NUM_THREADS, unroll=1):
+            first = p.mCount[b]
+            pieces = p.mCount[b + 1] - first
+            p.mSplits[b, 0] = first * p.num_heads
+            p.mSplits[b, 1] = pieces
+            if pieces > 0:
+                blocks = self._blocks(p, b)
+                size = self._piece_blocks(blocks)
+                for s in cutlass.range(pieces, unroll=1):
+                    row = (first + s) * p.num_heads
+                    if pieces == 1:
+                        row = Int32(-1)
+                    self._emit(p, first + s, b, s * size, cutlass.min((s + 1) * size, blocks), row)
+
+    @cute.jit
+    def _cut(self, p, payload, k):
+        """Boundary k of the balanced line: (request, block offset inside it)."""
+        b = p.batch
+        off = Int32(0)
+        if k < p.parts:
+            x = k * payload
+            b = self._last_at_or_before(p.mCost, p.batch, x)
+            if b < p.batch:
+                off = cutlass.max(_even(x - p.mCost[b] - p.overhead), Int32(0))
+                if off >= self._blocks(p, b):
+                    off = Int32(0)
+                    b = b + 1
+        return b, off
+
+    @cute.jit
+    def _whole_cut(self, p, payload, k):
+        """Boundary k moved to the nearest request edge."""
+        b = p.batch
+        if k < p.parts:
+            x = k * payload
+            b = self._last_at_or_before(p.mCost, p.batch, x)
+            if b < p.batch:
+                if x - p.mCost[b] > p.mCost[b + 1] - x:
+                    b = b + 1
+        return b
+
+    @cute.jit
+    def _whole_makespan(self, p, payload, s_cut_b, s_warp, t):
+        """Line length of the largest part when requests stay whole; leaves the boundaries in s_cut_b."""
+        for k in cutlass.range(t, p.parts + 1, NUM_THREADS, unroll=1):
+            s_cut_b[k] = self._whole_cut(p, payload, k)
+        cute.arch.sync_threads()
+        worst = Int32(0)
+        if t < p.parts:
+            worst = p.mCost[s_cut_b[t + 1]] - p.mCost[s_cut_b[t]]
+        for i in cutlass.range_constexpr(5):
+            worst = cutlass.max(worst, cute.arch.shuffle_sync_bfly(worst, offset=16 >> i))
+        if t % 32 == 0:
+            s_warp[t // 32] = worst
+        cute.arch.sync_threads()
+        for i in cutlass.range_constexpr(NUM_THREADS // 32):
+            worst = cutlass.max(worst, s_warp[i])
+        cute.arch.sync_threads()
+        return worst
+
+    @cute.jit
+    def _plan_balanced(self, p, t, payload, s_warp, s_cut_b, s_cut_off, s_inner, s_first):
+        whole = self._whole_makespan(p, payload, s_cut_b, s_warp, t)
+        k = t
+        if k <= p.parts:
+            # A cut part starts one more item than the line charges it for.
+            if whole <= payload + p.overhead + p.penalty:
+                s_cut_off[k] = Int32(0)
+            else:
+                b, off = self._cut(p, payload, k)
+                s_cut_b[k] = b
+                s_cut_off[k] = off
+        cute.arch.sync_threads()
+
+        # inner: the boundary really cuts its request; first: it is the first that does. Counts before a boundary
+        # number the items and the split requests.
+        inner = Int32(0)
+        first = Int32(0)
+        if k <= p.parts:
+            if s_cut_off[k] > 0:
+                inner = Int32(1)
+                first = Int32(1)
+                if k > 0:
+                    if s_cut_b[k - 1] == s_cut_b[k]:
+                        if s_cut_off[k - 1] > 0:
+                            first = Int32(0)
+                        if s_cut_off[k - 1] == s_cut_off[k]:
+                            inner = Int32(0)
+        inner_before, _ = self._scan(inner, s_warp, t)
+        first_before, _ = self._scan(first, s_warp, t)
+        if k <= p.parts:
+            s_inner[k] = inner_before + inner
+            s_first[k] = first_before + first
+            p.mPartItems[k] = p.mCount[s_cut_b[k]] + inner_before + inner
+        cute.arch.sync_threads()
+
+        for b in cutlass.range(t, p.batch, NUM_THREADS, unroll=1):
+            self._emit_request(p, b, s_cut_b, s_cut_off, s_inner, s_first)
+
+    @cute.jit
+    def _emit_request(self, p, b, s_cut_b, s_cut_off, s_inner, s_first):
+        """All pieces of request b: the boundaries in [lo, hi) are those inside it or at its start."""
+        lo = Int32(0)
+        hi = p.parts + 1
+        while lo < hi:  # first boundary at request >= b
+            mid = (lo + hi) // 2
+            if s_cut_b[mid] < b:
+                lo = mid + 1
+            else:
+                hi = mid
+        inner_before = Int32(0)
+        split_before = Int32(0)
+        if lo > 0:
+            inner_before = s_inner[lo - 1]
+            split_before = s_first[lo - 1]
+        blocks = self._blocks(p, b)
+        pieces = Int32(0)
+        slot = inner_before + split_before
+        if blocks > 0:
+            # The last boundary of the request tells how many cuts it has.
+            k = lo
+            cuts = Int32(0)
+            scanning = (k <= p.parts) & (s_cut_b[cutlass.min(k, p.parts)] == b)
+            while scanning:
+                cuts = s_inner[k] - inner_before
+                k = k + 1
+                scanning = (k <= p.parts) & (s_cut_b[cutlass.min(k, p.parts)] == b)
+            pieces = cuts + 1
+            index = p.mCount[b] + inner_before
+            begin = Int32(0)
+            emitted = Int32(0)
+            for j in cutlass.range(lo, k, unroll=1):
+                off = s_cut_off[j]
+                if off > begin:
+                    self._emit(p, index + emitted, b, begin, off, (slot + emitted) * p.num_heads)
+                    begin = off
+                    emitted = emitted + 1
+            row = Int32(-1)
+            if pieces > 1:
+                row = (slot + emitted) * p.num_heads
+            self._emit(p, index + emitted, b, begin, blocks, row)
+        p.mSplits[b, 0] = slot * p.num_heads
+        p.mSplits[b, 1] = pieces

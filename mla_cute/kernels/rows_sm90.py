@@ -1,0 +1,673 @@
+"""Row-tile MLA decode for Hopper: 64 packed query rows against pairs of 64-token KV tiles.
+
+    S = Q K^T (64 x 64 per tile, 576 deep)     O[64 x 512] += P V     V = the first 512 columns of K, same bytes
+
+One CTA of three warpgroups per SM, persistent over the planner's work items (request, token range); the row tile
+(64 heads) comes from the CTA index. KV tiles go in pairs, stage 0 and stage 1 ("seesaw", first described with
+FlashMLA): each consumer owns half of O's columns and multiplies its own P from registers and the other's from
+shared memory.
+
+    role        warps  regs     does, per pair of tiles
+    wg 0        0-3    240      S0 = Q K0^T, softmax, O[:, 0:256] += P0 V0[:, 0:256] + P1 V1[:, 0:256]
+    wg 1        4-7    240      S1 = Q K1^T, softmax, O[:, 256:512] += P1 V1[:, 256:512] + P0 V0[:, 256:512]
+    producer    8-11   24       warp 8 + w fills (stage w % 2, half w / 2); warp 8 also loads Q of an item
+    (gather variant: 232 / 48)
+
+    mbarrier             count         filled by / waited for by
+    full[stage][sub]     1 (32)        producer warp, per 64 x 64 sub-tile; consumer of that stage, before its QK
+    empty[stage][half]   4 warps       wg `half` when its PV from that half has drained; producer warp
+    q_full               1             TMA of nine Q sub-tiles; both consumers, once per item
+    q_empty              8 warps       both consumers at the end of an item (sP1 lives in Q's ninth sub-tile)
+
+    named barrier        arrive -> wait
+    SCALE0               wg 0 published its row maxima -> wg 1
+    SCALE1               wg 1 published the final maxima of the pair -> wg 0
+    P0, P1               P tile is in shared memory -> the other consumer
+    INIT, EPI, FILL0/1   inside wg 0; both consumers; inside one consumer
+
+The chain of row maxima per pair: wg 0 takes m from the last pair and its own maxima, wg 1 takes wg 0's. Moving the
+reference is lazy (softmax.py), so almost every pair neither rescales O nor P: P0 goes to shared memory unscaled and
+is corrected only when wg 1 moved the reference. Row maxima are published before the exponentials so that the other
+warpgroup waits for 16 FMNMX, not for 32 EX2.
+
+Shared memory: Q 72 KiB, two K tiles of 72 KiB, P0 8 KiB, statistics 1.5 KiB: 226 of 227 KiB.
+Q's ninth sub-tile (rope) is read to registers at the start of an item and its bytes then hold P1.
+"""
+
+import dataclasses
+from typing import Any
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils as utils
+import cutlass.utils.hopper_helpers as sm90
+from cutlass import BFloat16, Constexpr, Float16, Float32, Int32, Int64, Uint32, const_expr
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
+
+from ..config import LaunchConfig
+from . import paged_kv, softmax, sync, wgmma
+from .paged_kv import NUM_SUB, SUB_BYTES, SUB_ELEMS, TILE_N
+from .registry import TILE_M, DecodeKey
+
+HEAD_DIM_V = 512
+HEAD_DIM_ROPE = 64
+NUM_THREADS = 384
+DTYPES = {"bfloat16": BFloat16, "float16": Float16}
+
+BAR_SCALE0, BAR_SCALE1, BAR_P0, BAR_P1, BAR_INIT, BAR_EPI, BAR_FILL0, BAR_FILL1 = range(1, 9)
+MB_FULL, MB_EMPTY, MB_Q_FULL, MB_Q_EMPTY, MB_TOTAL = 0, 2 * NUM_SUB, 2 * NUM_SUB + 4, 2 * NUM_SUB + 5, 2 * NUM_SUB + 6
+
+# Order in which each consumer takes the sub-tiles of its stage: the half that is refilled first comes first.
+QK_ORDER = (((0, 1, 2, 3), (4, 5, 6, 7, 8)), ((4, 5, 6, 7, 8), (0, 1, 2, 3)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Params:
+    """Everything the device side reads, as one kernel argument."""
+
+    mma_qk: cute.TiledMma
+    mma_qk_rs: cute.TiledMma
+    mma_pv: cute.TiledMma
+    mma_pv_rs: cute.TiledMma
+    tma_q: cute.CopyAtom
+    mQ: cute.Tensor
+    tma_qpe: cute.CopyAtom
+    mQpe: cute.Tensor
+    tma_ckv: Any
+    mCkv: cute.Tensor
+    tma_kpe: Any
+    mKpe: cute.Tensor
+    mIndices: cute.Tensor
+    mItems: cute.Tensor
+    mCtaItems: cute.Tensor
+    mO: cute.Tensor
+    mLse: cute.Tensor
+    mPartO: cute.Tensor
+    mPartLse: cute.Tensor
+    num_heads: Int32
+    page_size: Int32
+    num_tiles: Int32
+    scale_log2: Float32
+    lse_scale: Float32
+    lay_q: cute.ComposedLayout
+    lay_k: cute.ComposedLayout
+    lay_vt: cute.ComposedLayout
+    lay_sub: cute.ComposedLayout
+    lay_sub2: cute.ComposedLayout
+    lay_sub9: cute.ComposedLayout
+    lay_sub16: cute.ComposedLayout
+
+
+@dataclasses.dataclass(frozen=True)
+class Smem:
+    """Views of one CTA's shared memory. Frozen: a mutable namespace would be carried through every staged branch."""
+
+    mbar: Any
+    sQ: cute.Tensor
+    sQ_sub: cute.Tensor
+    sP0: cute.Tensor
+    sP1: cute.Tensor
+    sK: cute.Tensor
+    sK_sub: cute.Tensor
+    sVt: cute.Tensor
+    sR: cute.Tensor
+    sM: cute.Tensor
+    sScale0: cute.Tensor
+    sScale1: cute.Tensor
+    sL: cute.Tensor
+    k_words: cute.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Fragments:
+    """Descriptors (t*) and registers (r*) of one consumer thread; S and O are (row, column) views of rS and rO."""
+
+    t: Int32
+    lane: Int32
+    row: Int32
+    tSrQ: cute.Tensor
+    tSrK: cute.Tensor
+    tSrR: cute.Tensor
+    tOrV: cute.Tensor
+    tOrP0: cute.Tensor
+    tOrP1: cute.Tensor
+    rO: cute.Tensor
+    rS: cute.Tensor
+    rP: cute.Tensor
+    rPc: cute.Tensor
+    rQr: cute.Tensor
+    rL: cute.Tensor
+    S: cute.Tensor
+    O: cute.Tensor
+    ldm: cute.TiledCopy
+    stm: cute.TiledCopy
+    tQs: cute.Tensor
+    tQr: cute.Tensor
+    tPr: cute.Tensor
+    tPs0: cute.Tensor
+    tPs1: cute.Tensor
+
+
+class RowsSm90:
+    """Decode main kernel. See the module docstring for the schedule."""
+
+    def __init__(self, key: DecodeKey, config: LaunchConfig):
+        self.key = key
+        self.dtype = DTYPES[key.dtype]
+        self.loader = paged_kv.make_loader(key.box_rows, config.evict_first)
+        self.use_pdl = config.use_pdl
+        self.regs_consumer, self.regs_producer = (240, 24) if key.box_rows else (232, 48)
+
+    # ------------------------------------------------------------------ host
+
+    @cute.jit
+    def __call__(
+        self,
+        q_nope: cute.Tensor,  # (batch, H, 512)
+        q_pe: cute.Tensor,  # (batch, H, 64)
+        ckv: cute.Tensor,  # (pages, page_size, 512)
+        kpe: cute.Tensor,  # (pages, page_size, 64)
+        kv_indices: cute.Tensor,  # (n,) page ids
+        items: cute.Tensor,  # (n_items, 8): batch, kv_begin, kv_end, first index of the request, partial row or -1
+        cta_items: cute.Tensor,  # (parts + 1,): part c runs items cta_items[c] .. cta_items[c + 1]
+        out: cute.Tensor,  # (batch, H, 512)
+        lse: cute.Tensor,  # (batch, H) float32
+        part_o: cute.Tensor,  # (rows, 512) float32
+        part_lse: cute.Tensor,  # (rows,) float32, base 2
+        num_tiles: Int32,  # row tiles per request: ceil(H / 64)
+        scale_log2: Float32,  # sm_scale * log2(e)
+        lse_scale: Float32,  # 1 for base 2, ln 2 for base e
+        stream,
+    ):
+        K, MN = OperandMajorMode.K, OperandMajorMode.MN
+        RS, SS = warpgroup.OperandSource.RMEM, warpgroup.OperandSource.SMEM
+        dt = self.dtype
+
+        def mma(b_major, n, a_source):
+            return sm90.make_trivial_tiled_mma(dt, dt, K, b_major, Float32, (1, 1, 1), (TILE_M, n), a_source)
+
+        atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, dt)
+        lay_sub = cute.tile_to_shape(atom, (64, 64), order=(0, 1))
+        lay_k = cute.tile_to_shape(atom, (TILE_N, HEAD_DIM_V, 2), order=(0, 1, 2))
+        # V^T of the same bytes: swapping the modes of a K-major tile gives the MN-major B operand of P V.
+        lay_vt = cute.make_composed_layout(lay_k.inner, 0, cute.select(lay_k.outer, mode=[1, 0, 2]))
+
+        # The batch mode of Q is outermost, so rows past H are out of bounds for TMA and arrive as zeros.
+        op = cpasync.CopyBulkTensorTileG2SOp()
+        q_view = cute.make_tensor(q_nope.iterator, cute.select(q_nope.layout, mode=[1, 2, 0]))
+        qpe_view = cute.make_tensor(q_pe.iterator, cute.select(q_pe.layout, mode=[1, 2, 0]))
+        tma_q, mQ = cpasync.make_tiled_tma_atom(op, q_view, lay_sub, (64, 64))
+        tma_qpe, mQpe = cpasync.make_tiled_tma_atom(op, qpe_view, lay_sub, (64, 64))
+        if const_expr(self.key.box_rows > 0):
+            box = (self.key.box_rows, 64)
+            lay_box = cute.tile_to_shape(atom, box, order=(0, 1))
+            ckv_view = cute.make_tensor(ckv.iterator, cute.select(ckv.layout, mode=[1, 2, 0]))
+            kpe_view = cute.make_tensor(kpe.iterator, cute.select(kpe.layout, mode=[1, 2, 0]))
+            tma_ckv, mCkv = cpasync.make_tiled_tma_atom(op, ckv_view, lay_box, box)
+            tma_kpe, mKpe = cpasync.make_tiled_tma_atom(op, kpe_view, lay_box, box)
+        else:
+            tma_ckv, mCkv, tma_kpe, mKpe = None, ckv, None, kpe
+
+        params = Params(
+            mma_qk=mma(K, TILE_N, SS),
+            mma_qk_rs=mma(K, TILE_N, RS),
+            mma_pv=mma(MN, HEAD_DIM_V // 2, SS),
+            mma_pv_rs=mma(MN, HEAD_DIM_V // 2, RS),
+            tma_q=tma_q,
+            mQ=mQ,
+            tma_qpe=tma_qpe,
+            mQpe=mQpe,
+            tma_ckv=tma_ckv,
+            mCkv=mCkv,
+            tma_kpe=tma_kpe,
+            mKpe=mKpe,
+            mIndices=kv_indices,
+            mItems=items,
+            mCtaItems=cta_items,
+            mO=out,
+            mLse=lse,
+            mPartO=part_o,
+            mPartLse=part_lse,
+            num_heads=Int32(cute.size(q_nope, mode=[1])),
+            page_size=Int32(cute.size(ckv, mode=[1])),
+            num_tiles=num_tiles,
+            scale_log2=scale_log2,
+            lse_scale=lse_scale,
+            lay_q=cute.tile_to_shape(atom, (TILE_M, HEAD_DIM_V + HEAD_DIM_ROPE), order=(0, 1)),
+            lay_k=lay_k,
+            lay_vt=lay_vt,
+            lay_sub=lay_sub,
+            lay_sub2=cute.tile_to_shape(atom, (64, 64, 2), order=(0, 1, 2)),
+            lay_sub9=cute.tile_to_shape(atom, (64, 64, NUM_SUB), order=(0, 1, 2)),
+            lay_sub16=cute.tile_to_shape(atom, (64, 64, 16), order=(0, 1, 2)),
+        )
+        self.kernel(params).launch(
+            grid=[(cute.size(cta_items) - 1) * num_tiles, 1, 1],
+            block=[NUM_THREADS, 1, 1],
+            stream=stream,
+            min_blocks_per_mp=1,
+            use_pdl=self.use_pdl,
+        )
+
+    # ---------------------------------------------------------------- device
+
+    def _storage(self):
+        dt = self.dtype
+
+        @cute.struct
+        class Storage:
+            mbar: cute.struct.MemRange[Int64, MB_TOTAL]
+            sM: cute.struct.MemRange[Float32, TILE_M]
+            sScale0: cute.struct.MemRange[Float32, TILE_M]
+            sScale1: cute.struct.MemRange[Float32, TILE_M]
+            sL: cute.struct.MemRange[Float32, 2 * TILE_M]
+            sP0: cute.struct.Align[cute.struct.MemRange[dt, SUB_ELEMS], 1024]
+            sQ: cute.struct.Align[cute.struct.MemRange[dt, NUM_SUB * SUB_ELEMS], 1024]
+            sK: cute.struct.Align[cute.struct.MemRange[dt, 16 * SUB_ELEMS], 1024]
+            sR: cute.struct.Align[cute.struct.MemRange[dt, 2 * SUB_ELEMS], 1024]
+
+        return Storage
+
+    def _smem(self, p: Params):
+        st = utils.SmemAllocator().allocate(self._storage())
+
+        def view(field, layout):
+            return field.get_tensor(layout.outer, swizzle=layout.inner)
+
+        sQ_sub = view(st.sQ, p.lay_sub9)
+        return Smem(
+            mbar=st.mbar.data_ptr(),
+            sQ=view(st.sQ, p.lay_q),
+            sQ_sub=sQ_sub,
+            sP0=view(st.sP0, p.lay_sub),
+            sP1=sQ_sub[None, None, NUM_SUB - 1],
+            sK=view(st.sK, p.lay_k),
+            sK_sub=view(st.sK, p.lay_sub16),
+            sVt=view(st.sK, p.lay_vt),
+            sR=view(st.sR, p.lay_sub2),
+            sM=st.sM.get_tensor(cute.make_layout(TILE_M)),
+            sScale0=st.sScale0.get_tensor(cute.make_layout(TILE_M)),
+            sScale1=st.sScale1.get_tensor(cute.make_layout(TILE_M)),
+            sL=st.sL.get_tensor(cute.make_layout(2 * TILE_M)),
+            # Raw words of K for zeroing tails: whole 128-byte rows, which the swizzle permutes within themselves.
+            k_words=cute.make_tensor(
+                cute.recast_ptr(st.sK.data_ptr(), dtype=Int64), cute.make_layout(16 * SUB_ELEMS // 4)
+            ),
+        )
+
+    @cute.kernel
+    def kernel(self, p: Params):
+        tidx, _, _ = cute.arch.thread_idx()
+        cta, _, _ = cute.arch.block_idx()
+        warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        wg = cute.arch.make_warp_uniform(tidx // 128)
+        s = self._smem(p)
+
+        if warp_idx == 0:
+            cpasync.prefetch_descriptor(p.tma_q)
+            cpasync.prefetch_descriptor(p.tma_qpe)
+            if const_expr(p.tma_ckv is not None):
+                cpasync.prefetch_descriptor(p.tma_ckv)
+                cpasync.prefetch_descriptor(p.tma_kpe)
+            with cute.arch.elect_one():
+                for i in cutlass.range_constexpr(2 * NUM_SUB):
+                    cute.arch.mbarrier_init(s.mbar + MB_FULL + i, self.loader.full_arrivals)
+                for i in cutlass.range_constexpr(4):
+                    cute.arch.mbarrier_init(s.mbar + MB_EMPTY + i, 4)
+                cute.arch.mbarrier_init(s.mbar + MB_Q_FULL, 1)
+                cute.arch.mbarrier_init(s.mbar + MB_Q_EMPTY, 8)
+        cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+        if const_expr(self.use_pdl):
+            cute.arch.griddepcontrol_wait()
+            cute.arch.griddepcontrol_launch_dependents()
+
+        part = cta // p.num_tiles
+        head0 = (cta - part * p.num_tiles) * TILE_M
+        it_lo = p.mCtaItems[part]
+        it_hi = p.mCtaItems[part + 1]
+        if wg == 2:
+            cute.arch.setmaxregister_decrease(self.regs_producer)
+            self._produce(p, s, it_lo, it_hi, head0, warp_idx - 8)
+        else:
+            cute.arch.setmaxregister_increase(self.regs_consumer)
+            if wg == 0:
+                self._consume(p, s, it_lo, it_hi, head0, tidx % 128, 0)
+            else:
+                self._consume(p, s, it_lo, it_hi, head0, tidx % 128, 1)
+
+    # -------------------------------------------------------------- producer
+
+    def _produce(self, p: Params, s, it_lo, it_hi, head0, w):
+        lane = cute.arch.lane_idx()
+        self._produce_items(p, s, it_lo, it_hi, head0, w % 2, w // 2, lane)
+
+    @cute.jit
+    def _produce_items(self, p, s, it_lo, it_hi, head0, stage, half, lane):
+        full = s.mbar + MB_FULL + stage * NUM_SUB + half * 4
+        empty = s.mbar + MB_EMPTY + half * 2 + stage
+        phase = Int32(1)
+        q_phase = Int32(1)
+        for it in cutlass.range(it_lo, it_hi, unroll=1):
+            batch = p.mItems[it, 0]
+            kv_end = p.mItems[it, 2]
+            index_base = p.mItems[it, 3]
+            block = p.mItems[it, 1] // TILE_N
+            num_pairs = (cute.ceil_div(kv_end, TILE_N) - block + 1) >> 1
+            block += stage
+            for pair in cutlass.range(num_pairs, unroll=1):
+                where = self.loader.lookup(p, index_base, block, kv_end, lane)
+                cute.arch.mbarrier_wait(empty, phase)
+                phase ^= 1
+                self.loader.load(p, s, where, block, kv_end, stage, half, full, lane)
+                block += 2
+                if (pair == 0) & (stage == 0) & (half == 0):
+                    self._load_q(p, s, batch, head0, q_phase)
+            q_phase ^= 1
+
+    @cute.jit
+    def _load_q(self, p, s, batch, head0, q_phase):
+        cute.arch.mbarrier_wait(s.mbar + MB_Q_EMPTY, q_phase)
+        q_full = s.mbar + MB_Q_FULL
+        sync.expect_tx(q_full, NUM_SUB * SUB_BYTES)
+        sQ = cute.group_modes(s.sQ_sub, 0, 2)
+        gQ = cute.local_tile(cute.domain_offset((head0, 0, 0), p.mQ), (64, 64), (0, None, None))
+        tQs, tQg = cpasync.tma_partition(p.tma_q, 0, cute.make_layout(1), sQ, cute.group_modes(gQ, 0, 2))
+        for j in cutlass.range_constexpr(NUM_SUB - 1):
+            cute.copy(p.tma_q, tQg[None, j, batch], tQs[None, j], tma_bar_ptr=q_full)
+        gR = cute.local_tile(cute.domain_offset((head0, 0, 0), p.mQpe), (64, 64), (0, 0, None))
+        tRs, tRg = cpasync.tma_partition(p.tma_qpe, 0, cute.make_layout(1), sQ, cute.group_modes(gR, 0, 2))
+        cute.copy(p.tma_qpe, tRg[None, batch], tRs[None, NUM_SUB - 1], tma_bar_ptr=q_full)
+
+    # ------------------------------------------------------------- consumers
+
+    def _fragments(self, p: Params, s, t):
+        """Descriptors and registers of one consumer thread."""
+        thr_qk, thr_pv = p.mma_qk.get_slice(0), p.mma_pv.get_slice(0)
+        rO = cute.make_rmem_tensor(thr_pv.partition_shape_C((TILE_M, HEAD_DIM_V // 2)), Float32)
+        rS = cute.make_rmem_tensor(thr_qk.partition_shape_C((TILE_M, TILE_N)), Float32)
+        rP = cute.make_rmem_tensor(p.mma_pv_rs.get_slice(0).partition_shape_A((TILE_M, TILE_N)), self.dtype)
+        rQr = cute.make_rmem_tensor(p.mma_qk_rs.get_slice(0).partition_shape_A((TILE_M, 64)), self.dtype)
+        ldm = cute.make_tiled_copy_A(
+            cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, 4), self.dtype), p.mma_qk_rs
+        ).get_slice(t)
+        stm = cute.make_tiled_copy_C(
+            cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), self.dtype), p.mma_qk
+        ).get_slice(t)
+        rPc = cute.make_tensor(rP.iterator, rS.layout)
+        lane = t % 32
+        return Fragments(
+            t=t,
+            lane=lane,
+            row=(t // 32) * 16 + lane // 4,
+            tSrQ=thr_qk.make_fragment_A(thr_qk.partition_A(s.sQ)),
+            tSrK=thr_qk.make_fragment_B(thr_qk.partition_B(s.sK)),
+            tSrR=thr_qk.make_fragment_B(thr_qk.partition_B(s.sR)),
+            tOrV=thr_pv.make_fragment_B(thr_pv.partition_B(s.sVt)),
+            tOrP0=thr_pv.make_fragment_A(thr_pv.partition_A(s.sP0)),
+            tOrP1=thr_pv.make_fragment_A(thr_pv.partition_A(s.sP1)),
+            rO=rO,
+            rS=rS,
+            rP=rP,
+            rPc=rPc,
+            rQr=rQr,
+            rL=cute.make_rmem_tensor((2,), Float32),
+            S=wgmma.row_col_view(rS, 8),
+            O=wgmma.row_col_view(rO, 32),
+            ldm=ldm,
+            stm=stm,
+            tQs=ldm.partition_S(s.sP1),
+            tQr=ldm.retile(rQr),
+            tPr=stm.retile(rPc),
+            tPs0=stm.partition_D(s.sP0),
+            tPs1=stm.partition_D(s.sP1),
+        )
+
+    def _consume(self, p: Params, s, it_lo, it_hi, head0, t, wg: int):
+        self._consume_items(p, s, self._fragments(p, s, t), it_lo, it_hi, head0, wg)
+
+    @cute.jit
+    def _consume_items(self, p, s, f, it_lo, it_hi, head0, wg: Constexpr):
+        phase = Int32(0)
+        q_phase = Int32(0)
+        for it in cutlass.range(it_lo, it_hi, unroll=1):
+            kv_begin = p.mItems[it, 1]
+            kv_end = p.mItems[it, 2]
+            num_pairs = (cute.ceil_div(kv_end, TILE_N) - kv_begin // TILE_N + 1) >> 1
+            valid = kv_end - kv_begin - (num_pairs - 1) * (2 * TILE_N)  # tokens of the last pair
+            f.rO.fill(0.0)
+            f.rL.fill(0.0)
+            cute.arch.mbarrier_wait(s.mbar + MB_Q_FULL, q_phase)
+            q_phase ^= 1
+            cute.copy(f.ldm, f.tQs, f.tQr)
+            if const_expr(wg == 0):
+                if f.t < TILE_M:
+                    s.sM[f.t] = Float32(softmax.NEG_BIG)
+                sync.sync(BAR_INIT, 128)
+            self._qk(p, s, f, wg, phase, QK_ORDER[wg][0], True)
+            self._qk(p, s, f, wg, phase, QK_ORDER[wg][1], False)
+            warpgroup.wait_group(0)
+            for _ in cutlass.range(num_pairs - 1, unroll=1):
+                if const_expr(wg == 0):
+                    self._pair_wg0(p, s, f, phase ^ 1, TILE_N, TILE_N, False)
+                else:
+                    self._pair_wg1(p, s, f, phase ^ 1, TILE_N, TILE_N, False)
+                phase ^= 1
+            if const_expr(wg == 0):
+                self._pair_wg0(p, s, f, phase, valid, valid - TILE_N, True)
+            else:
+                self._pair_wg1(p, s, f, phase, valid, valid - TILE_N, True)
+            phase ^= 1
+            sync.arrive_once_per_warp(s.mbar + MB_Q_EMPTY)
+            self._epilogue(p, s, f, it, head0, wg)
+
+    def _qk(self, p, s, f, wg: int, phase, subs, zero: bool):
+        """S (+)= Q K^T over the named sub-tiles of stage `wg`, each as it lands; one commit group per sub-tile."""
+        for n, j in enumerate(subs):
+            cute.arch.mbarrier_wait(s.mbar + MB_FULL + wg * NUM_SUB + j, phase)
+            if self.loader.needs_proxy_fence:
+                sync.fence_smem_writes()
+            warpgroup.fence()
+            first = zero and n == 0
+            if j < 8:
+                ks = [(4 * j + k, 4 * j + k) for k in range(4)]
+                wgmma.issue(p.mma_qk, f.rS, f.tSrQ, f.tSrK[None, None, None, wg], ks, first)
+            else:
+                ks = [(k, k) for k in range(4)]
+                wgmma.issue(p.mma_qk_rs, f.rS, f.rQr, f.tSrR[None, None, None, wg], ks, first)
+            warpgroup.commit_group()
+
+    def _pv(self, tiled_mma, f, a, wg: int, stage: int):
+        warpgroup.fence()
+        v = wgmma.v_slice(f.tOrV, wg, stage)
+        wgmma.issue(tiled_mma, f.rO, a, v, [(k, k) for k in range(4)], False)
+        warpgroup.commit_group()
+
+    def _release(self, s, wg: int, stage: int):
+        """This consumer's half of V of `stage` is drained (K of that half was read earlier)."""
+        sync.arrive_once_per_warp(s.mbar + MB_EMPTY + wg * 2 + stage)
+
+    @cute.jit
+    def _zero_v_tail(self, s, f, stage: Constexpr, wg: Constexpr, valid):
+        """Zero V rows >= valid of this consumer's half: 0 * NaN is NaN, and rows past kv_end may hold anything."""
+        if valid < TILE_N:
+            first = cutlass.max(valid, Int32(0)) + f.t // 32
+            base = (stage * 8 + wg * 4 + f.lane // 8) * (SUB_ELEMS // 4) + (f.lane % 8) * 2
+            for row in cutlass.range(first, TILE_N, 4, unroll=1):
+                s.k_words[base + row * 16] = Int64(0)
+                s.k_words[base + row * 16 + 1] = Int64(0)
+            sync.fence_smem_writes()
+            sync.sync(BAR_FILL0 + wg, 128)
+
+    @cute.jit
+    def _put_row_stats(self, s, f, wg: Constexpr, row, ref, scale):
+        if f.lane % 4 == 0:
+            s.sM[row] = ref
+            if const_expr(wg == 0):
+                s.sScale0[row] = scale
+            else:
+                s.sScale1[row] = scale
+
+    def _softmax(self, p, s, f, wg: int):
+        """P of this consumer's tile in registers (f.rP); publishes row maxima before the exponentials."""
+        wg0 = wg == 0
+        rows = (f.row, f.row + 8)
+        mx = [softmax.row_max(f.S, r, 16) * p.scale_log2 for r in range(2)]
+        if not wg0:
+            sync.sync(BAR_SCALE0, 256)
+        old = [s.sM[row] for row in rows]
+        ref = [softmax.lazy_max(old[r], mx[r]) for r in range(2)]
+        scale = [softmax.exp2(old[r] - ref[r]) for r in range(2)]
+        # wg 1's O and l still carry the reference of the last pair: they also take wg 0's move.
+        total = scale if wg0 else [scale[r] * s.sScale0[rows[r]] for r in range(2)]
+        cute.arch.sync_warp()
+        for r in range(2):
+            self._put_row_stats(s, f, wg, rows[r], ref[r], scale[r])
+        sync.arrive(BAR_SCALE0 if wg0 else BAR_SCALE1, 256)
+        for r in range(2):
+            f.rL[r] = f.rL[r] * total[r] + softmax.exp_row(f.S, r, 16, p.scale_log2, ref[r])
+        softmax.scale_rows(f.O, 64, total[0], total[1], softmax.any_rescale(total[0], total[1]))
+        f.rPc.store(f.rS.load().to(self.dtype))
+
+    @cute.jit
+    def _correct_wg0(self, f, scale0, scale1, need):
+        """wg 1 moved the reference: rescale the P0 already in shared memory, and O once its PV has drained."""
+        if need:
+            warpgroup.wait_group(0)
+            for n in cutlass.range_constexpr(16):
+                f.S[0, n] = f.S[0, n] * scale0
+                f.S[1, n] = f.S[1, n] * scale1
+            f.rPc.store(f.rS.load().to(self.dtype))
+            cute.copy(f.stm, f.tPr, f.tPs0)
+            sync.fence_smem_writes()
+            for n in cutlass.range_constexpr(64):
+                f.O[0, n] = f.O[0, n] * scale0
+                f.O[1, n] = f.O[1, n] * scale1
+
+    def _pair_wg0(self, p, s, f, next_phase, valid0, valid1, last: bool):
+        if last:
+            softmax.mask_columns(f.S, 8, valid0, f.lane)
+        self._softmax(p, s, f, 0)
+        if last:
+            self._zero_v_tail(s, f, 0, 0, valid0)
+        # sP0 is free: this S0 needed (stage 0, half 1), refilled only after wg 1 drained its PV of the last P0.
+        cute.copy(f.stm, f.tPr, f.tPs0)
+        sync.fence_smem_writes()
+        self._pv(p.mma_pv_rs, f, f.rP, 0, 0)
+        sync.sync(BAR_SCALE1, 256)
+        scale = [s.sScale1[f.row], s.sScale1[f.row + 8]]
+        self._correct_wg0(f, scale[0], scale[1], softmax.any_rescale(scale[0], scale[1]))
+        sync.arrive(BAR_P0, 256)
+        for r in range(2):
+            f.rL[r] = f.rL[r] * scale[r]
+        warpgroup.wait_group(0)
+        self._release(s, 0, 0)
+        if last:
+            self._zero_v_tail(s, f, 1, 0, valid1)
+        sync.sync(BAR_P1, 256)
+        self._pv(p.mma_pv, f, f.tOrP1, 0, 1)
+        if last:
+            warpgroup.wait_group(0)
+            self._release(s, 0, 1)
+        else:
+            self._qk(p, s, f, 0, next_phase, QK_ORDER[0][0], True)
+            warpgroup.wait_group(4)
+            self._release(s, 0, 1)
+            self._qk(p, s, f, 0, next_phase, QK_ORDER[0][1], False)
+            warpgroup.wait_group(0)
+
+    def _pair_wg1(self, p, s, f, next_phase, valid0, valid1, last: bool):
+        if last:
+            softmax.mask_columns(f.S, 8, valid1, f.lane)
+        self._softmax(p, s, f, 1)
+        cute.copy(f.stm, f.tPr, f.tPs1)
+        sync.fence_smem_writes()
+        if last:
+            self._zero_v_tail(s, f, 1, 1, valid1)
+        sync.arrive(BAR_P1, 256)
+        self._pv(p.mma_pv_rs, f, f.rP, 1, 1)
+        sync.sync(BAR_P0, 256)
+        if last:
+            self._zero_v_tail(s, f, 0, 1, valid0)
+        self._pv(p.mma_pv, f, f.tOrP0, 1, 0)
+        warpgroup.wait_group(1)
+        self._release(s, 1, 1)
+        warpgroup.wait_group(0)
+        self._release(s, 1, 0)
+        if not last:
+            self._qk(p, s, f, 1, next_phase, QK_ORDER[1][0], True)
+            self._qk(p, s, f, 1, next_phase, QK_ORDER[1][1], False)
+            warpgroup.wait_group(0)
+
+    # -------------------------------------------------------------- epilogue
+
+    @cute.jit
+    def _epilogue(self, p, s, f, it, head0, wg: Constexpr):
+        batch = p.mItems[it, 0]
+        part_row = p.mItems[it, 4]
+        rows = cutlass.min(p.num_heads - head0, Int32(TILE_M))
+        for r in cutlass.range_constexpr(2):
+            f.rL[r] = softmax.quad_sum(f.rL[r])
+        if f.lane % 4 == 0:
+            s.sL[wg * TILE_M + f.row] = f.rL[0]
+            s.sL[wg * TILE_M + f.row + 8] = f.rL[1]
+        sync.sync(BAR_EPI, 256)
+        if const_expr(wg == 0):
+            if f.t < rows:
+                v = cute.math.log2(s.sL[f.t] + s.sL[f.t + TILE_M]) + s.sM[f.t]
+                if part_row >= 0:
+                    p.mPartLse[part_row + head0 + f.t] = v
+                else:
+                    p.mLse[batch, head0 + f.t] = v * p.lse_scale
+        for r in cutlass.range_constexpr(2):
+            inv = cute.arch.rcp_approx(s.sL[f.row + 8 * r] + s.sL[f.row + 8 * r + TILE_M])
+            for n in cutlass.range_constexpr(64):
+                f.O[r, n] = f.O[r, n] * inv
+        if part_row >= 0:
+            self._store_partial(p, f, part_row + head0, rows, wg)
+        else:
+            self._store_output(p, f, batch, head0, rows, wg)
+
+    @cute.jit
+    def _store_partial(self, p, f, row0, rows, wg: Constexpr):
+        """float32 rows: lane pairs swap so that the even lane holds 4 columns of row r, the odd one of row r + 8."""
+        odd = f.lane % 2 == 1
+        row = f.row + (f.lane % 2) * 8
+        v = cute.make_rmem_tensor(4, Float32)
+        col4 = wg * 64 + (f.lane % 4) // 2
+        for j in cutlass.range_constexpr(32):
+            lo = [f.O[0, 2 * j], f.O[0, 2 * j + 1]]
+            hi = [f.O[1, 2 * j], f.O[1, 2 * j + 1]]
+            for i in cutlass.range_constexpr(2):
+                got = cute.arch.shuffle_sync_bfly(lo[i] if odd else hi[i], offset=1)
+                v[i] = got if odd else lo[i]
+                v[2 + i] = hi[i] if odd else got
+            if row < rows:
+                cute.autovec_copy(v, cute.local_tile(p.mPartO, (1, 4), (row0 + row, col4 + 2 * j))[0, None])
+
+    @cute.jit
+    def _store_output(self, p, f, batch, head0, rows, wg: Constexpr):
+        """16-bit rows: 4 x 4 transposes of column pairs inside each quad, then 16 bytes per lane."""
+        rOh = cute.make_rmem_tensor(128, self.dtype)
+        rOh.store(cute.make_tensor(f.rO.iterator, cute.make_layout(128)).load().to(self.dtype))
+        words = cute.make_tensor(cute.recast_tensor(rOh, Uint32).iterator, cute.make_layout((2, 32), stride=(1, 2)))
+        q = f.lane % 4
+        upper = q >= 2
+        odd = q % 2 == 1
+        v = cute.make_rmem_tensor(4, Uint32)
+        for r in cutlass.range_constexpr(2):
+            row = f.row + 8 * r
+            for g in cutlass.range_constexpr(8):
+                a = [words[r, 4 * g + i] for i in range(4)]
+                b = [None] * 4
+                for i in cutlass.range_constexpr(2):
+                    x = cute.arch.shuffle_sync_bfly(a[i] if upper else a[i + 2], offset=2)
+                    b[i] = x if upper else a[i]
+                    b[i + 2] = a[i + 2] if upper else x
+                for i in cutlass.range_constexpr(2):
+                    x = cute.arch.shuffle_sync_bfly(b[2 * i] if odd else b[2 * i + 1], offset=1)
+                    v[2 * i] = x if odd else b[2 * i]
+                    v[2 * i + 1] = b[2 * i + 1] if odd else x
+                if row < rows:
+                    gO = cute.recast_tensor(p.mO[batch, head0 + row, None], Uint32)
+                    cute.autovec_copy(v, cute.local_tile(gO, (4,), (wg * 32 + 4 * g + q,)))

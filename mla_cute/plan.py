@@ -1,0 +1,268 @@
+"""Plans: how one decode step is cut into work items, made on the GPU and shared by all layers of the step."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from . import jit
+from .config import KernelConfig, default_config, why_infeasible
+from .kernels.registry import (
+    BLOCK,
+    DECODE,
+    FIXED_MAX_PIECES,
+    FIXED_MIN_BLOCKS,
+    MAX_PARTS,
+    PLANNER,
+    TILE_M,
+    DecodeKey,
+    PlannerKey,
+    box_rows_of,
+)
+from .problem import CKV_DIM, MAX_HEADS
+
+_DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+# Merge CTAs worth having per SM before rows are grouped (8 warps each, 2048 threads per SM).
+_MERGE_CTAS_PER_SM = 8
+
+
+@functools.lru_cache
+def num_sms(device: torch.device) -> int:
+    """SMs of a Hopper device; RuntimeError when the device is another architecture."""
+    properties = torch.cuda.get_device_properties(device)
+    if (properties.major, properties.minor) != (9, 0):
+        raise RuntimeError(
+            f"mla_cute kernels need a Hopper GPU of compute capability 9.0 (sm_90a); {device} is {properties.name} of "
+            f"compute capability {properties.major}.{properties.minor}"
+        )
+    return properties.multi_processor_count
+
+
+class DecodePlan:
+    """Work items of one decode step. Made by :func:`plan_decode` or :func:`plan_decode_block_table`.
+
+    The plan holds references to the metadata tensors it was made from. :meth:`update` plans again from their present
+    contents, into the same buffers, without host synchronisation; it can be captured in a CUDA graph in front of the
+    decode calls that use the plan. All calls that share a plan must run on one stream (or be ordered), because they
+    share its workspace for partial results.
+
+    Attributes:
+        batch, num_heads, page_size: what the plan is for.
+        config: the :class:`~mla_cute.config.KernelConfig` the calls will run with.
+        batch_invariant: whether a request is cut by its own length alone.
+        workspace_bytes: device memory the plan holds.
+    """
+
+    __slots__ = (
+        "_lengths", "_last_len", "_key", "_planner", "_cost", "_count", "_table_stride", "_launchers",
+        "batch", "num_heads", "page_size", "device", "config", "batch_invariant", "items", "part_items", "splits",
+        "part_o", "part_lse", "num_tiles", "merge_rows",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        key: PlannerKey,
+        lengths: torch.Tensor,
+        last_len: torch.Tensor | None,
+        *,
+        batch: int,
+        num_heads: int,
+        page_size: int,
+        max_tokens: int | None,
+        table_stride: int,
+        config: KernelConfig | None,
+    ):
+        device = lengths.device
+        self.batch, self.num_heads, self.page_size, self.device = batch, num_heads, page_size, device
+        self.batch_invariant = key.batch_invariant
+        self._lengths, self._last_len, self._key, self._table_stride = lengths, last_len, key, table_stride
+        self._launchers: dict[tuple[torch.dtype, int], jit.Callable] = {}
+        if device.type == "cpu":
+            self.config = config or KernelConfig()
+            return
+        sms = num_sms(device)
+        self.config = config or default_config(num_heads, page_size, batch, sms)
+        if reason := why_infeasible(self.config):
+            raise ValueError(f"config: {reason}")
+        self.num_tiles = -(-num_heads // TILE_M)
+        parts = max(1, min(MAX_PARTS, sms // self.num_tiles))
+        if key.batch_invariant:
+            max_items = batch * FIXED_MAX_PIECES
+            if max_tokens is not None:
+                max_items = min(max_items, batch + max_tokens // (FIXED_MIN_BLOCKS * BLOCK))
+            slots = max_items
+        else:
+            max_items = batch + parts
+            slots = 2 * parts
+        rows = max(slots * num_heads, 1)
+        # One allocation per element type: int32 [items | part_items | splits | cost | count], float32 [o | lse].
+        sizes = (8 * max(max_items, 1), parts + 1, 2 * batch, batch + 1, batch + 1)
+        padded = [-(-n // 4) * 4 for n in sizes]  # 16-byte aligned pieces
+        ints = torch.empty(sum(padded), dtype=torch.int32, device=device)
+        views = [v[:n] for v, n in zip(ints.split(padded), sizes)]
+        self.items = views[0].view(-1, 8)
+        self.part_items = views[1]
+        self.splits = views[2].view(batch, 2)
+        self._cost, self._count = views[3], views[4]
+        floats = torch.empty(rows * (CKV_DIM + 1), dtype=torch.float32, device=device)
+        self.part_o = floats[: rows * CKV_DIM].view(rows, CKV_DIM)
+        self.part_lse = floats[rows * CKV_DIM :]
+        ctas = batch * num_heads * 4
+        self.merge_rows = min(16, max(1, ctas // (_MERGE_CTAS_PER_SM * sms)))
+        self._planner = jit.get(PLANNER, key, self.config.launch())
+
+    @property
+    def workspace_bytes(self) -> int:
+        if self.device.type == "cpu":
+            return 0
+        return self.part_o.untyped_storage().nbytes() + self.items.untyped_storage().nbytes()
+
+    def update(self) -> DecodePlan:
+        """Plan again from the present contents of the metadata tensors, on the current stream. Returns the plan."""
+        if self.device.type == "cuda" and self.batch:
+            self._planner(
+                self._lengths,
+                self._lengths if self._last_len is None else self._last_len,
+                self.items,
+                self.part_items,
+                self.splits,
+                self._cost,
+                self._count,
+                self.page_size,
+                self._table_stride,
+                self.num_heads,
+                self.config.min_blocks,
+                self.config.item_overhead,
+                self.config.split_penalty,
+            )
+        return self
+
+    def launcher(self, dtype: torch.dtype, page_size: int) -> jit.Callable:
+        """The compiled decode step for this plan's configuration."""
+        launch = self._launchers.get((dtype, page_size))
+        if launch is None:
+            key = DecodeKey(_DTYPE_NAMES[dtype], box_rows_of(page_size))
+            launch = self._launchers[dtype, page_size] = jit.get(DECODE, key, self.config.launch())
+        return launch
+
+    def why_unusable(self, batch: int, num_heads: int, page_size: int, device: torch.device) -> str | None:
+        """None when the plan is for such a call, else what differs."""
+        for name, planned, called in (
+            ("batch", self.batch, batch),
+            ("num_heads", self.num_heads, num_heads),
+            ("page_size", self.page_size, page_size),
+            ("device", self.device, device),
+        ):
+            if planned != called:
+                return f"expected a plan for {name} {called}, got one for {name} {planned}"
+        return None
+
+
+def _check_sizes(num_heads: int, page_size: int) -> None:
+    for name, value, upper in (("num_heads", num_heads, MAX_HEADS), ("page_size", page_size, None)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: expected an int, got {value!r}")
+        if value < 1 or (upper is not None and value > upper):
+            raise ValueError(f"{name}: expected {'1 to ' + str(upper) if upper else '>= 1'}, got {value}")
+
+
+def _check_vector(name: str, x: object, size: int | None, device: torch.device | None) -> torch.Tensor:
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if x.dtype is not torch.int32:
+        raise TypeError(f"{name}: expected dtype torch.int32, got {x.dtype}")
+    if x.dim() != 1 or (size is not None and x.shape[0] != size):
+        raise ValueError(f"{name}: expected shape [{'n' if size is None else size}], got {list(x.shape)}")
+    if not x.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor, got strides {list(x.stride())}")
+    if device is not None and x.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {x.device}")
+    return x
+
+
+def plan_decode(
+    kv_indptr: torch.Tensor,
+    *,
+    num_heads: int,
+    page_size: int,
+    kv_last_page_len: torch.Tensor | None = None,
+    num_kv_indices: int | None = None,
+    config: KernelConfig | None = None,
+    batch_invariant: bool = False,
+) -> DecodePlan:
+    """Plan a decode step from CSR page lists; one plan serves every layer of the step.
+
+    Args:
+        kv_indptr: [batch + 1] int32, on the device of the calls.
+        num_heads: query heads per request, 1..128.
+        page_size: tokens per page, >= 1.
+        kv_last_page_len: [batch] int32, tokens in each request's last page; None: last pages are full.
+        num_kv_indices: upper bound of kv_indptr[-1]; only bounds the workspace of batch-invariant plans.
+        config: a KernelConfig; None chooses the default for the device.
+        batch_invariant: cut each request by its own length alone, so that its result has the same bits whatever else
+            is in the batch.
+
+    Raises:
+        TypeError, ValueError: naming the argument. RuntimeError: the device is not Hopper.
+    """
+    _check_sizes(num_heads, page_size)
+    _check_vector("kv_indptr", kv_indptr, None, None)
+    batch = kv_indptr.shape[0] - 1
+    if batch < 0:
+        raise ValueError("kv_indptr: expected shape [batch + 1], got [0]")
+    if kv_last_page_len is not None:
+        _check_vector("kv_last_page_len", kv_last_page_len, batch, kv_indptr.device)
+    key = PlannerKey("csr" if kv_last_page_len is None else "csr_last", bool(batch_invariant))
+    return DecodePlan(
+        key,
+        kv_indptr,
+        kv_last_page_len,
+        batch=batch,
+        num_heads=num_heads,
+        page_size=page_size,
+        max_tokens=None if num_kv_indices is None else num_kv_indices * page_size,
+        table_stride=0,
+        config=config,
+    ).update()
+
+
+def plan_decode_block_table(
+    seq_lens: torch.Tensor,
+    *,
+    num_heads: int,
+    page_size: int,
+    max_pages: int,
+    table_stride: int | None = None,
+    config: KernelConfig | None = None,
+    batch_invariant: bool = False,
+) -> DecodePlan:
+    """Plan a decode step of an engine that carries `block_table [batch, max_pages]` and `seq_lens [batch]`.
+
+    Args:
+        seq_lens: [batch] int32, tokens per request, on the device of the calls.
+        num_heads, page_size, config, batch_invariant: as :func:`plan_decode`.
+        max_pages: columns of the block table.
+        table_stride: elements between its rows; None: max_pages.
+
+    Raises:
+        TypeError, ValueError: naming the argument. RuntimeError: the device is not Hopper.
+    """
+    _check_sizes(num_heads, page_size)
+    _check_vector("seq_lens", seq_lens, None, None)
+    if isinstance(max_pages, bool) or not isinstance(max_pages, int):
+        raise TypeError(f"max_pages: expected an int, got {max_pages!r}")
+    if max_pages < 0:
+        raise ValueError(f"max_pages: expected >= 0, got {max_pages}")
+    batch = seq_lens.shape[0]
+    return DecodePlan(
+        PlannerKey("seq_lens", bool(batch_invariant)),
+        seq_lens,
+        None,
+        batch=batch,
+        num_heads=num_heads,
+        page_size=page_size,
+        max_tokens=batch * max_pages * page_size,
+        table_stride=max_pages if table_stride is None else table_stride,
+        config=config,
+    ).update()
