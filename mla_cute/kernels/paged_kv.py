@@ -112,62 +112,66 @@ class TmaLoader:
 class GatherLoader:
     """cp.async of 16 bytes per lane: eight lanes take one 128-byte sub-tile row, so four rows per instruction.
 
-    Lane l holds the byte offsets of rows l and l + 32 of the block. Completion is signalled by
-    cp.async.mbarrier.arrive.noinc of all 32 lanes per sub-tile. The writes are generic-proxy, so the consumers
-    fence after their wait, before wgmma reads.
+    Lane l holds (page, row in page) of tokens l and l + 32 of the block: four registers, which is what fits the 40
+    of the producer (byte offsets would take eight and spill). Completion is signalled by
+    cp.async.mbarrier.arrive.noinc of all 32 lanes per sub-tile. The writes are generic-proxy, so the consumers fence
+    after their wait, before wgmma reads.
     """
 
     full_arrivals = 32
     needs_proxy_fence = True
 
     @cute.jit
-    def _row(self, p, index_base, token, kv_end):
-        off_k = Int64(0)
-        off_r = Int64(0)
+    def _token(self, p, index_base, token, kv_end):
+        page = Int32(0)
+        row = Int32(0)
         if token < kv_end:
             slot = token // p.page_size
-            row = Int64(token - slot * p.page_size)
-            page = Int64(p.mIndices[index_base + slot])
-            off_k = (page * p.mCkv.stride[0] + row * p.mCkv.stride[1]) * 2
-            off_r = (page * p.mKpe.stride[0] + row * p.mKpe.stride[1]) * 2
-        return off_k, off_r
+            row = token - slot * p.page_size
+            page = p.mIndices[index_base + slot]
+        return page, row
 
     @cute.jit
     def lookup(self, p, index_base, block, kv_end, lane):
         token = block * TILE_N + lane
-        k0, r0 = self._row(p, index_base, token, kv_end)
-        k1, r1 = self._row(p, index_base, token + 32, kv_end)
-        return k0, k1, (r0, r1)
+        page0, row0 = self._token(p, index_base, token, kv_end)
+        page1, row1 = self._token(p, index_base, token + 32, kv_end)
+        return page0, row0, (page1, row1)
 
     @cute.jit
     def load(self, p, s, where, block, kv_end, stage, half, full, lane):
-        k0, k1, (r0, r1) = where
-        chunk = lane % 8
-        sub_row = lane // 8
+        page0, row0, (page1, row1) = where
         rows = rows_of_block(block, kv_end)
-        src_k = p.mCkv.iterator.toint() + Int64(half * 512 + chunk * 16)
-        src_r = p.mKpe.iterator.toint() + Int64(chunk * 16)
-        dst_k = Int32(s.sK_sub.iterator.toint()) + (stage * 8 + half * 4) * SUB_BYTES + sub_row * 128
-        dst_r = Int32(s.sR.iterator.toint()) + stage * SUB_BYTES + sub_row * 128
-        # Swizzle: 16-byte chunk index xor row % 8; rows advance by 4, so two values alternate.
-        swz = (((chunk ^ sub_row) * 16), ((chunk ^ (sub_row + 4)) * 16))
+        dst = Int32(s.sK_sub.iterator.toint()) + (stage * 8 + half * 4) * SUB_BYTES
         for j in cutlass.range(4, unroll=1):
-            self._sub_tile(k0, k1, src_k + j * 128, dst_k + j * SUB_BYTES, swz, sub_row, rows)
+            for h in cutlass.range_constexpr(2):
+                self._rows(
+                    p.mCkv, (half * 4 + j) * 128, dst + (j * SUB_BYTES + h * 4096), (page0, page1)[h], (row0, row1)[h],
+                    rows - 32 * h, lane,
+                )  # fmt: skip
             cute.arch.cp_async_mbarrier_arrive_noinc(full + j)
         if half == 1:
-            self._sub_tile(r0, r1, src_r, dst_r, swz, sub_row, rows)
+            dst = Int32(s.sR.iterator.toint()) + stage * SUB_BYTES
+            for h in cutlass.range_constexpr(2):
+                self._rows(p.mKpe, 0, dst + h * 4096, (page0, page1)[h], (row0, row1)[h], rows - 32 * h, lane)
             cute.arch.cp_async_mbarrier_arrive_noinc(full + 4)
 
     @cute.jit
-    def _sub_tile(self, off_lo, off_hi, src, dst, swz, sub_row, rows):
-        """64 rows of 128 bytes. Not fully unrolled: the compiler would keep 16 shuffled offsets and spill."""
-        for h in cutlass.range_constexpr(2):
-            for i in cutlass.range(0, 8, 2, unroll=2):
-                for k in cutlass.range_constexpr(2):
-                    row = 4 * (i + k) + sub_row
-                    off = cute.arch.shuffle_sync(off_hi if h else off_lo, row)
-                    if h * 32 + row < rows:
-                        _cp_async_16(dst + (h * 4096 + (i + k) * 512) + swz[k], src + off)
+    def _rows(self, cache, column_bytes, dst, page_l, row_l, rows, lane):
+        """32 rows of 128 bytes of a sub-tile. Swizzle: the 16-byte chunk index is xored with row % 8."""
+        chunk = lane % 8
+        sub_row = lane // 8
+        src = cache.iterator.toint() + Int64(column_bytes + chunk * 16)
+        dst = dst + sub_row * 128
+        for i in cutlass.range(0, 8, 2, unroll=1):
+            for k in cutlass.range_constexpr(2):
+                row = 4 * (i + k) + sub_row
+                page = Int64(cute.arch.shuffle_sync(page_l, row))
+                page_row = Int64(cute.arch.shuffle_sync(row_l, row))
+                if row < rows:
+                    offset = (page * cache.stride[0] + page_row * cache.stride[1]) * 2
+                    swizzled = (chunk ^ (sub_row + 4 * k)) * 16
+                    _cp_async_16(dst + (i + k) * 512 + swizzled, src + offset)
 
 
 def make_loader(box_rows: int, evict_first: bool):

@@ -11,7 +11,7 @@ shared memory.
     wg 0        0-3    240      S0 = Q K0^T, softmax, O[:, 0:256] += P0 V0[:, 0:256] + P1 V1[:, 0:256]
     wg 1        4-7    240      S1 = Q K1^T, softmax, O[:, 256:512] += P1 V1[:, 256:512] + P0 V0[:, 256:512]
     producer    8-11   24       warp 8 + w fills (stage w % 2, half w / 2); warp 8 also loads Q of an item
-    (gather variant: 232 / 48)
+    (gather variant: 232 / 40)
 
     mbarrier             count         filled by / waited for by
     full[stage][sub]     1 (32)        producer warp, per 64 x 64 sub-tile; consumer of that stage, before its QK
@@ -156,7 +156,7 @@ class RowsSm90:
         self.dtype = DTYPES[key.dtype]
         self.loader = paged_kv.make_loader(key.box_rows, config.evict_first)
         self.use_pdl = config.use_pdl
-        self.regs_consumer, self.regs_producer = (240, 24) if key.box_rows else (232, 48)
+        self.regs_consumer, self.regs_producer = (240, 24) if key.box_rows else (232, 40)
 
     # ------------------------------------------------------------------ host
 
