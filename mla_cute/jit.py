@@ -35,11 +35,14 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import elf, sass
+
+if TYPE_CHECKING:
+    from ._warmup import Warmed
 
 log = logging.getLogger("mla_cute.jit")
 
@@ -210,6 +213,65 @@ def compile_info(kernel_cls: Any, key: Any, config: Any) -> dict[str, Any]:
         "cached": not compiled,
         "instructions": instructions,
     }
+
+
+def prepare(kernel_cls: Any, key: Any, config: Any) -> tuple[float, bool]:
+    """Make sure that the variant is on disk without loading it; returns (seconds, whether it was there already)."""
+    start = time.perf_counter()
+    with _lock:
+        compiled = _obtain(_entry(kernel_cls, key, config))[2]
+        _counters["compiled"] += compiled
+    return time.perf_counter() - start, not compiled
+
+
+def is_cached(kernel_cls: Any, key: Any, config: Any) -> bool:
+    """Whether a `get` would find the variant in memory or intact on disk."""
+    return (kernel_cls, key, config) in _memory or _read(_entry(kernel_cls, key, config)) is not None
+
+
+def is_writable() -> bool:
+    """Whether entries can be added to the cache directory; creates it."""
+    try:
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache_dir()) as file:
+            file.write(b"x")
+    except (OSError, RuntimeError):
+        return False
+    return True
+
+
+def warmup(
+    dtypes: Sequence[str] = ("bfloat16",),
+    page_sizes: Sequence[int] = (1, 64),
+    *,
+    variants: Sequence[tuple[Any, Any, Any]] | None = None,
+    num_workers: int | None = None,
+    progress: bool | Callable[..., None] | None = None,
+) -> list[Warmed]:
+    """Compile the kernels a server will need, in parallel, into the disk cache, and load them into this process.
+
+    Args:
+        dtypes: names of the query and cache dtypes, `"bfloat16"`, `"float16"`.
+        page_sizes: tokens per page; sizes that share a kernel are compiled once.
+        variants: (kernel, key, config) triples to compile instead of what the first two arguments select.
+        num_workers: compiling processes at a time, default one per CPU core that this process may use, at most 16.
+        progress: None shows a bar on a terminal (with rich installed) and otherwise one line per kernel on standard
+            error; False shows nothing; a callable gets (done, total, Warmed) per kernel.
+
+    Returns:
+        One :class:`Warmed` per variant: kernel, key, config, seconds, and whether it was on disk already.
+
+    Raises:
+        RuntimeError: kernels that did not compile, each with its name, key, config and the compiler's message. The
+            others are compiled all the same.
+    """
+    from . import _warmup
+
+    if variants is None:
+        from .kernels import registry
+
+        variants = registry.variants(dtypes=dtypes, page_sizes=page_sizes)
+    return _warmup.warmup(variants, num_workers=num_workers, progress=progress)
 
 
 def cubins(kernel_cls: Any, key: Any, config: Any) -> list[bytes]:

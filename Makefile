@@ -1,0 +1,69 @@
+# make demo      check and time decode on this GPU (without one: the reference, and the kernels compiled)
+# make test      lint, types, CPU tests, and the GPU tests where there is a Hopper GPU
+# make bench     the benchmark grid, with a JSON record
+#
+# Each needs only Python >= 3.10 and makes its own .venv. TORCH=torch==X.Y.Z chooses the torch installed first,
+# PYTHON=python3.12 the interpreter, BENCH_ARGS="..." what `mla-cute bench` is given.
+
+TORCH ?= torch
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && { echo $$p; exit; }; done; echo python3)
+# The compile tests need about 1 GB each.
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 8 ] && n=8; echo $$n)
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+TORCH_STAMP := $(VENV)/.torch-$(shell printf %s '$(TORCH)' | tr -c 'A-Za-z0-9.' _)
+DEMO_STAMP := $(VENV)/.installed-demo
+DEV_STAMP := $(VENV)/.installed-dev
+
+.PHONY: demo test lint format bench clean
+.DELETE_ON_ERROR:
+
+demo: $(DEMO_STAMP)
+	$(BIN)/mla-cute demo
+
+bench: $(DEMO_STAMP)
+	$(BIN)/mla-cute bench $(BENCH_ARGS)
+
+test: lint
+	@if ls tests/gpu/test_*.py >/dev/null 2>&1; then $(BIN)/pytest tests/gpu; fi
+	$(BIN)/pytest tests/cpu -n $(JOBS) --dist worksteal
+
+lint: $(DEV_STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy mla_cute
+
+format: $(DEV_STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find mla_cute tests tune -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+		echo "mla-cute needs Python 3.10 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || echo missing)." >&2; \
+		echo "Name another with PYTHON=..., e.g. make PYTHON=python3.12 demo" >&2; exit 1; }
+	@echo "creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu install python3-venv." >&2; exit 1; }
+
+$(TORCH_STAMP): | $(BIN)/python
+	@echo "installing $(TORCH) into $(VENV)"
+	@$(PIP) install '$(TORCH)'
+	@rm -f $(VENV)/.torch-*
+	@touch $@
+
+$(DEMO_STAMP): pyproject.toml $(TORCH_STAMP)
+	@echo "installing mla-cute into $(VENV)"
+	@$(PIP) install --editable '.[cli,bench]'
+	@touch $@
+
+$(DEV_STAMP): pyproject.toml $(TORCH_STAMP)
+	@echo "installing mla-cute and the development tools into $(VENV)"
+	@$(PIP) install --editable '.[dev]'
+	@touch $@ $(DEMO_STAMP)
