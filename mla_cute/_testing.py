@@ -1,10 +1,10 @@
 """Adversarial decode cases and the verdict on a result, shared by tests/ and `mla-cute check`.
 
-`make_case` builds inputs that punish what a kernel must not do: every page, row and gap that a correct kernel does not read
-holds NaN, every page id that it must not dereference is absurd, metadata is only 4-byte aligned, pages come in random order,
-and the outputs lie between guard regions. `compare` judges an output against the float32 reference, with the error that the
-same computation has in the input dtype as the yardstick. `sweep` lists the cases every release has to pass, and `run_case`
-runs one through the public call.
+`make_case` builds inputs that punish what a kernel must not do: every page, row and gap that a correct kernel does not
+read holds NaN, every page id that it must not dereference is absurd, metadata is only 4-byte aligned, pages come in
+random order, and the outputs lie between guard regions. `compare` judges an output against the float32 reference, with
+the error that the same computation has in the input dtype as the yardstick. `sweep` lists the cases every release has
+to pass, and `run_case` runs one through the public call.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from mla_cute.problem import CKV_DIM, KPE_DIM
 # softmax scale of DeepSeek-V2/V3: 128 + 64 query dimensions before absorption
 SM_SCALE = 192**-0.5
 ABSURD_PAGE_IDS = (2**30, -5)
-# 0x5a5a is a large finite number in bf16 (1.5e16), 203 in fp16, 1.5e16 in float32: an element nobody wrote is a wrong one.
+# 0x5a5a is 1.5e16 in bf16, 203 in fp16, and 1.5e16 in float32 when doubled up: an element nobody wrote is a wrong one.
 SENTINEL = {2: 0x5A5A, 4: 0x5A5A5A5A}
 
 CACHE_LAYOUTS = ("fused", "split", "padded", "slot_major")
 Q_LAYOUTS = ("contiguous", "batch_strided", "fused")
 OUT_LAYOUTS = ("contiguous", "batch_strided")
 
-# lse is a float32 sum over float32 exponentials of float32-accumulated scores: rounding reaches about 1e-5 where |lse| is 10.
+# lse is a float32 sum of float32 exponentials of float32-accumulated scores: its rounding is about 1e-5 where |lse| is
+# 10.
 LSE_ATOL = 1e-4
 LSE_RTOL = 2e-6
 
@@ -45,7 +46,7 @@ class Guarded:
         device: torch.device | str,
         guard: int,
     ) -> None:
-        extent = 1 + sum((n - 1) * s for n, s in zip(shape, strides)) if math.prod(shape) else 0
+        extent = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if math.prod(shape) else 0
         int_dtype = torch.int16 if dtype.itemsize == 2 else torch.int32
         self.sentinel = SENTINEL[dtype.itemsize]
         self.buffer = torch.full((extent + 2 * guard,), self.sentinel, dtype=int_dtype, device=device)
@@ -141,8 +142,8 @@ def make_case(
     """Build a case of one request per entry of `lengths` (tokens); deterministic for a seed and a device type.
 
     Args:
-        cache_layout: "fused" (two views of [num_pages, page_size, 576]), "split" (two tensors), "padded" (views whose rows
-            are 640 wide and whose pages have one more row, NaN in both gaps), "slot_major" (stride(0) < stride(1)).
+        cache_layout: "fused" (two views of [num_pages, page_size, 576]), "split" (two tensors), "padded" (views with
+            rows 640 wide and one more row in a page, NaN in both gaps), "slot_major" (stride(0) < stride(1)).
         q_layout: "contiguous", "batch_strided" (NaN between requests), "fused" (two views of [batch, H, 576]).
         out_layout: "contiguous" or "batch_strided" (guard regions between requests).
         shared_pages: up to this many leading full pages of request 0 are also those of every other request.
@@ -288,7 +289,7 @@ def _make_caches(
 
 @dataclass
 class Expected:
-    """Reference of a case: float32 output and lse, and the output of the same computation with P and output in `dtype`."""
+    """Reference of a case: float32 output and lse, and the output of the computation with P and output in `dtype`."""
 
     output: torch.Tensor
     lse: torch.Tensor
@@ -301,8 +302,8 @@ class Expected:
 class Verdict:
     """Error figures of a result. `failures` says what is wrong, worst row first; empty means the result is accepted.
 
-    `relative_error` and `dtype_error` are Frobenius norms of the error over that of the reference, of the result and of the
-    same computation in the input dtype; `cosine` is the smallest over rows; errors are taken where the reference is finite.
+    `relative_error` and `dtype_error` are Frobenius norms of the error over that of the reference, of the result and of
+    the same computation in the input dtype; `cosine` is the smallest over rows; errors are taken where both are finite.
     """
 
     failures: tuple[str, ...]
@@ -318,8 +319,8 @@ class Verdict:
 
     def __str__(self) -> str:
         figures = (
-            f"relative error {self.relative_error:.2e} (in dtype: {self.dtype_error:.2e}), max error {self.max_error:.2e}, "
-            f"cosine {self.cosine:.7f}, lse error {self.lse_error:.2e}"
+            f"relative error {self.relative_error:.2e} (in dtype: {self.dtype_error:.2e}), "
+            f"max error {self.max_error:.2e}, cosine {self.cosine:.7f}, lse error {self.lse_error:.2e}"
         )
         return "\n".join((*self.failures, figures))
 
@@ -339,10 +340,10 @@ def expected_of(case: DecodeCase, *, lse_base: int | str = 2) -> Expected:
 def compare(output: torch.Tensor, lse: torch.Tensor | None, expected: Expected) -> Verdict:
     """Judge a decode result; `lse` None leaves lse out.
 
-    Accepted is, for every (request, head) row: inf and NaN where the reference has them and nowhere else; an error, in norm
-    and in the largest element, of at most twice that of the same computation in the input dtype plus rounding (eps / 4 of
-    the row's norm, eps / 2 of its largest element); a cosine that such an error allows; |lse error| of at most
-    1e-4 + 2e-6 * |lse|.
+    Accepted is, for every (request, head) row: inf and NaN where the reference has them and nowhere else; an error, in
+    norm and in the largest element, of at most twice that of the same computation in the input dtype plus rounding
+    (eps / 4 of the row's norm, eps / 2 of its largest element); a cosine that such an error allows; an lse error of at
+    most 1e-4 + 2e-6 * |lse|.
     """
     failures: list[str] = []
     if output.dtype is not expected.dtype or output.shape != expected.output.shape:

@@ -1,16 +1,16 @@
 """Facts of one decode call, checked once on the host.
 
-`check_decode` and `check_decode_block_table` read shapes, dtypes, devices, strides and pointers only: no device memory, no
-synchronisation. Each first asks one early-exit question, "is everything as it usually is?", made of the cheapest attribute
-reads torch has (a call costs 2 to 3.5 us). Only when the answer is no does `_explain_*` look again, argument by argument, and
-raise for the first one that is wrong. The explanation is the authority: what it lets pass is legal (an odd stride of a
-dimension of size 1, for example), and what the early exit accepts is a subset of that.
+`check_decode` and `check_decode_block_table` read shapes, dtypes, devices, strides and pointers only: no device memory,
+no synchronisation. Each first asks one early-exit question, "is everything as it usually is?", made of the cheapest
+attribute reads torch has (a call costs 2 to 3.5 us). Only when the answer is no does `_explain_*` look again, argument
+by argument, and raise for the first one that is wrong. The explanation is the authority: what it lets pass is legal (an
+odd stride of a dimension of size 1, for example), and what the early exit accepts is a subset of that.
 
-`verify_on_device` and `verify_block_table_on_device` check what only the device can see, with one synchronisation; they run
-when MLA_CUTE_CHECK=1.
+`verify_on_device` and `verify_block_table_on_device` check what only the device can see, with one synchronisation; they
+run when MLA_CUTE_CHECK=1.
 
-Errors are `TypeError` (not a tensor, wrong dtype, wrong Python type) and `ValueError` (shape, device, stride, alignment,
-value). The message starts with the argument's name, then what was expected, then what it was.
+Errors are `TypeError` (not a tensor, wrong dtype, wrong Python type) and `ValueError` (shape, device, stride,
+alignment, value). The message starts with the argument's name, then what was expected, then what it was.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ MAX_HEADS = 128
 DTYPES = (torch.bfloat16, torch.float16)
 LSE_BASES = (2, "e")
 
-# The kernels take sm_scale as a float32.
-_FLOAT32_MAX = 3.4028234663852886e38
+# The kernels take sm_scale * log2(e) as a float32 and find a row's largest score before they scale it: the product has
+# to be positive, finite, and normal (0 * -inf of a masked score is NaN).
+_MIN_SCALE = 2.0**-126
+_MAX_SCALE = 2.0**126
 # TMA and 16-byte vector accesses: 16 bytes are 8 elements of bf16 or fp16.
 _ALIGN_BYTES = 16
 _ALIGN_ELEMENTS = 8
@@ -63,7 +65,7 @@ def check_decode(
     lse: torch.Tensor | None = None,
     lse_base: int | str = 2,
 ) -> DecodeProblem:
-    """Check the arguments of a decode call with CSR page lists; raise TypeError or ValueError for the first wrong one."""
+    """Check a decode call with CSR page lists; raise TypeError or ValueError for the first wrong argument."""
     try:
         problem = _usual(q_nope, q_pe, ckv_cache, kpe_cache, sm_scale, out, lse, lse_base)
         if (
@@ -78,10 +80,12 @@ def check_decode(
             and kv_indices.is_contiguous()
             and (
                 kv_last_page_len is None
-                or kv_last_page_len.shape == (problem.batch,)
-                and kv_last_page_len.dtype is torch.int32
-                and kv_last_page_len.device == problem.device
-                and kv_last_page_len.is_contiguous()
+                or (
+                    kv_last_page_len.shape == (problem.batch,)
+                    and kv_last_page_len.dtype is torch.int32
+                    and kv_last_page_len.device == problem.device
+                    and kv_last_page_len.is_contiguous()
+                )
             )
         ):
             return problem
@@ -108,7 +112,7 @@ def check_decode_block_table(
     lse: torch.Tensor | None = None,
     lse_base: int | str = 2,
 ) -> DecodeProblem:
-    """Check the arguments of a decode call with a padded block table; raise TypeError or ValueError for the first wrong one."""
+    """Check a decode call with a padded block table; raise TypeError or ValueError for the first wrong argument."""
     try:
         problem = _usual(q_nope, q_pe, ckv_cache, kpe_cache, sm_scale, out, lse, lse_base)
         if problem is not None:
@@ -167,8 +171,8 @@ def _usual(
         and ckv_cache.device == device
         and kpe_cache.device == device
         and type(sm_scale) is float
-        and -_FLOAT32_MAX <= sm_scale <= _FLOAT32_MAX
-        and (type(lse_base) is int and lse_base == 2 or type(lse_base) is str and lse_base == "e")
+        and _MIN_SCALE <= sm_scale <= _MAX_SCALE
+        and ((type(lse_base) is int and lse_base == 2) or (type(lse_base) is str and lse_base == "e"))
     ):
         return None
     if q_nope.is_cuda:
@@ -239,15 +243,15 @@ def _explain_rest(
     batch, num_heads, device = problem.batch, problem.num_heads, problem.device
     if isinstance(sm_scale, bool) or not isinstance(sm_scale, numbers.Real):
         raise TypeError(f"sm_scale: expected a Python number, got {_describe(sm_scale)}")
-    if not -_FLOAT32_MAX <= sm_scale <= _FLOAT32_MAX:
-        raise ValueError(f"sm_scale: expected a number that is finite in float32, got {sm_scale}")
+    if not _MIN_SCALE <= sm_scale <= _MAX_SCALE:
+        raise ValueError(f"sm_scale: expected a positive number from 2^-126 to 2^126, got {sm_scale}")
     if isinstance(lse_base, bool) or not isinstance(lse_base, (int, str)):
         raise TypeError(f"lse_base: expected 2 or 'e', got {_describe(lse_base)}")
     if lse_base not in LSE_BASES:
         raise ValueError(f"lse_base: expected 2 or 'e', got {lse_base!r}")
     if out is not None:
         _expect_operand("out", out, (batch, num_heads, CKV_DIM), f"[batch, H, {CKV_DIM}]", problem.dtype, device)
-        if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride())):
+        if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
             raise ValueError(
                 f"out: expected memory for every element, got an expanded tensor of strides {list(out.stride())}"
             )
@@ -299,7 +303,7 @@ def _expect_tensor(name: str, x: object) -> None:
 def _expect_shape(name: str, x: torch.Tensor, expected: tuple[int | None, ...], form: str) -> None:
     """`expected` has None where any size will do, and then the message shows `form`, the shape with its names."""
     actual = tuple(x.shape)
-    if len(actual) == len(expected) and all(e is None or e == a for e, a in zip(expected, actual)):
+    if len(actual) == len(expected) and all(e is None or e == a for e, a in zip(expected, actual, strict=True)):
         return
     shown = form if None in expected else f"{list(expected)}"
     raise ValueError(f"{name}: expected shape {shown}, got {list(actual)}")
@@ -317,7 +321,7 @@ def _expect_aligned(name: str, x: torch.Tensor) -> None:
     strides = list(x.stride())
     if strides[-1] != 1:
         raise ValueError(f"{name}: expected stride 1 in the last dimension, got strides {strides}")
-    if any(size > 1 and stride % _ALIGN_ELEMENTS for size, stride in zip(x.shape[:-1], strides[:-1])):
+    if any(size > 1 and stride % _ALIGN_ELEMENTS for size, stride in zip(x.shape[:-1], strides[:-1], strict=True)):
         raise ValueError(
             f"{name}: expected strides that are multiples of {_ALIGN_ELEMENTS} elements ({_ALIGN_BYTES} bytes), "
             f"got strides {strides}"
@@ -343,10 +347,10 @@ def verify_on_device(
 ) -> None:
     """Check the values of CSR metadata with one synchronisation.
 
-    Raises ValueError naming the argument, the first offending position, its value and the bound, when kv_indptr starts below
-    0, decreases, or ends beyond kv_indices; when kv_last_page_len of a request that has pages is not in 1..page_size; when a
-    page id in use is not in 0..num_pages - 1. Ids outside `kv_indices[kv_indptr[0]:kv_indptr[-1]]` and the last page length
-    of a request without pages are not looked at.
+    Raises ValueError naming the argument, the first offending position, its value and the bound, when kv_indptr starts
+    below 0, decreases, or ends beyond kv_indices; when kv_last_page_len of a request that has pages is not in
+    1..page_size; when a page id in use is not in 0..num_pages - 1. Ids outside `kv_indices[kv_indptr[0]:kv_indptr[-1]]`
+    and the last page length of a request without pages are not looked at.
     """
     num_indices = kv_indices.shape[0]
     num_pages_of = kv_indptr.diff()
@@ -391,9 +395,9 @@ def verify_on_device(
 def verify_block_table_on_device(problem: DecodeProblem, block_table: torch.Tensor, seq_lens: torch.Tensor) -> None:
     """Check the values of block-table metadata with one synchronisation.
 
-    Raises ValueError naming the argument, the first offending position, its value and the bound, when a sequence length is
-    not in 0..max_pages * page_size, or a page id in use is not in 0..num_pages - 1. The ids past a request's last page are
-    not looked at.
+    Raises ValueError naming the argument, the first offending position, its value and the bound, when a sequence length
+    is not in 0..max_pages * page_size, or a page id in use is not in 0..num_pages - 1. The ids past a request's last
+    page are not looked at.
     """
     max_pages = block_table.shape[1]
     max_len = max_pages * problem.page_size
@@ -406,12 +410,14 @@ def verify_block_table_on_device(problem: DecodeProblem, block_table: torch.Tens
     length, page_id = torch.stack(first_bad).tolist()
     if length[0]:
         raise ValueError(
-            f"seq_lens: expected values in [0, {max_len}] (max_pages * page_size), got {length[2]} at position {length[1]}"
+            f"seq_lens: expected values in [0, {max_len}] (max_pages * page_size), got {length[2]} "
+            f"at position {length[1]}"
         )
     if page_id[0]:
         row, column = divmod(page_id[1], max_pages)
         raise ValueError(
-            f"block_table: expected page ids in [0, {problem.num_pages}), got {page_id[2]} at position [{row}, {column}]"
+            f"block_table: expected page ids in [0, {problem.num_pages}), got {page_id[2]} "
+            f"at position [{row}, {column}]"
         )
 
 

@@ -3,8 +3,9 @@
     S = q_nope ckv^T + q_pe kpe^T      P = softmax(sm_scale * S)      output = P ckv
 
 One request at a time: its pages are gathered (never a page id past its end, and rows past kv_len are cut off before any
-arithmetic, so NaN there cannot leak), and contexts longer than `_CHUNK_TOKENS` are walked in chunks whose partial softmaxes
-are merged, which bounds the float32 copy of K at 38 MB. It reads lengths on the host: on CUDA tensors it synchronises.
+arithmetic, so NaN there cannot leak), and contexts longer than `_CHUNK_TOKENS` are walked in chunks whose partial
+softmaxes are merged, which bounds the float32 copy of K at 38 MB. It reads lengths on the host: on CUDA tensors it
+synchronises.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ def decode_reference(
         kv_indptr: [batch + 1] int32; request b owns `kv_indices[kv_indptr[b]:kv_indptr[b + 1]]`.
         kv_indices: [num_kv_indices] int32 page ids.
         sm_scale: factor of the scores before the softmax.
-        kv_last_page_len: [batch] int32, tokens in each request's last page; None means that last pages are full. The value
-            of a request without pages is ignored.
+        kv_last_page_len: [batch] int32, tokens in each request's last page; None means that last pages are full. The
+            value of a request without pages is ignored.
         lse_base: 2 or "e", the base of the log-sum-exp returned.
         out: [batch, H, 512] to write to; None allocates it with the dtype of q_nope.
         lse: [batch, H] to write to; None allocates it as float32.
@@ -52,8 +53,8 @@ def decode_reference(
         (output, lse). A request of length 0 gives output 0 and lse -inf.
 
     Raises:
-        IndexError, RuntimeError: from torch, when a page id in use is out of range. Arguments are not checked otherwise:
-        `mla_cute.problem.check_decode` does that.
+        IndexError, RuntimeError: from torch, when a page id in use is out of range. Arguments are not checked
+        otherwise: `mla_cute.problem.check_decode` does that.
     """
     pages, lengths = _csr_requests(kv_indptr, kv_indices, kv_last_page_len, ckv_cache.shape[1])
     return _decode(q_nope, q_pe, ckv_cache, kpe_cache, pages, lengths, sm_scale, lse_base, out, lse)
@@ -93,7 +94,7 @@ def _csr_requests(
     indptr = kv_indptr.tolist()
     last = [page_size] * (len(indptr) - 1) if kv_last_page_len is None else kv_last_page_len.tolist()
     pages = [kv_indices[start:end] for start, end in itertools.pairwise(indptr)]
-    lengths = [(len(ids) - 1) * page_size + n if len(ids) else 0 for ids, n in zip(pages, last)]
+    lengths = [(len(ids) - 1) * page_size + n if len(ids) else 0 for ids, n in zip(pages, last, strict=True)]
     return pages, lengths
 
 
@@ -119,7 +120,7 @@ def _decode(
     per_base = _LOG2_E if lse_base == 2 else 1.0
     dtype = _compute_dtype()
     with torch.no_grad():
-        for b, (page_ids, kv_len) in enumerate(zip(pages, lengths)):
+        for b, (page_ids, kv_len) in enumerate(zip(pages, lengths, strict=True)):
             if kv_len <= 0:
                 out[b] = 0
                 lse[b] = -math.inf
@@ -139,7 +140,7 @@ def _attend(
     kv_len: int,
     p_dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One request: scaled q [H, 576] (its dtype is that of the math) against its kv_len > 0 tokens -> [H, 512], natural-log lse [H]."""
+    """One request of kv_len > 0 tokens: scaled q [H, 576] in the dtype of the math -> [H, 512], lse [H] in base e."""
     page_size, ckv_dim = ckv_cache.shape[1:]
     pages_per_chunk = max(1, _CHUNK_TOKENS // page_size)
     acc = q.new_zeros(q.shape[0], ckv_dim)

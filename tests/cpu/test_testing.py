@@ -28,7 +28,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=[
 
 
 def run_in_dtype(case: DecodeCase, pages=None, lengths=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a correct kernel might give: blocks of 64 tokens, P rounded to the input dtype, another order of summation."""
+    """What a correct kernel might give: blocks of 64 tokens, P rounded to the input dtype, sums in another order."""
     true_pages, true_lengths = reference._csr_requests(
         case.kv_indptr, case.kv_indices, case.kv_last_page_len, case.page_size
     )
@@ -82,24 +82,29 @@ def test_page_ids_that_no_request_owns_are_absurd():
     start, end = int(case.kv_indptr[0]), int(case.kv_indptr[-1])
     assert (start, end) == (2, 2 + 2 + 0 + 3)
     outside = torch.cat((case.kv_indices[:start], case.kv_indices[end:])).tolist()
-    assert len(outside) == 9 and set(outside) == set(ABSURD_PAGE_IDS)
+    assert len(outside) == 9
+    assert set(outside) == set(ABSURD_PAGE_IDS)
     for b, n in enumerate((2, 0, 3)):
         assert torch.equal(case.block_table[b, :n], pages_of(case)[b])
         padding = case.block_table[b, n:].tolist()
-        assert len(padding) >= 3 and set(padding) == set(ABSURD_PAGE_IDS)
+        assert len(padding) >= 3
+        assert set(padding) == set(ABSURD_PAGE_IDS)
 
 
 def test_metadata_is_only_four_byte_aligned():
     case = make_case([5, 0, 9], num_heads=2, page_size=4)
     for x in (case.kv_indptr, case.kv_indices, case.kv_last_page_len, case.seq_lens, case.lse):
-        assert x.is_contiguous() and x.data_ptr() % 8 == 4
+        assert x.is_contiguous()
+        assert x.data_ptr() % 8 == 4
     assert case.block_table.stride(0) % 2 == 1
 
 
 def test_shared_pages_are_shared_and_the_rest_is_not():
     case = make_case([17, 9, 3, 16], num_heads=1, page_size=4, shared_pages=3)
     first, second, third, fourth = (set(ids.tolist()) for ids in pages_of(case))
-    assert len(first & second) == 2 and len(first & fourth) == 3 and not first & third
+    assert len(first & second) == 2
+    assert len(first & fourth) == 3
+    assert not first & third
     verdict = compare(*run_in_dtype(case), expected_of(case))
     assert verdict.ok, verdict
 
@@ -114,7 +119,8 @@ def test_drift_moves_the_weight_to_one_end():
 
 def test_is_deterministic_and_depends_on_the_seed():
     one, same, other = (make_case([70, 3], num_heads=2, page_size=16, seed=seed) for seed in (1, 1, 2))
-    assert torch.equal(one.q_nope, same.q_nope) and torch.equal(one.kv_indices, same.kv_indices)
+    assert torch.equal(one.q_nope, same.q_nope)
+    assert torch.equal(one.kv_indices, same.kv_indices)
     assert torch.equal(one.ckv_cache.nan_to_num(), same.ckv_cache.nan_to_num())
     assert not torch.equal(one.q_nope, other.q_nope)
 
@@ -132,11 +138,14 @@ def test_load_overwrites_in_place():
 @pytest.mark.parametrize("out_layout", OUT_LAYOUTS)
 def test_guards_notice_a_write(out_layout):
     case = make_case([5, 9], num_heads=2, page_size=4, out_layout=out_layout)
-    assert case.guarded_out.untouched() and case.guarded_lse.untouched()
+    assert case.guarded_out.untouched()
+    assert case.guarded_lse.untouched()
     case.out.zero_()
     case.lse.zero_()
-    assert not case.guarded_out.untouched() and not case.guarded_lse.untouched()
-    assert case.guarded_out.intact() and case.guarded_lse.intact()
+    assert not case.guarded_out.untouched()
+    assert not case.guarded_lse.untouched()
+    assert case.guarded_out.intact()
+    assert case.guarded_lse.intact()
     inside = torch.zeros_like(case.guarded_out.buffer)
     inside.as_strided(case.out.shape, case.out.stride(), case.out.storage_offset()).fill_(1)
     for position in (0, int(inside.argmax()) - 1, len(inside) - int(inside.flip(0).argmax()), len(inside) - 1):
@@ -170,9 +179,11 @@ def test_sweep_covers_what_it_says():
     specs = sweep()
     assert {spec.num_heads for spec in specs} == set(SWEEP_HEADS)
     assert {(s.page_size, s.dtype) for s in specs} == {(p, d) for p in SWEEP_PAGE_SIZES for d in SWEEP_DTYPES}
-    assert {s.drift for s in specs} == {0.0, 60.0, -60.0} and {s.shared_pages for s in specs} == {0, 1, 1000}
+    assert {s.drift for s in specs} == {0.0, 60.0, -60.0}
+    assert {s.shared_pages for s in specs} == {0, 1, 1000}
     assert {(s.page_size, s.cache_layout) for s in specs} == {(p, c) for p in SWEEP_PAGE_SIZES for c in CACHE_LAYOUTS}
-    assert {s.q_layout for s in specs} == set(Q_LAYOUTS) and {s.out_layout for s in specs} == set(OUT_LAYOUTS)
+    assert {s.q_layout for s in specs} == set(Q_LAYOUTS)
+    assert {s.out_layout for s in specs} == set(OUT_LAYOUTS)
     for length in (0, 1, 63, 64, 65, 127, 129, 1000, 20000):
         assert any(length in spec.lengths for spec in specs)
     assert len({str(spec) for spec in specs}) == len(specs)
@@ -195,7 +206,8 @@ def test_accepts_the_reference_itself():
     for base in (2, "e"):
         output, lse = decode_reference(*case.csr_args, kv_last_page_len=case.kv_last_page_len, lse_base=base)
         verdict = compare(output, lse, expected_of(case, lse_base=base))
-        assert verdict.ok and verdict.lse_error == 0.0, verdict
+        assert verdict.ok, verdict
+        assert verdict.lse_error == 0.0
 
 
 LENGTHS = [0, 1, 65, 300, 1000]
