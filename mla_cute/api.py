@@ -188,8 +188,11 @@ def _check_plan(plan: DecodePlan, problem: DecodeProblem) -> None:
     raise ValueError(f"plan: {reason}")
 
 
-def _unit_strides(x: torch.Tensor) -> torch.Tensor:
-    """The same elements with packed strides where a dimension has size 1: TMA checks strides it never takes."""
+def _tma_strides(x: torch.Tensor) -> torch.Tensor:
+    """`x`, with packed strides where a dimension has size 1 and an odd stride: TMA checks strides it never takes."""
+    s0, s1, s2 = x.stride()
+    if (s0 | s1) % 8 == 0 and s2 == 1:
+        return x
     size, stride = list(x.shape), list(x.stride())
     for d in range(x.dim() - 2, -1, -1):
         if size[d] == 1:
@@ -218,7 +221,7 @@ def _launch(
         lse = torch.empty((batch, heads), dtype=torch.float32, device=problem.device)
     if batch:
         if batch == 1 or heads == 1 or problem.page_size == 1 or problem.num_pages == 1:
-            q_nope, q_pe, ckv_cache, kpe_cache = map(_unit_strides, (q_nope, q_pe, ckv_cache, kpe_cache))
+            q_nope, q_pe, ckv_cache, kpe_cache = map(_tma_strides, (q_nope, q_pe, ckv_cache, kpe_cache))
         plan.launcher(problem.dtype, problem.page_size)(
             q_nope,
             q_pe,
@@ -226,7 +229,7 @@ def _launch(
             kpe_cache,
             kv_indices,
             plan.items,
-            plan.part_items,
+            plan.parts,
             plan.splits,
             out,
             lse,

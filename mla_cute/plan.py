@@ -56,7 +56,7 @@ class DecodePlan:
 
     __slots__ = (
         "_lengths", "_last_len", "_key", "_planner", "_cost", "_count", "_table_stride", "_launchers",
-        "batch", "num_heads", "page_size", "device", "config", "batch_invariant", "items", "part_items", "splits",
+        "batch", "num_heads", "page_size", "device", "config", "batch_invariant", "items", "parts", "splits",
         "part_o", "part_lse", "num_tiles", "merge_rows",
     )  # fmt: skip
 
@@ -96,13 +96,13 @@ class DecodePlan:
             max_items = batch + parts
             slots = 2 * parts
         rows = max(slots * num_heads, 1)
-        # One allocation per element type: int32 [items | part_items | splits | cost | count], float32 [o | lse].
-        sizes = (8 * max(max_items, 1), parts + 1, 2 * batch, batch + 1, batch + 1)
+        # One allocation per element type: int32 [items | parts | splits | cost | count], float32 [o | lse].
+        sizes = (8 * max(max_items, 1), 8 * parts, 2 * batch, batch + 1, batch + 1)
         padded = [-(-n // 4) * 4 for n in sizes]  # 16-byte aligned pieces
         ints = torch.empty(sum(padded), dtype=torch.int32, device=device)
-        views = [v[:n] for v, n in zip(ints.split(padded), sizes)]
+        views = [v[:n] for v, n in zip(ints.split(padded), sizes, strict=True)]
         self.items = views[0].view(-1, 8)
-        self.part_items = views[1]
+        self.parts = views[1].view(parts, 8)
         self.splits = views[2].view(batch, 2)
         self._cost, self._count = views[3], views[4]
         floats = torch.empty(rows * (CKV_DIM + 1), dtype=torch.float32, device=device)
@@ -125,7 +125,7 @@ class DecodePlan:
                 self._lengths,
                 self._lengths if self._last_len is None else self._last_len,
                 self.items,
-                self.part_items,
+                self.parts,
                 self.splits,
                 self._cost,
                 self._count,

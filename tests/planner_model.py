@@ -8,9 +8,20 @@ from mla_cute.kernels.registry import BLOCK, FIXED_MAX_PIECES, FIXED_MIN_BLOCKS
 
 @dataclass
 class Plan:
+    how: str  # "whole", "pieces", "line" or "invariant"
     items: list[tuple[int, int, int, int, int]]  # request, kv_begin, kv_end, first index, partial row or -1
-    part_items: list[int]  # part k runs items[part_items[k] : part_items[k + 1]]
+    starts: list[int]  # part k runs items[starts[k] : starts[k + 1]]
     splits: list[tuple[int, int]]  # first partial row, number of pieces
+
+    @property
+    def loads(self) -> list[int]:
+        """64-token blocks of each part."""
+        blocks = [-(-(end - begin) // BLOCK) for _, begin, end, _, _ in self.items]
+        return [sum(blocks[lo:hi]) for lo, hi in zip(self.starts, self.starts[1:], strict=False)]
+
+
+def even_up(x: int) -> int:
+    return x + x % 2
 
 
 def blocks_of(length: int) -> int:
@@ -25,34 +36,23 @@ def plan(
     config: KernelConfig,
     batch_invariant: bool = False,
 ) -> Plan:
-    return (_fixed if batch_invariant else _balanced)(lengths, firsts, parts, num_heads, config)
-
-
-def _fixed(lengths: list[int], firsts: list[int], parts: int, num_heads: int, config: KernelConfig) -> Plan:
-    items, begins, splits, at = [], [], [], 0
-    for b, length in enumerate(lengths):
-        blocks = blocks_of(length)
-        share = -(-blocks // FIXED_MAX_PIECES)
-        size = max(share + share % 2, FIXED_MIN_BLOCKS)
-        pieces = -(-blocks // size)
-        splits.append((len(items) * num_heads, pieces))
-        start = at
-        for s in range(pieces):
-            row = len(items) * num_heads if pieces > 1 else -1
-            items.append((b, s * size * BLOCK, min((s + 1) * size * BLOCK, length), firsts[b], row))
-            begins.append(start + s * (size + config.item_overhead))
-        at += blocks + pieces * config.item_overhead
-    payload = max(-(-at // parts), config.min_blocks)
-    part_items = [sum(1 for x in begins if x < k * payload) for k in range(parts)] + [len(items)]
-    return Plan(items, part_items, splits)
-
-
-def _balanced(lengths: list[int], firsts: list[int], parts: int, num_heads: int, config: KernelConfig) -> Plan:
+    blocks = [blocks_of(length) for length in lengths]
     overhead = config.item_overhead
+    if batch_invariant:
+        sizes = [max(even_up(-(-n // FIXED_MAX_PIECES)), FIXED_MIN_BLOCKS) for n in blocks]
+        cuts = [list(range(0, n, size)) + [n] if n else [0] for n, size in zip(blocks, sizes, strict=True)]
+        line, begins = 0, []
+        for edges in cuts:
+            for i in range(len(edges) - 1):
+                begins.append(line + i * (edges[1] - edges[0] + overhead))
+            line += edges[-1] + overhead * (len(edges) - 1)
+        payload = max(-(-line // parts), config.min_blocks)
+        starts = [sum(x < k * payload for x in begins) for k in range(parts)] + [len(begins)]
+        return _assemble("invariant", lengths, firsts, cuts, starts, num_heads, every_item_has_rows=True)
+
     line = [0]
-    for length in lengths:
-        blocks = blocks_of(length)
-        line.append(line[-1] + (blocks + overhead if blocks else 0))
+    for n in blocks:
+        line.append(line[-1] + (n + overhead if n else 0))
     payload = max(-(-line[-1] // parts), config.min_blocks)
     batch = len(lengths)
 
@@ -66,30 +66,59 @@ def _balanced(lengths: list[int], firsts: list[int], parts: int, num_heads: int,
         return b
 
     def cut(k: int) -> tuple[int, int]:
-        if k == parts:
-            return batch, 0
-        b = request_at(k * payload)
+        b = request_at(k * payload) if k < parts else batch
         if b == batch:
             return batch, 0
         offset = k * payload - line[b] - overhead
         offset = max(offset - offset % 2, 0)
-        return (b + 1, 0) if offset >= blocks_of(lengths[b]) else (b, offset)
+        return (b + 1, 0) if offset >= blocks[b] else (b, offset)
 
     whole = [whole_cut(k) for k in range(parts + 1)]
-    makespan = max(line[whole[k + 1]] - line[whole[k]] for k in range(parts))
-    cuts = [(b, 0) for b in whole] if makespan <= payload + overhead + config.split_penalty else list(map(cut, range(parts + 1)))
+    whole_cost = max(line[whole[k + 1]] - line[whole[k]] for k in range(parts))
+    line_cost = payload + overhead + config.split_penalty
+    limit = None
+    if sum(n > 0 for n in blocks) <= parts:
+        limit = max(config.min_blocks, even_up(-(-sum(blocks) // parts)))
+        while sum(-(-n // limit) for n in blocks) > parts:
+            limit += 2
+    pieces_cost = limit + overhead + config.split_penalty if limit else None
+    use_pieces = pieces_cost is not None and pieces_cost <= line_cost
+    if whole_cost <= (pieces_cost if use_pieces else line_cost):
+        bounds = [(b, 0) for b in whole]
+    elif use_pieces:
+        sizes = [even_up(-(-n // -(-n // limit))) if n else 2 for n in blocks]
+        cuts = [list(range(0, n, size)) + [n] if n else [0] for n, size in zip(blocks, sizes, strict=True)]
+        total = sum(len(edges) - 1 for edges in cuts)
+        starts = [min(k, total) for k in range(parts + 1)]
+        return _assemble("pieces", lengths, firsts, cuts, starts, num_heads, every_item_has_rows=True)
+    else:
+        bounds = [cut(k) for k in range(parts + 1)]
+    cuts = []
+    for b, n in enumerate(blocks):
+        inside = sorted({off for r, off in bounds if r == b and off > 0})
+        cuts.append([0, *inside, n] if n else [0])
+    places = [(b, edges[i]) for b, edges in enumerate(cuts) for i in range(len(edges) - 1)]
+    starts = [sum(place < bound for place in places) for bound in bounds]
+    how = "whole" if whole_cost <= (pieces_cost if use_pieces else line_cost) else "line"
+    return _assemble(how, lengths, firsts, cuts, starts, num_heads, every_item_has_rows=False)
 
-    pieces = []  # (position on the line of cuts, request, begin block, end block)
-    for b, length in enumerate(lengths):
-        inside = sorted({off for r, off in cuts if r == b and off > 0})
-        edges = [0, *inside, blocks_of(length)]
-        pieces.append([(lo, hi) for lo, hi in zip(edges, edges[1:]) if hi > lo])
+
+def _assemble(
+    how: str,
+    lengths: list[int],
+    firsts: list[int],
+    cuts: list[list[int]],
+    starts: list[int],
+    num_heads: int,
+    every_item_has_rows: bool,
+) -> Plan:
+    """Items from the edges of each request's pieces. Partial rows are numbered over all items, or split ones alone."""
     items, splits, slot = [], [], 0
-    for b, of_request in enumerate(pieces):
-        splits.append((slot * num_heads, len(of_request)))
-        for s, (lo, hi) in enumerate(of_request):
-            row = (slot + s) * num_heads if len(of_request) > 1 else -1
-            items.append((b, lo * BLOCK, min(hi * BLOCK, lengths[b]), firsts[b], row))
-        slot += len(of_request) if len(of_request) > 1 else 0
-    part_items = [sum(1 for i in items if (i[0], i[1] // BLOCK) < c) for c in cuts]
-    return Plan(items, part_items, splits)
+    for b, edges in enumerate(cuts):
+        count = len(edges) - 1
+        splits.append((slot * num_heads, count))
+        for s in range(count):
+            row = (slot + s) * num_heads if count > 1 else -1
+            items.append((b, edges[s] * BLOCK, min(edges[s + 1] * BLOCK, lengths[b]), firsts[b], row))
+        slot += count if count > 1 or every_item_has_rows else 0
+    return Plan(how, items, starts, splits)

@@ -42,7 +42,6 @@ class CudaTimer:
     def __init__(self, device: torch.device | None = None):
         self.device = device or torch.device("cuda", torch.cuda.current_device())
         self._stream = torch.cuda.Stream(self.device)
-        self._pool = torch.cuda.graph_pool_handle()
         self._spin_cycles = 2_000_000  # 1 ms at 2 GHz: 32 replays and 64 events take the host about 0.5 ms
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2 * self.burst)]
         self._events = list(zip(events[::2], events[1::2], strict=True))
@@ -56,7 +55,7 @@ class CudaTimer:
         self.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            graph.capture_begin(capture_error_mode="thread_local")
             try:
                 fn()
             except BaseException:

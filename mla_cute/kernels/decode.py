@@ -38,7 +38,7 @@ class Decode:
             rows3(pages, page, HEAD_DIM_ROPE),
             ints(cute.sym_int()),
             fake_tensor(Int32, (cute.sym_int(), 8), (8, 1), 16),
-            ints(cute.sym_int()),
+            fake_tensor(Int32, (cute.sym_int(), 8), (8, 1), 16),
             fake_tensor(Int32, (batch, 2), (2, 1), 8),
             rows3(batch, heads, HEAD_DIM_V),
             fake_tensor(Float32, (batch, heads), (sym64(), 1), 4),
@@ -60,7 +60,7 @@ class Decode:
         kpe_cache: cute.Tensor,
         kv_indices: cute.Tensor,
         items: cute.Tensor,
-        part_items: cute.Tensor,
+        parts: cute.Tensor,
         splits: cute.Tensor,
         out: cute.Tensor,
         lse: cute.Tensor,
@@ -73,7 +73,7 @@ class Decode:
         stream,
     ):
         self.rows(
-            q_nope, q_pe, ckv_cache, kpe_cache, kv_indices, items, part_items, out, lse, part_o, part_lse,
+            q_nope, q_pe, ckv_cache, kpe_cache, kv_indices, items, parts, out, lse, part_o, part_lse,
             num_tiles, scale_log2, lse_scale, stream,
         )  # fmt: skip
         self.merge(splits, part_o, part_lse, out, lse, merge_rows, lse_scale, stream)

@@ -13,7 +13,7 @@ stays there, scores of those rows are masked and their V rows are zeroed by the 
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64, const_expr
+from cutlass import Constexpr, Int32, Int64, const_expr
 from cutlass._mlir.dialects import llvm
 from cutlass.cute.nvgpu import cpasync
 
@@ -27,11 +27,11 @@ NUM_SUB = 9
 EVICT_FIRST = 0x12F0000000000000
 
 
-def _cp_async_16(smem_addr, gmem_addr) -> None:
+def _cp_async_16(smem_addr, gmem_addr, smem_offset: int, gmem_offset: int) -> None:
     llvm.inline_asm(
         None,
         [smem_addr.ir_value(), gmem_addr.ir_value()],
-        "cp.async.cg.shared.global.L2::128B [$0], [$1], 16;",
+        f"cp.async.cg.shared.global.L2::128B [$0+{smem_offset}], [$1+{gmem_offset}], 16;",
         "r,l,~{memory}",
         has_side_effects=True,
         is_align_stack=False,
@@ -112,9 +112,10 @@ class TmaLoader:
 class GatherLoader:
     """cp.async of 16 bytes per lane: eight lanes take one 128-byte sub-tile row, so four rows per instruction.
 
-    Lane l holds (page, row in page) of tokens l and l + 32 of the block: four registers, which is what fits the 40
-    of the producer (byte offsets would take eight and spill). Completion is signalled by
-    cp.async.mbarrier.arrive.noinc of all 32 lanes per sub-tile. The writes are generic-proxy, so the consumers fence
+    Lane l holds (page, row in page) of tokens l and l + 32 of the block. An address is made once per row and serves
+    the row's four or five sub-tiles through immediate offsets; making it per copy cost 250 cycles a copy (one warp
+    per scheduler has nothing to hide a dependent chain behind) and 2.9x of the kernel's time. Completion is
+    signalled by cp.async.mbarrier.arrive.noinc of all 32 lanes. The writes are generic-proxy, so the consumers fence
     after their wait, before wgmma reads.
     """
 
@@ -142,36 +143,39 @@ class GatherLoader:
     def load(self, p, s, where, block, kv_end, stage, half, full, lane):
         page0, row0, (page1, row1) = where
         rows = rows_of_block(block, kv_end)
-        dst = Int32(s.sK_sub.iterator.toint()) + (stage * 8 + half * 4) * SUB_BYTES
-        for j in cutlass.range(4, unroll=1):
-            for h in cutlass.range_constexpr(2):
-                self._rows(
-                    p.mCkv, (half * 4 + j) * 128, dst + (j * SUB_BYTES + h * 4096), (page0, page1)[h], (row0, row1)[h],
-                    rows - 32 * h, lane,
-                )  # fmt: skip
+        chunk = lane % 8
+        src_k = p.mCkv.iterator.toint() + Int64(half * 512 + chunk * 16)
+        dst_k = Int32(s.sK_sub.iterator.toint()) + (stage * 8 + half * 4) * SUB_BYTES
+        src_r = p.mKpe.iterator.toint() + Int64(chunk * 16)
+        dst_r = Int32(s.sR.iterator.toint()) + stage * SUB_BYTES
+        for h in cutlass.range_constexpr(2):
+            where_h = ((page0, row0), (page1, row1))[h]
+            self._rows(p.mCkv, src_k, dst_k + h * 4096, where_h, rows - 32 * h, lane, 4)
+            if half == 1:
+                self._rows(p.mKpe, src_r, dst_r + h * 4096, where_h, rows - 32 * h, lane, 1)
+        for j in cutlass.range_constexpr(4):
             cute.arch.cp_async_mbarrier_arrive_noinc(full + j)
         if half == 1:
-            dst = Int32(s.sR.iterator.toint()) + stage * SUB_BYTES
-            for h in cutlass.range_constexpr(2):
-                self._rows(p.mKpe, 0, dst + h * 4096, (page0, page1)[h], (row0, row1)[h], rows - 32 * h, lane)
             cute.arch.cp_async_mbarrier_arrive_noinc(full + 4)
 
     @cute.jit
-    def _rows(self, cache, column_bytes, dst, page_l, row_l, rows, lane):
-        """32 rows of 128 bytes of a sub-tile. Swizzle: the 16-byte chunk index is xored with row % 8."""
+    def _rows(self, cache, src, dst, where, rows, lane, num_sub: Constexpr):
+        """32 rows of `num_sub` sub-tiles. Swizzle: the 16-byte chunk index is xored with row % 8."""
+        page_l, row_l = where
         chunk = lane % 8
         sub_row = lane // 8
-        src = cache.iterator.toint() + Int64(column_bytes + chunk * 16)
-        dst = dst + sub_row * 128
-        for i in cutlass.range(0, 8, 2, unroll=1):
+        page_stride = Int64(Int32(cache.stride[0]))
+        row_stride = Int64(Int32(cache.stride[1]))
+        for i in cutlass.range(0, 8, 2, unroll=2):
             for k in cutlass.range_constexpr(2):
                 row = 4 * (i + k) + sub_row
                 page = Int64(cute.arch.shuffle_sync(page_l, row))
                 page_row = Int64(cute.arch.shuffle_sync(row_l, row))
                 if row < rows:
-                    offset = (page * cache.stride[0] + page_row * cache.stride[1]) * 2
-                    swizzled = (chunk ^ (sub_row + 4 * k)) * 16
-                    _cp_async_16(dst + (i + k) * 512 + swizzled, src + offset)
+                    to = dst + (row * 128 + (chunk ^ (sub_row + 4 * k)) * 16)
+                    at = src + (page * page_stride + page_row * row_stride) * 2
+                    for j in cutlass.range_constexpr(num_sub):
+                        _cp_async_16(to, at, j * SUB_BYTES, j * 128)
 
 
 def make_loader(box_rows: int, evict_first: bool):

@@ -4,17 +4,24 @@
     item     (request, kv_begin, kv_end) run by one part; requests cut into several items write float32 partials
     block    64 tokens; cuts lie on even blocks, since the main kernel takes blocks in pairs
 
-balanced (default)   Requests are laid on a line, request b taking overhead + blocks(b) (0 when empty). Part k gets
-                     [k, k + 1) * payload of it, so every part does the same work and a request is cut where a
-                     boundary falls into it. If assigning whole requests (boundary moved to the nearest request
-                     edge) costs at most overhead + `split_penalty` blocks more, nothing is cut or merged.
-fixed (invariant)    A request of n blocks is cut into pieces of max(FIXED_MIN_BLOCKS,
-                     n / FIXED_MAX_PIECES rounded up) blocks:
-                     a function of its own length alone, so its arithmetic does not depend on its neighbours.
-                     Pieces go to parts in order, each to the part in whose share of the line it begins.
+Three ways to cut, the cheapest by its largest part is taken (in blocks; `overhead` for starting an item, `penalty`
+for having partials at all):
 
-Outputs: items [capacity, 8] int32 (request, kv_begin, kv_end, first index, partial row or -1, 0, 0, 0),
-part_items [parts + 1], splits [batch, 2] (first partial row, number of pieces; 0 pieces: empty request).
+whole     No request is cut. Requests lie on a line, each taking overhead + blocks; part k takes the requests whose
+          beginning is nearest to its share [k, k + 1) * payload.       largest part
+pieces    Every request is cut into equal pieces of at most P blocks, P the smallest with no more pieces than parts:
+          one item per part.                                            P + overhead + penalty
+line      Part k takes exactly [k, k + 1) * payload of the line; a request is cut where a boundary falls into it.
+                                                                        payload + overhead + penalty
+
+batch_invariant   Pieces again, but of max(FIXED_MIN_BLOCKS, n / FIXED_MAX_PIECES) blocks for a request of n blocks: a
+          function of its own length alone, so its arithmetic does not depend on its neighbours. Pieces go to parts
+          in order, each to the part in whose share of the line it begins.
+
+Outputs:
+    items [capacity, 8] int32   request, kv_begin, kv_end, first index, partial row or -1
+    parts [parts, 8]            the part's first item (5 words as above), its number in `items`, number of items
+    splits [batch, 2]           first partial row, number of pieces (0: empty request)
 Piece s of a request writes the partial rows first + s * H + head. All of it is integer arithmetic on prefix sums
 (scratch in global memory), so the plan is a function of the lengths alone.
 """
@@ -39,7 +46,7 @@ class PlanParams:
     mLengths: cute.Tensor
     mLastLen: cute.Tensor
     mItems: cute.Tensor
-    mPartItems: cute.Tensor
+    mParts: cute.Tensor
     mSplits: cute.Tensor
     mCost: cute.Tensor
     mCount: cute.Tensor
@@ -55,6 +62,10 @@ class PlanParams:
 
 def _even(x):
     return x - x % 2
+
+
+def _even_up(x):
+    return x + x % 2
 
 
 class Planner:
@@ -74,7 +85,7 @@ class Planner:
             ints(cute.sym_int()),
             ints(cute.sym_int()),
             fake_tensor(Int32, (cute.sym_int(), 8), (8, 1), 16),
-            ints(cute.sym_int()),
+            fake_tensor(Int32, (cute.sym_int(), 8), (8, 1), 16),
             fake_tensor(Int32, (batch, 2), (2, 1), 8),
             ints(cute.sym_int()),
             ints(cute.sym_int()),
@@ -88,7 +99,7 @@ class Planner:
         lengths: cute.Tensor,  # csr: kv_indptr (batch + 1,); seq_lens (batch,)
         last_len: cute.Tensor,  # csr_last: kv_last_page_len (batch,); else anything
         items: cute.Tensor,  # (capacity, 8)
-        part_items: cute.Tensor,  # (parts + 1,)
+        parts: cute.Tensor,  # (parts, 8)
         splits: cute.Tensor,  # (batch, 2)
         cost: cute.Tensor,  # scratch (batch + 1,): where each request begins on the line
         count: cute.Tensor,  # scratch (batch + 1,): items (fixed) or non-empty requests (balanced) before it
@@ -104,7 +115,7 @@ class Planner:
             mLengths=lengths,
             mLastLen=last_len,
             mItems=items,
-            mPartItems=part_items,
+            mParts=parts,
             mSplits=splits,
             mCost=cost,
             mCount=count,
@@ -112,7 +123,7 @@ class Planner:
             page_size=page_size,
             table_stride=table_stride,
             num_heads=num_heads,
-            parts=Int32(cute.size(part_items) - 1),
+            parts=Int32(cute.size(parts, mode=[0])),
             min_blocks=min_blocks,
             overhead=overhead,
             penalty=penalty,
@@ -147,10 +158,14 @@ class Planner:
             blocks = 2 * cute.ceil_div(length, 2 * BLOCK)
         return blocks
 
-    def _piece_blocks(self, blocks):
-        """fixed: blocks per piece of a request of `blocks` blocks."""
-        even_share = 2 * cute.ceil_div(cute.ceil_div(blocks, FIXED_MAX_PIECES), 2)
-        return cutlass.max(even_share, Int32(FIXED_MIN_BLOCKS))
+    @cute.jit
+    def _piece_blocks(self, blocks, limit):
+        """Blocks per piece (even) of a request of `blocks` blocks: equal pieces of at most `limit`, or invariant."""
+        if const_expr(self.key.batch_invariant):
+            size = cutlass.max(_even_up(cute.ceil_div(blocks, FIXED_MAX_PIECES)), Int32(FIXED_MIN_BLOCKS))
+        else:
+            size = _even_up(cute.ceil_div(blocks, cute.ceil_div(blocks, limit)))
+        return size
 
     @cute.jit
     def _emit(self, p, index, b, block_begin, block_end, part_row):
@@ -187,8 +202,11 @@ class Planner:
         return before + incl - x, total
 
     @cute.jit
-    def _layout_line(self, p, s_warp, t):
-        """mCost[b], mCount[b] = prefix sums over the requests before b (also at b = batch)."""
+    def _layout_line(self, p, s_warp, t, limit):
+        """mCost[b], mCount[b] = prefix sums over the requests before b (also at b = batch) of line length and items.
+
+        limit 0: requests whole; else cut into pieces of at most `limit` blocks. Returns both totals.
+        """
         cost0 = Int32(0)
         count0 = Int32(0)
         for base in cutlass.range(0, p.batch + 1, NUM_THREADS, unroll=1):
@@ -197,8 +215,8 @@ class Planner:
             pieces = Int32(0)
             if blocks > 0:
                 pieces = Int32(1)
-                if const_expr(self.key.batch_invariant):
-                    pieces = cute.ceil_div(blocks, self._piece_blocks(blocks))
+                if limit > 0:
+                    pieces = cute.ceil_div(blocks, self._piece_blocks(blocks, limit))
             cost, cost_sum = self._scan(blocks + pieces * p.overhead, s_warp, t)
             count, count_sum = self._scan(pieces, s_warp, t)
             if b <= p.batch:
@@ -228,50 +246,103 @@ class Planner:
     def kernel(self, p: PlanParams):
         t, _, _ = cute.arch.thread_idx()
         alloc = utils.SmemAllocator()
-        s_warp = alloc.allocate_tensor(Int32, cute.make_layout(NUM_THREADS // 32), 16)
+
+        def words(n):
+            return alloc.allocate_tensor(Int32, cute.make_layout(n), 16)
+
+        s_warp, s_start = words(NUM_THREADS // 32), words(MAX_PARTS + 1)
         if const_expr(self.use_pdl):
             cute.arch.griddepcontrol_wait()
             cute.arch.griddepcontrol_launch_dependents()
-        total, num_items = self._layout_line(p, s_warp, t)
-        payload = cutlass.max(cute.ceil_div(total, p.parts), p.min_blocks)
         if const_expr(self.key.batch_invariant):
-            self._plan_fixed(p, t, payload)
+            total, num_items = self._layout_line(p, s_warp, t, Int32(1))
+            payload = cutlass.max(cute.ceil_div(total, p.parts), p.min_blocks)
+            self._share_pieces(p, t, payload, num_items, s_start)
+            self._emit_pieces(p, t, num_items, Int32(1))
         else:
-            s_cut_b = alloc.allocate_tensor(Int32, cute.make_layout(MAX_PARTS + 1), 16)
-            s_cut_off = alloc.allocate_tensor(Int32, cute.make_layout(MAX_PARTS + 1), 16)
-            s_inner = alloc.allocate_tensor(Int32, cute.make_layout(MAX_PARTS + 1), 16)
-            s_first = alloc.allocate_tensor(Int32, cute.make_layout(MAX_PARTS + 1), 16)
-            self._plan_balanced(p, t, payload, s_warp, s_cut_b, s_cut_off, s_inner, s_first)
+            s_cut_b, s_cut_off, s_inner, s_first = (words(MAX_PARTS + 1) for _ in range(4))
+            self._plan_balanced(p, t, s_warp, s_start, s_cut_b, s_cut_off, s_inner, s_first)
+        cute.arch.sync_threads()
+        if t < p.parts:
+            start = s_start[t]
+            count = s_start[t + 1] - start
+            p.mParts[t, 5] = start
+            p.mParts[t, 6] = count
+            if count > 0:
+                for i in cutlass.range_constexpr(5):
+                    p.mParts[t, i] = p.mItems[start, i]
 
     @cute.jit
-    def _plan_fixed(self, p, t, payload):
-        for k in cutlass.range(t, p.parts + 1, NUM_THREADS, unroll=1):
-            # Number of pieces that begin before k * payload on the line.
-            x = k * payload
+    def _share_pieces(self, p, t, payload, num_items, s_start):
+        """s_start[k] = number of pieces that begin before k * payload on the line."""
+        if t <= p.parts:
+            x = t * payload
             b = self._last_at_or_before(p.mCost, p.batch, x)
             index = p.mCount[b]
             if b < p.batch:
                 blocks = self._blocks(p, b)
                 if blocks > 0:
-                    step = self._piece_blocks(blocks) + p.overhead
-                    pieces = p.mCount[b + 1] - index
-                    index = index + cutlass.min(cute.ceil_div(x - p.mCost[b], step), pieces)
-            if k == p.parts:
-                index = p.mCount[p.batch]
-            p.mPartItems[k] = index
+                    step = self._piece_blocks(blocks, Int32(1)) + p.overhead
+                    index = index + cutlass.min(cute.ceil_div(x - p.mCost[b], step), p.mCount[b + 1] - index)
+            if t == p.parts:
+                index = num_items
+            s_start[t] = index
+
+    @cute.jit
+    def _emit_pieces(self, p, t, num_items, limit):
         for b in cutlass.range(t, p.batch, NUM_THREADS, unroll=1):
             first = p.mCount[b]
-            pieces = p.mCount[b + 1] - first
             p.mSplits[b, 0] = first * p.num_heads
-            p.mSplits[b, 1] = pieces
-            if pieces > 0:
-                blocks = self._blocks(p, b)
-                size = self._piece_blocks(blocks)
-                for s in cutlass.range(pieces, unroll=1):
-                    row = (first + s) * p.num_heads
-                    if pieces == 1:
-                        row = Int32(-1)
-                    self._emit(p, first + s, b, s * size, cutlass.min((s + 1) * size, blocks), row)
+            p.mSplits[b, 1] = p.mCount[b + 1] - first
+        for i in cutlass.range(t, num_items, NUM_THREADS, unroll=1):
+            b = self._last_at_or_before(p.mCount, p.batch, i)
+            first = p.mCount[b]
+            blocks = self._blocks(p, b)
+            size = self._piece_blocks(blocks, limit)
+            row = i * p.num_heads
+            if p.mCount[b + 1] - first == 1:
+                row = Int32(-1)
+            begin = (i - first) * size
+            self._emit(p, i, b, begin, cutlass.min(begin + size, blocks), row)
+
+    @cute.jit
+    def _smallest_limit(self, p, t, s_warp, num_requests, num_blocks):
+        """Smallest even P >= min_blocks that cuts the requests into at most `parts` pieces; 0 if there is none.
+
+        16-ary search, one candidate per warp. At most `parts` requests are not empty here, but empty ones may be
+        any number, so every warp walks the whole batch.
+        """
+        lane = t % 32
+        w = t // 32
+        lo = Int32(0)
+        if num_requests <= p.parts:
+            lo = cutlass.max(p.min_blocks, _even_up(cute.ceil_div(num_blocks, p.parts))) // 2
+            hi = cutlass.max(lo, num_blocks // 2)
+            while lo < hi:
+                step = (hi - lo + NUM_THREADS // 32 - 1) // (NUM_THREADS // 32)
+                mine = cutlass.min(lo + w * step, hi)
+                n = Int32(0)
+                for b in cutlass.range(lane, p.batch, 32, unroll=1):
+                    n = n + cute.ceil_div(self._blocks(p, b), 2 * mine)
+                for i in cutlass.range_constexpr(5):
+                    n = n + cute.arch.shuffle_sync_bfly(n, offset=16 >> i)
+                if lane == 0:
+                    s_warp[w] = n
+                cute.arch.sync_threads()
+                below = lo
+                above = hi
+                for i in cutlass.range_constexpr(NUM_THREADS // 32):
+                    candidate = cutlass.min(lo + i * step, hi)
+                    if s_warp[i] > p.parts:
+                        below = candidate + 1
+                for i in cutlass.range_constexpr(NUM_THREADS // 32):
+                    candidate = cutlass.min(lo + i * step, hi)
+                    if s_warp[i] <= p.parts:
+                        above = cutlass.min(above, candidate)
+                cute.arch.sync_threads()
+                lo = below
+                hi = above
+        return 2 * lo
 
     @cute.jit
     def _cut(self, p, payload, k):
@@ -303,8 +374,8 @@ class Planner:
     @cute.jit
     def _whole_makespan(self, p, payload, s_cut_b, s_warp, t):
         """Line length of the largest part when requests stay whole; leaves the boundaries in s_cut_b."""
-        for k in cutlass.range(t, p.parts + 1, NUM_THREADS, unroll=1):
-            s_cut_b[k] = self._whole_cut(p, payload, k)
+        if t <= p.parts:
+            s_cut_b[t] = self._whole_cut(p, payload, t)
         cute.arch.sync_threads()
         worst = Int32(0)
         if t < p.parts:
@@ -320,19 +391,38 @@ class Planner:
         return worst
 
     @cute.jit
-    def _plan_balanced(self, p, t, payload, s_warp, s_cut_b, s_cut_off, s_inner, s_first):
-        whole = self._whole_makespan(p, payload, s_cut_b, s_warp, t)
-        k = t
-        if k <= p.parts:
-            # A cut part starts one more item than the line charges it for.
-            if whole <= payload + p.overhead + p.penalty:
-                s_cut_off[k] = Int32(0)
+    def _plan_balanced(self, p, t, s_warp, s_start, s_cut_b, s_cut_off, s_inner, s_first):
+        total, num_requests = self._layout_line(p, s_warp, t, Int32(0))
+        payload = cutlass.max(cute.ceil_div(total, p.parts), p.min_blocks)
+        line_cost = payload + p.overhead + p.penalty
+        limit = self._smallest_limit(p, t, s_warp, num_requests, total - num_requests * p.overhead)
+        pieces_cost = limit + p.overhead + p.penalty
+        whole_cost = self._whole_makespan(p, payload, s_cut_b, s_warp, t)
+        use_pieces = (limit > 0) & (pieces_cost <= line_cost)
+        if use_pieces:
+            line_cost = pieces_cost
+        if whole_cost <= line_cost:
+            if t <= p.parts:
+                s_cut_off[t] = Int32(0)
+            self._plan_cuts(p, t, s_warp, s_start, s_cut_b, s_cut_off, s_inner, s_first)
+        else:
+            if use_pieces:
+                _, num_items = self._layout_line(p, s_warp, t, limit)
+                if t <= p.parts:
+                    s_start[t] = cutlass.min(t, num_items)
+                self._emit_pieces(p, t, num_items, limit)
             else:
-                b, off = self._cut(p, payload, k)
-                s_cut_b[k] = b
-                s_cut_off[k] = off
-        cute.arch.sync_threads()
+                if t <= p.parts:
+                    b, off = self._cut(p, payload, t)
+                    s_cut_b[t] = b
+                    s_cut_off[t] = off
+                self._plan_cuts(p, t, s_warp, s_start, s_cut_b, s_cut_off, s_inner, s_first)
 
+    @cute.jit
+    def _plan_cuts(self, p, t, s_warp, s_start, s_cut_b, s_cut_off, s_inner, s_first):
+        """Items between the boundaries (s_cut_b, s_cut_off) of the parts."""
+        k = t
+        cute.arch.sync_threads()
         # inner: the boundary really cuts its request; first: it is the first that does. Counts before a boundary
         # number the items and the split requests.
         inner = Int32(0)
@@ -352,7 +442,7 @@ class Planner:
         if k <= p.parts:
             s_inner[k] = inner_before + inner
             s_first[k] = first_before + first
-            p.mPartItems[k] = p.mCount[s_cut_b[k]] + inner_before + inner
+            s_start[k] = p.mCount[s_cut_b[k]] + inner_before + inner
         cute.arch.sync_threads()
 
         for b in cutlass.range(t, p.batch, NUM_THREADS, unroll=1):

@@ -16,7 +16,7 @@ shared memory.
     mbarrier             count         filled by / waited for by
     full[stage][sub]     1 (32)        producer warp, per 64 x 64 sub-tile; consumer of that stage, before its QK
     empty[stage][half]   4 warps       wg `half` when its PV from that half has drained; producer warp
-    q_full               1             TMA of nine Q sub-tiles; both consumers, once per item
+    q_full               1             TMA of nine Q sub-tiles, and the item's record in sItem; both consumers, per item
     q_empty              8 warps       both consumers at the end of an item (sP1 lives in Q's ninth sub-tile)
 
     named barrier        arrive -> wait
@@ -79,7 +79,7 @@ class Params:
     mKpe: cute.Tensor
     mIndices: cute.Tensor
     mItems: cute.Tensor
-    mCtaItems: cute.Tensor
+    mParts: cute.Tensor
     mO: cute.Tensor
     mLse: cute.Tensor
     mPartO: cute.Tensor
@@ -115,6 +115,7 @@ class Smem:
     sScale0: cute.Tensor
     sScale1: cute.Tensor
     sL: cute.Tensor
+    sItem: cute.Tensor
     k_words: cute.Tensor
 
 
@@ -148,6 +149,12 @@ class Fragments:
     tPs1: cute.Tensor
 
 
+def load_item(table, index, item) -> None:
+    """One 8-word row of `items` or `parts` to registers, as two 16-byte loads."""
+    for i in range(2):
+        cute.autovec_copy(cute.local_tile(table, (1, 4), (index, i))[0, None], cute.local_tile(item, (4,), (i,)))
+
+
 class RowsSm90:
     """Decode main kernel. See the module docstring for the schedule."""
 
@@ -168,8 +175,8 @@ class RowsSm90:
         ckv: cute.Tensor,  # (pages, page_size, 512)
         kpe: cute.Tensor,  # (pages, page_size, 64)
         kv_indices: cute.Tensor,  # (n,) page ids
-        items: cute.Tensor,  # (n_items, 8): batch, kv_begin, kv_end, first index of the request, partial row or -1
-        cta_items: cute.Tensor,  # (parts + 1,): part c runs items cta_items[c] .. cta_items[c + 1]
+        items: cute.Tensor,  # (n_items, 8): see planner.py
+        parts: cute.Tensor,  # (parts, 8): first item of the part, its number, number of items
         out: cute.Tensor,  # (batch, H, 512)
         lse: cute.Tensor,  # (batch, H) float32
         part_o: cute.Tensor,  # (rows, 512) float32
@@ -223,7 +230,7 @@ class RowsSm90:
             mKpe=mKpe,
             mIndices=kv_indices,
             mItems=items,
-            mCtaItems=cta_items,
+            mParts=parts,
             mO=out,
             mLse=lse,
             mPartO=part_o,
@@ -242,7 +249,7 @@ class RowsSm90:
             lay_sub16=cute.tile_to_shape(atom, (64, 64, 16), order=(0, 1, 2)),
         )
         self.kernel(params).launch(
-            grid=[(cute.size(cta_items) - 1) * num_tiles, 1, 1],
+            grid=[cute.size(parts, mode=[0]) * num_tiles, 1, 1],
             block=[NUM_THREADS, 1, 1],
             stream=stream,
             min_blocks_per_mp=1,
@@ -261,6 +268,7 @@ class RowsSm90:
             sScale0: cute.struct.MemRange[Float32, TILE_M]
             sScale1: cute.struct.MemRange[Float32, TILE_M]
             sL: cute.struct.MemRange[Float32, 2 * TILE_M]
+            sItem: cute.struct.MemRange[Int32, 16]
             sP0: cute.struct.Align[cute.struct.MemRange[dt, SUB_ELEMS], 1024]
             sQ: cute.struct.Align[cute.struct.MemRange[dt, NUM_SUB * SUB_ELEMS], 1024]
             sK: cute.struct.Align[cute.struct.MemRange[dt, 16 * SUB_ELEMS], 1024]
@@ -289,6 +297,7 @@ class RowsSm90:
             sScale0=st.sScale0.get_tensor(cute.make_layout(TILE_M)),
             sScale1=st.sScale1.get_tensor(cute.make_layout(TILE_M)),
             sL=st.sL.get_tensor(cute.make_layout(2 * TILE_M)),
+            sItem=st.sItem.get_tensor(cute.make_layout((2, 8), stride=(8, 1))),
             # Raw words of K for zeroing tails: whole 128-byte rows, which the swizzle permutes within themselves.
             k_words=cute.make_tensor(
                 cute.recast_ptr(st.sK.data_ptr(), dtype=Int64), cute.make_layout(16 * SUB_ELEMS // 4)
@@ -324,35 +333,38 @@ class RowsSm90:
 
         part = cta // p.num_tiles
         head0 = (cta - part * p.num_tiles) * TILE_M
-        it_lo = p.mCtaItems[part]
-        it_hi = p.mCtaItems[part + 1]
         if wg == 2:
             cute.arch.setmaxregister_decrease(self.regs_producer)
-            self._produce(p, s, it_lo, it_hi, head0, warp_idx - 8)
+            self._produce(p, s, part, head0, warp_idx - 8)
         else:
             cute.arch.setmaxregister_increase(self.regs_consumer)
             if wg == 0:
-                self._consume(p, s, it_lo, it_hi, head0, tidx % 128, 0)
+                self._consume(p, s, part, head0, tidx % 128, 0)
             else:
-                self._consume(p, s, it_lo, it_hi, head0, tidx % 128, 1)
+                self._consume(p, s, part, head0, tidx % 128, 1)
 
     # -------------------------------------------------------------- producer
 
-    def _produce(self, p: Params, s, it_lo, it_hi, head0, w):
+    def _produce(self, p: Params, s, part, head0, w):
         lane = cute.arch.lane_idx()
-        self._produce_items(p, s, it_lo, it_hi, head0, w % 2, w // 2, lane)
+        self._produce_items(p, s, part, head0, w % 2, w // 2, lane)
 
     @cute.jit
-    def _produce_items(self, p, s, it_lo, it_hi, head0, stage, half, lane):
+    def _produce_items(self, p, s, part, head0, stage, half, lane):
         full = s.mbar + MB_FULL + stage * NUM_SUB + half * 4
         empty = s.mbar + MB_EMPTY + half * 2 + stage
         phase = Int32(1)
         q_phase = Int32(1)
-        for it in cutlass.range(it_lo, it_hi, unroll=1):
-            batch = p.mItems[it, 0]
-            kv_end = p.mItems[it, 2]
-            index_base = p.mItems[it, 3]
-            block = p.mItems[it, 1] // TILE_N
+        item = cute.make_rmem_tensor(8, Int32)
+        load_item(p.mParts, part, item)
+        next_item = item[5]
+        num_items = item[6]
+        for it in cutlass.range(num_items, unroll=1):
+            if it > 0:
+                load_item(p.mItems, next_item + it, item)
+            kv_end = item[2]
+            index_base = item[3]
+            block = item[1] // TILE_N
             num_pairs = (cute.ceil_div(kv_end, TILE_N) - block + 1) >> 1
             block += stage
             for pair in cutlass.range(num_pairs, unroll=1):
@@ -362,12 +374,18 @@ class RowsSm90:
                 self.loader.load(p, s, where, block, kv_end, stage, half, full, lane)
                 block += 2
                 if (pair == 0) & (stage == 0) & (half == 0):
-                    self._load_q(p, s, batch, head0, q_phase)
+                    self._load_q(p, s, item, it, head0, q_phase, lane)
             q_phase ^= 1
 
     @cute.jit
-    def _load_q(self, p, s, batch, head0, q_phase):
+    def _load_q(self, p, s, item, it, head0, q_phase, lane):
+        batch = cute.arch.make_warp_uniform(item[0])
         cute.arch.mbarrier_wait(s.mbar + MB_Q_EMPTY, q_phase)
+        # The consumers read the item after q_full. Two slots: they may still be in the epilogue of the last item.
+        if lane == 0:
+            for i in cutlass.range_constexpr(5):
+                s.sItem[it % 2, i] = item[i]
+        cute.arch.sync_warp()
         q_full = s.mbar + MB_Q_FULL
         sync.expect_tx(q_full, NUM_SUB * SUB_BYTES)
         sQ = cute.group_modes(s.sQ_sub, 0, 2)
@@ -423,22 +441,22 @@ class RowsSm90:
             tPs1=stm.partition_D(s.sP1),
         )
 
-    def _consume(self, p: Params, s, it_lo, it_hi, head0, t, wg: int):
-        self._consume_items(p, s, self._fragments(p, s, t), it_lo, it_hi, head0, wg)
+    def _consume(self, p: Params, s, part, head0, t, wg: int):
+        self._consume_items(p, s, self._fragments(p, s, t), p.mParts[part, 6], head0, wg)
 
     @cute.jit
-    def _consume_items(self, p, s, f, it_lo, it_hi, head0, wg: Constexpr):
+    def _consume_items(self, p, s, f, num_items, head0, wg: Constexpr):
         phase = Int32(0)
         q_phase = Int32(0)
-        for it in cutlass.range(it_lo, it_hi, unroll=1):
-            kv_begin = p.mItems[it, 1]
-            kv_end = p.mItems[it, 2]
-            num_pairs = (cute.ceil_div(kv_end, TILE_N) - kv_begin // TILE_N + 1) >> 1
-            valid = kv_end - kv_begin - (num_pairs - 1) * (2 * TILE_N)  # tokens of the last pair
+        for it in cutlass.range(num_items, unroll=1):
             f.rO.fill(0.0)
             f.rL.fill(0.0)
             cute.arch.mbarrier_wait(s.mbar + MB_Q_FULL, q_phase)
             q_phase ^= 1
+            kv_begin = s.sItem[it % 2, 1]
+            kv_end = s.sItem[it % 2, 2]
+            num_pairs = (cute.ceil_div(kv_end, TILE_N) - kv_begin // TILE_N + 1) >> 1
+            valid = kv_end - kv_begin - (num_pairs - 1) * (2 * TILE_N)  # tokens of the last pair
             cute.copy(f.ldm, f.tQs, f.tQr)
             if const_expr(wg == 0):
                 if f.t < TILE_M:
@@ -603,8 +621,8 @@ class RowsSm90:
 
     @cute.jit
     def _epilogue(self, p, s, f, it, head0, wg: Constexpr):
-        batch = p.mItems[it, 0]
-        part_row = p.mItems[it, 4]
+        batch = s.sItem[it % 2, 0]
+        part_row = s.sItem[it % 2, 4]
         rows = cutlass.min(p.num_heads - head0, Int32(TILE_M))
         for r in cutlass.range_constexpr(2):
             f.rL[r] = softmax.quad_sum(f.rL[r])
