@@ -19,7 +19,7 @@ _PACKAGES = {
     "torch": "torch",
     "cutlass_dsl": "nvidia-cutlass-dsl",
     "tvm_ffi": "apache-tvm-ffi",
-    "cuda_python": "cuda-python",
+    "cuda_bindings": "cuda-bindings",
 }
 
 

@@ -1,0 +1,283 @@
+"""The typer application. Each command prints a table or two and exits with 0, 1 (something is wrong) or 2 (usage)."""
+
+import argparse
+import json
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any, NoReturn, TypeVar
+
+import torch
+import typer
+
+from .. import gpu as gpu_facts
+from ..bench import report, runner
+from ..bench.__main__ import dtypes, find_peers, numbers, select_cases
+from ..bench.cases import PRESETS, Case
+from ..bench.timing import CudaTimer
+from ..config import KernelConfig
+from . import check as checking
+from . import demo as showing
+from . import info as facts
+from .screen import Watchdog, console, progress, table
+
+T = TypeVar("T")
+
+app = typer.Typer(
+    help="Multi-head Latent Attention kernels for Hopper GPUs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+# The columns of the bench that fit a terminal; the record holds all of them.
+_BENCH_COLUMNS = (
+    "H", "B", "L", "page", "dtype", "us", "plan", "us+plan/61", "chained",
+    "GB/s", "% read", "TFLOP/s", "% cuBLAS", "x public", "rel err",
+)  # fmt: skip
+_DEMO_COLUMNS = ("H", "B", "L", "page", "us+plan/61", "GB/s", "% read", "TFLOP/s", "% cuBLAS", "rel err")
+
+
+def _usage_error(message: object) -> NoReturn:
+    console(stderr=True).print(f"mla-cute: {message}", style="red", markup=False, highlight=False)
+    raise typer.Exit(2)
+
+
+def _parsed(parse: Callable[[str], T], option: str, text: str | None) -> T | None:
+    try:
+        return parse(text) if text is not None else None
+    except (argparse.ArgumentTypeError, ValueError) as error:
+        _usage_error(f"{option}: {error}")
+
+
+def _cells(row: dict[str, Any], columns: tuple[str, ...], peers: list[str]) -> tuple[str, ...]:
+    by_name = dict(zip(report.columns(peers), report.cells(row, peers), strict=True))
+    return tuple(by_name[name] for name in (*columns, *peers))
+
+
+def _print_lines(lines: list[str]) -> None:
+    screen = console()
+    for text in lines:
+        wrong = text.lstrip().startswith(("FAILED", "WRONG", "MISSED", "INCOMPLETE"))
+        screen.print(text, style="red" if wrong else None, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def info(as_json: Annotated[bool, typer.Option("--json", help="print JSON, for a bug report")] = False) -> None:
+    """Show GPU, versions, kernel cache, tuned files and the environment variables that matter."""
+    found = facts.collect()
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    screen, gpu, cache = console(), found["gpu"], found["cache"]
+    rows = []
+    if gpu is not None:
+        rows += [
+            ("GPU", f"{gpu['name']}, compute capability {gpu['capability'][0]}.{gpu['capability'][1]}"),
+            ("SMs, memory", f"{gpu['sm_count']}, {gpu['memory_bytes'] / 2**30:.1f} GiB"),
+            ("driver", str(gpu["driver"])),
+            ("clocks, at most", f"SM {gpu['max_sm_mhz']} MHz, memory {gpu['max_memory_mhz']} MHz"),
+        ]
+    rows.append(("kernels run here", "yes" if found["kernels_run_here"] else f"no: {found['why_not']}"))
+    rows += [(name, version or "not installed") for name, version in found["versions"].items() if name != "cuda"]
+    rows.append(("CUDA of torch", found["versions"]["cuda"] or "none"))
+    if found["git"] is not None:
+        rows.append(("commit", found["git"]["commit"] + (" with changes" if found["git"]["dirty"] else "")))
+    rows.append(("kernel cache", cache["directory"] or f"none: {cache['why']}"))
+    rows.append(("cached kernels", f"{cache['entries']}, {cache['bytes'] / 2**20:.1f} MiB"))
+    rows.append(("tuned files", "\n".join(found["tuned"]) or "none, the default configuration is used"))
+    screen.print(table("mla-cute", ("", ""), rows, text_columns=2))
+    variables = [(name, value if value is not None else "(not set)") for name, value in found["environment"].items()]
+    screen.print(table("environment", ("variable", "value"), variables, text_columns=2))
+
+
+@app.command()
+def check(
+    quick: Annotated[bool, typer.Option("--quick", help="an eighth of the cases, without the long requests")] = False,
+    seed: Annotated[int, typer.Option(help="other random numbers, same shapes")] = 0,
+    timeout: Annotated[float, typer.Option(help="seconds one case may take on the GPU before it counts as hung")] = 180,
+) -> None:
+    """Run the correctness sweep: on the GPU if it is a Hopper one, else the CPU path. Exit status 1 on a failure."""
+    screen, why = console(), gpu_facts.why_not_hopper()
+    device = torch.device("cpu") if why else torch.device("cuda", torch.cuda.current_device())
+    if why:
+        screen.print(
+            f"Checking the CPU path ({why}): what runs is the float32 reference, judged by an independent "
+            "float64 computation; the kernels are not checked.",
+            highlight=False,
+        )
+    else:
+        screen.print(f"Checking the kernels on {torch.cuda.get_device_name(device)} against the float32 reference.")
+    specs = checking.specs(quick, seed)
+    groups: dict[tuple[int, torch.dtype], checking.Group] = {}
+    failures = []
+    with progress("checking") as step, Watchdog(timeout, enabled=device.type == "cuda") as watchdog:
+        for done, spec in enumerate(specs):
+            step(done, len(specs), str(spec))
+            watchdog.feed(str(spec))
+            group = groups.setdefault((spec.page_size, spec.dtype), checking.Group(spec.page_size, spec.dtype))
+            group.cases += 1
+            for what, verdict in checking.run_spec(spec, device):
+                group.verdicts.append(verdict)
+                failures += [f"FAILED {spec}, {what}: {failure}" for failure in verdict.failures]
+    rows = [group.cells() for group in groups.values()]
+    screen.print(table(f"{len(specs)} cases, seed {seed}, on {device.type}", checking.COLUMNS, rows, text_columns=2))
+    _print_lines(failures[:20])
+    if len(failures) > 20:
+        screen.print(f"... and {len(failures) - 20} more")
+    if failures:
+        raise typer.Exit(1)
+    screen.print("all correct")
+
+
+@app.command()
+def demo(
+    kernels: Annotated[
+        int | None, typer.Option(min=0, help="without a Hopper GPU: compile this many kernels at most")
+    ] = None,
+) -> None:
+    """Decode DeepSeek-V3 shapes: checked and timed on a Hopper GPU; elsewhere checked on the CPU and compiled."""
+    why = gpu_facts.why_not_hopper()
+    failed = _demo_cpu(why, kernels) if why else _demo_gpu()
+    if failed:
+        raise typer.Exit(1)
+
+
+def _demo_gpu() -> bool:
+    gpu = gpu_facts.facts()
+    assert gpu is not None
+    screen = console()
+    screen.print(
+        f"Running on the GPU: {gpu.name} ({gpu.sm_count} SMs), a Hopper one. Kernels that are not in the cache are "
+        "compiled first, about 10 s each.",
+        highlight=False,
+    )
+    record = _run_bench(list(showing.GPU_CASES), runner.Library.installed(), ([], {}), gpu, "demo")
+    rows = []
+    for row in record["rows"]:
+        rows.append((showing.DEPLOYMENTS[row["case"]["num_heads"]], *_cells(row, _DEMO_COLUMNS, [])))
+    columns = ("", *_DEMO_COLUMNS)
+    screen.print(table("DeepSeek-V3 decode, bf16: time of one layer's attention", columns, rows))
+    used = record["ceilings"]["used"]
+    screen.print(
+        f"Shares are of what this GPU reached in this run: {used['read_gbps']:.0f} GB/s read, "
+        f"{used['cublas_bf16_tflops']:.0f} TFLOP/s in cuBLAS bf16. Every case was checked against the float32 "
+        "reference. KV cold, planner amortised over 61 layers.",
+        highlight=False,
+    )
+    _print_lines([text for text in report.summary(record) if text.startswith(("FAILED", "WRONG", "INCOMPLETE"))])
+    return bool(record["failed"]) or not record["complete"]
+
+
+def _demo_cpu(why: str, limit: int | None) -> bool:
+    screen = console()
+    screen.print(
+        f"No kernel runs here: {why}. Instead, (1) the public call on CPU tensors, which run the float32 reference, "
+        "judged by an independent float64 computation; (2) the kernels compiled for sm_90a.",
+        highlight=False,
+    )
+    rows, failed = [], False
+    with progress("decoding on the CPU") as step:
+        for done, spec in enumerate(showing.CPU_SPECS):
+            step(done, len(showing.CPU_SPECS), str(spec))
+            verdicts = list(checking.run_spec(spec, torch.device("cpu")))
+            worst = max(
+                (verdict for _, verdict in verdicts), key=lambda verdict: (not verdict.ok, verdict.relative_error)
+            )
+            failed |= not worst.ok
+            lengths = ", ".join(map(str, spec.lengths))
+            figures = (f"{worst.relative_error:.1e}", f"{worst.dtype_error:.1e}", f"{worst.lse_error:.1e}")
+            result = "ok" if worst.ok else worst.failures[0]
+            shape = (str(spec.num_heads), str(spec.page_size), str(spec.dtype).removeprefix("torch."), lengths)
+            rows.append((*shape, *figures, result))
+    columns = ("H", "page", "dtype", "tokens per request", "rel err", "rounding alone", "lse err", "result")
+    screen.print(table("1. mla_paged_decode on CPU tensors", columns, rows, text_columns=4))
+    variants = showing.showcase_variants()[:limit]
+    if variants:
+        with progress("compiling") as step:
+            kernel_rows, spilling = showing.compile_rows(variants, step)
+        screen.print(table("2. kernels compiled for sm_90a", showing.KERNEL_COLUMNS, kernel_rows, text_columns=2))
+        if spilling:
+            _print_lines([f"FAILED {spilling} kernels spill registers"])
+            failed = True
+    else:
+        screen.print("2. no kernel compiled (--kernels 0)")
+    return failed
+
+
+@app.command()
+def bench(
+    presets: Annotated[
+        list[str] | None, typer.Argument(help=f"{', '.join(PRESETS)}; quick when nothing is chosen")
+    ] = None,
+    heads: Annotated[str | None, typer.Option(help="grid: numbers of heads, as 16,128")] = None,
+    batch: Annotated[str | None, typer.Option(help="grid: batch sizes")] = None,
+    kv_len: Annotated[str | None, typer.Option(help="grid: tokens per request")] = None,
+    page_size: Annotated[str | None, typer.Option(help="grid, or instead of the preset's page sizes")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16; grid, or instead of the preset's")] = None,
+    layout: Annotated[str, typer.Option(help="separate caches, or one fused 576-wide buffer")] = "separate",
+    config: Annotated[str | None, typer.Option(help="KernelConfig as JSON, instead of the default")] = None,
+    batch_invariant: Annotated[bool, typer.Option("--batch-invariant", help="time the batch-invariant mode")] = False,
+    no_peers: Annotated[bool, typer.Option("--no-peers", help="leave FlashInfer and FlashMLA out")] = False,
+    out: Annotated[pathlib.Path | None, typer.Option(help="write the record as JSON")] = None,
+    compare: Annotated[
+        tuple[pathlib.Path, pathlib.Path] | None, typer.Option(help="print the ratio per cell of two records")
+    ] = None,
+) -> None:
+    """Time decode over a grid of shapes, with the ceilings of this GPU and installed peers in the same run."""
+    if compare is not None:
+        _compare(*compare)
+        return
+    grid = (
+        _parsed(numbers, "--heads", heads),
+        _parsed(numbers, "--batch", batch),
+        _parsed(numbers, "--kv-len", kv_len),
+        _parsed(numbers, "--page-size", page_size),
+        _parsed(dtypes, "--dtype", dtype),
+    )
+    try:
+        cases = select_cases(presets or [], *grid, layout=layout)
+        kernel_config = KernelConfig.from_dict(json.loads(config)) if config is not None else None
+    except (TypeError, ValueError) as error:
+        _usage_error(error)
+    if (why := gpu_facts.why_not_hopper()) is not None:
+        _usage_error(f"nothing to time: {why}")
+    gpu = gpu_facts.facts()
+    assert gpu is not None
+    peers = find_peers(not no_peers)
+    library = runner.Library.installed(kernel_config, batch_invariant)
+    record = _run_bench(cases, library, peers, gpu, " ".join(presets or []) or None)
+    names = [peer.name for peer in peers[0]]
+    rows = [_cells(row, _BENCH_COLUMNS, names) for row in record["rows"]]
+    console().print(table(f"paged decode on {gpu.name}", (*_BENCH_COLUMNS, *names), rows, text_columns=0))
+    _print_lines(report.summary(record))
+    if out is not None:
+        runner.write_json(out, record)
+        print(f"record: {out}")
+    if record["failed"] or not record["complete"]:
+        raise typer.Exit(1)
+
+
+def _run_bench(
+    cases: list[Case],
+    library: runner.Library,
+    peers: tuple[list[Any], dict[str, Any]],
+    gpu: gpu_facts.GpuFacts,
+    preset: str | None,
+) -> dict[str, Any]:
+    with progress("timing") as step:
+        return runner.run(cases, timer=CudaTimer(), library=library, peers=peers, gpu=gpu, progress=step, preset=preset)
+
+
+def _compare(a: pathlib.Path, b: pathlib.Path) -> None:
+    try:
+        rows, lines = report.compare(report.load(a), report.load(b))
+    except (OSError, ValueError) as error:
+        _usage_error(error)
+    console().print(table("a / b", report.COMPARE_COLUMNS, rows, text_columns=0))
+    _print_lines(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(app())

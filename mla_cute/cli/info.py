@@ -1,0 +1,58 @@
+"""Facts behind `mla-cute info`."""
+
+import os
+import pathlib
+from typing import Any
+
+from .. import gpu as gpu_facts
+from .. import jit
+
+# What changes where kernels come from, how they are compiled or which GPU is seen.
+VARIABLES = (
+    "MLA_CUTE_CACHE_DIR",
+    "MLA_CUTE_CHECK",
+    "MLA_CUTE_TUNED_DIR",
+    "XDG_CACHE_HOME",
+    "CUDA_VISIBLE_DEVICES",
+    "CUDA_HOME",
+    "CUTE_DSL_ARCH",
+    "CUTE_DSL_LIBS",
+)
+
+
+def collect() -> dict[str, Any]:
+    """Everything `info` prints, as plain values."""
+    gpu = gpu_facts.facts()
+    settings = sorted({name for name in os.environ if name.startswith(("MLA_CUTE_", "CUTE_DSL_"))} - {*VARIABLES})
+    return {
+        "gpu": gpu.to_dict() if gpu is not None else None,
+        "kernels_run_here": gpu_facts.why_not_hopper() is None,
+        "why_not": gpu_facts.why_not_hopper(),
+        "versions": gpu_facts.versions(),
+        "git": gpu_facts.git_state(),
+        "cache": cache(),
+        "tuned": tuned_files(),
+        "environment": {name: os.environ.get(name) for name in (*VARIABLES, *settings)},
+    }
+
+
+def cache() -> dict[str, Any]:
+    """Where compiled kernels lie, how many, and the bytes of all files there."""
+    try:
+        directory = jit.cache_dir()
+    except RuntimeError as error:
+        return {"directory": None, "why": str(error), "entries": 0, "bytes": 0}
+    files = [path for path in directory.iterdir() if path.is_file()] if directory.is_dir() else []
+    return {
+        "directory": str(directory),
+        "entries": sum(1 for _ in jit.entries()),
+        "bytes": sum(path.stat().st_size for path in files),
+    }
+
+
+def tuned_files() -> list[str]:
+    """Tuned configurations in the order they are looked up: $MLA_CUTE_TUNED_DIR, then those of the package."""
+    named = os.environ.get("MLA_CUTE_TUNED_DIR")
+    directories = [pathlib.Path(named).expanduser()] if named else []
+    directories.append(pathlib.Path(gpu_facts.__file__).resolve().parent / "tuned")
+    return [str(path) for directory in directories for path in sorted(directory.glob("*.json"))]
