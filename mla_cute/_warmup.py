@@ -18,7 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from . import jit
 
@@ -45,13 +45,13 @@ class Warmed(NamedTuple):
 Progress = Callable[[int, int, Warmed], None]
 
 
-def _send(stream: BinaryIO, message: Any) -> None:
+def _send(stream: IO[bytes], message: Any) -> None:
     content = pickle.dumps(message)
     stream.write(struct.pack("<Q", len(content)) + content)
     stream.flush()
 
 
-def _receive(stream: BinaryIO) -> bytes:
+def _receive(stream: IO[bytes]) -> bytes:
     """The next message, still pickled: unpickling a job imports the kernel, whose failure is the job's failure."""
     head = stream.read(8)
     if len(head) < 8:
@@ -100,7 +100,7 @@ class _Worker:
             raise RuntimeError(f"the compiling process ended with exit status {code}\n{tail}") from None
         if not done:
             raise RuntimeError(result)
-        return result  # type: ignore[no-any-return]
+        return result
 
     def close(self) -> None:
         self.process.kill()
@@ -123,11 +123,15 @@ def _compile_parallel(variants: Sequence[Variant], num_workers: int) -> Iterator
         if worker is None or worker.process.poll() is not None:
             worker = local.worker = _Worker()
             workers.append(worker)
-        return worker.run(variant)[0]  # type: ignore[no-any-return]
+        return worker.run(variant)[0]
+
+    def close_all() -> None:
+        for worker in workers:
+            worker.close()
 
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(num_workers))
-        stack.callback(lambda: [worker.close() for worker in workers])
+        stack.callback(close_all)
         stack.callback(pool.shutdown, wait=False, cancel_futures=True)
         futures = {pool.submit(compile_one, variant): variant for variant in variants}
         for future in as_completed(futures):

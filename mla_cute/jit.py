@@ -9,9 +9,16 @@ Any number of processes may share the directory: entries appear by rename, a loc
 compile while the others wait, and a damaged entry is compiled again. A directory that cannot be written (read-only,
 full) costs one warning and leaves the memory cache.
 
-Measured on a 2-core EPYC without a GPU (DSL 4.8.1, torch 2.13 imported before), fresh process, kernel on disk:
-see `tests/cpu/test_jit.py::test_warm_start_is_fast`; `import cutlass` alone takes 0.42 s there (0.9 s with cold files).
-That is why :func:`get` accepts a :class:`KernelRef` and loads objects with :mod:`mla_cute.elf`.
+Measured in a fresh process that has imported torch 2.13, on two cores of an EPYC, DSL 4.8.1:
+
+    import mla_cute                          21 ms
+    first kernel from disk                   24 ms   (imports tvm_ffi, hashes the sources, opens the runtime library)
+    every further kernel from disk            1 ms
+    first kernel through the DSL's loader   450 ms   (420 ms of it `import cutlass`; 900 ms when its files are cold)
+    compiling the decode kernel           7..10 s
+
+The difference is why :func:`get` accepts a :class:`KernelRef` and loads objects with :mod:`mla_cute.elf`; objects and
+hosts that `elf` does not know go through the DSL's loader.
 """
 
 from __future__ import annotations
@@ -21,15 +28,11 @@ import ctypes
 import functools
 import hashlib
 import importlib
-import importlib.metadata
-import importlib.util
 import json
 import logging
 import os
 import pathlib
-import platform
 import re
-import sys
 import tempfile
 import threading
 import time
@@ -39,6 +42,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from . import _toolchain as toolchain
 from . import elf, sass
 
 if TYPE_CHECKING:
@@ -46,20 +50,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mla_cute.jit")
 
-ARCH = "sm_90a"
 _SCHEMA = 1
 # A compile takes 10 s on 2 cores. A holder that is alive after this long is stuck, so waiters compile for themselves.
 _LOCK_TIMEOUT_S = 600.0
-# DSL settings that change the code it makes; a kernel compiled for debugging must not be served to a later run.
-_DSL_SETTINGS = (
-    "DEBUG",
-    "LINEINFO",
-    "ENABLE_ASSERTIONS",
-    "COMPILER_OPT",
-    "COMPILER_BACKEND",
-    "ENABLE_PYIR",
-    "AUTO_M2S",
-)
 
 
 @dataclass(frozen=True)
@@ -198,8 +191,7 @@ def compile_info(kernel_cls: Any, key: Any, config: Any) -> dict[str, Any]:
     """
     with _lock:
         blob, meta, compiled = _obtain(_entry(kernel_cls, key, config))
-        if compiled:
-            _counters["compiled"] += 1
+        _counters["compiled"] += compiled
     cubins = list(elf.embedded_cubins(blob))
     instructions: dict[str, int] | None = None
     if sass.find_nvdisasm() is not None:
@@ -274,31 +266,27 @@ def warmup(
     return _warmup.warmup(variants, num_workers=num_workers, progress=progress)
 
 
+def exported(kernel_cls: Any, key: Any, config: Any) -> tuple[bytes, str]:
+    """The variant's object file and the name of its function; compiles it when it is not cached."""
+    with _lock:
+        blob, meta, compiled = _obtain(_entry(kernel_cls, key, config))
+        _counters["compiled"] += compiled
+    return blob, meta["symbol"]
+
+
 def cubins(kernel_cls: Any, key: Any, config: Any) -> list[bytes]:
     """The variant's cubins, for `sass.opcode_counts`, nvdisasm or cuobjdump; compiles it when it is not cached."""
-    with _lock:
-        return list(elf.embedded_cubins(_obtain(_entry(kernel_cls, key, config))[0]))
+    return list(elf.embedded_cubins(exported(kernel_cls, key, config)[0]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # identity
 
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:  # unpacked wheels on a path
-        return "unknown"
+_sources_at_first_use = functools.cache(toolchain.read_sources)
 
 
-@functools.cache
-def _digest_of_files(paths: tuple[str, ...]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        content = pathlib.Path(path).read_bytes()
-        digest.update(f"{os.path.basename(path)}\0{len(content)}\0".encode())
-        digest.update(content)
-    return digest.hexdigest()
+def _module_of(kernel: Any) -> str:
+    return kernel.module if isinstance(kernel, KernelRef) else kernel.__module__
 
 
 def _source_digest(kernel: Any) -> str:
@@ -306,73 +294,13 @@ def _source_digest(kernel: Any) -> str:
 
     Read once per process: code that is already imported does not change with its file.
     """
-    folder = pathlib.Path(__file__).parent / "kernels"
-    paths = sorted(str(p) for p in folder.rglob("*.py"))
-    name = kernel.module if isinstance(kernel, KernelRef) else kernel.__module__
-    if not name.startswith(f"{__package__}.kernels."):
-        module = sys.modules.get(name)
-        path = getattr(module, "__file__", None)
-        if module is None:
-            spec = importlib.util.find_spec(name)
-            path = spec.origin if spec else None
-        if path is not None:
-            paths.append(path)
-    return _digest_of_files(tuple(paths))
-
-
-@functools.cache
-def _host_isa() -> str:
-    """Host instruction set: the exported launcher is compiled for the CPU it is compiled on (AVX-512 included)."""
-    machine = platform.machine()
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
-        found = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", file.read(16384), re.MULTILINE)
-        if found:
-            kept = ("avx", "sse", "ssse", "bmi", "fma", "f16c", "amx", "abm", "movbe", "adx", "gfni", "popcnt", "sve")
-            return f"{machine}:{','.join(sorted(f for f in found[1].split() if f.startswith(kept)))}"
-    return f"{machine}:{platform.processor()}"
-
-
-@functools.cache
-def _runtime_library() -> str | None:
-    """Path of libcute_dsl_runtime.so, found as the DSL finds it but without importing it; None when in doubt."""
-    name = "libcute_dsl_runtime.so"
-    if named := os.environ.get("CUTE_DSL_LIBS"):
-        return next((p for p in named.split(os.pathsep) if p.endswith(name) and os.path.exists(p)), None)
-    spec = importlib.util.find_spec("nvidia_cutlass_dsl")
-    roots = list(spec.submodule_search_locations or ()) if spec else []
-    by_toolkit: dict[int, str] = {}
-    for root in roots:
-        for path in pathlib.Path(root).glob(f"cu*/lib/{name}"):
-            with contextlib.suppress(ValueError):
-                by_toolkit.setdefault(int(path.parent.parent.name[2:]), str(path))
-    if len(by_toolkit) > 1:  # several CUDA toolkits' builds are installed: the newest that the driver runs
-        version = ctypes.c_int(0)
-        with contextlib.suppress(OSError):
-            if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)) == 0:
-                by_toolkit = {toolkit: p for toolkit, p in by_toolkit.items() if toolkit <= version.value // 1000}
-    return by_toolkit[max(by_toolkit)] if by_toolkit else None
-
-
-@functools.cache
-def _environment() -> str:
-    """What every entry depends on beside its own kernel, key and config."""
-    library = _runtime_library()
-    toolkit = pathlib.Path(library).parent.parent.name if library else "unknown"
-    settings = [f"{s}={os.environ[f'CUTE_DSL_{s}']}" for s in _DSL_SETTINGS if f"CUTE_DSL_{s}" in os.environ]
-    return "\n".join(
-        [
-            f"schema {_SCHEMA}",
-            f"arch {ARCH}",
-            f"dsl {_version('nvidia-cutlass-dsl')} {_version('nvidia-cutlass-dsl-libs-base')} {toolkit}",
-            f"tvm-ffi {_version('apache-tvm-ffi')}",
-            f"host {_host_isa()}",
-            *settings,
-        ]
-    )
+    return _sources_at_first_use(_module_of(kernel))
 
 
 def _entry(kernel: Any, key: Any, config: Any) -> _Entry:
-    text = "\n".join([_environment(), f"sources {_source_digest(kernel)}", kernel.name, repr(key), repr(config)])
+    sources = _source_digest(kernel)
+    parts = [f"schema {_SCHEMA}", toolchain.environment(), f"sources {sources}", kernel.name, repr(key), repr(config)]
+    text = "\n".join(parts)
     directory: pathlib.Path | None = None
     with contextlib.suppress(RuntimeError):
         directory = cache_dir()
@@ -470,7 +398,10 @@ def _obtain(entry: _Entry) -> tuple[bytes, dict[str, Any], bool]:
         if found := _read(entry):  # another process compiled it while this one waited
             return *found, False
         blob, meta = _compile(entry)
-        if writable:
+        if toolchain.read_sources(_module_of(entry.kernel)) != _source_digest(entry.kernel):
+            # Somebody is editing: which version was imported and compiled is unknown, so no other process may get it.
+            log.warning("kernel sources changed since this process first read them, not keeping %s", entry.stem)
+        elif writable:
             try:
                 _write(entry, blob, meta)
             except OSError as error:
@@ -490,7 +421,7 @@ def _compile(entry: _Entry) -> tuple[bytes, dict[str, Any]]:
     start = time.perf_counter()
     kernel = kernel_cls(entry.key, entry.config)
     # --gpu-arch wins over CUTE_DSL_ARCH and over the GPU that is present, for this compile only.
-    compiled = cute.compile(kernel, *kernel.compile_args(), options=f"--enable-tvm-ffi --gpu-arch {ARCH}")
+    compiled = cute.compile(kernel, *kernel.compile_args(), options=f"--enable-tvm-ffi --gpu-arch {toolchain.ARCH}")
     blob = _export(compiled, entry.symbol)
     seconds = time.perf_counter() - start
     log.info("compiled %s in %.1f s", entry.stem, seconds)
@@ -503,11 +434,11 @@ def _compile(entry: _Entry) -> tuple[bytes, dict[str, Any]]:
         "compile_seconds": round(seconds, 3),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "made_with": {
-            "mla_cute": _version("mla-cute"),
-            "nvidia-cutlass-dsl": _version("nvidia-cutlass-dsl"),
-            "apache-tvm-ffi": _version("apache-tvm-ffi"),
+            "mla_cute": toolchain.version("mla-cute"),
+            "nvidia-cutlass-dsl": toolchain.version("nvidia-cutlass-dsl"),
+            "apache-tvm-ffi": toolchain.version("apache-tvm-ffi"),
         },
-        "arch": ARCH,
+        "arch": toolchain.ARCH,
         "source_digest": _source_digest(entry.kernel),
         "symbol": entry.symbol,
         "sha256": hashlib.sha256(blob).hexdigest(),
@@ -580,7 +511,7 @@ def _facts(blob: bytes, ir: str) -> dict[str, Any]:
 def _load(blob: bytes, symbol: str) -> Callable[..., Any]:
     import tvm_ffi
 
-    library = _runtime_library()
+    library = toolchain.runtime_library()
     if library is not None:
         try:
             address = elf.load(blob, f"__tvm_ffi_{symbol}", [ctypes.CDLL(library), tvm_ffi.LIB])

@@ -15,7 +15,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from . import elf
@@ -28,6 +28,9 @@ _EIATTR_MAX_THREADS, _EIATTR_REQNTID, _EIATTR_FRAME_SIZE, _EIATTR_CBANK_PARAM_SI
     0x19,
     0x2F,
 )
+# sm_90 keeps the first KiB of a CTA's shared memory for itself: a kernel's own begins at address 0x400, and the size of
+# its .nv.shared section counts from 0.
+_RESERVED_SMEM_BYTES = 1024
 _FORMAT_SIZED = 4  # the other formats keep their value in the two bytes after the attribute
 
 #: Mnemonics :func:`instruction_counts` always reports, present or not.
@@ -41,7 +44,7 @@ class KernelFacts(NamedTuple):
         name: mangled kernel name.
         registers: registers per thread the compiler assigned (before setmaxnreg redistributes them).
         stack_bytes: local-memory frame per thread; spills live there, so 0 means no spill.
-        static_smem_bytes: shared memory declared statically, in bytes per CTA.
+        static_smem_bytes: shared memory declared statically, in bytes per CTA; what the system reserves is left out.
         threads: threads per CTA the kernel was compiled for, None when it does not say.
         parameter_bytes: size of the kernel's parameters in bytes.
     """
@@ -99,11 +102,8 @@ def kernels(cubin: bytes) -> list[KernelFacts]:
             elif attribute == _EIATTR_CBANK_PARAM_SIZE:
                 parameter_bytes = struct.unpack("<I", value)[0]
         shared = by_name.get(f".nv.shared.{name}")
-        found.append(
-            KernelFacts(
-                name, registers[name], stack.get(name, 0), shared.size if shared else 0, threads, parameter_bytes
-            )
-        )
+        static = max(0, shared.size - _RESERVED_SMEM_BYTES) if shared else 0
+        found.append(KernelFacts(name, registers[name], stack.get(name, 0), static, threads, parameter_bytes))
     return found
 
 
@@ -147,18 +147,21 @@ def opcode_counts(cubin: bytes) -> collections.Counter[str]:
     return collections.Counter(_INSTRUCTION.findall(disassemble(cubin)))
 
 
-def instruction_counts(cubin: bytes) -> dict[str, int]:
-    """Static counts of the mnemonics in :data:`COUNTED`, and `total`; raises as :func:`disassemble`.
+def instruction_counts_of(opcodes: Mapping[str, int]) -> dict[str, int]:
+    """:func:`opcode_counts` summed up by mnemonic: one count per name in :data:`COUNTED`, and `total`.
 
     A mnemonic counts with all its modifiers. DEPBAR counts `WARPGROUP.DEPBAR` (wgmma waits) and `DEPBAR` (cp.async
     and scoreboard waits).
     """
     counts = dict.fromkeys(COUNTED, 0)
-    total = 0
-    for opcode, times in opcode_counts(cubin).items():
-        total += times
+    for opcode, times in opcodes.items():
         mnemonic = "DEPBAR" if opcode.startswith("WARPGROUP.DEPBAR") else opcode.partition(".")[0]
         if mnemonic in counts:
             counts[mnemonic] += times
-    counts["total"] = total
+    counts["total"] = sum(opcodes.values())
     return counts
+
+
+def instruction_counts(cubin: bytes) -> dict[str, int]:
+    """:func:`instruction_counts_of` one cubin; raises as :func:`disassemble`."""
+    return instruction_counts_of(opcode_counts(cubin))

@@ -1,0 +1,86 @@
+"""Every shipped kernel variant compiles for sm_90a without spills, into the instructions its design calls for."""
+
+import collections
+import functools
+
+import pytest
+
+from mla_cute import jit, sass
+from mla_cute.kernels import registry
+
+MAX_SMEM_BYTES = 232448  # shared memory a CTA can opt in to on sm_90
+MAX_REGISTERS_PER_SM = 65536
+
+VARIANTS = registry.variants()
+DECODE = [v for v in VARIANTS if v[0] == registry.DECODE]
+PLANNER = [v for v in VARIANTS if v[0] == registry.PLANNER]
+
+
+def name(variant):
+    kernel, key, _ = variant
+    return "-".join([kernel.name, *(str(value) for value in vars(key).values())])
+
+
+@functools.cache
+def compiled(variant):
+    """(facts, opcode counts); the disk cache of the test session makes this a compile only once for all workers."""
+    counts = sum(map(sass.opcode_counts, jit.cubins(*variant)), start=collections.Counter())
+    return jit.compile_info(*variant), counts
+
+
+@pytest.fixture(autouse=True)
+def nvdisasm():
+    if sass.find_nvdisasm() is None:
+        pytest.skip("nvdisasm is missing: pip install nvidia-cuda-nvdisasm")
+
+
+def test_registry_is_complete():
+    assert {v[1].dtype for v in DECODE} == {"bfloat16", "float16"}
+    assert {v[1].box_rows for v in DECODE} == {64, 32, 16, 8, 0}
+    assert len(set(VARIANTS)) == len(VARIANTS)
+    assert len(DECODE) + len(PLANNER) == len(VARIANTS)
+    assert len({repr(v) for v in VARIANTS}) == len(VARIANTS), "keys with equal repr would share a cache entry"
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=name)
+def test_resources(variant, caplog):
+    facts, opcodes = compiled(variant)
+    assert facts["spill_bytes"] == 0
+    assert not {o: n for o, n in opcodes.items() if o.split(".")[0] in ("LDL", "STL")}
+    assert facts["smem_bytes"] <= MAX_SMEM_BYTES
+    for kernel in facts["kernels"]:
+        assert kernel["threads"], "the launch bound is unknown, so registers are not limited to what fits"
+        assert kernel["registers"] * kernel["threads"] <= MAX_REGISTERS_PER_SM
+    with caplog.at_level("INFO", logger="mla_cute.jit"):
+        jit._load(*jit.exported(*variant))
+    assert not caplog.records, "the fast loader does not know this object"
+
+
+@pytest.mark.parametrize("variant", DECODE, ids=name)
+def test_decode_instructions(variant):
+    _, opcodes = compiled(variant)
+    key = variant[1]
+    mnemonics = sass.instruction_counts_of(opcodes)
+    qk = {o: n for o, n in opcodes.items() if o.startswith("HGMMA.64x64x16.F32")}
+    pv = {o: n for o, n in opcodes.items() if o.startswith("HGMMA.64x256x16.F32")}
+    assert qk, "S = Q K^T is not a 64x64x16 wgmma with float32 accumulators"
+    assert pv, "O = P V is not a 64x256x16 wgmma with float32 accumulators"
+    assert sum((*qk.values(), *pv.values())) == mnemonics["HGMMA"]
+    assert all(o.endswith(".BF16") == (key.dtype == "bfloat16") for o in (*qk, *pv)), (qk, pv)
+    assert mnemonics["USETMAXREG"] >= 2, "producer and consumers do not trade registers"
+    assert mnemonics["DEPBAR"] > 0
+    assert mnemonics["UTMALDG"] > 0
+    if key.box_rows == 0:
+        assert mnemonics["LDGSTS"] > 0, "the gather does not use cp.async"
+    else:
+        assert mnemonics["LDGSTS"] == 0
+        # per K tile 9 sub-tiles of 64 columns; each needs 64 / box_rows boxes
+        assert mnemonics["UTMALDG"] >= 64 // key.box_rows
+
+
+@pytest.mark.parametrize("variant", PLANNER, ids=name)
+def test_planner_uses_no_tensor_core(variant):
+    _, opcodes = compiled(variant)
+    mnemonics = sass.instruction_counts_of(opcodes)
+    assert mnemonics["HGMMA"] == mnemonics["HMMA"] == mnemonics["UTMALDG"] == 0
+    assert mnemonics["total"] > 100
