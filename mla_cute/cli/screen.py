@@ -70,7 +70,7 @@ class Watchdog:
         if not self._enabled:
             return
         self._stop()
-        faulthandler.dump_traceback_later(self._seconds + self._grace, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(self._seconds + self._grace, exit=True, file=2)
         self._timer = threading.Timer(self._seconds, self._end, (what,))
         self._timer.daemon = True
         self._timer.start()

@@ -1,0 +1,370 @@
+"""The command line on a machine without a GPU: output, exit status, and what it says when something is wrong."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_bench import CEILINGS, H200, SMALL, FakeLibrary, FakeTimer, bench, wrong_page
+from typer.testing import CliRunner
+
+import mla_cute.cli
+from mla_cute import _testing, reference
+from mla_cute import gpu as gpu_facts
+from mla_cute.bench import cases as cases_module
+from mla_cute.bench import runner as bench_runner
+from mla_cute.cli import app as app_module
+from mla_cute.cli import check as checking
+from mla_cute.cli import demo as showing
+from mla_cute.cli import info as facts
+from mla_cute.cli import screen
+from mla_cute.kernels import registry
+
+ROOT = pathlib.Path(mla_cute.__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    """These tests are about a machine without a GPU, also where there is one."""
+    monkeypatch.setattr(gpu_facts, "why_not_hopper", lambda: "there is no GPU in this test")
+
+
+def run(*arguments):
+    return CliRunner().invoke(app_module.app, list(arguments))
+
+
+def run_module(*arguments, **environment):
+    env = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""} | environment
+    return subprocess.run(
+        [sys.executable, "-m", "mla_cute", *arguments],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+
+
+def test_help_lists_the_commands():
+    done = run_module("--help")
+    assert done.returncode == 0, done.stderr
+    assert "Usage: mla-cute" in done.stdout
+    assert all(name in done.stdout for name in ("demo", "check", "bench", "info"))
+
+
+@pytest.mark.parametrize("command", ["demo", "check", "bench", "info"])
+def test_every_command_has_help(command):
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"Usage: mla-cute {command}" in result.output or f"{command} [OPTIONS]" in result.output
+
+
+def test_no_command_and_unknown_command_are_usage_errors():
+    assert run().exit_code == 2
+    assert run("fly").exit_code == 2
+
+
+def test_the_script_of_the_package_is_this_command():
+    assert 'mla-cute = "mla_cute.cli:main"' in (ROOT / "pyproject.toml").read_text().splitlines()
+    assert callable(mla_cute.cli.main)
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+def test_without_typer_or_rich_one_line_says_what_to_install(missing, tmp_path):
+    (tmp_path / f"{missing}.py").write_text(f"raise ModuleNotFoundError('gone', name={missing!r})\n")
+    done = run_module("info", PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]))
+    assert done.returncode == 2
+    assert done.stderr == f"mla-cute: the command line needs {missing}: pip install mla-cute[cli]\n"
+    assert done.stdout == ""
+
+
+def test_importing_the_library_needs_neither_typer_nor_rich_nor_cutlass():
+    code = (
+        "import mla_cute, mla_cute.bench.__main__, sys; print(sorted({'typer', 'rich', 'cutlass'} & set(sys.modules)))"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_info_says_where_the_kernels_lie(tmp_path, monkeypatch):
+    cache, tuned = tmp_path / "cache", tmp_path / "tuned"
+    cache.mkdir()
+    tuned.mkdir()
+    (cache / "kernel.json").write_text("{}")
+    (cache / "kernel.o").write_bytes(bytes(3 << 20))
+    (tuned / "NVIDIA_H200.json").write_text("{}")
+    monkeypatch.setenv("MLA_CUTE_CACHE_DIR", str(cache))
+    monkeypatch.setenv("MLA_CUTE_TUNED_DIR", str(tuned))
+    monkeypatch.setenv("CUTE_DSL_LINEINFO", "1")
+    result = run("info")
+    assert result.exit_code == 0
+    for text in (str(cache), "1, 3.0 MiB", str(tuned / "NVIDIA_H200.json"), mla_cute.__version__, torch.__version__):
+        assert text in result.output
+    assert "no: there is no GPU in this test" in result.output
+    assert "CUTE_DSL_LINEINFO" in result.output
+    found = json.loads(run("info", "--json").output)
+    assert found["cache"] == {"directory": str(cache), "entries": 1, "bytes": (3 << 20) + 2}
+    assert found["kernels_run_here"] is False
+    assert found["environment"]["MLA_CUTE_TUNED_DIR"] == str(tuned)
+    assert found["environment"]["MLA_CUTE_CHECK"] == os.environ.get("MLA_CUTE_CHECK")
+
+
+def test_info_without_a_home_or_a_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("MLA_CUTE_CACHE_DIR", str(tmp_path / "not" / "made"))
+    assert facts.cache() == {"directory": str(tmp_path / "not" / "made"), "entries": 0, "bytes": 0}
+
+    def homeless():
+        raise RuntimeError("no home")
+
+    monkeypatch.setattr(facts.jit, "cache_dir", homeless)
+    result = run("info")
+    assert result.exit_code == 0
+    assert "none: no home" in result.output
+
+
+def test_info_with_a_gpu(monkeypatch):
+    monkeypatch.setattr(gpu_facts, "facts", lambda: H200)
+    monkeypatch.setattr(gpu_facts, "why_not_hopper", lambda: None)
+    result = run("info")
+    assert "NVIDIA H200, compute capability 9.0" in result.output
+    assert "132, 141.0 GiB" in result.output
+    assert "580.1" in result.output
+    assert "kernels run here" in result.output
+
+
+def test_check_quick_in_a_process_of_its_own():
+    done = run_module("check", "--quick", "--seed", "3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Checking the CPU path" in done.stdout
+    assert "the kernels are not checked" in done.stdout
+    assert "seed 3" in done.stdout
+    assert done.stdout.rstrip().endswith("all correct")
+
+
+def test_check_fails_on_a_wrong_result(monkeypatch):
+    def one_token_short(q_nope, q_pe, ckv_cache, kpe_cache, block_table, seq_lens, sm_scale, **options):
+        short = (seq_lens - 1).clamp(min=0)
+        return reference.decode_reference_block_table(
+            q_nope, q_pe, ckv_cache, kpe_cache, block_table, short, sm_scale, lse_base=options["lse_base"],
+            out=options["out"], lse=options["lse"],
+        )  # fmt: skip
+
+    monkeypatch.setattr(mla_cute, "mla_paged_decode_block_table", one_token_short)
+    spec = dataclasses.replace(checking.sweep()[0], lengths=(3, 70))
+    monkeypatch.setattr(checking, "specs", lambda quick, seed: [spec])
+    result = run("check", "--quick")
+    assert result.exit_code == 1
+    assert "2 FAILED" in result.output
+    assert "FAILED h1-page1" in result.output
+    assert "block table, lse in e" in result.output
+    assert "all correct" not in result.output
+
+
+def test_check_fails_when_a_second_call_differs(monkeypatch):
+    calls = []
+
+    def drifting(*args, **options):
+        out, lse = reference.decode_reference(*args, **{k: options[k] for k in ("kv_last_page_len", "lse_base")})
+        calls.append(None)
+        options["out"].copy_(out)
+        options["lse"].copy_(lse + 1e-6 * len(calls))
+        return options["out"], options["lse"]
+
+    monkeypatch.setattr(mla_cute, "mla_paged_decode", drifting)
+    spec = dataclasses.replace(checking.sweep()[0], lengths=(3, 70))
+    verdicts = dict(checking.run_spec(spec, torch.device("cpu")))
+    assert verdicts["CSR"].ok
+    assert verdicts["CSR again"].failures == ("a second call gave other bits",)
+
+
+def test_quick_specs_meet_both_dtypes_and_many_pages_and_heads():
+    quick, full = checking.specs(True, 0), checking.specs(False, 0)
+    assert len(quick) < len(full) / 6
+    assert {spec.dtype for spec in quick} == {torch.bfloat16, torch.float16}
+    assert len({spec.page_size for spec in quick}) >= 9
+    assert {1, 64} <= {spec.page_size for spec in quick}
+    assert len({spec.num_heads for spec in quick}) >= 5
+    assert max(n for spec in quick for n in spec.lengths) < 4097
+    assert {spec.seed for spec in full}.isdisjoint({spec.seed for spec in checking.specs(False, 1)})
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+def test_the_independent_computation_agrees_with_the_reference(page_size):
+    case = _testing.make_case([0, 1, 130], num_heads=4, page_size=page_size, index_offset=3, seed=5)
+    ours, theirs = checking.independent(case), _testing.expected_of(case)
+    torch.testing.assert_close(ours.output, theirs.output, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.lse, theirs.lse, rtol=1e-5, atol=1e-5)
+    # The yardsticks round at the same places, so they err alike.
+    errors = [(e.in_dtype.float() - e.output).norm() for e in (ours, theirs)]
+    assert errors[0] / errors[1] == pytest.approx(1, abs=0.1)
+
+
+def test_demo_without_a_gpu_in_a_process_of_its_own():
+    done = run_module("demo", "--kernels", "0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "No kernel runs here" in done.stdout
+    assert "1. mla_paged_decode on CPU tensors" in done.stdout
+    assert "513, 64" in done.stdout
+    assert "2. no kernel compiled" in done.stdout
+
+
+def test_demo_compiles_and_shows_the_machine_code(monkeypatch):
+    plain = registry.PlannerKey(lengths="csr", batch_invariant=False)
+    planner = [variant for variant in registry.variants() if variant[1] == plain]
+    monkeypatch.setattr(showing, "showcase_variants", lambda: planner)
+    result = run("demo")
+    assert result.exit_code == 0, result.output
+    row = next(text for text in result.output.splitlines() if "planner (csr)" in text)
+    cells = [cell.strip() for cell in row.strip("│").split("│")]
+    assert cells[1] == "Planner"
+    assert 16 <= int(cells[2]) <= 255  # registers
+    assert cells[3] == "0"  # spill bytes
+    assert cells[5] == "512"  # threads
+
+
+def test_demo_fails_when_a_kernel_spills(monkeypatch):
+    info = {
+        "registers": 168, "spill_bytes": 8, "smem_bytes": 1024, "threads": 384, "kernels": [], "instructions": None,
+        "compile_seconds": 1.0, "cached": False,
+    }  # fmt: skip
+    monkeypatch.setattr(showing.jit, "compile_info", lambda *variant: info)
+    result = run("demo", "--kernels", "2")
+    assert result.exit_code == 1
+    assert "FAILED 2 kernels spill registers" in result.output
+
+
+def test_demo_shows_page_sizes_64_and_1_and_the_planner():
+    labels = [showing.label(variant) for variant in showing.showcase_variants()]
+    assert len(labels) == 3
+    assert any("TMA boxes of 64 rows" in text for text in labels)
+    assert any("cp.async gather" in text for text in labels)
+    assert any(text.startswith("planner") for text in labels)
+
+
+def test_kernel_name():
+    mangled = "kernel_cutlass_kernel_mla_cutekernelsrows_sm90RowsSm90_object_at__Paramsmma_qkcutlasscuteatom_0"
+    assert showing.kernel_name(mangled) == "RowsSm90"
+    assert showing.kernel_name("something_else_entirely_and_long") == "something_else_entirely_"
+
+
+def test_bench_without_a_gpu_says_so():
+    result = run("bench", "quick")
+    assert result.exit_code == 2
+    assert "nothing to time: there is no GPU in this test" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nonsense"], "preset: expected one of table, bars, pages, quick, got 'nonsense'"),
+        (["--heads", "16,x"], "--heads: expected integers separated by commas, got '16,x'"),
+        (["--dtype", "fp8"], "--dtype: expected some of bfloat16"),
+        (["--layout", "heap"], "layout: expected separate or fused, got 'heap'"),
+        (["--config", '{"speed": 11}'], "config: unknown fields ['speed']"),
+        (["--config", "{"], "Expecting property name"),
+        (["--compare", "none.json", "none.json"], "none.json"),
+    ],
+)
+def test_bench_usage_errors(arguments, message):
+    result = run("bench", *arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A Hopper GPU as far as the commands can see, timed by the fake timer of the bench's tests."""
+    monkeypatch.setattr(cases_module, "ROTATION_BYTES", 500_000)
+    monkeypatch.setattr(gpu_facts, "why_not_hopper", lambda: None)
+    monkeypatch.setattr(gpu_facts, "facts", lambda: H200)
+    monkeypatch.setattr(gpu_facts, "clocks", lambda gpu: {"sm_mhz": 1755})
+    monkeypatch.setattr(bench_runner, "occupy", lambda device: None)
+    monkeypatch.setattr(app_module, "CudaTimer", FakeTimer)
+    monkeypatch.setattr(bench_runner.Library, "installed", classmethod(lambda cls, *options: FakeLibrary.make()))
+    real = bench_runner.run
+    monkeypatch.setattr(app_module.runner, "run", lambda *a, **k: real(*a, **k, ceilings=lambda _: dict(CEILINGS)))
+
+
+GRID = ["--heads", "4", "--batch", "2", "--kv-len", "100", "--page-size", "16"]
+
+
+def test_bench_prints_a_table_and_writes_the_record(hopper, tmp_path):
+    out = tmp_path / "record.json"
+    result = run("bench", *GRID, "--dtype", "bf16,fp16", "--out", str(out))
+    assert result.exit_code == 0, result.output
+    assert "103.5" in result.output
+    assert "paged decode on NVIDIA H200" in result.output
+    assert "peer flash_mla: absent" in result.output
+    record = json.loads(out.read_text())
+    assert [row["case"]["dtype"] for row in record["rows"]] == ["bfloat16", "float16"]
+    assert record["gpu"]["name"] == "NVIDIA H200"
+    assert record["complete"] is True
+
+
+def test_bench_of_a_wrong_kernel_exits_with_1(hopper, monkeypatch):
+    monkeypatch.setattr(
+        bench_runner.Library, "installed", classmethod(lambda cls, *options: FakeLibrary.make(wrong_page))
+    )
+    result = run("bench", *GRID, "--no-peers")
+    assert result.exit_code == 1
+    assert "WRONG" in result.output
+    assert "left out (--no-peers)" in result.output
+
+
+def test_bench_compare(tmp_path, monkeypatch):
+    monkeypatch.setattr(cases_module, "ROTATION_BYTES", 500_000)
+    for name, us in (("a.json", 200), ("b.json", 100)):
+        bench_runner.write_json(tmp_path / name, bench(SMALL[:1], timer=FakeTimer(us=us)))
+    result = run("bench", "--compare", str(tmp_path / "a.json"), str(tmp_path / "b.json"))
+    assert result.exit_code == 0
+    assert f"{203.6 / 103.6:.3f}" in result.output
+
+
+def test_demo_on_a_gpu(hopper, monkeypatch):
+    monkeypatch.setattr(showing, "GPU_CASES", tuple(SMALL[:1]))
+    monkeypatch.setattr(showing, "DEPLOYMENTS", {4: "TP32"})
+    result = run("demo")
+    assert result.exit_code == 0, result.output
+    assert "Running on the GPU: NVIDIA H200" in result.output
+    assert "TP32" in result.output
+    assert "4000 GB/s read, 800 TFLOP/s" in result.output
+    monkeypatch.setattr(
+        bench_runner.Library, "installed", classmethod(lambda cls, *options: FakeLibrary.make(wrong_page))
+    )
+    result = run("demo")
+    assert result.exit_code == 1
+    assert "WRONG" in result.output
+
+
+def test_demo_shapes_are_deepseek_v3s():
+    assert {case.num_heads for case in showing.GPU_CASES} == set(showing.DEPLOYMENTS) == {16, 128}
+    assert {case.page_size for case in showing.GPU_CASES} == {1, 64}
+
+
+def test_watchdog_ends_a_process_that_hangs():
+    code = (
+        "import time\nfrom mla_cute.cli.screen import Watchdog\n"
+        "with Watchdog(0.2, enabled=True) as dog:\n    dog.feed('case 7')\n    time.sleep(60)\n"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False, timeout=50
+    )
+    assert done.returncode == 3
+    assert done.stderr == "mla-cute: case 7 did not finish within 0.2 s; the GPU hangs\n"
+
+
+def test_watchdog_lets_go():
+    with screen.Watchdog(0.05, enabled=True) as dog:
+        dog.feed("one")
+        timer = dog._timer
+    timer.join(timeout=5)
+    assert timer.finished.is_set()
+    assert not timer.is_alive()
