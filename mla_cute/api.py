@@ -11,7 +11,6 @@ from . import reference
 from .config import KernelConfig
 from .plan import DecodePlan, plan_decode, plan_decode_block_table
 from .problem import (
-    CKV_DIM,
     DecodeProblem,
     check_decode,
     check_decode_block_table,
@@ -90,7 +89,7 @@ def mla_paged_decode(
         q_nope, q_pe, ckv_cache, kpe_cache, kv_indptr, kv_indices, sm_scale, kv_last_page_len, out, lse, lse_base
     )
     if plan is not None:
-        _check_plan(plan, problem)
+        plan.launcher(problem)  # raises when the plan is for another problem
     if _check_enabled():
         verify_on_device(problem, kv_indptr, kv_indices, kv_last_page_len)
     if not q_nope.is_cuda:
@@ -148,7 +147,7 @@ def mla_paged_decode_block_table(
         q_nope, q_pe, ckv_cache, kpe_cache, block_table, seq_lens, sm_scale, out, lse, lse_base
     )
     if plan is not None:
-        _check_plan(plan, problem)
+        plan.launcher(problem)  # raises when the plan is for another problem
     if _check_enabled():
         verify_block_table_on_device(problem, block_table, seq_lens)
     if not q_nope.is_cuda:
@@ -174,18 +173,6 @@ def mla_paged_decode_block_table(
         )
     flat = block_table.as_strided(((rows - 1) * stride + columns if rows else 0,), (1,))
     return _launch(problem, plan, q_nope, q_pe, ckv_cache, kpe_cache, flat, sm_scale, out, lse, lse_base, return_lse)
-
-
-def _check_plan(plan: DecodePlan, problem: DecodeProblem) -> None:
-    if (
-        plan.batch == problem.batch
-        and plan.num_heads == problem.num_heads
-        and plan.page_size == problem.page_size
-        and plan.device == problem.device
-    ):
-        return
-    reason = plan.why_unusable(problem.batch, problem.num_heads, problem.page_size, problem.device)
-    raise ValueError(f"plan: {reason}")
 
 
 def _tma_strides(x: torch.Tensor) -> torch.Tensor:
@@ -214,29 +201,26 @@ def _launch(
     lse_base: int | str,
     return_lse: bool,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    batch, heads = problem.batch, problem.num_heads
     if out is None:
-        out = torch.empty((batch, heads, CKV_DIM), dtype=problem.dtype, device=problem.device)
+        out = torch.empty_like(q_nope, memory_format=torch.contiguous_format)
     if lse is None:
-        lse = torch.empty((batch, heads), dtype=torch.float32, device=problem.device)
-    if batch:
-        if batch == 1 or heads == 1 or problem.page_size == 1 or problem.num_pages == 1:
+        lse = torch.empty((problem.batch, problem.num_heads), dtype=torch.float32, device=problem.device)
+    if problem.batch:
+        if problem.batch == 1 or problem.num_heads == 1 or problem.page_size == 1 or problem.num_pages == 1:
             q_nope, q_pe, ckv_cache, kpe_cache = map(_tma_strides, (q_nope, q_pe, ckv_cache, kpe_cache))
-        plan.launcher(problem.dtype, problem.page_size)(
+        plan.launcher(problem)(
             q_nope,
             q_pe,
             ckv_cache,
             kpe_cache,
             kv_indices,
-            plan.items,
-            plan.parts,
-            plan.splits,
+            plan.table,
+            plan.part,
             out,
             lse,
-            plan.part_o,
-            plan.part_lse,
-            plan.num_tiles,
+            plan.num_parts,
             plan.merge_rows,
+            plan.merge_ctas,
             sm_scale * _LOG2_E,
             1.0 if lse_base == 2 else _LN_2,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 
@@ -14,17 +15,20 @@ from .kernels.registry import (
     FIXED_MAX_PIECES,
     FIXED_MIN_BLOCKS,
     MAX_PARTS,
+    PART_ROW,
     PLANNER,
     TILE_M,
     DecodeKey,
     PlannerKey,
     box_rows_of,
 )
-from .problem import CKV_DIM, MAX_HEADS
+from .problem import MAX_HEADS, DecodeProblem
 
 _DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
-# Merge CTAs worth having per SM before rows are grouped (8 warps each, 2048 threads per SM).
-_MERGE_CTAS_PER_SM = 8
+# Merge CTAs of 512 threads that fit an SM; beyond them, a CTA takes several tasks of more heads.
+_MERGE_CTAS_PER_SM = 4
+_MERGE_MAX_ROWS = 8
+_MERGE_COL_TILES = 4
 
 
 @functools.lru_cache
@@ -55,9 +59,9 @@ class DecodePlan:
     """
 
     __slots__ = (
-        "_lengths", "_last_len", "_key", "_planner", "_cost", "_count", "_table_stride", "_launchers",
-        "batch", "num_heads", "page_size", "device", "config", "batch_invariant", "items", "parts", "splits",
-        "part_o", "part_lse", "num_tiles", "merge_rows",
+        "_lengths", "_last_len", "_key", "_planner", "_scratch", "_table_stride", "_problem", "_launch",
+        "batch", "num_heads", "page_size", "device", "config", "batch_invariant",
+        "table", "part", "num_parts", "merge_rows", "merge_ctas",
     )  # fmt: skip
 
     def __init__(
@@ -77,7 +81,8 @@ class DecodePlan:
         self.batch, self.num_heads, self.page_size, self.device = batch, num_heads, page_size, device
         self.batch_invariant = key.batch_invariant
         self._lengths, self._last_len, self._key, self._table_stride = lengths, last_len, key, table_stride
-        self._launchers: dict[tuple[torch.dtype, int], jit.Callable] = {}
+        self._problem: DecodeProblem | None = None  # the last problem this plan was found fit for, and its launcher
+        self._launch: Callable[..., None] | None = None
         if device.type == "cpu":
             self.config = config or KernelConfig()
             return
@@ -85,8 +90,7 @@ class DecodePlan:
         self.config = config or default_config(num_heads, page_size, batch, sms)
         if reason := why_infeasible(self.config):
             raise ValueError(f"config: {reason}")
-        self.num_tiles = -(-num_heads // TILE_M)
-        parts = max(1, min(MAX_PARTS, sms // self.num_tiles))
+        parts = max(1, min(MAX_PARTS, sms // -(-num_heads // TILE_M)))
         if key.batch_invariant:
             max_items = batch * FIXED_MAX_PIECES
             if max_tokens is not None:
@@ -95,28 +99,20 @@ class DecodePlan:
         else:
             max_items = batch + parts
             slots = 2 * parts
-        rows = max(slots * num_heads, 1)
-        # One allocation per element type: int32 [items | parts | splits | cost | count], float32 [o | lse].
-        sizes = (8 * max(max_items, 1), 8 * parts, 2 * batch, batch + 1, batch + 1)
-        padded = [-(-n // 4) * 4 for n in sizes]  # 16-byte aligned pieces
-        ints = torch.empty(sum(padded), dtype=torch.int32, device=device)
-        views = [v[:n] for v, n in zip(ints.split(padded), sizes, strict=True)]
-        self.items = views[0].view(-1, 8)
-        self.parts = views[1].view(parts, 8)
-        self.splits = views[2].view(batch, 2)
-        self._cost, self._count = views[3], views[4]
-        floats = torch.empty(rows * (CKV_DIM + 1), dtype=torch.float32, device=device)
-        self.part_o = floats[: rows * CKV_DIM].view(rows, CKV_DIM)
-        self.part_lse = floats[rows * CKV_DIM :]
-        ctas = batch * num_heads * 4
-        self.merge_rows = min(16, max(1, ctas // (_MERGE_CTAS_PER_SM * sms)))
+        self.num_parts = parts
+        self.table = torch.empty((parts + batch + max_items, 8), dtype=torch.int32, device=device)
+        self.part = torch.empty((slots * num_heads, PART_ROW), dtype=torch.float32, device=device)
+        self._scratch = torch.empty((4, batch + 1), dtype=torch.int32, device=device)
+        merge_tasks = batch * num_heads * _MERGE_COL_TILES
+        self.merge_ctas = max(1, min(merge_tasks, _MERGE_CTAS_PER_SM * sms))
+        self.merge_rows = min(_MERGE_MAX_ROWS, max(1, merge_tasks // (_MERGE_CTAS_PER_SM * sms)))
         self._planner = jit.get(PLANNER, key, self.config.launch())
 
     @property
     def workspace_bytes(self) -> int:
         if self.device.type == "cpu":
             return 0
-        return self.part_o.untyped_storage().nbytes() + self.items.untyped_storage().nbytes()
+        return sum(x.untyped_storage().nbytes() for x in (self.table, self.part, self._scratch))
 
     def update(self) -> DecodePlan:
         """Plan again from the present contents of the metadata tensors, on the current stream. Returns the plan."""
@@ -124,11 +120,9 @@ class DecodePlan:
             self._planner(
                 self._lengths,
                 self._lengths if self._last_len is None else self._last_len,
-                self.items,
-                self.parts,
-                self.splits,
-                self._cost,
-                self._count,
+                self.table,
+                self._scratch,
+                self.num_parts,
                 self.page_size,
                 self._table_stride,
                 self.num_heads,
@@ -138,25 +132,21 @@ class DecodePlan:
             )
         return self
 
-    def launcher(self, dtype: torch.dtype, page_size: int) -> jit.Callable:
-        """The compiled decode step for this plan's configuration."""
-        launch = self._launchers.get((dtype, page_size))
-        if launch is None:
-            key = DecodeKey(_DTYPE_NAMES[dtype], box_rows_of(page_size))
-            launch = self._launchers[dtype, page_size] = jit.get(DECODE, key, self.config.launch())
-        return launch
+    def launcher(self, problem: DecodeProblem) -> Callable[..., None]:
+        """The compiled decode step for `problem`; ValueError when the plan is for another one.
 
-    def why_unusable(self, batch: int, num_heads: int, page_size: int, device: torch.device) -> str | None:
-        """None when the plan is for such a call, else what differs."""
-        for name, planned, called in (
-            ("batch", self.batch, batch),
-            ("num_heads", self.num_heads, num_heads),
-            ("page_size", self.page_size, page_size),
-            ("device", self.device, device),
-        ):
-            if planned != called:
-                return f"expected a plan for {name} {called}, got one for {name} {planned}"
-        return None
+        `check_decode` returns the same object for the same facts, so a repeated call is one comparison.
+        """
+        if problem is not self._problem:
+            for name in ("batch", "num_heads", "page_size", "device"):
+                planned, called = getattr(self, name), getattr(problem, name)
+                if planned != called:
+                    raise ValueError(f"plan: expected a plan for {name} {called}, got one for {name} {planned}")
+            if self.device.type == "cuda":
+                key = DecodeKey(_DTYPE_NAMES[problem.dtype], box_rows_of(problem.page_size))
+                self._launch = jit.get(DECODE, key, self.config.launch())
+            self._problem = problem
+        return self._launch
 
 
 def _check_sizes(num_heads: int, page_size: int) -> None:

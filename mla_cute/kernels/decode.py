@@ -7,7 +7,7 @@ from cutlass.cute.runtime import make_fake_stream
 from ..config import LaunchConfig
 from .fake import fake_tensor, sym64
 from .merge import Merge
-from .registry import DECODE, DecodeKey
+from .registry import DECODE, PART_ROW, DecodeKey
 from .rows_sm90 import DTYPES, HEAD_DIM_ROPE, HEAD_DIM_V, RowsSm90
 
 
@@ -28,22 +28,17 @@ class Decode:
         def rows3(a, b, c):
             return fake_tensor(dt, (a, b, c), (sym64(8), sym64(8), 1), 16)
 
-        def ints(n):
-            return fake_tensor(Int32, (n,), (1,), 4)
-
         return (
             rows3(batch, heads, HEAD_DIM_V),
             rows3(batch, heads, HEAD_DIM_ROPE),
             rows3(pages, page, HEAD_DIM_V),
             rows3(pages, page, HEAD_DIM_ROPE),
-            ints(cute.sym_int()),
+            fake_tensor(Int32, (cute.sym_int(),), (1,), 4),
             fake_tensor(Int32, (cute.sym_int(), 8), (8, 1), 16),
-            fake_tensor(Int32, (cute.sym_int(), 8), (8, 1), 16),
-            fake_tensor(Int32, (batch, 2), (2, 1), 8),
+            fake_tensor(Float32, (cute.sym_int(), PART_ROW), (PART_ROW, 1), 16),
             rows3(batch, heads, HEAD_DIM_V),
             fake_tensor(Float32, (batch, heads), (sym64(), 1), 4),
-            fake_tensor(Float32, (cute.sym_int(), HEAD_DIM_V), (HEAD_DIM_V, 1), 16),
-            fake_tensor(Float32, (cute.sym_int(),), (1,), 4),
+            Int32(1),
             Int32(1),
             Int32(1),
             Float32(1.0),
@@ -59,21 +54,30 @@ class Decode:
         ckv_cache: cute.Tensor,
         kpe_cache: cute.Tensor,
         kv_indices: cute.Tensor,
-        items: cute.Tensor,
-        parts: cute.Tensor,
-        splits: cute.Tensor,
+        table: cute.Tensor,
+        part: cute.Tensor,
         out: cute.Tensor,
         lse: cute.Tensor,
-        part_o: cute.Tensor,
-        part_lse: cute.Tensor,
-        num_tiles: Int32,
+        num_parts: Int32,
         merge_rows: Int32,
+        merge_ctas: Int32,
         scale_log2: Float32,
         lse_scale: Float32,
         stream,
     ):
         self.rows(
-            q_nope, q_pe, ckv_cache, kpe_cache, kv_indices, items, parts, out, lse, part_o, part_lse,
-            num_tiles, scale_log2, lse_scale, stream,
-        )  # fmt: skip
-        self.merge(splits, part_o, part_lse, out, lse, merge_rows, lse_scale, stream)
+            q_nope,
+            q_pe,
+            ckv_cache,
+            kpe_cache,
+            kv_indices,
+            table,
+            out,
+            lse,
+            part,
+            num_parts,
+            scale_log2,
+            lse_scale,
+            stream,
+        )
+        self.merge(table, part, out, lse, num_parts, merge_rows, merge_ctas, lse_scale, stream)

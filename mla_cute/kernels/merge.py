@@ -1,13 +1,15 @@
 """Merge of split partials: out = sum_s 2^(lse_s - m) o_s / sum_s 2^(lse_s - m), lse = m + log2(sum_s 2^(lse_s - m)).
 
-Grid (batch * row chunks, 512 / 128). A CTA of 16 warps takes `rows_per_cta` heads of one request and 128 columns,
-4 per lane. With n splits, G = min(16, power of two >= n) warps share a row: warp g of the group folds splits g, g + G,
-... into (m, l, o) as it loads them; the group's triples are added through shared memory in order of g. The order
-depends on n alone, so the result is the same bits whatever the batch and whatever rows_per_cta.
+The plan lists the requests with other than one piece. A task is one of them x `rows` heads x 128 columns; at most
+4 CTAs per SM walk the tasks, so that a step without splits costs one wave of CTAs that read a zero (a grid over all
+requests cost 8 us at batch 128). A CTA has 16 warps of 4 columns per lane. With n pieces, G = min(16, power of two
+>= n) warps share a row: warp g of the group folds pieces g, g + G, ... into (m, l, o) as it loads them; the group's
+triples are added through shared memory in order of g. The order depends on n alone, so the result is the same bits
+whatever the batch and whatever `rows`.
 
-n = 0: empty request, zeros and -inf.  n = 1: the main kernel has written the output, nothing to do.
+n = 0: empty request, zeros and -inf.  n = 1: not listed, the main kernel has written the output.
 
-`splits` is read before griddepcontrol.wait: the main kernel triggers this one only after its own wait, so the planner
+The plan is read before griddepcontrol.wait: the main kernel triggers this one only after its own wait, so the planner
 in front of it has completed. Everything after the wait is one round trip to the partials: lse and o together.
 """
 
@@ -23,6 +25,7 @@ from .softmax import NEG_BIG, exp2
 
 NUM_WARPS = 16
 COLS = 128
+NUM_COL_TILES = HEAD_DIM_V // COLS
 
 
 class Merge:
@@ -33,56 +36,58 @@ class Merge:
     @cute.jit
     def __call__(
         self,
-        splits: cute.Tensor,  # (batch, 2): first partial row, pieces
-        part_o: cute.Tensor,  # (rows, 512) float32
-        part_lse: cute.Tensor,  # (rows,) float32, base 2
+        table: cute.Tensor,  # (rows, 8): the plan, see planner.py
+        part: cute.Tensor,  # (rows, PART_ROW) float32
         out: cute.Tensor,  # (batch, H, 512)
         lse: cute.Tensor,  # (batch, H) float32
-        rows_per_cta: Int32,
+        num_parts: Int32,
+        rows: Int32,  # heads per task
+        ctas: Int32,
         lse_scale: Float32,  # 1 for base 2, ln 2 for base e
         stream,
     ):
-        chunks = cute.ceil_div(cute.size(out, mode=[1]), rows_per_cta)
-        self.kernel(splits, part_o, part_lse, out, lse, rows_per_cta, lse_scale, chunks).launch(
-            grid=[cute.size(splits, mode=[0]) * chunks, HEAD_DIM_V // COLS, 1],
-            block=[32 * NUM_WARPS, 1, 1],
-            stream=stream,
-            use_pdl=self.use_pdl,
+        self.kernel(table, part, out, lse, num_parts, rows, lse_scale).launch(
+            grid=[ctas, 1, 1], block=[32 * NUM_WARPS, 1, 1], stream=stream, use_pdl=self.use_pdl
         )
 
     @cute.kernel
     def kernel(
         self,
-        splits: cute.Tensor,
-        part_o: cute.Tensor,
-        part_lse: cute.Tensor,
+        table: cute.Tensor,
+        part: cute.Tensor,
         out: cute.Tensor,
         lse: cute.Tensor,
-        rows_per_cta: Int32,
+        num_parts: Int32,
+        rows: Int32,
         lse_scale: Float32,
-        chunks: Int32,
     ):
         t, _, _ = cute.arch.thread_idx()
-        bx, col, _ = cute.arch.block_idx()
+        cta, _, _ = cute.arch.block_idx()
+        ctas, _, _ = cute.arch.grid_dim()
         warp = cute.arch.make_warp_uniform(t // 32)
         lane = t % 32
         alloc = utils.SmemAllocator()
         s_o = alloc.allocate_tensor(Float32, cute.make_layout((NUM_WARPS, COLS), stride=(COLS, 1)), 16)
         s_ml = alloc.allocate_tensor(Float32, cute.make_layout((NUM_WARPS, 2), stride=(2, 1)), 16)
-        batch = bx // chunks
-        head_begin = (bx - batch * chunks) * rows_per_cta
-        head_end = cutlass.min(head_begin + rows_per_cta, Int32(cute.size(out, mode=[1])))
-        first = splits[batch, 0]
-        n = splits[batch, 1]
+        num_heads = Int32(cute.size(out, mode=[1]))
+        chunks = cute.ceil_div(num_heads, rows)
+        tasks = table[0, 7] * chunks * NUM_COL_TILES
         if const_expr(self.use_pdl):
-            cute.arch.griddepcontrol_wait()
             cute.arch.griddepcontrol_launch_dependents()
-        if n == 0:
-            self._empty(out, lse, batch, head_begin, head_end, col, warp, lane)
-        if n > 1:
-            self._rows(
-                part_o, part_lse, out, lse, s_o, s_ml, batch, first, n, head_begin, head_end, col, warp, lane, lse_scale
-            )
+            cute.arch.griddepcontrol_wait()
+        for task in cutlass.range(cta, tasks, ctas, unroll=1):
+            col = task % NUM_COL_TILES
+            rest = task // NUM_COL_TILES
+            merge = rest // chunks
+            head_begin = (rest - merge * chunks) * rows
+            head_end = cutlass.min(head_begin + rows, num_heads)
+            batch = table[num_parts + merge, 0]
+            first = table[num_parts + merge, 1]
+            n = table[num_parts + merge, 2]
+            if n == 0:
+                self._empty(out, lse, batch, head_begin, head_end, col, warp, lane)
+            else:
+                self._rows(part, out, lse, s_o, s_ml, batch, first, n, head_begin, head_end, col, warp, lane, lse_scale)
 
     @cute.jit
     def _empty(self, out, lse, batch, head_begin, head_end, col, warp, lane):
@@ -94,9 +99,7 @@ class Merge:
                 lse[batch, head] = -Float32.inf
 
     @cute.jit
-    def _rows(
-        self, part_o, part_lse, out, lse, s_o, s_ml, batch, first, n, head_begin, head_end, col, warp, lane, lse_scale
-    ):
+    def _rows(self, part, out, lse, s_o, s_ml, batch, first, n, head_begin, head_end, col, warp, lane, lse_scale):
         num_heads = Int32(cute.size(out, mode=[1]))
         group = Int32(2)
         while (group < n) & (group < NUM_WARPS):
@@ -113,13 +116,12 @@ class Merge:
             if head < head_end:
                 row = first + head
                 for s in cutlass.range(g, n, group, unroll=4):
-                    part = part_lse[row + s * num_heads]
-                    cute.autovec_copy(
-                        cute.local_tile(part_o, (1, 4), (row + s * num_heads, col * 32 + lane))[0, None], frag
-                    )
-                    m_new = cute.arch.fmax(m, part)
+                    at = row + s * num_heads
+                    part_lse = part[at, HEAD_DIM_V]
+                    cute.autovec_copy(cute.local_tile(part, (1, 4), (at, col * 32 + lane))[0, None], frag)
+                    m_new = cute.arch.fmax(m, part_lse)
                     keep = exp2(m - m_new)
-                    weight = exp2(part - m_new)
+                    weight = exp2(part_lse - m_new)
                     m = m_new
                     total = total * keep + weight
                     for i in cutlass.range_constexpr(4):

@@ -1,8 +1,9 @@
 """Producers of K tiles from the paged cache into 128-byte-swizzled shared memory.
 
-A K tile is 64 tokens x 576: nine 64 x 64 sub-tiles (eight of ckv, one of kpe), each of 8 KiB with its own full
-mbarrier. Four producer warps each own one (stage, half) of a pair of tiles: half 0 is ckv sub-tiles 0..3, half 1
-is ckv sub-tiles 4..7 and kpe.
+A K tile is 64 tokens x 576: nine 64 x 64 sub-tiles (eight of ckv, one of kpe), each of 8 KiB. Half 0 of a tile is
+ckv sub-tiles 0..3, half 1 is ckv sub-tiles 4..7 and kpe. By TMA, each of the four producer warps owns one
+(stage, half) of a pair of tiles and every sub-tile has its own full mbarrier; by cp.async, the four warps fill every
+half together and it has one full mbarrier.
 
 Page sizes fall into classes by box_rows = gcd(page_size, 64), the rows that are contiguous whatever the block:
   box_rows >= 8   TMA boxes of box_rows x 64 (8-row swizzle atoms stay 1024-byte aligned): `TmaLoader`
@@ -48,7 +49,7 @@ class TmaLoader:
     """One TMA box per page part and sub-tile. Lane i of the warp looks up the page of box i."""
 
     full_arrivals = 1
-    needs_proxy_fence = False
+    one_barrier_per_half = False
 
     def __init__(self, box_rows: int, evict_first: bool):
         self.box_rows = box_rows
@@ -90,40 +91,36 @@ class TmaLoader:
         tx = boxes * (self.box_rows * 128)
         for j in cutlass.range_constexpr(4):
             sync.expect_tx(full + j, tx)
-            for i in cutlass.range_constexpr(self.num_boxes):
-                if i < boxes:
-                    page = cute.arch.make_warp_uniform(cute.arch.shuffle_sync(page_l, i))
-                    row = cute.arch.make_warp_uniform(cute.arch.shuffle_sync(row_l, i))
-                    self._copy(
-                        p.tma_ckv,
-                        tKg[None, row, half * 4 + j, page],
-                        tKs[None, i, 0, stage * 8 + half * 4 + j],
-                        full + j,
-                    )
         if half == 1:
             sync.expect_tx(full + 4, tx)
-            for i in cutlass.range_constexpr(self.num_boxes):
-                if i < boxes:
-                    page = cute.arch.make_warp_uniform(cute.arch.shuffle_sync(page_l, i))
-                    row = cute.arch.make_warp_uniform(cute.arch.shuffle_sync(row_l, i))
+        for i in cutlass.range_constexpr(self.num_boxes):
+            if i < boxes:
+                page = cute.arch.make_warp_uniform(cute.arch.shuffle_sync(page_l, i))
+                row = cute.arch.make_warp_uniform(cute.arch.shuffle_sync(row_l, i))
+                for j in cutlass.range_constexpr(4):
+                    sub = half * 4 + j
+                    self._copy(p.tma_ckv, tKg[None, row, sub, page], tKs[None, i, 0, stage * 8 + sub], full + j)
+                if half == 1:
                     self._copy(p.tma_kpe, tRg[None, row, page], tRs[None, i, 0, stage], full + 4)
 
 
 class GatherLoader:
     """cp.async of 16 bytes per lane: eight lanes take one 128-byte sub-tile row, so four rows per instruction.
 
-    Lane l holds (page, row in page) of tokens l and l + 32 of the block. An address is made once per row and serves
-    the row's four or five sub-tiles through immediate offsets; making it per copy cost 250 cycles a copy (one warp
-    per scheduler has nothing to hide a dependent chain behind) and 2.9x of the kernel's time. Completion is
-    signalled by cp.async.mbarrier.arrive.noinc of all 32 lanes. The writes are generic-proxy, so the consumers fence
-    after their wait, before wgmma reads.
+    Warp w takes rows 16 w .. 16 w + 15 of every block; lane l holds (page, row in page) of token 16 w + l % 16. An
+    address is made once per row and half and serves the half's sub-tiles through immediate offsets: made per copy, the
+    dependent chain cost 250 cycles a copy (one warp per scheduler has nothing to hide it behind). All four warps fill
+    the same half because the issue time adds to the time from release to refill. Completion is signalled by
+    cp.async.mbarrier.arrive.noinc of all 128 lanes, once per half. The writes are generic-proxy, so the consumers
+    fence after their wait, before wgmma reads.
     """
 
-    full_arrivals = 32
-    needs_proxy_fence = True
+    full_arrivals = 128
+    one_barrier_per_half = True
 
     @cute.jit
-    def _token(self, p, index_base, token, kv_end):
+    def lookup(self, p, index_base, block, kv_end, w, lane):
+        token = block * TILE_N + w * 16 + lane % 16
         page = Int32(0)
         row = Int32(0)
         if token < kv_end:
@@ -133,49 +130,35 @@ class GatherLoader:
         return page, row
 
     @cute.jit
-    def lookup(self, p, index_base, block, kv_end, lane):
-        token = block * TILE_N + lane
-        page0, row0 = self._token(p, index_base, token, kv_end)
-        page1, row1 = self._token(p, index_base, token + 32, kv_end)
-        return page0, row0, (page1, row1)
-
-    @cute.jit
-    def load(self, p, s, where, block, kv_end, stage, half, full, lane):
-        page0, row0, (page1, row1) = where
-        rows = rows_of_block(block, kv_end)
+    def load(self, p, s, where, block, kv_end, stage: Constexpr, half: Constexpr, full, w, lane):
+        rows = rows_of_block(block, kv_end) - w * 16
         chunk = lane % 8
-        src_k = p.mCkv.iterator.toint() + Int64(half * 512 + chunk * 16)
-        dst_k = Int32(s.sK_sub.iterator.toint()) + (stage * 8 + half * 4) * SUB_BYTES
-        src_r = p.mKpe.iterator.toint() + Int64(chunk * 16)
-        dst_r = Int32(s.sR.iterator.toint()) + stage * SUB_BYTES
-        for h in cutlass.range_constexpr(2):
-            where_h = ((page0, row0), (page1, row1))[h]
-            self._rows(p.mCkv, src_k, dst_k + h * 4096, where_h, rows - 32 * h, lane, 4)
-            if half == 1:
-                self._rows(p.mKpe, src_r, dst_r + h * 4096, where_h, rows - 32 * h, lane, 1)
-        for j in cutlass.range_constexpr(4):
-            cute.arch.cp_async_mbarrier_arrive_noinc(full + j)
-        if half == 1:
-            cute.arch.cp_async_mbarrier_arrive_noinc(full + 4)
+        src = p.mCkv.iterator.toint() + Int64(half * 512 + chunk * 16)
+        dst = Int32(s.sK_sub.iterator.toint()) + (stage * 8 + half * 4) * SUB_BYTES + w * 2048
+        self._rows(p.mCkv, src, dst, where, rows, lane, 4)
+        if const_expr(half == 1):
+            src = p.mKpe.iterator.toint() + Int64(chunk * 16)
+            dst = Int32(s.sR.iterator.toint()) + stage * SUB_BYTES + w * 2048
+            self._rows(p.mKpe, src, dst, where, rows, lane, 1)
+        cute.arch.cp_async_mbarrier_arrive_noinc(full)
 
     @cute.jit
     def _rows(self, cache, src, dst, where, rows, lane, num_sub: Constexpr):
-        """32 rows of `num_sub` sub-tiles. Swizzle: the 16-byte chunk index is xored with row % 8."""
+        """16 rows of `num_sub` sub-tiles. Swizzle: the 16-byte chunk index is xored with row % 8."""
         page_l, row_l = where
         chunk = lane % 8
         sub_row = lane // 8
         page_stride = Int64(Int32(cache.stride[0]))
         row_stride = Int64(Int32(cache.stride[1]))
-        for i in cutlass.range(0, 8, 2, unroll=2):
-            for k in cutlass.range_constexpr(2):
-                row = 4 * (i + k) + sub_row
-                page = Int64(cute.arch.shuffle_sync(page_l, row))
-                page_row = Int64(cute.arch.shuffle_sync(row_l, row))
-                if row < rows:
-                    to = dst + (row * 128 + (chunk ^ (sub_row + 4 * k)) * 16)
-                    at = src + (page * page_stride + page_row * row_stride) * 2
-                    for j in cutlass.range_constexpr(num_sub):
-                        _cp_async_16(to, at, j * SUB_BYTES, j * 128)
+        for i in cutlass.range_constexpr(4):
+            row = 4 * i + sub_row
+            page = Int64(cute.arch.shuffle_sync(page_l, row))
+            page_row = Int64(cute.arch.shuffle_sync(row_l, row))
+            if row < rows:
+                to = dst + (row * 128 + (chunk ^ (sub_row + 4 * (i % 2))) * 16)
+                at = src + (page * page_stride + page_row * row_stride) * 2
+                for j in cutlass.range_constexpr(num_sub):
+                    _cp_async_16(to, at, j * SUB_BYTES, j * 128)
 
 
 def make_loader(box_rows: int, evict_first: bool):

@@ -18,10 +18,11 @@ batch_invariant   Pieces again, but of max(FIXED_MIN_BLOCKS, n / FIXED_MAX_PIECE
           function of its own length alone, so its arithmetic does not depend on its neighbours. Pieces go to parts
           in order, each to the part in whose share of the line it begins.
 
-Outputs:
-    items [capacity, 8] int32   request, kv_begin, kv_end, first index, partial row or -1
-    parts [parts, 8]            the part's first item (5 words as above), its number in `items`, number of items
-    splits [batch, 2]           first partial row, number of pieces (0: empty request)
+Output: one int32 table of 8-word rows, what the decode kernels read
+    parts rows   [0, parts)               request, kv_begin, kv_end, first index, partial row or -1 of the part's
+                                          first item; that item's table row; number of items; (row 0) merges
+    merge rows   [parts, parts + batch)   request, first partial row, pieces: of every request with pieces != 1
+    item rows    [parts + batch, ...)     request, kv_begin, kv_end, first index, partial row or -1
 Piece s of a request writes the partial rows first + s * H + head. All of it is integer arithmetic on prefix sums
 (scratch in global memory), so the plan is a function of the lengths alone.
 """
@@ -35,7 +36,7 @@ from cutlass import Int32, const_expr
 from cutlass.cute.runtime import make_fake_stream
 
 from ..config import LaunchConfig
-from .fake import fake_tensor
+from .fake import fake_tensor, sym64
 from .registry import BLOCK, FIXED_MAX_PIECES, FIXED_MIN_BLOCKS, MAX_PARTS, PLANNER, PlannerKey
 
 NUM_THREADS = 512
@@ -45,11 +46,11 @@ NUM_THREADS = 512
 class PlanParams:
     mLengths: cute.Tensor
     mLastLen: cute.Tensor
-    mItems: cute.Tensor
-    mParts: cute.Tensor
-    mSplits: cute.Tensor
+    mTable: cute.Tensor
     mCost: cute.Tensor
     mCount: cute.Tensor
+    mFirst: cute.Tensor
+    mPieces: cute.Tensor
     batch: Int32
     page_size: Int32
     table_stride: Int32
@@ -76,8 +77,6 @@ class Planner:
         self.use_pdl = config.use_pdl
 
     def compile_args(self) -> tuple:
-        batch = cute.sym_int()
-
         def ints(n):
             return fake_tensor(Int32, (n,), (1,), 4)
 
@@ -85,11 +84,8 @@ class Planner:
             ints(cute.sym_int()),
             ints(cute.sym_int()),
             fake_tensor(Int32, (cute.sym_int(), 8), (8, 1), 16),
-            fake_tensor(Int32, (cute.sym_int(), 8), (8, 1), 16),
-            fake_tensor(Int32, (batch, 2), (2, 1), 8),
-            ints(cute.sym_int()),
-            ints(cute.sym_int()),
-            *(Int32(1) for _ in range(6)),
+            fake_tensor(Int32, (4, cute.sym_int()), (sym64(), 1), 4),
+            *(Int32(1) for _ in range(7)),
             make_fake_stream(use_tvm_ffi_env_stream=True),
         )
 
@@ -98,11 +94,9 @@ class Planner:
         self,
         lengths: cute.Tensor,  # csr: kv_indptr (batch + 1,); seq_lens (batch,)
         last_len: cute.Tensor,  # csr_last: kv_last_page_len (batch,); else anything
-        items: cute.Tensor,  # (capacity, 8)
-        parts: cute.Tensor,  # (parts, 8)
-        splits: cute.Tensor,  # (batch, 2)
-        cost: cute.Tensor,  # scratch (batch + 1,): where each request begins on the line
-        count: cute.Tensor,  # scratch (batch + 1,): items (fixed) or non-empty requests (balanced) before it
+        table: cute.Tensor,  # (rows, 8)
+        scratch: cute.Tensor,  # (4, batch + 1)
+        parts: Int32,
         page_size: Int32,
         table_stride: Int32,  # seq_lens: entries of a block table row
         num_heads: Int32,
@@ -114,16 +108,16 @@ class Planner:
         params = PlanParams(
             mLengths=lengths,
             mLastLen=last_len,
-            mItems=items,
-            mParts=parts,
-            mSplits=splits,
-            mCost=cost,
-            mCount=count,
-            batch=Int32(cute.size(splits, mode=[0])),
+            mTable=table,
+            mCost=scratch[0, None],
+            mCount=scratch[1, None],
+            mFirst=scratch[2, None],
+            mPieces=scratch[3, None],
+            batch=Int32(cute.size(scratch, mode=[1]) - 1),
             page_size=page_size,
             table_stride=table_stride,
             num_heads=num_heads,
-            parts=Int32(cute.size(parts, mode=[0])),
+            parts=parts,
             min_blocks=min_blocks,
             overhead=overhead,
             penalty=penalty,
@@ -170,11 +164,12 @@ class Planner:
     @cute.jit
     def _emit(self, p, index, b, block_begin, block_end, part_row):
         length, first = self._request(p, b)
-        p.mItems[index, 0] = b
-        p.mItems[index, 1] = block_begin * BLOCK
-        p.mItems[index, 2] = cutlass.min(block_end * BLOCK, length)
-        p.mItems[index, 3] = first
-        p.mItems[index, 4] = part_row
+        row = p.parts + p.batch + index
+        p.mTable[row, 0] = b
+        p.mTable[row, 1] = block_begin * BLOCK
+        p.mTable[row, 2] = cutlass.min(block_end * BLOCK, length)
+        p.mTable[row, 3] = first
+        p.mTable[row, 4] = part_row
 
     # ---------------------------------------------------------------- scans
 
@@ -263,14 +258,35 @@ class Planner:
             s_cut_b, s_cut_off, s_inner, s_first = (words(MAX_PARTS + 1) for _ in range(4))
             self._plan_balanced(p, t, s_warp, s_start, s_cut_b, s_cut_off, s_inner, s_first)
         cute.arch.sync_threads()
+        num_merges = self._list_merges(p, s_warp, t)
         if t < p.parts:
-            start = s_start[t]
-            count = s_start[t + 1] - start
-            p.mParts[t, 5] = start
-            p.mParts[t, 6] = count
+            row = p.parts + p.batch + s_start[t]
+            count = s_start[t + 1] - s_start[t]
+            p.mTable[t, 5] = row
+            p.mTable[t, 6] = count
+            p.mTable[t, 7] = num_merges
             if count > 0:
                 for i in cutlass.range_constexpr(5):
-                    p.mParts[t, i] = p.mItems[start, i]
+                    p.mTable[t, i] = p.mTable[row, i]
+
+    @cute.jit
+    def _list_merges(self, p, s_warp, t):
+        """Rows of the requests that the merge kernel writes: cut ones and empty ones. Returns their number."""
+        num_merges = Int32(0)
+        for base in cutlass.range(0, p.batch, NUM_THREADS, unroll=1):
+            b = base + t
+            merged = Int32(0)
+            if b < p.batch:
+                if p.mPieces[b] != 1:
+                    merged = Int32(1)
+            before, total = self._scan(merged, s_warp, t)
+            if merged == 1:
+                row = p.parts + num_merges + before
+                p.mTable[row, 0] = b
+                p.mTable[row, 1] = p.mFirst[b]
+                p.mTable[row, 2] = p.mPieces[b]
+            num_merges = num_merges + total
+        return num_merges
 
     @cute.jit
     def _share_pieces(self, p, t, payload, num_items, s_start):
@@ -292,8 +308,8 @@ class Planner:
     def _emit_pieces(self, p, t, num_items, limit):
         for b in cutlass.range(t, p.batch, NUM_THREADS, unroll=1):
             first = p.mCount[b]
-            p.mSplits[b, 0] = first * p.num_heads
-            p.mSplits[b, 1] = p.mCount[b + 1] - first
+            p.mFirst[b] = first * p.num_heads
+            p.mPieces[b] = p.mCount[b + 1] - first
         for i in cutlass.range(t, num_items, NUM_THREADS, unroll=1):
             b = self._last_at_or_before(p.mCount, p.batch, i)
             first = p.mCount[b]
@@ -490,5 +506,5 @@ class Planner:
             if pieces > 1:
                 row = (slot + emitted) * p.num_heads
             self._emit(p, index + emitted, b, begin, blocks, row)
-        p.mSplits[b, 0] = slot * p.num_heads
-        p.mSplits[b, 1] = pieces
+        p.mFirst[b] = slot * p.num_heads
+        p.mPieces[b] = pieces

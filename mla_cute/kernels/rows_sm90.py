@@ -14,7 +14,8 @@ shared memory.
     (gather variant: 232 / 40)
 
     mbarrier             count         filled by / waited for by
-    full[stage][sub]     1 (32)        producer warp, per 64 x 64 sub-tile; consumer of that stage, before its QK
+    full[stage][sub]     1 (128)       producer warp, per 64 x 64 sub-tile (gather: all four warps, per half);
+                                       consumer of that stage, before its QK
     empty[stage][half]   4 warps       wg `half` when its PV from that half has drained; producer warp
     q_full               1             TMA of nine Q sub-tiles, and the item's record in sItem; both consumers, per item
     q_empty              8 warps       both consumers at the end of an item (sP1 lives in Q's ninth sub-tile)
@@ -60,6 +61,9 @@ MB_FULL, MB_EMPTY, MB_Q_FULL, MB_Q_EMPTY, MB_TOTAL = 0, 2 * NUM_SUB, 2 * NUM_SUB
 # Order in which each consumer takes the sub-tiles of its stage: the half that is refilled first comes first.
 QK_ORDER = (((0, 1, 2, 3), (4, 5, 6, 7, 8)), ((4, 5, 6, 7, 8), (0, 1, 2, 3)))
 
+# (stage, half) in the order in which a pair's halves are released.
+GATHER_ORDER = ((0, 0), (1, 1), (0, 1), (1, 0))
+
 
 @dataclasses.dataclass(frozen=True)
 class Params:
@@ -78,12 +82,10 @@ class Params:
     tma_kpe: Any
     mKpe: cute.Tensor
     mIndices: cute.Tensor
-    mItems: cute.Tensor
-    mParts: cute.Tensor
+    mTable: cute.Tensor
     mO: cute.Tensor
     mLse: cute.Tensor
-    mPartO: cute.Tensor
-    mPartLse: cute.Tensor
+    mPart: cute.Tensor
     num_heads: Int32
     page_size: Int32
     num_tiles: Int32
@@ -150,7 +152,7 @@ class Fragments:
 
 
 def load_item(table, index, item) -> None:
-    """One 8-word row of `items` or `parts` to registers, as two 16-byte loads."""
+    """One 8-word row of the plan to registers, as two 16-byte loads."""
     for i in range(2):
         cute.autovec_copy(cute.local_tile(table, (1, 4), (index, i))[0, None], cute.local_tile(item, (4,), (i,)))
 
@@ -175,13 +177,11 @@ class RowsSm90:
         ckv: cute.Tensor,  # (pages, page_size, 512)
         kpe: cute.Tensor,  # (pages, page_size, 64)
         kv_indices: cute.Tensor,  # (n,) page ids
-        items: cute.Tensor,  # (n_items, 8): see planner.py
-        parts: cute.Tensor,  # (parts, 8): first item of the part, its number, number of items
+        table: cute.Tensor,  # (rows, 8): the plan, see planner.py
         out: cute.Tensor,  # (batch, H, 512)
         lse: cute.Tensor,  # (batch, H) float32
-        part_o: cute.Tensor,  # (rows, 512) float32
-        part_lse: cute.Tensor,  # (rows,) float32, base 2
-        num_tiles: Int32,  # row tiles per request: ceil(H / 64)
+        part: cute.Tensor,  # (rows, PART_ROW) float32: 512 output columns, lse in base 2
+        num_parts: Int32,
         scale_log2: Float32,  # sm_scale * log2(e)
         lse_scale: Float32,  # 1 for base 2, ln 2 for base e
         stream,
@@ -189,6 +189,8 @@ class RowsSm90:
         K, MN = OperandMajorMode.K, OperandMajorMode.MN
         RS, SS = warpgroup.OperandSource.RMEM, warpgroup.OperandSource.SMEM
         dt = self.dtype
+        num_heads = Int32(cute.size(q_nope, mode=[1]))
+        num_tiles = cute.ceil_div(num_heads, TILE_M)
 
         def mma(b_major, n, a_source):
             return sm90.make_trivial_tiled_mma(dt, dt, K, b_major, Float32, (1, 1, 1), (TILE_M, n), a_source)
@@ -229,13 +231,11 @@ class RowsSm90:
             tma_kpe=tma_kpe,
             mKpe=mKpe,
             mIndices=kv_indices,
-            mItems=items,
-            mParts=parts,
+            mTable=table,
             mO=out,
             mLse=lse,
-            mPartO=part_o,
-            mPartLse=part_lse,
-            num_heads=Int32(cute.size(q_nope, mode=[1])),
+            mPart=part,
+            num_heads=num_heads,
             page_size=Int32(cute.size(ckv, mode=[1])),
             num_tiles=num_tiles,
             scale_log2=scale_log2,
@@ -249,7 +249,7 @@ class RowsSm90:
             lay_sub16=cute.tile_to_shape(atom, (64, 64, 16), order=(0, 1, 2)),
         )
         self.kernel(params).launch(
-            grid=[cute.size(parts, mode=[0]) * num_tiles, 1, 1],
+            grid=[num_parts * num_tiles, 1, 1],
             block=[NUM_THREADS, 1, 1],
             stream=stream,
             min_blocks_per_mp=1,
@@ -347,21 +347,25 @@ class RowsSm90:
 
     def _produce(self, p: Params, s, part, head0, w):
         lane = cute.arch.lane_idx()
-        self._produce_items(p, s, part, head0, w % 2, w // 2, lane)
+        if const_expr(self.key.box_rows > 0):
+            self._produce_items(p, s, part, head0, w, w % 2, w // 2, lane)
+        else:
+            self._gather_items(p, s, part, head0, w, lane)
 
     @cute.jit
-    def _produce_items(self, p, s, part, head0, stage, half, lane):
+    def _produce_items(self, p, s, part, head0, w, stage, half, lane):
+        """TMA: each warp fills its own (stage, half)."""
         full = s.mbar + MB_FULL + stage * NUM_SUB + half * 4
         empty = s.mbar + MB_EMPTY + half * 2 + stage
         phase = Int32(1)
         q_phase = Int32(1)
         item = cute.make_rmem_tensor(8, Int32)
-        load_item(p.mParts, part, item)
-        next_item = item[5]
+        load_item(p.mTable, part, item)
+        first_row = item[5]
         num_items = item[6]
         for it in cutlass.range(num_items, unroll=1):
             if it > 0:
-                load_item(p.mItems, next_item + it, item)
+                load_item(p.mTable, first_row + it, item)
             kv_end = item[2]
             index_base = item[3]
             block = item[1] // TILE_N
@@ -373,7 +377,39 @@ class RowsSm90:
                 phase ^= 1
                 self.loader.load(p, s, where, block, kv_end, stage, half, full, lane)
                 block += 2
-                if (pair == 0) & (stage == 0) & (half == 0):
+                if (pair == 0) & (w == 0):
+                    self._load_q(p, s, item, it, head0, q_phase, lane)
+            q_phase ^= 1
+
+    @cute.jit
+    def _gather_items(self, p, s, part, head0, w, lane):
+        """cp.async: the four warps share every (stage, half), in the order in which the consumers release them."""
+        phase = Int32(1)
+        q_phase = Int32(1)
+        item = cute.make_rmem_tensor(8, Int32)
+        load_item(p.mTable, part, item)
+        first_row = item[5]
+        num_items = item[6]
+        for it in cutlass.range(num_items, unroll=1):
+            if it > 0:
+                load_item(p.mTable, first_row + it, item)
+            kv_end = item[2]
+            index_base = item[3]
+            block = item[1] // TILE_N
+            num_pairs = (cute.ceil_div(kv_end, TILE_N) - block + 1) >> 1
+            page0, row0 = self.loader.lookup(p, index_base, block, kv_end, w, lane)
+            page1, row1 = self.loader.lookup(p, index_base, block + 1, kv_end, w, lane)
+            for pair in cutlass.range(num_pairs, unroll=1):
+                for stage, half in GATHER_ORDER:
+                    cute.arch.mbarrier_wait(s.mbar + MB_EMPTY + half * 2 + stage, phase)
+                    where = (page1, row1) if stage else (page0, row0)
+                    full = s.mbar + MB_FULL + stage * NUM_SUB + half * 4
+                    self.loader.load(p, s, where, block + stage, kv_end, stage, half, full, w, lane)
+                phase ^= 1
+                block += 2
+                page0, row0 = self.loader.lookup(p, index_base, block, kv_end, w, lane)
+                page1, row1 = self.loader.lookup(p, index_base, block + 1, kv_end, w, lane)
+                if (pair == 0) & (w == 0):
                     self._load_q(p, s, item, it, head0, q_phase, lane)
             q_phase ^= 1
 
@@ -442,7 +478,7 @@ class RowsSm90:
         )
 
     def _consume(self, p: Params, s, part, head0, t, wg: int):
-        self._consume_items(p, s, self._fragments(p, s, t), p.mParts[part, 6], head0, wg)
+        self._consume_items(p, s, self._fragments(p, s, t), p.mTable[part, 6], head0, wg)
 
     @cute.jit
     def _consume_items(self, p, s, f, num_items, head0, wg: Constexpr):
@@ -482,9 +518,12 @@ class RowsSm90:
     def _qk(self, p, s, f, wg: int, phase, subs, zero: bool):
         """S (+)= Q K^T over the named sub-tiles of stage `wg`, each as it lands; one commit group per sub-tile."""
         for n, j in enumerate(subs):
-            cute.arch.mbarrier_wait(s.mbar + MB_FULL + wg * NUM_SUB + j, phase)
-            if self.loader.needs_proxy_fence:
-                sync.fence_smem_writes()
+            if self.loader.one_barrier_per_half:
+                if n == 0:
+                    cute.arch.mbarrier_wait(s.mbar + MB_FULL + wg * NUM_SUB + j, phase)
+                    sync.fence_smem_writes()
+            else:
+                cute.arch.mbarrier_wait(s.mbar + MB_FULL + wg * NUM_SUB + j, phase)
             warpgroup.fence()
             first = zero and n == 0
             if j < 8:
@@ -634,7 +673,7 @@ class RowsSm90:
             if f.t < rows:
                 v = cute.math.log2(s.sL[f.t] + s.sL[f.t + TILE_M]) + s.sM[f.t]
                 if part_row >= 0:
-                    p.mPartLse[part_row + head0 + f.t] = v
+                    p.mPart[part_row + head0 + f.t, HEAD_DIM_V] = v
                 else:
                     p.mLse[batch, head0 + f.t] = v * p.lse_scale
         for r in cutlass.range_constexpr(2):
@@ -661,7 +700,7 @@ class RowsSm90:
                 v[i] = got if odd else lo[i]
                 v[2 + i] = hi[i] if odd else got
             if row < rows:
-                cute.autovec_copy(v, cute.local_tile(p.mPartO, (1, 4), (row0 + row, col4 + 2 * j))[0, None])
+                cute.autovec_copy(v, cute.local_tile(p.mPart, (1, 4), (row0 + row, col4 + 2 * j))[0, None])
 
     @cute.jit
     def _store_output(self, p, f, batch, head0, rows, wg: Constexpr):
