@@ -102,6 +102,11 @@ def summary(record: dict[str, Any]) -> list[str]:
             f"against the best public kernel per cell, {len(ratios)} cells: "
             f"geometric mean {mean:.3f}x, lowest {min(ratios):.3f}x, {slower} slower"
         )
+    for row in (row for row in record["rows"] if "cublas_share_beside" in row):
+        lines.append(
+            f"{Case(**row['case']).label}: {row['cublas_share_beside']:.1%} of what cuBLAS reached right after it, "
+            f"{row['cublas_beside_tflops']:.0f} TFLOP/s"
+        )
     for row in record["rows"]:
         label = Case(**row["case"]).label
         if "error" in row:

@@ -32,10 +32,11 @@ from .cases import (
     Case,
 )
 from .peers import Peer, Unsupported
-from .timing import Replay, Timer, empty_graph_us, measure_ceilings, occupy
+from .timing import Replay, Timer, cublas_tflops, empty_graph_us, measure_ceilings, occupy
 
 SCHEMA = 1
 PLAN_SHARED_BY = 61
+COMPUTE_BOUND_HEADS = 95  # from here on the tensor cores are the limit at bf16, below it the memory
 SM_SCALE = 192**-0.5  # DeepSeek-V3: 128 + 64 dimensions per head before absorption
 
 # Frobenius error of output against float32 rounded to the dtype. Rounding P, O and the reference is 2..3 units of
@@ -49,12 +50,14 @@ METHOD = {
     "plan_us": "the same with a graph that holds plan.update() only",
     "us_amortised": f"us + plan_us / {PLAN_SHARED_BY}; gbps, tflops, shares and ratios are made from it",
     "us_chained": "one graph of calls back to back over the slots, divided by the number of calls",
-    "rotation": f"disjoint page sets, queries and outputs per slot; one pass over the slots reads more than "
-    f"{ROTATION_BYTES} bytes of KV; random page order over the whole pool; standard normal data",
+    "rotation": f"disjoint page sets, queries and outputs per slot; one pass over the slots reads the bytes "
+    f"each row names, more than {ROTATION_BYTES}; random page order over the whole pool; standard normal data",
     "bytes": "KV once + queries + outputs",
     "flop": "2 * H * (576 + 512) per token of context",
     "ceilings": "measured in this run at its start and end, the larger is used: maximum over 4 GB of random words "
     "(read), torch.mm of bf16 8192^3 on random data (cuBLAS), medians",
+    "cublas_beside_tflops": "cuBLAS right after the case, so at the clock the case left the GPU with: under load it "
+    "falls from 1980 MHz to 1500..1700 at the power limit; cublas_share_beside is the share of it",
     "host": "perf_counter over chunks of 50 calls of one small case enqueued back to back, median chunk",
     "peers": "the same slots, graphs and events; their planning is left out",
 }
@@ -311,6 +314,8 @@ def apply_ceilings(row: dict[str, Any], ceilings: dict[str, float], gpu_name: st
     case = Case(**row["case"])
     row["read_share"] = row["gbps"] / ceilings["read_gbps"]
     row["cublas_share"] = row["tflops"] / ceilings["cublas_bf16_tflops"]
+    if "cublas_beside_tflops" in row:
+        row["cublas_share_beside"] = row["tflops"] / row["cublas_beside_tflops"]
     best = PUBLIC_BEST_US.get((case.num_heads, case.batch, case.kv_len))
     if best is not None and case == Case(case.num_heads, case.batch, case.kv_len, layout=case.layout):
         row["public_best_us"] = best
@@ -361,6 +366,7 @@ def run(
     library: Library,
     peers: tuple[Sequence[Peer], dict[str, Any]] = ((), {}),
     ceilings: Callable[[Timer], dict[str, float]] = measure_ceilings,
+    cublas: Callable[[Timer], float] = cublas_tflops,
     gpu: gpu_facts.GpuFacts | None = None,
     progress: Callable[[int, int, str], None] | None = None,
     on_row: Callable[[dict[str, Any]], None] | None = None,
@@ -404,6 +410,8 @@ def run(
             say(done + 1, total, case.label)
             try:
                 row = run_case(case, pool, timer, library, peers[0])
+                if case.num_heads >= COMPUTE_BOUND_HEADS:
+                    row["cublas_beside_tflops"] = cublas(timer)
             except Exception as error:  # one failing case must not lose the others
                 row = {"case": dataclasses.asdict(case), "error": f"{type(error).__name__}: {error}"}
             apply_ceilings(row, start, name)

@@ -9,13 +9,12 @@ import sys
 
 import pytest
 import torch
-from test_bench import CEILINGS, H200, SMALL, FakeLibrary, FakeTimer, bench, wrong_page
+from test_bench import CEILINGS, H200, SMALL, FakeLibrary, FakeTimer, bench, shrink_rotation, wrong_page
 from typer.testing import CliRunner
 
 import mla_cute.cli
 from mla_cute import _testing, reference
 from mla_cute import gpu as gpu_facts
-from mla_cute.bench import cases as cases_module
 from mla_cute.bench import runner as bench_runner
 from mla_cute.cli import app as app_module
 from mla_cute.cli import check as checking
@@ -281,7 +280,7 @@ def test_bench_usage_errors(arguments, message):
 @pytest.fixture
 def hopper(monkeypatch):
     """A Hopper GPU as far as the commands can see, timed by the fake timer of the bench's tests."""
-    monkeypatch.setattr(cases_module, "ROTATION_BYTES", 500_000)
+    shrink_rotation(monkeypatch)
     monkeypatch.setattr(gpu_facts, "why_not_hopper", lambda: None)
     monkeypatch.setattr(gpu_facts, "facts", lambda: H200)
     monkeypatch.setattr(gpu_facts, "clocks", lambda gpu: {"sm_mhz": 1755})
@@ -319,7 +318,7 @@ def test_bench_of_a_wrong_kernel_exits_with_1(hopper, monkeypatch):
 
 
 def test_bench_compare(tmp_path, monkeypatch):
-    monkeypatch.setattr(cases_module, "ROTATION_BYTES", 500_000)
+    shrink_rotation(monkeypatch)
     for name, us in (("a.json", 200), ("b.json", 100)):
         bench_runner.write_json(tmp_path / name, bench(SMALL[:1], timer=FakeTimer(us=us)))
     result = run("bench", "--compare", str(tmp_path / "a.json"), str(tmp_path / "b.json"))
