@@ -157,7 +157,7 @@ def test_check_fails_on_a_wrong_result(monkeypatch):
 
     monkeypatch.setattr(mla_cute, "mla_paged_decode_block_table", one_token_short)
     spec = dataclasses.replace(checking.sweep()[0], lengths=(3, 70))
-    monkeypatch.setattr(checking, "specs", lambda quick, seed: [spec])
+    monkeypatch.setattr(checking, "specs", lambda quick, seed, on_gpu: [spec])
     result = run("check", "--quick")
     assert result.exit_code == 1
     assert "2 FAILED" in result.output
@@ -184,14 +184,21 @@ def test_check_fails_when_a_second_call_differs(monkeypatch):
 
 
 def test_quick_specs_meet_both_dtypes_and_many_pages_and_heads():
-    quick, full = checking.specs(True, 0), checking.specs(False, 0)
+    quick, full = checking.specs(True, 0, True), checking.specs(False, 0, True)
     assert len(quick) < len(full) / 6
     assert {spec.dtype for spec in quick} == {torch.bfloat16, torch.float16}
     assert len({spec.page_size for spec in quick}) >= 9
     assert {1, 64} <= {spec.page_size for spec in quick}
     assert len({spec.num_heads for spec in quick}) >= 5
-    assert max(n for spec in quick for n in spec.lengths) < 4097
-    assert {spec.seed for spec in full}.isdisjoint({spec.seed for spec in checking.specs(False, 1)})
+    assert max(n for spec in quick for n in spec.lengths) == 1000
+    assert {spec.seed for spec in full}.isdisjoint({spec.seed for spec in checking.specs(False, 1, True)})
+
+
+def test_the_cpu_sweep_is_the_full_one_without_the_longest_requests():
+    gpu, cpu = checking.specs(False, 0, True), checking.specs(False, 0, False)
+    assert len(gpu) == len(cpu)
+    assert max(n for spec in gpu for n in spec.lengths) == 20000
+    assert max(n for spec in cpu for n in spec.lengths) == 4097
 
 
 @pytest.mark.parametrize("page_size", [1, 16, 64])
