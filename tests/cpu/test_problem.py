@@ -235,6 +235,94 @@ def test_cpu_tensors_may_have_any_stride():
     assert check_decode(**call).batch == BATCH
 
 
+class OnGpu(torch.Tensor):
+    """A CPU tensor that says it is on a GPU, where strides and addresses matter."""
+
+    is_cuda = True
+
+
+def wide(x, width):
+    """The shape of x with rows `width` elements apart."""
+    return torch.zeros(*x.shape[:-1], width, dtype=x.dtype)[..., : x.shape[-1]]
+
+
+def misaligned(x, elements):
+    """The shape of x at an address `elements` elements past an aligned one."""
+    return torch.zeros(x.numel() + elements, dtype=x.dtype)[elements:].view(x.shape)
+
+
+def every_other(x):
+    return torch.zeros(*x.shape[:-1], 2 * x.shape[-1], dtype=x.dtype)[..., ::2]
+
+
+ALIGNMENT = "expected a base address that is a multiple of 16 bytes, got 0x"
+STRIDES = "expected strides that are multiples of 8 elements (16 bytes), got strides ["
+LAST_STRIDE = "expected stride 1 in the last dimension, got strides ["
+
+
+@pytest.mark.parametrize("name", ["q_nope", "q_pe", "ckv_cache", "kpe_cache", "out"])
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda x: misaligned(x, 4), ALIGNMENT),
+        (lambda x: misaligned(x, 1), ALIGNMENT),
+        (lambda x: wide(x, x.shape[-1] + 4), STRIDES),
+        (lambda x: wide(x, x.shape[-1] + 1), STRIDES),
+        (every_other, LAST_STRIDE),
+        (lambda x: x.transpose(0, 2).contiguous().transpose(0, 2), LAST_STRIDE),
+    ],
+    ids=["8_bytes", "2_bytes", "stride_4", "stride_1", "every_other", "transposed"],
+)
+def test_gpu_tensors_have_to_be_aligned(name, change, says):
+    for check, build in ((check_decode, csr_call), (check_decode_block_table, block_table_call)):
+        case = small_case()
+        call = build(case)
+        for other in ("q_nope", "q_pe", "ckv_cache", "kpe_cache", "out"):
+            call[other] = (change(call[other]) if other == name else call[other]).as_subclass(OnGpu)
+        with pytest.raises(ValueError, match=f"^{name}: {re.escape(says)}"):
+            check(**call)
+        call[name] = call[name].as_subclass(torch.Tensor)
+        if name != "q_nope":
+            assert check(**call).batch == BATCH, "on the CPU any stride is legal"
+
+
+@pytest.mark.parametrize(
+    ("check", "build", "name"),
+    [
+        (check_decode, csr_call, "kv_indptr"),
+        (check_decode, csr_call, "kv_indices"),
+        (check_decode, csr_call, "kv_last_page_len"),
+        (check_decode_block_table, block_table_call, "block_table"),
+        (check_decode_block_table, block_table_call, "seq_lens"),
+    ],
+)
+def test_gpu_metadata_has_to_be_contiguous(check, build, name):
+    call = build(small_case())
+    call[name] = every_other(call[name]).as_subclass(OnGpu)
+    with pytest.raises(ValueError, match=f"^{name}: {re.escape(LAST_STRIDE)}"):
+        check(**call)
+
+
+@pytest.mark.parametrize("layout", CACHE_LAYOUTS)
+def test_aligned_views_are_legal_on_a_gpu(layout):
+    for q_layout in Q_LAYOUTS:
+        for out_layout in OUT_LAYOUTS:
+            case = small_case(cache_layout=layout, q_layout=q_layout, out_layout=out_layout)
+            for check, build in ((check_decode, csr_call), (check_decode_block_table, block_table_call)):
+                call = {
+                    name: x.as_subclass(OnGpu) if isinstance(x, torch.Tensor) else x for name, x in build(case).items()
+                }
+                assert check(**call).batch == BATCH
+
+
+def test_strides_of_size_one_dimensions_may_be_anything():
+    case = make_case([4], num_heads=1, page_size=1, num_pages=4)
+    call = csr_call(case)
+    for name, strides in (("q_nope", (7, 3, 1)), ("q_pe", (5, 1, 1)), ("ckv_cache", (576, 3, 1)), ("out", (9, 9, 1))):
+        call[name] = call[name].as_strided(call[name].shape, strides).as_subclass(OnGpu)
+    assert check_decode(**call).batch == 1
+
+
 def test_what_the_early_exit_accepts_the_explanation_accepts(monkeypatch):
     """With the early exit taken out, every legal call above has to pass as well: the two must not drift apart."""
     monkeypatch.setattr(problem_module, "_usual", lambda *arguments: None)

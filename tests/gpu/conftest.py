@@ -1,0 +1,14 @@
+"""GPU tests: every test ends with its kernels finished, so that a fault is reported by the test that caused it."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _finish_kernels(request):
+    yield
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        # The context is lost: whatever ran after this would fail for the same reason.
+        pytest.exit(f"{request.node.nodeid} left the GPU with an error: {error}", returncode=1)
