@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
+from collections.abc import Callable
 
 import torch
 
 from . import reference
 from .config import KernelConfig
-from .plan import DecodePlan, plan_decode, plan_decode_block_table
+from .plan import DecodePlan, check_enabled, plan_decode, plan_decode_block_table
 from .problem import (
     DecodeProblem,
     check_decode,
@@ -20,10 +20,6 @@ from .problem import (
 
 _LOG2_E = math.log2(math.e)
 _LN_2 = math.log(2.0)
-
-
-def _check_enabled() -> bool:
-    return os.environ.get("MLA_CUTE_CHECK", "0") not in ("", "0")
 
 
 def mla_paged_decode(
@@ -81,16 +77,19 @@ def mla_paged_decode(
 
     Runs on the tensors' device and torch's current stream and can be captured in a CUDA graph. CPU tensors are
     computed in float32 by torch. Page ids and lengths are not read on the host: ids outside the cache or lengths
-    beyond kv_indices are undefined behaviour, except with MLA_CUTE_CHECK=1, which verifies them on the device
-    (synchronising) and raises ValueError.
+    beyond kv_indices are undefined behaviour, except with MLA_CUTE_CHECK=1 (read when a plan is made, or by a call
+    without one), which verifies them on the device, synchronising, and raises ValueError.
     """
     del deterministic
     problem = check_decode(
         q_nope, q_pe, ckv_cache, kpe_cache, kv_indptr, kv_indices, sm_scale, kv_last_page_len, out, lse, lse_base
     )
     if plan is not None:
-        plan.launcher(problem)  # raises when the plan is for another problem
-    if _check_enabled():
+        launch = plan.launcher(problem, False)
+        verify = plan.verifies
+    else:
+        verify = check_enabled()
+    if verify:
         verify_on_device(problem, kv_indptr, kv_indices, kv_last_page_len)
     if not q_nope.is_cuda:
         result = reference.decode_reference(
@@ -108,8 +107,9 @@ def mla_paged_decode(
             config=config,
             batch_invariant=batch_invariant,
         )
+        launch = plan.launcher(problem, False)
     return _launch(
-        problem, plan, q_nope, q_pe, ckv_cache, kpe_cache, kv_indices, sm_scale, out, lse, lse_base, return_lse
+        launch, problem, plan, q_nope, q_pe, ckv_cache, kpe_cache, kv_indices, sm_scale, out, lse, lse_base, return_lse
     )
 
 
@@ -147,8 +147,11 @@ def mla_paged_decode_block_table(
         q_nope, q_pe, ckv_cache, kpe_cache, block_table, seq_lens, sm_scale, out, lse, lse_base
     )
     if plan is not None:
-        plan.launcher(problem)  # raises when the plan is for another problem
-    if _check_enabled():
+        launch = plan.launcher(problem, True)
+        verify = plan.verifies
+    else:
+        verify = check_enabled()
+    if verify:
         verify_block_table_on_device(problem, block_table, seq_lens)
     if not q_nope.is_cuda:
         result = reference.decode_reference_block_table(
@@ -167,12 +170,15 @@ def mla_paged_decode_block_table(
             config=config,
             batch_invariant=batch_invariant,
         )
+        launch = plan.launcher(problem, True)
     elif plan._table_stride != stride:
         raise ValueError(
             f"plan: expected a plan for block_table rows {stride} elements apart, got one for {plan._table_stride}"
         )
     flat = block_table.as_strided(((rows - 1) * stride + columns if rows else 0,), (1,))
-    return _launch(problem, plan, q_nope, q_pe, ckv_cache, kpe_cache, flat, sm_scale, out, lse, lse_base, return_lse)
+    return _launch(
+        launch, problem, plan, q_nope, q_pe, ckv_cache, kpe_cache, flat, sm_scale, out, lse, lse_base, return_lse
+    )
 
 
 def _tma_strides(x: torch.Tensor) -> torch.Tensor:
@@ -188,6 +194,7 @@ def _tma_strides(x: torch.Tensor) -> torch.Tensor:
 
 
 def _launch(
+    launch: Callable[..., None],
     problem: DecodeProblem,
     plan: DecodePlan,
     q_nope: torch.Tensor,
@@ -208,7 +215,7 @@ def _launch(
     if problem.batch:
         if problem.batch == 1 or problem.num_heads == 1 or problem.page_size == 1 or problem.num_pages == 1:
             q_nope, q_pe, ckv_cache, kpe_cache = map(_tma_strides, (q_nope, q_pe, ckv_cache, kpe_cache))
-        plan.launcher(problem)(
+        launch(
             q_nope,
             q_pe,
             ckv_cache,
@@ -219,8 +226,8 @@ def _launch(
             out,
             lse,
             plan.num_parts,
-            plan.merge_rows,
-            plan.merge_ctas,
+            plan.merge_x,
+            plan.merge_y,
             sm_scale * _LOG2_E,
             1.0 if lse_base == 2 else _LN_2,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 
 import torch
@@ -25,10 +26,14 @@ from .kernels.registry import (
 from .problem import MAX_HEADS, DecodeProblem
 
 _DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
-# Merge CTAs of 512 threads that fit an SM; beyond them, a CTA takes several tasks of more heads.
+# Merge CTAs of 512 threads that fit an SM, and the 128-column units of a row (kernels/merge.py).
 _MERGE_CTAS_PER_SM = 4
-_MERGE_MAX_ROWS = 8
 _MERGE_COL_TILES = 4
+
+
+def check_enabled() -> bool:
+    """MLA_CUTE_CHECK: read when a plan is made, and by calls without one (a look-up costs 0.7 us)."""
+    return os.environ.get("MLA_CUTE_CHECK", "0") not in ("", "0")
 
 
 @functools.lru_cache
@@ -56,12 +61,13 @@ class DecodePlan:
         config: the :class:`~mla_cute.config.KernelConfig` the calls will run with.
         batch_invariant: whether a request is cut by its own length alone.
         workspace_bytes: device memory the plan holds.
+        verifies: calls with this plan check page ids and lengths on the device (MLA_CUTE_CHECK=1 when it was made).
     """
 
     __slots__ = (
-        "_lengths", "_last_len", "_key", "_planner", "_scratch", "_table_stride", "_problem", "_launch",
+        "_lengths", "_last_len", "_key", "_planner", "_scratch", "_table_stride", "_problem", "_launch", "_block_table",
         "batch", "num_heads", "page_size", "device", "config", "batch_invariant",
-        "table", "part", "num_parts", "merge_rows", "merge_ctas",
+        "table", "part", "num_parts", "merge_x", "merge_y", "verifies",
     )  # fmt: skip
 
     def __init__(
@@ -81,6 +87,8 @@ class DecodePlan:
         self.batch, self.num_heads, self.page_size, self.device = batch, num_heads, page_size, device
         self.batch_invariant = key.batch_invariant
         self._lengths, self._last_len, self._key, self._table_stride = lengths, last_len, key, table_stride
+        self._block_table = key.lengths == "seq_lens"
+        self.verifies = check_enabled()
         self._problem: DecodeProblem | None = None  # the last problem this plan was found fit for, and its launcher
         self._launch: Callable[..., None] | None = None
         if device.type == "cpu":
@@ -103,9 +111,9 @@ class DecodePlan:
         self.table = torch.empty((parts + batch + max_items, 8), dtype=torch.int32, device=device)
         self.part = torch.empty((slots * num_heads, PART_ROW), dtype=torch.float32, device=device)
         self._scratch = torch.empty((4, batch + 1), dtype=torch.int32, device=device)
-        merge_tasks = batch * num_heads * _MERGE_COL_TILES
-        self.merge_ctas = max(1, min(merge_tasks, _MERGE_CTAS_PER_SM * sms))
-        self.merge_rows = min(_MERGE_MAX_ROWS, max(1, merge_tasks // (_MERGE_CTAS_PER_SM * sms)))
+        ctas = _MERGE_CTAS_PER_SM * sms
+        self.merge_y = max(1, min(batch, slots, ctas))
+        self.merge_x = max(1, min(num_heads * _MERGE_COL_TILES, ctas // self.merge_y))
         self._planner = jit.get(PLANNER, key, self.config.launch())
 
     @property
@@ -132,11 +140,16 @@ class DecodePlan:
             )
         return self
 
-    def launcher(self, problem: DecodeProblem) -> Callable[..., None]:
-        """The compiled decode step for `problem`; ValueError when the plan is for another one.
+    def launcher(self, problem: DecodeProblem, block_table: bool) -> Callable[..., None]:
+        """The compiled decode step for `problem`; ValueError when the plan is for another one or another metadata form.
 
         `check_decode` returns the same object for the same facts, so a repeated call is one comparison.
         """
+        if block_table is not self._block_table:
+            made_by = ("plan_decode", "plan_decode_block_table")
+            raise ValueError(
+                f"plan: expected a plan from {made_by[block_table]}, got one from {made_by[not block_table]}"
+            )
         if problem is not self._problem:
             for name in ("batch", "num_heads", "page_size", "device"):
                 planned, called = getattr(self, name), getattr(problem, name)

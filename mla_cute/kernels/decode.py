@@ -59,8 +59,8 @@ class Decode:
         out: cute.Tensor,
         lse: cute.Tensor,
         num_parts: Int32,
-        merge_rows: Int32,
-        merge_ctas: Int32,
+        merge_x: Int32,
+        merge_y: Int32,
         scale_log2: Float32,
         lse_scale: Float32,
         stream,
@@ -80,4 +80,4 @@ class Decode:
             lse_scale,
             stream,
         )
-        self.merge(table, part, out, lse, num_parts, merge_rows, merge_ctas, lse_scale, stream)
+        self.merge(table, part, out, lse, num_parts, merge_x, merge_y, lse_scale, stream)

@@ -1,11 +1,11 @@
 """Merge of split partials: out = sum_s 2^(lse_s - m) o_s / sum_s 2^(lse_s - m), lse = m + log2(sum_s 2^(lse_s - m)).
 
-The plan lists the requests with other than one piece. A task is one of them x `rows` heads x 128 columns; at most
-4 CTAs per SM walk the tasks, so that a step without splits costs one wave of CTAs that read a zero (a grid over all
-requests cost 8 us at batch 128). A CTA has 16 warps of 4 columns per lane. With n pieces, G = min(16, power of two
->= n) warps share a row: warp g of the group folds pieces g, g + G, ... into (m, l, o) as it loads them; the group's
-triples are added through shared memory in order of g. The order depends on n alone, so the result is the same bits
-whatever the batch and whatever `rows`.
+The plan lists the requests with other than one piece. Grid (x, y), at most 4 CTAs of 16 warps per SM: row y of the
+grid walks the listed requests y, y + grid_y, ...; its CTAs share the request's H x 4 units of (head, 128 columns). A
+step without splits costs one wave of CTAs that read a zero. A unit belongs to G warps, 4 columns per lane,
+G = min(16, power of two >= n / 8) for n pieces: warp g takes pieces g, g + G, ..., eight in flight, and the G triples
+(m, l, o) are added through shared memory in order of g. The order depends on n alone, so the result is the same bits
+whatever the batch and the grid.
 
 n = 0: empty request, zeros and -inf.  n = 1: not listed, the main kernel has written the output.
 
@@ -26,6 +26,8 @@ from .softmax import NEG_BIG, exp2
 NUM_WARPS = 16
 COLS = 128
 NUM_COL_TILES = HEAD_DIM_V // COLS
+# Pieces a warp loads before it uses the first.
+IN_FLIGHT = 8
 
 
 class Merge:
@@ -41,13 +43,13 @@ class Merge:
         out: cute.Tensor,  # (batch, H, 512)
         lse: cute.Tensor,  # (batch, H) float32
         num_parts: Int32,
-        rows: Int32,  # heads per task
-        ctas: Int32,
+        grid_x: Int32,
+        grid_y: Int32,
         lse_scale: Float32,  # 1 for base 2, ln 2 for base e
         stream,
     ):
-        self.kernel(table, part, out, lse, num_parts, rows, lse_scale).launch(
-            grid=[ctas, 1, 1], block=[32 * NUM_WARPS, 1, 1], stream=stream, use_pdl=self.use_pdl
+        self.kernel(table, part, out, lse, num_parts, lse_scale).launch(
+            grid=[grid_x, grid_y, 1], block=[32 * NUM_WARPS, 1, 1], stream=stream, use_pdl=self.use_pdl
         )
 
     @cute.kernel
@@ -58,101 +60,115 @@ class Merge:
         out: cute.Tensor,
         lse: cute.Tensor,
         num_parts: Int32,
-        rows: Int32,
         lse_scale: Float32,
     ):
         t, _, _ = cute.arch.thread_idx()
-        cta, _, _ = cute.arch.block_idx()
-        ctas, _, _ = cute.arch.grid_dim()
+        x, y, _ = cute.arch.block_idx()
+        grid_x, grid_y, _ = cute.arch.grid_dim()
         warp = cute.arch.make_warp_uniform(t // 32)
         lane = t % 32
         alloc = utils.SmemAllocator()
         s_o = alloc.allocate_tensor(Float32, cute.make_layout((NUM_WARPS, COLS), stride=(COLS, 1)), 16)
         s_ml = alloc.allocate_tensor(Float32, cute.make_layout((NUM_WARPS, 2), stride=(2, 1)), 16)
-        num_heads = Int32(cute.size(out, mode=[1]))
-        chunks = cute.ceil_div(num_heads, rows)
-        tasks = table[0, 7] * chunks * NUM_COL_TILES
+        num_units = Int32(cute.size(out, mode=[1])) * NUM_COL_TILES
+        num_merges = table[0, 7]
         if const_expr(self.use_pdl):
             cute.arch.griddepcontrol_launch_dependents()
             cute.arch.griddepcontrol_wait()
-        for task in cutlass.range(cta, tasks, ctas, unroll=1):
-            col = task % NUM_COL_TILES
-            rest = task // NUM_COL_TILES
-            merge = rest // chunks
-            head_begin = (rest - merge * chunks) * rows
-            head_end = cutlass.min(head_begin + rows, num_heads)
+        for merge in cutlass.range(y, num_merges, grid_y, unroll=1):
             batch = table[num_parts + merge, 0]
             first = table[num_parts + merge, 1]
             n = table[num_parts + merge, 2]
-            if n == 0:
-                self._empty(out, lse, batch, head_begin, head_end, col, warp, lane)
-            else:
-                self._rows(part, out, lse, s_o, s_ml, batch, first, n, head_begin, head_end, col, warp, lane, lse_scale)
+            group = Int32(1)
+            while (group * IN_FLIGHT < n) & (group < NUM_WARPS):
+                group = group * 2
+            units_at_once = NUM_WARPS // group
+            for unit0 in cutlass.range(x * units_at_once, num_units, grid_x * units_at_once, unroll=1):
+                unit = unit0 + warp // group
+                if n == 0:
+                    self._empty(out, lse, batch, unit, num_units, lane)
+                else:
+                    self._unit(
+                        part, out, lse, s_o, s_ml, batch, first, n, group, unit, num_units, warp, lane, lse_scale
+                    )
 
     @cute.jit
-    def _empty(self, out, lse, batch, head_begin, head_end, col, warp, lane):
-        zero = cute.make_rmem_tensor(4, self.dtype)
-        zero.fill(0.0)
-        for head in cutlass.range(head_begin + warp, head_end, NUM_WARPS, unroll=1):
+    def _empty(self, out, lse, batch, unit, num_units, lane):
+        if unit < num_units:
+            head = unit // NUM_COL_TILES
+            col = unit % NUM_COL_TILES
+            zero = cute.make_rmem_tensor(4, self.dtype)
+            zero.fill(0.0)
             cute.autovec_copy(zero, cute.local_tile(out[batch, head, None], (4,), (col * 32 + lane,)))
             if (lane == 0) & (col == 0):
                 lse[batch, head] = -Float32.inf
 
     @cute.jit
-    def _rows(self, part, out, lse, s_o, s_ml, batch, first, n, head_begin, head_end, col, warp, lane, lse_scale):
+    def _unit(self, part, out, lse, s_o, s_ml, batch, first, n, group, unit, num_units, warp, lane, lse_scale):
         num_heads = Int32(cute.size(out, mode=[1]))
-        group = Int32(2)
-        while (group < n) & (group < NUM_WARPS):
-            group = group * 2
-        rows_at_once = NUM_WARPS // group
+        head = unit // NUM_COL_TILES
+        col = unit % NUM_COL_TILES
         g = warp % group
-        frag = cute.make_rmem_tensor(4, Float32)
+        frag = cute.make_rmem_tensor((4, IN_FLIGHT), Float32)
+        part_lse = cute.make_rmem_tensor(IN_FLIGHT, Float32)
         acc = cute.make_rmem_tensor(4, Float32)
-        for head0 in cutlass.range(head_begin, head_end, rows_at_once, unroll=1):
-            head = head0 + warp // group
-            acc.fill(0.0)
-            m = Float32(NEG_BIG)
-            total = Float32(0.0)
-            if head < head_end:
-                row = first + head
-                for s in cutlass.range(g, n, group, unroll=4):
-                    at = row + s * num_heads
-                    part_lse = part[at, HEAD_DIM_V]
-                    cute.autovec_copy(cute.local_tile(part, (1, 4), (at, col * 32 + lane))[0, None], frag)
-                    m_new = cute.arch.fmax(m, part_lse)
-                    keep = exp2(m - m_new)
-                    weight = exp2(part_lse - m_new)
-                    m = m_new
-                    total = total * keep + weight
-                    for i in cutlass.range_constexpr(4):
-                        acc[i] = acc[i] * keep + weight * frag[i]
+        acc.fill(0.0)
+        m = Float32(NEG_BIG)
+        total = Float32(0.0)
+        if unit < num_units:
+            for s0 in cutlass.range(g, n, group * IN_FLIGHT, unroll=1):
+                for i in cutlass.range_constexpr(IN_FLIGHT):
+                    s = s0 + i * group
+                    part_lse[i] = -Float32.inf
+                    for k in cutlass.range_constexpr(4):
+                        frag[k, i] = Float32(0.0)
+                    if s < n:
+                        at = first + head + s * num_heads
+                        part_lse[i] = part[at, HEAD_DIM_V]
+                        cute.autovec_copy(cute.local_tile(part, (1, 4), (at, col * 32 + lane))[0, None], frag[None, i])
+                m_new = m
+                for i in cutlass.range_constexpr(IN_FLIGHT):
+                    m_new = cute.arch.fmax(m_new, part_lse[i])
+                keep = exp2(m - m_new)
+                m = m_new
+                total = total * keep
+                for k in cutlass.range_constexpr(4):
+                    acc[k] = acc[k] * keep
+                for i in cutlass.range_constexpr(IN_FLIGHT):
+                    weight = exp2(part_lse[i] - m)
+                    total = total + weight
+                    for k in cutlass.range_constexpr(4):
+                        acc[k] = acc[k] + weight * frag[k, i]
+        if group > 1:
             cute.autovec_copy(acc, cute.local_tile(s_o, (1, 4), (warp, lane))[0, None])
             if lane == 0:
                 s_ml[warp, 0] = m
                 s_ml[warp, 1] = total
             cute.arch.sync_threads()
-            if (g == 0) & (head < head_end):
+            if g == 0:
                 m_all = m
                 for k in cutlass.range(1, group, unroll=1):
                     m_all = cute.arch.fmax(m_all, s_ml[warp + k, 0])
                 scale = exp2(m - m_all)
+                m = m_all
                 total = total * scale
                 for i in cutlass.range_constexpr(4):
                     acc[i] = acc[i] * scale
                 for k in cutlass.range(1, group, unroll=1):
-                    scale = exp2(s_ml[warp + k, 0] - m_all)
+                    scale = exp2(s_ml[warp + k, 0] - m)
                     total = total + s_ml[warp + k, 1] * scale
-                    cute.autovec_copy(cute.local_tile(s_o, (1, 4), (warp + k, lane))[0, None], frag)
+                    cute.autovec_copy(cute.local_tile(s_o, (1, 4), (warp + k, lane))[0, None], frag[None, 0])
                     for i in cutlass.range_constexpr(4):
-                        acc[i] = acc[i] + frag[i] * scale
-                # Every score of the row may be -inf: 0 and -inf then, not NaN.
-                inv = Float32(0.0)
-                if total > 0.0:
-                    inv = 1.0 / total
-                half = cute.make_rmem_tensor(4, self.dtype)
-                for i in cutlass.range_constexpr(4):
-                    half[i] = (acc[i] * inv).to(self.dtype)
-                cute.autovec_copy(half, cute.local_tile(out[batch, head, None], (4,), (col * 32 + lane,)))
-                if (lane == 0) & (col == 0):
-                    lse[batch, head] = (m_all + cute.math.log2(total)) * lse_scale
+                        acc[i] = acc[i] + frag[i, 0] * scale
             cute.arch.sync_threads()
+        if (g == 0) & (unit < num_units):
+            # Every score of the row may be -inf: 0 and -inf then, not NaN.
+            inv = Float32(0.0)
+            if total > 0.0:
+                inv = 1.0 / total
+            half = cute.make_rmem_tensor(4, self.dtype)
+            for i in cutlass.range_constexpr(4):
+                half[i] = (acc[i] * inv).to(self.dtype)
+            cute.autovec_copy(half, cute.local_tile(out[batch, head, None], (4,), (col * 32 + lane,)))
+            if (lane == 0) & (col == 0):
+                lse[batch, head] = (m + cute.math.log2(total)) * lse_scale

@@ -11,7 +11,7 @@ shared memory.
     wg 0        0-3    240      S0 = Q K0^T, softmax, O[:, 0:256] += P0 V0[:, 0:256] + P1 V1[:, 0:256]
     wg 1        4-7    240      S1 = Q K1^T, softmax, O[:, 256:512] += P1 V1[:, 256:512] + P0 V0[:, 256:512]
     producer    8-11   24       warp 8 + w fills (stage w % 2, half w / 2); warp 8 also loads Q of an item
-    (gather variant: 232 / 40)
+    (box_rows 8 and gather: 232 / 40)
 
     mbarrier             count         filled by / waited for by
     full[stage][sub]     1 (128)       producer warp, per 64 x 64 sub-tile (gather: all four warps, per half);
@@ -165,7 +165,7 @@ class RowsSm90:
         self.dtype = DTYPES[key.dtype]
         self.loader = paged_kv.make_loader(key.box_rows, config.evict_first)
         self.use_pdl = config.use_pdl
-        self.regs_consumer, self.regs_producer = (240, 24) if key.box_rows else (232, 40)
+        self.regs_consumer, self.regs_producer = (240, 24) if key.box_rows > 8 else (232, 40)
 
     # ------------------------------------------------------------------ host
 
@@ -372,10 +372,10 @@ class RowsSm90:
             num_pairs = (cute.ceil_div(kv_end, TILE_N) - block + 1) >> 1
             block += stage
             for pair in cutlass.range(num_pairs, unroll=1):
-                where = self.loader.lookup(p, index_base, block, kv_end, lane)
+                where, boxes = self.loader.lookup(p, index_base, block, kv_end, lane)
                 cute.arch.mbarrier_wait(empty, phase)
                 phase ^= 1
-                self.loader.load(p, s, where, block, kv_end, stage, half, full, lane)
+                self.loader.load(p, s, where, boxes, stage, half, full)
                 block += 2
                 if (pair == 0) & (w == 0):
                     self._load_q(p, s, item, it, head0, q_phase, lane)
