@@ -10,14 +10,14 @@ shared memory.
     role        warps  regs     does, per pair of tiles
     wg 0        0-3    240      S0 = Q K0^T, softmax, O[:, 0:256] += P0 V0[:, 0:256] + P1 V1[:, 0:256]
     wg 1        4-7    240      S1 = Q K1^T, softmax, O[:, 256:512] += P1 V1[:, 256:512] + P0 V0[:, 256:512]
-    producer    8-11   24       warp 8 + w fills (stage w % 2, half w / 2); warp 8 also loads Q of an item
+    producer    8-11   24       warp 8 + w fills (stage w % 2, half w / 2) and its share of an item's Q
     (box_rows 8 and gather: 232 / 40)
 
     mbarrier             count         filled by / waited for by
     full[stage][sub]     1 (128)       producer warp, per 64 x 64 sub-tile (gather: all four warps, per half);
                                        consumer of that stage, before its QK
     empty[stage][half]   4 warps       wg `half` when its PV from that half has drained; producer warp
-    q_full               1             TMA of nine Q sub-tiles, and the item's record in sItem; both consumers, per item
+    q_full               4             TMA of nine Q sub-tiles, and the item's record in sItem; both consumers, per item
     q_empty              8 warps       both consumers at the end of an item (sP1 lives in Q's ninth sub-tile)
 
     named barrier        arrive -> wait
@@ -323,7 +323,7 @@ class RowsSm90:
                     cute.arch.mbarrier_init(s.mbar + MB_FULL + i, self.loader.full_arrivals)
                 for i in cutlass.range_constexpr(4):
                     cute.arch.mbarrier_init(s.mbar + MB_EMPTY + i, 4)
-                cute.arch.mbarrier_init(s.mbar + MB_Q_FULL, 1)
+                cute.arch.mbarrier_init(s.mbar + MB_Q_FULL, 4)
                 cute.arch.mbarrier_init(s.mbar + MB_Q_EMPTY, 8)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
@@ -366,6 +366,10 @@ class RowsSm90:
         for it in cutlass.range(num_items, unroll=1):
             if it > 0:
                 load_item(p.mTable, first_row + it, item)
+            else:
+                # In front of the first K tiles, or Q would arrive behind all of them: 1.5 us at batch 16. Later items
+                # load K first, because Q has to wait for the end of the item before.
+                self._load_q(p, s, item, it, head0, q_phase, w, lane)
             kv_end = item[2]
             index_base = item[3]
             block = item[1] // TILE_N
@@ -377,8 +381,8 @@ class RowsSm90:
                 phase ^= 1
                 self.loader.load(p, s, where, boxes, stage, half, full)
                 block += 2
-                if (pair == 0) & (w == 0):
-                    self._load_q(p, s, item, it, head0, q_phase, lane)
+                if (pair == 0) & (it > 0):
+                    self._load_q(p, s, item, it, head0, q_phase, w, lane)
             q_phase ^= 1
 
     @cute.jit
@@ -393,6 +397,10 @@ class RowsSm90:
         for it in cutlass.range(num_items, unroll=1):
             if it > 0:
                 load_item(p.mTable, first_row + it, item)
+            else:
+                # In front of the first K tiles, or Q would arrive behind all of them: 1.5 us at batch 16. Later items
+                # load K first, because Q has to wait for the end of the item before.
+                self._load_q(p, s, item, it, head0, q_phase, w, lane)
             kv_end = item[2]
             index_base = item[3]
             block = item[1] // TILE_N
@@ -409,29 +417,34 @@ class RowsSm90:
                 block += 2
                 page0, row0 = self.loader.lookup(p, index_base, block, kv_end, w, lane)
                 page1, row1 = self.loader.lookup(p, index_base, block + 1, kv_end, w, lane)
-                if (pair == 0) & (w == 0):
-                    self._load_q(p, s, item, it, head0, q_phase, lane)
+                if (pair == 0) & (it > 0):
+                    self._load_q(p, s, item, it, head0, q_phase, w, lane)
             q_phase ^= 1
 
     @cute.jit
-    def _load_q(self, p, s, item, it, head0, q_phase, lane):
+    def _load_q(self, p, s, item, it, head0, q_phase, w, lane):
+        """Two of the nine Q sub-tiles per producer warp, the rope part with the last; warp 0 hands over the item."""
         batch = cute.arch.make_warp_uniform(item[0])
         cute.arch.mbarrier_wait(s.mbar + MB_Q_EMPTY, q_phase)
         # The consumers read the item after q_full. Two slots: they may still be in the epilogue of the last item.
-        if lane == 0:
-            for i in cutlass.range_constexpr(5):
-                s.sItem[it % 2, i] = item[i]
-        cute.arch.sync_warp()
+        if w == 0:
+            if lane == 0:
+                for i in cutlass.range_constexpr(5):
+                    s.sItem[it % 2, i] = item[i]
+            cute.arch.sync_warp()
         q_full = s.mbar + MB_Q_FULL
-        sync.expect_tx(q_full, NUM_SUB * SUB_BYTES)
         sQ = cute.group_modes(s.sQ_sub, 0, 2)
         gQ = cute.local_tile(cute.domain_offset((head0, 0, 0), p.mQ), (64, 64), (0, None, None))
         tQs, tQg = cpasync.tma_partition(p.tma_q, 0, cute.make_layout(1), sQ, cute.group_modes(gQ, 0, 2))
-        for j in cutlass.range_constexpr(NUM_SUB - 1):
-            cute.copy(p.tma_q, tQg[None, j, batch], tQs[None, j], tma_bar_ptr=q_full)
         gR = cute.local_tile(cute.domain_offset((head0, 0, 0), p.mQpe), (64, 64), (0, 0, None))
         tRs, tRg = cpasync.tma_partition(p.tma_qpe, 0, cute.make_layout(1), sQ, cute.group_modes(gR, 0, 2))
-        cute.copy(p.tma_qpe, tRg[None, batch], tRs[None, NUM_SUB - 1], tma_bar_ptr=q_full)
+        if w == 3:
+            sync.expect_tx(q_full, 3 * SUB_BYTES)
+            cute.copy(p.tma_qpe, tRg[None, batch], tRs[None, NUM_SUB - 1], tma_bar_ptr=q_full)
+        else:
+            sync.expect_tx(q_full, 2 * SUB_BYTES)
+        for i in cutlass.range_constexpr(2):
+            cute.copy(p.tma_q, tQg[None, 2 * w + i, batch], tQs[None, 2 * w + i], tma_bar_ptr=q_full)
 
     # ------------------------------------------------------------- consumers
 
@@ -492,26 +505,18 @@ class RowsSm90:
             kv_begin = s.sItem[it % 2, 1]
             kv_end = s.sItem[it % 2, 2]
             num_pairs = (cute.ceil_div(kv_end, TILE_N) - kv_begin // TILE_N + 1) >> 1
-            valid = kv_end - kv_begin - (num_pairs - 1) * (2 * TILE_N)  # tokens of the last pair
             cute.copy(f.ldm, f.tQs, f.tQr)
             if const_expr(wg == 0):
                 if f.t < TILE_M:
                     s.sM[f.t] = Float32(softmax.NEG_BIG)
                 sync.sync(BAR_INIT, 128)
-            self._qk(p, s, f, wg, phase, QK_ORDER[wg][0], True)
-            self._qk(p, s, f, wg, phase, QK_ORDER[wg][1], False)
-            warpgroup.wait_group(0)
-            for _ in cutlass.range(num_pairs - 1, unroll=1):
+            for pair in cutlass.range(num_pairs, unroll=1):
+                left = kv_end - kv_begin - pair * (2 * TILE_N)  # tokens from this pair on
                 if const_expr(wg == 0):
-                    self._pair_wg0(p, s, f, phase ^ 1, TILE_N, TILE_N, False)
+                    self._pair_wg0(p, s, f, phase, left, left - TILE_N)
                 else:
-                    self._pair_wg1(p, s, f, phase ^ 1, TILE_N, TILE_N, False)
+                    self._pair_wg1(p, s, f, phase, left, left - TILE_N)
                 phase ^= 1
-            if const_expr(wg == 0):
-                self._pair_wg0(p, s, f, phase, valid, valid - TILE_N, True)
-            else:
-                self._pair_wg1(p, s, f, phase, valid, valid - TILE_N, True)
-            phase ^= 1
             sync.arrive_once_per_warp(s.mbar + MB_Q_EMPTY)
             self._epilogue(p, s, f, it, head0, wg)
 
@@ -601,12 +606,13 @@ class RowsSm90:
                 f.O[0, n] = f.O[0, n] * scale0
                 f.O[1, n] = f.O[1, n] * scale1
 
-    def _pair_wg0(self, p, s, f, next_phase, valid0, valid1, last: bool):
-        if last:
-            softmax.mask_columns(f.S, 8, valid0, f.lane)
+    def _pair_wg0(self, p, s, f, phase, valid0, valid1):
+        self._qk(p, s, f, 0, phase, QK_ORDER[0][0], True)
+        self._qk(p, s, f, 0, phase, QK_ORDER[0][1], False)
+        warpgroup.wait_group(0)
+        softmax.mask_columns(f.S, 8, valid0, f.lane)
         self._softmax(p, s, f, 0)
-        if last:
-            self._zero_v_tail(s, f, 0, 0, valid0)
+        self._zero_v_tail(s, f, 0, 0, valid0)
         # sP0 is free: this S0 needed (stage 0, half 1), refilled only after wg 1 drained its PV of the last P0.
         cute.copy(f.stm, f.tPr, f.tPs0)
         sync.fence_smem_writes()
@@ -619,42 +625,31 @@ class RowsSm90:
             f.rL[r] = f.rL[r] * scale[r]
         warpgroup.wait_group(0)
         self._release(s, 0, 0)
-        if last:
-            self._zero_v_tail(s, f, 1, 0, valid1)
+        self._zero_v_tail(s, f, 1, 0, valid1)
         sync.sync(BAR_P1, 256)
         self._pv(p.mma_pv, f, f.tOrP1, 0, 1)
-        if last:
-            warpgroup.wait_group(0)
-            self._release(s, 0, 1)
-        else:
-            self._qk(p, s, f, 0, next_phase, QK_ORDER[0][0], True)
-            warpgroup.wait_group(4)
-            self._release(s, 0, 1)
-            self._qk(p, s, f, 0, next_phase, QK_ORDER[0][1], False)
-            warpgroup.wait_group(0)
+        # Not left in flight over the back-edge: ptxas then puts a wait behind every wgmma of the loop.
+        warpgroup.wait_group(0)
+        self._release(s, 0, 1)
 
-    def _pair_wg1(self, p, s, f, next_phase, valid0, valid1, last: bool):
-        if last:
-            softmax.mask_columns(f.S, 8, valid1, f.lane)
+    def _pair_wg1(self, p, s, f, phase, valid0, valid1):
+        self._qk(p, s, f, 1, phase, QK_ORDER[1][0], True)
+        self._qk(p, s, f, 1, phase, QK_ORDER[1][1], False)
+        warpgroup.wait_group(0)
+        softmax.mask_columns(f.S, 8, valid1, f.lane)
         self._softmax(p, s, f, 1)
         cute.copy(f.stm, f.tPr, f.tPs1)
         sync.fence_smem_writes()
-        if last:
-            self._zero_v_tail(s, f, 1, 1, valid1)
+        self._zero_v_tail(s, f, 1, 1, valid1)
         sync.arrive(BAR_P1, 256)
         self._pv(p.mma_pv_rs, f, f.rP, 1, 1)
         sync.sync(BAR_P0, 256)
-        if last:
-            self._zero_v_tail(s, f, 0, 1, valid0)
+        self._zero_v_tail(s, f, 0, 1, valid0)
         self._pv(p.mma_pv, f, f.tOrP0, 1, 0)
         warpgroup.wait_group(1)
         self._release(s, 1, 1)
         warpgroup.wait_group(0)
         self._release(s, 1, 0)
-        if not last:
-            self._qk(p, s, f, 1, next_phase, QK_ORDER[1][0], True)
-            self._qk(p, s, f, 1, next_phase, QK_ORDER[1][1], False)
-            warpgroup.wait_group(0)
 
     # -------------------------------------------------------------- epilogue
 
@@ -687,20 +682,23 @@ class RowsSm90:
 
     @cute.jit
     def _store_partial(self, p, f, row0, rows, wg: Constexpr):
-        """float32 rows: lane pairs swap so that the even lane holds 4 columns of row r, the odd one of row r + 8."""
+        """float32 rows: lane pairs swap column pairs of neighbouring 8-column tiles, so that a lane holds 4 columns
+        of the even lane's tile or of the odd lane's; a quad then writes 64 contiguous bytes of a row."""
         odd = f.lane % 2 == 1
-        row = f.row + (f.lane % 2) * 8
         v = cute.make_rmem_tensor(4, Float32)
-        col4 = wg * 64 + (f.lane % 4) // 2
-        for j in cutlass.range_constexpr(32):
-            lo = [f.O[0, 2 * j], f.O[0, 2 * j + 1]]
-            hi = [f.O[1, 2 * j], f.O[1, 2 * j + 1]]
-            for i in cutlass.range_constexpr(2):
-                got = cute.arch.shuffle_sync_bfly(lo[i] if odd else hi[i], offset=1)
-                v[i] = got if odd else lo[i]
-                v[2 + i] = hi[i] if odd else got
-            if row < rows:
-                cute.autovec_copy(v, cute.local_tile(p.mPart, (1, 4), (row0 + row, col4 + 2 * j))[0, None])
+        # Tile 2 j for even lanes, 2 j + 1 for odd ones; columns 0..3 of it for the lower lane pair, 4..7 for the upper.
+        col4 = wg * 64 + (f.lane % 2) * 2 + (f.lane % 4) // 2
+        for r in cutlass.range_constexpr(2):
+            row = f.row + 8 * r
+            for j in cutlass.range_constexpr(16):
+                for i in cutlass.range_constexpr(2):
+                    mine = f.O[r, 4 * j + i]
+                    next_tile = f.O[r, 4 * j + 2 + i]
+                    got = cute.arch.shuffle_sync_bfly(mine if odd else next_tile, offset=1)
+                    v[i] = got if odd else mine
+                    v[2 + i] = next_tile if odd else got
+                if row < rows:
+                    cute.autovec_copy(v, cute.local_tile(p.mPart, (1, 4), (row0 + row, col4 + 4 * j))[0, None])
 
     @cute.jit
     def _store_output(self, p, f, batch, head0, rows, wg: Constexpr):
