@@ -182,10 +182,7 @@ def mla_paged_decode_block_table(
 
 
 def _tma_strides(x: torch.Tensor) -> torch.Tensor:
-    """`x`, with packed strides where a dimension has size 1 and an odd stride: TMA checks strides it never takes."""
-    s0, s1, s2 = x.stride()
-    if (s0 | s1) % 8 == 0 and s2 == 1:
-        return x
+    """The same elements with packed strides where a dimension has size 1: TMA checks strides it never takes."""
     size, stride = list(x.shape), list(x.stride())
     for d in range(x.dim() - 2, -1, -1):
         if size[d] == 1:
@@ -213,7 +210,7 @@ def _launch(
     if lse is None:
         lse = torch.empty((problem.batch, problem.num_heads), dtype=torch.float32, device=problem.device)
     if problem.batch:
-        if problem.batch == 1 or problem.num_heads == 1 or problem.page_size == 1 or problem.num_pages == 1:
+        if problem.odd_strides:
             q_nope, q_pe, ckv_cache, kpe_cache = map(_tma_strides, (q_nope, q_pe, ckv_cache, kpe_cache))
         launch(
             q_nope,

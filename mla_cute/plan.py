@@ -23,7 +23,7 @@ from .kernels.registry import (
     PlannerKey,
     box_rows_of,
 )
-from .problem import MAX_HEADS, DecodeProblem
+from .problem import MAX_HEADS, DecodeProblem, expect_metadata
 
 _DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # Merge CTAs of 512 threads that fit an SM, and the 128-column units of a row (kernels/merge.py).
@@ -46,6 +46,10 @@ def num_sms(device: torch.device) -> int:
             f"compute capability {properties.major}.{properties.minor}"
         )
     return properties.multi_processor_count
+
+
+def _no_kernel(*_: object) -> None:
+    raise RuntimeError("plan: made for CPU tensors, which run no kernel")
 
 
 class DecodePlan:
@@ -90,7 +94,7 @@ class DecodePlan:
         self._block_table = key.lengths == "seq_lens"
         self.verifies = check_enabled()
         self._problem: DecodeProblem | None = None  # the last problem this plan was found fit for, and its launcher
-        self._launch: Callable[..., None] | None = None
+        self._launch: Callable[..., None] = _no_kernel
         if device.type == "cpu":
             self.config = config or KernelConfig()
             return
@@ -170,20 +174,6 @@ def _check_sizes(num_heads: int, page_size: int) -> None:
             raise ValueError(f"{name}: expected {'1 to ' + str(upper) if upper else '>= 1'}, got {value}")
 
 
-def _check_vector(name: str, x: object, size: int | None, device: torch.device | None) -> torch.Tensor:
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
-    if x.dtype is not torch.int32:
-        raise TypeError(f"{name}: expected dtype torch.int32, got {x.dtype}")
-    if x.dim() != 1 or (size is not None and x.shape[0] != size):
-        raise ValueError(f"{name}: expected shape [{'n' if size is None else size}], got {list(x.shape)}")
-    if not x.is_contiguous():
-        raise ValueError(f"{name}: expected a contiguous tensor, got strides {list(x.stride())}")
-    if device is not None and x.device != device:
-        raise ValueError(f"{name}: expected device {device}, got {x.device}")
-    return x
-
-
 def plan_decode(
     kv_indptr: torch.Tensor,
     *,
@@ -210,12 +200,12 @@ def plan_decode(
         TypeError, ValueError: naming the argument. RuntimeError: the device is not Hopper.
     """
     _check_sizes(num_heads, page_size)
-    _check_vector("kv_indptr", kv_indptr, None, None)
+    expect_metadata("kv_indptr", kv_indptr, (None,), "[batch + 1]", None)
     batch = kv_indptr.shape[0] - 1
     if batch < 0:
         raise ValueError("kv_indptr: expected shape [batch + 1], got [0]")
     if kv_last_page_len is not None:
-        _check_vector("kv_last_page_len", kv_last_page_len, batch, kv_indptr.device)
+        expect_metadata("kv_last_page_len", kv_last_page_len, (batch,), "[batch]", kv_indptr.device)
     key = PlannerKey("csr" if kv_last_page_len is None else "csr_last", bool(batch_invariant))
     return DecodePlan(
         key,
@@ -252,7 +242,7 @@ def plan_decode_block_table(
         TypeError, ValueError: naming the argument. RuntimeError: the device is not Hopper.
     """
     _check_sizes(num_heads, page_size)
-    _check_vector("seq_lens", seq_lens, None, None)
+    expect_metadata("seq_lens", seq_lens, (None,), "[batch]", None)
     if isinstance(max_pages, bool) or not isinstance(max_pages, int):
         raise TypeError(f"max_pages: expected an int, got {max_pages!r}")
     if max_pages < 0:

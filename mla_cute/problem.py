@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import numbers
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -46,6 +46,8 @@ class DecodeProblem:
     num_pages: int
     dtype: torch.dtype
     device: torch.device
+    # Dimensions of size 1 may have strides that TMA would refuse (the early exit accepts none of those).
+    odd_strides: bool = field(default=False, compare=False)
 
 
 # A frozen dataclass takes 0.65 us to make, a look-up 0.12 us, and a server's calls repeat.
@@ -92,10 +94,10 @@ def check_decode(
     except (AttributeError, TypeError, ValueError):
         pass  # an argument is no tensor or has another rank; which one is the explanation's job
     problem = _explain(q_nope, q_pe, ckv_cache, kpe_cache)
-    _expect_metadata("kv_indptr", kv_indptr, (problem.batch + 1,), "[batch + 1]", problem.device)
-    _expect_metadata("kv_indices", kv_indices, (None,), "[num_kv_indices]", problem.device)
+    expect_metadata("kv_indptr", kv_indptr, (problem.batch + 1,), "[batch + 1]", problem.device)
+    expect_metadata("kv_indices", kv_indices, (None,), "[num_kv_indices]", problem.device)
     if kv_last_page_len is not None:
-        _expect_metadata("kv_last_page_len", kv_last_page_len, (problem.batch,), "[batch]", problem.device)
+        expect_metadata("kv_last_page_len", kv_last_page_len, (problem.batch,), "[batch]", problem.device)
     _explain_rest(problem, q_nope, sm_scale, out, lse, lse_base)
     return problem
 
@@ -131,8 +133,8 @@ def check_decode_block_table(
     except (AttributeError, TypeError, ValueError):
         pass  # an argument is no tensor or has another rank; which one is the explanation's job
     problem = _explain(q_nope, q_pe, ckv_cache, kpe_cache)
-    _expect_metadata("block_table", block_table, (problem.batch, None), "[batch, max_pages]", problem.device)
-    _expect_metadata("seq_lens", seq_lens, (problem.batch,), "[batch]", problem.device)
+    expect_metadata("block_table", block_table, (problem.batch, None), "[batch, max_pages]", problem.device)
+    expect_metadata("seq_lens", seq_lens, (problem.batch,), "[batch]", problem.device)
     _explain_rest(problem, q_nope, sm_scale, out, lse, lse_base)
     return problem
 
@@ -229,7 +231,7 @@ def _explain(
         raise ValueError(f"ckv_cache: expected page_size >= 1 (dimension 1), got {page_size}")
     shape = f"[num_pages, page_size, {KPE_DIM}]"
     _expect_operand("kpe_cache", kpe_cache, (num_pages, page_size, KPE_DIM), shape, dtype, device)
-    return _problem(batch, num_heads, page_size, num_pages, dtype, device)
+    return _problem(batch, num_heads, page_size, num_pages, dtype, device, True)
 
 
 def _explain_rest(
@@ -283,14 +285,16 @@ def _expect_operand(
     _expect_aligned(name, x)
 
 
-def _expect_metadata(
-    name: str, x: torch.Tensor, expected: tuple[int | None, ...], form: str, device: torch.device
+def expect_metadata(
+    name: str, x: torch.Tensor, expected: tuple[int | None, ...], form: str, device: torch.device | None
 ) -> None:
+    """An int32 tensor of shape `expected` on `device` (None: wherever it is), last dimension contiguous."""
     _expect_tensor(name, x)
     if x.dtype is not torch.int32:
         raise TypeError(f"{name}: expected dtype torch.int32, got {x.dtype}")
     _expect_shape(name, x, expected, form)
-    _expect_device(name, x, device)
+    if device is not None:
+        _expect_device(name, x, device)
     if x.is_cuda and x.shape[-1] > 1 and x.stride(-1) != 1:
         raise ValueError(f"{name}: expected stride 1 in the last dimension, got strides {list(x.stride())}")
 

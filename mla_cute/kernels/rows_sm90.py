@@ -408,6 +408,9 @@ class RowsSm90:
             page0, row0 = self.loader.lookup(p, index_base, block, kv_end, w, lane)
             page1, row1 = self.loader.lookup(p, index_base, block + 1, kv_end, w, lane)
             for pair in cutlass.range(num_pairs, unroll=1):
+                # The next pair's page ids are on their way while this pair waits for its stages.
+                next0, next_row0 = self.loader.lookup(p, index_base, block + 2, kv_end, w, lane)
+                next1, next_row1 = self.loader.lookup(p, index_base, block + 3, kv_end, w, lane)
                 for stage, half in GATHER_ORDER:
                     cute.arch.mbarrier_wait(s.mbar + MB_EMPTY + half * 2 + stage, phase)
                     where = (page1, row1) if stage else (page0, row0)
@@ -415,8 +418,7 @@ class RowsSm90:
                     self.loader.load(p, s, where, block + stage, kv_end, stage, half, full, w, lane)
                 phase ^= 1
                 block += 2
-                page0, row0 = self.loader.lookup(p, index_base, block, kv_end, w, lane)
-                page1, row1 = self.loader.lookup(p, index_base, block + 1, kv_end, w, lane)
+                page0, row0, page1, row1 = next0, next_row0, next1, next_row1
                 if (pair == 0) & (it > 0):
                     self._load_q(p, s, item, it, head0, q_phase, w, lane)
             q_phase ^= 1
