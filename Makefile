@@ -46,7 +46,7 @@ clean:
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
-		echo "mla-cute needs Python 3.10 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || echo missing)." >&2; \
+		echo "mla-cute needs Python 3.10 or newer; '$(PYTHON)' is not: $$($(PYTHON) --version 2>&1 | head -1)" >&2; \
 		echo "Name another with PYTHON=..., e.g. make PYTHON=python3.12 demo" >&2; exit 1; }
 	@echo "creating $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
