@@ -26,9 +26,9 @@ from .kernels.registry import (
 from .problem import MAX_HEADS, DecodeProblem, expect_metadata
 
 _DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
-# Merge CTAs of 512 threads that fit an SM, and the 128-column units of a row (kernels/merge.py).
-_MERGE_CTAS_PER_SM = 4
-_MERGE_COL_TILES = 4
+# Merge CTAs that fit an SM (256 threads of up to 128 registers), and the 256-column units of a row (kernels/merge.py).
+_MERGE_CTAS_PER_SM = 2
+_MERGE_COL_TILES = 2
 
 
 def check_enabled() -> bool:

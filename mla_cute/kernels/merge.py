@@ -1,9 +1,9 @@
 """Merge of split partials: out = sum_s 2^(lse_s - m) o_s / sum_s 2^(lse_s - m), lse = m + log2(sum_s 2^(lse_s - m)).
 
-The plan lists the requests with other than one piece. Grid (x, y), at most 4 CTAs of 16 warps per SM: row y of the
-grid walks the listed requests y, y + grid_y, ...; its CTAs share the request's H x 4 units of (head, 128 columns). A
-step without splits costs one wave of CTAs that read a zero. A unit belongs to G warps, 4 columns per lane,
-G = min(16, power of two >= n / 8) for n pieces: warp g takes pieces g, g + G, ..., eight in flight, and the G triples
+The plan lists the requests with other than one piece. Grid (x, y), at most 2 CTAs of 8 warps per SM: row y of the
+grid walks the listed requests y, y + grid_y, ...; its CTAs share the request's H x 2 units of (head, 256 columns). A
+step without splits costs one wave of CTAs that read a zero. A unit belongs to G warps, 8 columns per lane,
+G = min(8, power of two >= n / 8) for n pieces: warp g takes pieces g, g + G, ..., eight in flight, and the G triples
 (m, l, o) are added through shared memory in order of g. The order depends on n alone, so the result is the same bits
 whatever the batch and the grid.
 
@@ -19,12 +19,12 @@ import cutlass.utils as utils
 from cutlass import Float32, Int32, const_expr
 
 from ..config import LaunchConfig
-from .registry import DecodeKey
+from .registry import PART_LSE, DecodeKey
 from .rows_sm90 import DTYPES, HEAD_DIM_V
 from .softmax import NEG_BIG, exp2
 
-NUM_WARPS = 16
-COLS = 128
+NUM_WARPS = 8
+COLS = 256
 NUM_COL_TILES = HEAD_DIM_V // COLS
 # Pieces a warp loads before it uses the first.
 IN_FLIGHT = 8
@@ -39,7 +39,7 @@ class Merge:
     def __call__(
         self,
         table: cute.Tensor,  # (rows, 8): the plan, see planner.py
-        part: cute.Tensor,  # (rows, PART_ROW) float32
+        part: cute.Tensor,  # (rows, PART_ROW) words: outputs in dtype, lse as float32
         out: cute.Tensor,  # (batch, H, 512)
         lse: cute.Tensor,  # (batch, H) float32
         num_parts: Int32,
@@ -102,9 +102,9 @@ class Merge:
         if unit < num_units:
             head = unit // NUM_COL_TILES
             col = unit % NUM_COL_TILES
-            zero = cute.make_rmem_tensor(4, self.dtype)
+            zero = cute.make_rmem_tensor(8, self.dtype)
             zero.fill(0.0)
-            cute.autovec_copy(zero, cute.local_tile(out[batch, head, None], (4,), (col * 32 + lane,)))
+            cute.autovec_copy(zero, cute.local_tile(out[batch, head, None], (8,), (col * 32 + lane,)))
             if (lane == 0) & (col == 0):
                 lse[batch, head] = -Float32.inf
 
@@ -114,9 +114,11 @@ class Merge:
         head = unit // NUM_COL_TILES
         col = unit % NUM_COL_TILES
         g = warp % group
-        frag = cute.make_rmem_tensor((4, IN_FLIGHT), Float32)
+        words = cute.make_rmem_tensor((4, IN_FLIGHT), Float32)
+        frag = cute.recast_tensor(words, self.dtype)  # (8, IN_FLIGHT)
         part_lse = cute.make_rmem_tensor(IN_FLIGHT, Float32)
-        acc = cute.make_rmem_tensor(4, Float32)
+        acc = cute.make_rmem_tensor(8, Float32)
+        other = cute.make_rmem_tensor(8, Float32)
         acc.fill(0.0)
         m = Float32(NEG_BIG)
         total = Float32(0.0)
@@ -126,26 +128,26 @@ class Merge:
                     s = s0 + i * group
                     part_lse[i] = -Float32.inf
                     for k in cutlass.range_constexpr(4):
-                        frag[k, i] = Float32(0.0)
+                        words[k, i] = Float32(0.0)
                     if s < n:
                         at = first + head + s * num_heads
-                        part_lse[i] = part[at, HEAD_DIM_V]
-                        cute.autovec_copy(cute.local_tile(part, (1, 4), (at, col * 32 + lane))[0, None], frag[None, i])
+                        part_lse[i] = part[at, PART_LSE]
+                        cute.autovec_copy(cute.local_tile(part, (1, 4), (at, col * 32 + lane))[0, None], words[None, i])
                 m_new = m
                 for i in cutlass.range_constexpr(IN_FLIGHT):
                     m_new = cute.arch.fmax(m_new, part_lse[i])
                 keep = exp2(m - m_new)
                 m = m_new
                 total = total * keep
-                for k in cutlass.range_constexpr(4):
+                for k in cutlass.range_constexpr(8):
                     acc[k] = acc[k] * keep
                 for i in cutlass.range_constexpr(IN_FLIGHT):
                     weight = exp2(part_lse[i] - m)
                     total = total + weight
-                    for k in cutlass.range_constexpr(4):
-                        acc[k] = acc[k] + weight * frag[k, i]
+                    for k in cutlass.range_constexpr(8):
+                        acc[k] = acc[k] + weight * frag[k, i].to(Float32)
         if group > 1:
-            cute.autovec_copy(acc, cute.local_tile(s_o, (1, 4), (warp, lane))[0, None])
+            cute.autovec_copy(acc, cute.local_tile(s_o, (1, 8), (warp, lane))[0, None])
             if lane == 0:
                 s_ml[warp, 0] = m
                 s_ml[warp, 1] = total
@@ -157,23 +159,23 @@ class Merge:
                 scale = exp2(m - m_all)
                 m = m_all
                 total = total * scale
-                for i in cutlass.range_constexpr(4):
+                for i in cutlass.range_constexpr(8):
                     acc[i] = acc[i] * scale
                 for k in cutlass.range(1, group, unroll=1):
                     scale = exp2(s_ml[warp + k, 0] - m)
                     total = total + s_ml[warp + k, 1] * scale
-                    cute.autovec_copy(cute.local_tile(s_o, (1, 4), (warp + k, lane))[0, None], frag[None, 0])
-                    for i in cutlass.range_constexpr(4):
-                        acc[i] = acc[i] + frag[i, 0] * scale
+                    cute.autovec_copy(cute.local_tile(s_o, (1, 8), (warp + k, lane))[0, None], other)
+                    for i in cutlass.range_constexpr(8):
+                        acc[i] = acc[i] + other[i] * scale
             cute.arch.sync_threads()
         if (g == 0) & (unit < num_units):
             # Every score of the row may be -inf: 0 and -inf then, not NaN.
             inv = Float32(0.0)
             if total > 0.0:
                 inv = 1.0 / total
-            half = cute.make_rmem_tensor(4, self.dtype)
-            for i in cutlass.range_constexpr(4):
+            half = cute.make_rmem_tensor(8, self.dtype)
+            for i in cutlass.range_constexpr(8):
                 half[i] = (acc[i] * inv).to(self.dtype)
-            cute.autovec_copy(half, cute.local_tile(out[batch, head, None], (4,), (col * 32 + lane,)))
+            cute.autovec_copy(half, cute.local_tile(out[batch, head, None], (8,), (col * 32 + lane,)))
             if (lane == 0) & (col == 0):
                 lse[batch, head] = (m + cute.math.log2(total)) * lse_scale

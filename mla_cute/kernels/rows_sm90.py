@@ -48,7 +48,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from ..config import LaunchConfig
 from . import paged_kv, softmax, sync, wgmma
 from .paged_kv import NUM_SUB, SUB_BYTES, SUB_ELEMS, TILE_N
-from .registry import TILE_M, DecodeKey
+from .registry import PART_LSE, PART_ROW, TILE_M, DecodeKey
 
 HEAD_DIM_V = 512
 HEAD_DIM_ROPE = 64
@@ -180,7 +180,7 @@ class RowsSm90:
         table: cute.Tensor,  # (rows, 8): the plan, see planner.py
         out: cute.Tensor,  # (batch, H, 512)
         lse: cute.Tensor,  # (batch, H) float32
-        part: cute.Tensor,  # (rows, PART_ROW) float32: 512 output columns, lse in base 2
+        part: cute.Tensor,  # (rows, PART_ROW) 32-bit words: 512 output columns in dtype, lse in base 2 as float32
         num_parts: Int32,
         scale_log2: Float32,  # sm_scale * log2(e)
         lse_scale: Float32,  # 1 for base 2, ln 2 for base e
@@ -670,41 +670,24 @@ class RowsSm90:
             if f.t < rows:
                 v = cute.math.log2(s.sL[f.t] + s.sL[f.t + TILE_M]) + s.sM[f.t]
                 if part_row >= 0:
-                    p.mPart[part_row + head0 + f.t, HEAD_DIM_V] = v
+                    p.mPart[part_row + head0 + f.t, PART_LSE] = v
                 else:
                     p.mLse[batch, head0 + f.t] = v * p.lse_scale
         for r in cutlass.range_constexpr(2):
             inv = cute.arch.rcp_approx(s.sL[f.row + 8 * r] + s.sL[f.row + 8 * r + TILE_M])
             for n in cutlass.range_constexpr(64):
                 f.O[r, n] = f.O[r, n] * inv
+        # Where row 0 of the tile goes, in bytes: one store path for outputs and partials (both 16-bit rows).
+        dst = p.mO.iterator.toint() + (Int64(batch) * p.mO.stride[0] + Int64(head0) * p.mO.stride[1]) * 2
+        row_bytes = Int64(p.mO.stride[1]) * 2
         if part_row >= 0:
-            self._store_partial(p, f, part_row + head0, rows, wg)
-        else:
-            self._store_output(p, f, batch, head0, rows, wg)
+            dst = p.mPart.iterator.toint() + Int64(part_row + head0) * (4 * PART_ROW)
+            row_bytes = Int64(4 * PART_ROW)
+        self._store_rows(f, dst, row_bytes, rows, wg)
 
     @cute.jit
-    def _store_partial(self, p, f, row0, rows, wg: Constexpr):
-        """float32 rows: lane pairs swap column pairs of neighbouring 8-column tiles, so that a lane holds 4 columns
-        of the even lane's tile or of the odd lane's; a quad then writes 64 contiguous bytes of a row."""
-        odd = f.lane % 2 == 1
-        v = cute.make_rmem_tensor(4, Float32)
-        # Tile 2 j for even lanes, 2 j + 1 for odd ones; columns 0..3 of it for the lower lane pair, 4..7 for the upper.
-        col4 = wg * 64 + (f.lane % 2) * 2 + (f.lane % 4) // 2
-        for r in cutlass.range_constexpr(2):
-            row = f.row + 8 * r
-            for j in cutlass.range_constexpr(16):
-                for i in cutlass.range_constexpr(2):
-                    mine = f.O[r, 4 * j + i]
-                    next_tile = f.O[r, 4 * j + 2 + i]
-                    got = cute.arch.shuffle_sync_bfly(mine if odd else next_tile, offset=1)
-                    v[i] = got if odd else mine
-                    v[2 + i] = next_tile if odd else got
-                if row < rows:
-                    cute.autovec_copy(v, cute.local_tile(p.mPart, (1, 4), (row0 + row, col4 + 4 * j))[0, None])
-
-    @cute.jit
-    def _store_output(self, p, f, batch, head0, rows, wg: Constexpr):
-        """16-bit rows: 4 x 4 transposes of column pairs inside each quad, then 16 bytes per lane."""
+    def _store_rows(self, f, dst, row_bytes, rows, wg: Constexpr):
+        """16-bit rows: 4 x 4 transposes of column pairs inside each quad, then 16 bytes per lane, 64 per quad."""
         rOh = cute.make_rmem_tensor(128, self.dtype)
         rOh.store(cute.make_tensor(f.rO.iterator, cute.make_layout(128)).load().to(self.dtype))
         words = cute.make_tensor(cute.recast_tensor(rOh, Uint32).iterator, cute.make_layout((2, 32), stride=(1, 2)))
@@ -714,6 +697,7 @@ class RowsSm90:
         v = cute.make_rmem_tensor(4, Uint32)
         for r in cutlass.range_constexpr(2):
             row = f.row + 8 * r
+            at = dst + Int64(row) * row_bytes + Int64(wg * 512 + q * 16)
             for g in cutlass.range_constexpr(8):
                 a = [words[r, 4 * g + i] for i in range(4)]
                 b = [None] * 4
@@ -726,5 +710,5 @@ class RowsSm90:
                     v[2 * i] = x if odd else b[2 * i]
                     v[2 * i + 1] = b[2 * i + 1] if odd else x
                 if row < rows:
-                    gO = cute.recast_tensor(p.mO[batch, head0 + row, None], Uint32)
-                    cute.autovec_copy(v, cute.local_tile(gO, (4,), (wg * 32 + 4 * g + q,)))
+                    to = cute.make_ptr(Uint32, at + 64 * g, cute.AddressSpace.gmem, assumed_align=16)
+                    cute.autovec_copy(v, cute.make_tensor(to, cute.make_layout(4)))
