@@ -171,7 +171,7 @@ def mla_paged_decode_block_table(
             batch_invariant=batch_invariant,
         )
         launch = plan.launcher(problem, True)
-    elif plan._table_stride != stride:
+    elif rows > 1 and plan._table_stride != stride:
         raise ValueError(
             f"plan: expected a plan for block_table rows {stride} elements apart, got one for {plan._table_stride}"
         )

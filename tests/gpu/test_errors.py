@@ -167,8 +167,8 @@ def test_bad_config():
 )
 def test_check_mode_verifies_values(monkeypatch, entry, name, position, value, named, with_plan):
     case = small_case()
-    plan = plan_of(case, entry) if with_plan else None
     monkeypatch.setenv("MLA_CUTE_CHECK", "1")
+    plan = plan_of(case, entry) if with_plan else None
     verdict = run_case(case, entry=entry, plan=plan)
     assert verdict.ok, verdict
     case.guarded_out.reset()
