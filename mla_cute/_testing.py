@@ -289,10 +289,15 @@ def _make_caches(
 
 @dataclass
 class Expected:
-    """Reference of a case: float32 output and lse, and the output of the computation with P and output in `dtype`."""
+    """Reference of a case: float32 output and lse, and the output of the computation with P and output in `dtype`.
+
+    `score_rounding` [batch, H] is one float32 unit of the row's largest |q| |k|, in units of lse: what summing a score
+    in float32 may lose however it is summed (a score can be small while its terms are not).
+    """
 
     output: torch.Tensor
     lse: torch.Tensor
+    score_rounding: torch.Tensor
     in_dtype: torch.Tensor
     dtype: torch.dtype
     lengths: list[int]
@@ -334,7 +339,16 @@ def expected_of(case: DecodeCase, *, lse_base: int | str = 2) -> Expected:
     output = torch.empty(case.q_nope.shape, dtype=torch.float32, device=case.q_nope.device)
     output, lse = reference._decode(*arguments, output, None)
     in_dtype, _ = reference._decode(*arguments, None, None, p_dtype=case.q_nope.dtype)
-    return Expected(output, lse, in_dtype, case.q_nope.dtype, lengths)
+    per_base = math.log2(math.e) if lse_base == 2 else 1.0
+    score_rounding = torch.zeros_like(lse)
+    for b, (page_ids, kv_len) in enumerate(zip(pages, lengths, strict=True)):
+        if kv_len > 0:
+            squares = torch.zeros(kv_len, device=lse.device)
+            for cache in (case.ckv_cache, case.kpe_cache):
+                squares += cache.index_select(0, page_ids).flatten(0, 1)[:kv_len].float().square().sum(-1)
+            q_norm = torch.cat((case.q_nope[b], case.q_pe[b]), dim=-1).float().norm(dim=-1)
+            score_rounding[b] = q_norm * squares.amax().sqrt() * (case.sm_scale * per_base * 2.0**-23)
+    return Expected(output, lse, score_rounding, in_dtype, case.q_nope.dtype, lengths)
 
 
 def compare(output: torch.Tensor, lse: torch.Tensor | None, expected: Expected) -> Verdict:
@@ -343,7 +357,7 @@ def compare(output: torch.Tensor, lse: torch.Tensor | None, expected: Expected) 
     Accepted is, for every (request, head) row: inf and NaN where the reference has them and nowhere else; an error, in
     norm and in the largest element, of at most twice that of the same computation in the input dtype plus rounding
     (eps / 4 of the row's norm, eps / 2 of its largest element); a cosine that such an error allows; an lse error of at
-    most 1e-4 + 2e-6 * |lse|.
+    most 1e-4 + 2e-6 * |lse| + one float32 unit of |q| |k|, the rounding of a score's sum.
     """
     failures: list[str] = []
     if output.dtype is not expected.dtype or output.shape != expected.output.shape:
@@ -387,6 +401,7 @@ def compare(output: torch.Tensor, lse: torch.Tensor | None, expected: Expected) 
         lse_finite = lse.isfinite() & expected.lse.isfinite()
         lse_error = (lse.double() - expected.lse.double()).abs().where(lse_finite, lse_error)
         allowed_lse = LSE_ATOL + LSE_RTOL * expected.lse.double().abs().where(lse_finite, torch.zeros_like(norm))
+        allowed_lse += expected.score_rounding.double().nan_to_num(0.0, 0.0)
         failures += _over("lse: error", lse_error, allowed_lse, expected)
 
     total = norm.norm().clamp(min=1e-300)

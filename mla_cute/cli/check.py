@@ -73,6 +73,7 @@ def independent(case: DecodeCase) -> Expected:
     expected = Expected(
         output=torch.zeros(shape, dtype=torch.float32, device=device),
         lse=torch.full(shape[:2], -math.inf, dtype=torch.float32, device=device),
+        score_rounding=torch.zeros(shape[:2], dtype=torch.float32, device=device),
         in_dtype=torch.zeros(shape, dtype=dtype, device=device),
         dtype=dtype,
         lengths=case.lengths,
@@ -87,6 +88,9 @@ def independent(case: DecodeCase) -> Expected:
         k = torch.cat([v, case.kpe_cache[page, slot].double()], dim=-1)
         q = torch.cat([case.q_nope[b], case.q_pe[b]], dim=-1).double()
         scores = case.sm_scale * q @ k.T
+        expected.score_rounding[b] = (
+            q.norm(dim=-1) * k.norm(dim=-1).amax() * (case.sm_scale * math.log2(math.e) * 2.0**-23)
+        )
         expected.output[b] = torch.softmax(scores, dim=-1) @ v
         expected.lse[b] = torch.logsumexp(scores, dim=-1) / math.log(2)
         p = torch.exp(scores - scores.amax(dim=-1, keepdim=True))
