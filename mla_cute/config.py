@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 KERNELS = ("rows",)
+PARTIALS = ("half", "int16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,6 +14,7 @@ class LaunchConfig:
     kernel: str
     evict_first: bool
     use_pdl: bool
+    partials: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -21,6 +23,9 @@ class KernelConfig:
 
     kernel            which main kernel runs: "rows" (64 packed rows per tile, two KV tiles in flight)
     evict_first       KV loads carry the L2 evict-first hint
+    partials          how the pieces of a cut request store their outputs until the merge, in two bytes: "half",
+                      rounded to the dtype of q; "int16", integers under a float32 scale per row and half of its
+                      columns, exact to 2^-16 of the largest element (not measured yet)
     use_pdl           launch planner, main and merge kernels with programmatic dependent launch
     min_blocks        64-token blocks below which a piece of a request is not split further (even)
     item_overhead     cost of starting a work item, in 64-token blocks, as the planner's balance counts it
@@ -34,9 +39,10 @@ class KernelConfig:
     min_blocks: int = 2
     item_overhead: int = 4
     split_penalty: int = 6
+    partials: str = "half"
 
     def launch(self) -> LaunchConfig:
-        return LaunchConfig(self.kernel, self.evict_first, self.use_pdl)
+        return LaunchConfig(self.kernel, self.evict_first, self.use_pdl, self.partials)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -58,6 +64,8 @@ def why_infeasible(config: KernelConfig) -> str | None:
     """The one feasibility rule: None, or the reason why `config` cannot run."""
     if config.kernel not in KERNELS:
         return f"kernel: expected one of {KERNELS}, got {config.kernel!r}"
+    if config.partials not in PARTIALS:
+        return f"partials: expected one of {PARTIALS}, got {config.partials!r}"
     if config.min_blocks < 2 or config.min_blocks % 2:
         return f"min_blocks: expected an even number >= 2, got {config.min_blocks}"
     if config.item_overhead < 0:

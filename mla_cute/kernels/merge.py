@@ -19,7 +19,7 @@ import cutlass.utils as utils
 from cutlass import Float32, Int32, const_expr
 
 from ..config import LaunchConfig
-from .registry import PART_LSE, DecodeKey
+from .registry import INT16_BIAS, PART_LSE, DecodeKey
 from .rows_sm90 import DTYPES, HEAD_DIM_V
 from .softmax import NEG_BIG, exp2
 
@@ -34,6 +34,7 @@ class Merge:
     def __init__(self, key: DecodeKey, config: LaunchConfig):
         self.dtype = DTYPES[key.dtype]
         self.use_pdl = config.use_pdl
+        self.scaled = config.partials == "int16"
 
     @cute.jit
     def __call__(
@@ -97,6 +98,11 @@ class Merge:
                         part, out, lse, s_o, s_ml, batch, first, n, group, unit, num_units, warp, lane, lse_scale
                     )
 
+    def _from_int16(self, pair, half: int):
+        """Integer `half` of a pair as float32: its bits under the exponent of 2^23, less the bias (rows_sm90)."""
+        bits = Int32(cute.arch.prmt(pair, Int32(0x4B000000), 0x7632 if half else 0x7610))
+        return bits.bitcast(Float32) - Float32(INT16_BIAS)
+
     @cute.jit
     def _empty(self, out, lse, batch, unit, num_units, lane):
         if unit < num_units:
@@ -116,6 +122,8 @@ class Merge:
         g = warp % group
         words = cute.make_rmem_tensor((4, IN_FLIGHT), Float32)
         frag = cute.recast_tensor(words, self.dtype)  # (8, IN_FLIGHT)
+        bits = cute.recast_tensor(words, Int32)
+        scale_of = cute.make_rmem_tensor(IN_FLIGHT, Float32)
         part_lse = cute.make_rmem_tensor(IN_FLIGHT, Float32)
         acc = cute.make_rmem_tensor(8, Float32)
         other = cute.make_rmem_tensor(8, Float32)
@@ -127,11 +135,14 @@ class Merge:
                 for i in cutlass.range_constexpr(IN_FLIGHT):
                     s = s0 + i * group
                     part_lse[i] = -Float32.inf
+                    scale_of[i] = Float32(0.0)
                     for k in cutlass.range_constexpr(4):
                         words[k, i] = Float32(0.0)
                     if s < n:
                         at = first + head + s * num_heads
                         part_lse[i] = part[at, PART_LSE]
+                        if const_expr(self.scaled):
+                            scale_of[i] = part[at, PART_LSE + 1 + col]
                         cute.autovec_copy(cute.local_tile(part, (1, 4), (at, col * 32 + lane))[0, None], words[None, i])
                 m_new = m
                 for i in cutlass.range_constexpr(IN_FLIGHT):
@@ -144,8 +155,15 @@ class Merge:
                 for i in cutlass.range_constexpr(IN_FLIGHT):
                     weight = exp2(part_lse[i] - m)
                     total = total + weight
-                    for k in cutlass.range_constexpr(8):
-                        acc[k] = acc[k] + weight * frag[k, i].to(Float32)
+                    if const_expr(self.scaled):
+                        weight = weight * scale_of[i]
+                        for k in cutlass.range_constexpr(4):
+                            for h in cutlass.range_constexpr(2):
+                                value = self._from_int16(bits[k, i], h)
+                                acc[2 * k + h] = acc[2 * k + h] + weight * value
+                    else:
+                        for k in cutlass.range_constexpr(8):
+                            acc[k] = acc[k] + weight * frag[k, i].to(Float32)
         if group > 1:
             cute.autovec_copy(acc, cute.local_tile(s_o, (1, 8), (warp, lane))[0, None])
             if lane == 0:

@@ -55,7 +55,8 @@ class TmaLoader:
     full_arrivals = 1
     one_barrier_per_half = False
 
-    def __init__(self, box_rows: int, evict_first: bool):
+    def __init__(self, box_rows: int, evict_first: bool, frugal: bool):
+        self.late = frugal and box_rows == 8
         self.box_rows = box_rows
         self.num_boxes = TILE_N // box_rows
         self.evict_first = evict_first
@@ -83,12 +84,16 @@ class TmaLoader:
         """Per box: (page id, box index inside the page), warp-uniform; and how many boxes hold tokens."""
         page, row = self._lookup_lane(p, index_base, block, kv_end, lane)
         uniform = cute.arch.make_warp_uniform
-        where = tuple(
-            (uniform(cute.arch.shuffle_sync(page, i)), uniform(cute.arch.shuffle_sync(row, i)))
-            for i in range(self.num_boxes)
-        )
+        if self.late:
+            where = ((page, row),) * self.num_boxes
+        else:
+            where = tuple(self._box(page, row, i) for i in range(self.num_boxes))
         boxes = uniform((rows_of_block(block, kv_end) + self.box_rows - 1) // self.box_rows)
         return where, boxes
+
+    def _box(self, page, row, i: int):
+        uniform = cute.arch.make_warp_uniform
+        return uniform(cute.arch.shuffle_sync(page, i)), uniform(cute.arch.shuffle_sync(row, i))
 
     @cute.jit
     def load(self, p, s, where, boxes, stage, half, full):
@@ -104,13 +109,13 @@ class TmaLoader:
             sub = half * 4 + j
             sync.expect_tx(full + j, tx)
             for i in cutlass.range_constexpr(self.num_boxes):
-                page, row = where[i]
+                page, row = self._box(*where[i], i) if const_expr(self.late) else where[i]
                 if i < boxes:
                     self._copy(p.tma_ckv, tKg[None, row, sub, page], tKs[None, i, 0, stage * 8 + sub], full + j)
         if half == 1:
             sync.expect_tx(full + 4, tx)
             for i in cutlass.range_constexpr(self.num_boxes):
-                page, row = where[i]
+                page, row = self._box(*where[i], i) if const_expr(self.late) else where[i]
                 if i < boxes:
                     self._copy(p.tma_kpe, tRg[None, row, page], tRs[None, i, 0, stage], full + 4)
 
@@ -128,6 +133,9 @@ class GatherLoader:
 
     full_arrivals = 128
     one_barrier_per_half = True
+
+    def __init__(self, frugal: bool):
+        self.frugal = frugal
 
     @cute.jit
     def lookup(self, p, index_base, block, kv_end, w, lane):
@@ -156,21 +164,30 @@ class GatherLoader:
     @cute.jit
     def _rows(self, cache, src, dst, where, rows, lane, num_sub: Constexpr):
         """16 rows of `num_sub` sub-tiles. Swizzle: the 16-byte chunk index is xored with row % 8."""
+        page_stride = Int64(Int32(cache.stride[0]))
+        row_stride = Int64(Int32(cache.stride[1]))
+        if const_expr(self.frugal):
+            for i in cutlass.range(4, unroll=1):
+                self._four_rows(src, dst, where, rows, lane, i, page_stride, row_stride, num_sub)
+        else:
+            for i in cutlass.range_constexpr(4):
+                self._four_rows(src, dst, where, rows, lane, i, page_stride, row_stride, num_sub)
+
+    @cute.jit
+    def _four_rows(self, src, dst, where, rows, lane, i, page_stride, row_stride, num_sub: Constexpr):
         page_l, row_l = where
         chunk = lane % 8
         sub_row = lane // 8
-        page_stride = Int64(Int32(cache.stride[0]))
-        row_stride = Int64(Int32(cache.stride[1]))
-        for i in cutlass.range_constexpr(4):
-            row = 4 * i + sub_row
-            page = Int64(cute.arch.shuffle_sync(page_l, row))
-            page_row = Int64(cute.arch.shuffle_sync(row_l, row))
-            if row < rows:
-                to = dst + (row * 128 + (chunk ^ (sub_row + 4 * (i % 2))) * 16)
-                at = src + (page * page_stride + page_row * row_stride) * 2
-                for j in cutlass.range_constexpr(num_sub):
-                    _cp_async_16(to, at, j * SUB_BYTES, j * 128)
+        row = 4 * i + sub_row
+        page = Int64(cute.arch.shuffle_sync(page_l, row))
+        page_row = Int64(cute.arch.shuffle_sync(row_l, row))
+        if row < rows:
+            to = dst + (row * 128 + (chunk ^ (sub_row + 4 * (i % 2))) * 16)
+            at = src + (page * page_stride + page_row * row_stride) * 2
+            for j in cutlass.range_constexpr(num_sub):
+                _cp_async_16(to, at, j * SUB_BYTES, j * 128)
 
 
-def make_loader(box_rows: int, evict_first: bool):
-    return TmaLoader(box_rows, evict_first) if box_rows else GatherLoader()
+def make_loader(box_rows: int, evict_first: bool, frugal: bool):
+    """`frugal`: code of fewer registers, where the producer's 40 are too few (float16; ptxas fits bf16's into them)."""
+    return TmaLoader(box_rows, evict_first, frugal) if box_rows else GatherLoader(frugal)

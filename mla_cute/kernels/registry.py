@@ -15,12 +15,15 @@ LENGTHS = ("csr", "csr_last", "seq_lens")
 # Planner geometry, shared by its device and host sides (kernels/planner.py explains them).
 BLOCK = 64
 TILE_M = 64
-# A partial row in 32-bit words: 512 outputs in the 16-bit dtype, the float32 log-sum-exp, padding to whole 128-byte
-# lines (rows that straddle sectors made the partial stores of 128 heads twice as slow). Outputs in 16 bits: they are
-# rounded once more, which the average over the pieces largely hides, and are half the bytes of float32, which at
-# 64 heads, batch 16 and 1024 tokens were as many as the cache's.
+# A partial row in 32-bit words: 512 outputs of 16 bits, the float32 log-sum-exp, the scales of the row's two halves
+# (int16 partials), padding to whole 128-byte lines: rows that straddle sectors made the partial stores of 128 heads
+# twice as slow. 16 bits are half the bytes of float32, which at 64 heads, batch 16 and 1024 tokens were as many as the
+# cache's; the dtype's own 16 bits round once more, which the average over the pieces largely hides.
 PART_ROW = 288
 PART_LSE = 256
+# int16 partials: the largest integer, and what the integers are added to in float32 so that they fill its low bits.
+INT16_MAX = 32767.0
+INT16_BIAS = float(2**23 + 2**15)
 MAX_PARTS = 256
 FIXED_MIN_BLOCKS = 16
 FIXED_MAX_PIECES = 16

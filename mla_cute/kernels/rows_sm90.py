@@ -48,7 +48,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from ..config import LaunchConfig
 from . import paged_kv, softmax, sync, wgmma
 from .paged_kv import NUM_SUB, SUB_BYTES, SUB_ELEMS, TILE_N
-from .registry import PART_LSE, PART_ROW, TILE_M, DecodeKey
+from .registry import INT16_BIAS, INT16_MAX, PART_LSE, PART_ROW, TILE_M, DecodeKey
 
 HEAD_DIM_V = 512
 HEAD_DIM_ROPE = 64
@@ -163,8 +163,9 @@ class RowsSm90:
     def __init__(self, key: DecodeKey, config: LaunchConfig):
         self.key = key
         self.dtype = DTYPES[key.dtype]
-        self.loader = paged_kv.make_loader(key.box_rows, config.evict_first)
+        self.loader = paged_kv.make_loader(key.box_rows, config.evict_first, frugal=key.dtype == "float16")
         self.use_pdl = config.use_pdl
+        self.scaled_partials = config.partials == "int16"
         self.regs_consumer, self.regs_producer = (240, 24) if key.box_rows > 8 else (232, 40)
 
     # ------------------------------------------------------------------ host
@@ -408,9 +409,10 @@ class RowsSm90:
             page0, row0 = self.loader.lookup(p, index_base, block, kv_end, w, lane)
             page1, row1 = self.loader.lookup(p, index_base, block + 1, kv_end, w, lane)
             for pair in cutlass.range(num_pairs, unroll=1):
-                # The next pair's page ids are on their way while this pair waits for its stages.
-                next0, next_row0 = self.loader.lookup(p, index_base, block + 2, kv_end, w, lane)
-                next1, next_row1 = self.loader.lookup(p, index_base, block + 3, kv_end, w, lane)
+                if const_expr(not self.loader.frugal):
+                    # The next pair's page ids are on their way while this pair waits for its stages.
+                    next0, next_row0 = self.loader.lookup(p, index_base, block + 2, kv_end, w, lane)
+                    next1, next_row1 = self.loader.lookup(p, index_base, block + 3, kv_end, w, lane)
                 for stage, half in GATHER_ORDER:
                     cute.arch.mbarrier_wait(s.mbar + MB_EMPTY + half * 2 + stage, phase)
                     where = (page1, row1) if stage else (page0, row0)
@@ -418,7 +420,11 @@ class RowsSm90:
                     self.loader.load(p, s, where, block + stage, kv_end, stage, half, full, w, lane)
                 phase ^= 1
                 block += 2
-                page0, row0, page1, row1 = next0, next_row0, next1, next_row1
+                if const_expr(self.loader.frugal):
+                    page0, row0 = self.loader.lookup(p, index_base, block, kv_end, w, lane)
+                    page1, row1 = self.loader.lookup(p, index_base, block + 1, kv_end, w, lane)
+                else:
+                    page0, row0, page1, row1 = next0, next_row0, next1, next_row1
                 if (pair == 0) & (it > 0):
                     self._load_q(p, s, item, it, head0, q_phase, w, lane)
             q_phase ^= 1
@@ -673,24 +679,66 @@ class RowsSm90:
                     p.mPart[part_row + head0 + f.t, PART_LSE] = v
                 else:
                     p.mLse[batch, head0 + f.t] = v * p.lse_scale
-        for r in cutlass.range_constexpr(2):
-            inv = cute.arch.rcp_approx(s.sL[f.row + 8 * r] + s.sL[f.row + 8 * r + TILE_M])
-            for n in cutlass.range_constexpr(64):
-                f.O[r, n] = f.O[r, n] * inv
+        if const_expr(not self.scaled_partials):
+            self._normalise(s, f)
         # Where row 0 of the tile goes, in bytes: one store path for outputs and partials (both 16-bit rows).
         dst = p.mO.iterator.toint() + (Int64(batch) * p.mO.stride[0] + Int64(head0) * p.mO.stride[1]) * 2
         row_bytes = Int64(p.mO.stride[1]) * 2
         if part_row >= 0:
             dst = p.mPart.iterator.toint() + Int64(part_row + head0) * (4 * PART_ROW)
             row_bytes = Int64(4 * PART_ROW)
-        self._store_rows(f, dst, row_bytes, rows, wg)
+        if const_expr(self.scaled_partials):
+            words = cute.make_rmem_tensor((2, 32), Uint32)
+            if part_row >= 0:
+                for r in cutlass.range_constexpr(2):
+                    worth = self._pack_int16(s, f, words, r)
+                    if (f.lane % 4 == 0) & (f.row + 8 * r < rows):
+                        p.mPart[part_row + head0 + f.row + 8 * r, PART_LSE + 1 + wg] = worth
+            else:
+                self._normalise(s, f)
+                half = self._pack_half(f)
+                for r in cutlass.range_constexpr(2):
+                    for j in cutlass.range_constexpr(32):
+                        words[r, j] = half[r, j]
+            self._store_rows(f, words, dst, row_bytes, rows, wg)
+        else:
+            self._store_rows(f, self._pack_half(f), dst, row_bytes, rows, wg)
 
-    @cute.jit
-    def _store_rows(self, f, dst, row_bytes, rows, wg: Constexpr):
-        """16-bit rows: 4 x 4 transposes of column pairs inside each quad, then 16 bytes per lane, 64 per quad."""
+    def _inverse_sum(self, s, f, row: int):
+        return cute.arch.rcp_approx(s.sL[f.row + 8 * row] + s.sL[f.row + 8 * row + TILE_M])
+
+    def _normalise(self, s, f):
+        for r in range(2):
+            inv = self._inverse_sum(s, f, r)
+            for n in range(64):
+                f.O[r, n] = f.O[r, n] * inv
+
+    def _pack_half(self, f):
+        """O in the 16-bit dtype, as (row, pair of columns) words."""
         rOh = cute.make_rmem_tensor(128, self.dtype)
         rOh.store(cute.make_tensor(f.rO.iterator, cute.make_layout(128)).load().to(self.dtype))
-        words = cute.make_tensor(cute.recast_tensor(rOh, Uint32).iterator, cute.make_layout((2, 32), stride=(1, 2)))
+        return cute.make_tensor(cute.recast_tensor(rOh, Uint32).iterator, cute.make_layout((2, 32), stride=(1, 2)))
+
+    def _pack_int16(self, s, f, words, row: int):
+        """Row `row` of O as pairs of biased 16-bit integers; returns what an integer is worth in the normalised output.
+
+        An FFMA with 2^23 + 2^15 leaves round(x) + 2^15 in the low bits of the float's mantissa. A NaN or an infinity
+        makes the scale one, and with it the row's half.
+        """
+        largest = Float32(1.0e-30)
+        for n in range(64):
+            largest = cute.arch.fmax(largest, cute.math.absf(f.O[row, n]), nan=True)
+        for offset in (1, 2):
+            largest = cute.arch.fmax(largest, cute.arch.shuffle_sync_bfly(largest, offset=offset), nan=True)
+        to_int = Float32(INT16_MAX) / largest
+        for j in range(32):
+            low, high = (f.O[row, 2 * j + i] * to_int + Float32(INT16_BIAS) for i in range(2))
+            words[row, j] = Uint32(cute.arch.prmt(low.bitcast(Int32), high.bitcast(Int32), 0x5410))
+        return largest * self._inverse_sum(s, f, row) * Float32(1.0 / INT16_MAX)
+
+    @cute.jit
+    def _store_rows(self, f, words, dst, row_bytes, rows, wg: Constexpr):
+        """16-bit rows: 4 x 4 transposes of column pairs inside each quad, then 16 bytes per lane, 64 per quad."""
         q = f.lane % 4
         upper = q >= 2
         odd = q % 2 == 1

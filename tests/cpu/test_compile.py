@@ -6,19 +6,23 @@ import functools
 import pytest
 
 from mla_cute import jit, sass
+from mla_cute.config import KernelConfig
 from mla_cute.kernels import registry
 
 MAX_SMEM_BYTES = 232448  # shared memory a CTA can opt in to on sm_90
 MAX_REGISTERS_PER_SM = 65536
 
-VARIANTS = registry.variants()
+# Shipped by default, and the other values of what a configuration may choose.
+VARIANTS = registry.variants() + [
+    v for v in registry.variants(config=KernelConfig(partials="int16")) if v[0] == registry.DECODE
+]
 DECODE = [v for v in VARIANTS if v[0] == registry.DECODE]
 PLANNER = [v for v in VARIANTS if v[0] == registry.PLANNER]
 
 
 def name(variant):
-    kernel, key, _ = variant
-    return "-".join([kernel.name, *(str(value) for value in vars(key).values())])
+    kernel, key, config = variant
+    return "-".join([kernel.name, *(str(value) for value in vars(key).values()), config.partials])
 
 
 @functools.cache
