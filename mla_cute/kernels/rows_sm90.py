@@ -35,9 +35,6 @@ Shared memory: Q 72 KiB, two K tiles of 72 KiB, P0 8 KiB, statistics 1.5 KiB: 22
 Q's ninth sub-tile (rope) is read to registers at the start of an item and its bytes then hold P1.
 """
 
-import dataclasses
-from typing import Any
-
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils as utils
@@ -46,9 +43,10 @@ from cutlass import BFloat16, Constexpr, Float16, Float32, Int32, Int64, Uint32,
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 
 from ..config import LaunchConfig
-from . import paged_kv, softmax, sync, wgmma
+from . import epilogue, paged_kv, softmax, sync, wgmma
 from .paged_kv import NUM_SUB, SUB_BYTES, SUB_ELEMS, TILE_N
-from .registry import INT16_BIAS, INT16_MAX, PART_LSE, PART_ROW, TILE_M, DecodeKey
+from .registry import PART_LSE, PART_ROW, TILE_M, DecodeKey
+from .rows_params import Fragments, Params, Smem, load_item
 
 HEAD_DIM_V = 512
 HEAD_DIM_ROPE = 64
@@ -63,98 +61,6 @@ QK_ORDER = (((0, 1, 2, 3), (4, 5, 6, 7, 8)), ((4, 5, 6, 7, 8), (0, 1, 2, 3)))
 
 # (stage, half) in the order in which a pair's halves are released.
 GATHER_ORDER = ((0, 0), (1, 1), (0, 1), (1, 0))
-
-
-@dataclasses.dataclass(frozen=True)
-class Params:
-    """Everything the device side reads, as one kernel argument."""
-
-    mma_qk: cute.TiledMma
-    mma_qk_rs: cute.TiledMma
-    mma_pv: cute.TiledMma
-    mma_pv_rs: cute.TiledMma
-    tma_q: cute.CopyAtom
-    mQ: cute.Tensor
-    tma_qpe: cute.CopyAtom
-    mQpe: cute.Tensor
-    tma_ckv: Any
-    mCkv: cute.Tensor
-    tma_kpe: Any
-    mKpe: cute.Tensor
-    mIndices: cute.Tensor
-    mTable: cute.Tensor
-    mO: cute.Tensor
-    mLse: cute.Tensor
-    mPart: cute.Tensor
-    num_heads: Int32
-    page_size: Int32
-    num_tiles: Int32
-    scale_log2: Float32
-    lse_scale: Float32
-    lay_q: cute.ComposedLayout
-    lay_k: cute.ComposedLayout
-    lay_vt: cute.ComposedLayout
-    lay_sub: cute.ComposedLayout
-    lay_sub2: cute.ComposedLayout
-    lay_sub9: cute.ComposedLayout
-    lay_sub16: cute.ComposedLayout
-
-
-@dataclasses.dataclass(frozen=True)
-class Smem:
-    """Views of one CTA's shared memory. Frozen: a mutable namespace would be carried through every staged branch."""
-
-    mbar: Any
-    sQ: cute.Tensor
-    sQ_sub: cute.Tensor
-    sP0: cute.Tensor
-    sP1: cute.Tensor
-    sK: cute.Tensor
-    sK_sub: cute.Tensor
-    sVt: cute.Tensor
-    sR: cute.Tensor
-    sM: cute.Tensor
-    sScale0: cute.Tensor
-    sScale1: cute.Tensor
-    sL: cute.Tensor
-    sItem: cute.Tensor
-    k_words: cute.Tensor
-
-
-@dataclasses.dataclass(frozen=True)
-class Fragments:
-    """Descriptors (t*) and registers (r*) of one consumer thread; S and O are (row, column) views of rS and rO."""
-
-    t: Int32
-    lane: Int32
-    row: Int32
-    tSrQ: cute.Tensor
-    tSrK: cute.Tensor
-    tSrR: cute.Tensor
-    tOrV: cute.Tensor
-    tOrP0: cute.Tensor
-    tOrP1: cute.Tensor
-    rO: cute.Tensor
-    rS: cute.Tensor
-    rP: cute.Tensor
-    rPc: cute.Tensor
-    rQr: cute.Tensor
-    rL: cute.Tensor
-    S: cute.Tensor
-    O: cute.Tensor
-    ldm: cute.TiledCopy
-    stm: cute.TiledCopy
-    tQs: cute.Tensor
-    tQr: cute.Tensor
-    tPr: cute.Tensor
-    tPs0: cute.Tensor
-    tPs1: cute.Tensor
-
-
-def load_item(table, index, item) -> None:
-    """One 8-word row of the plan to registers, as two 16-byte loads."""
-    for i in range(2):
-        cute.autovec_copy(cute.local_tile(table, (1, 4), (index, i))[0, None], cute.local_tile(item, (4,), (i,)))
 
 
 class RowsSm90:
@@ -347,87 +253,78 @@ class RowsSm90:
     # -------------------------------------------------------------- producer
 
     def _produce(self, p: Params, s, part, head0, w):
-        lane = cute.arch.lane_idx()
-        if const_expr(self.key.box_rows > 0):
-            self._produce_items(p, s, part, head0, w, w % 2, w // 2, lane)
-        else:
-            self._gather_items(p, s, part, head0, w, lane)
+        self._produce_items(p, s, part, head0, w, cute.arch.lane_idx())
 
     @cute.jit
-    def _produce_items(self, p, s, part, head0, w, stage, half, lane):
-        """TMA: each warp fills its own (stage, half)."""
+    def _produce_items(self, p, s, part, head0, w, lane):
+        phase = Int32(1)
+        q_phase = Int32(1)
+        item = cute.make_rmem_tensor(8, Int32)
+        load_item(p.mTable, part, item)
+        first_row = item[5]
+        num_items = item[6]
+        for it in cutlass.range(num_items, unroll=1):
+            if it > 0:
+                load_item(p.mTable, first_row + it, item)
+            else:
+                # In front of the first K tiles, or Q would arrive behind all of them: 1.5 us at batch 16. Later items
+                # load K first, because Q has to wait for the end of the item before.
+                self._load_q(p, s, item, it, head0, q_phase, w, lane)
+            block = item[1] // TILE_N
+            num_pairs = (cute.ceil_div(item[2], TILE_N) - block + 1) >> 1
+            if const_expr(self.key.box_rows > 0):
+                phase = self._tma_pairs(p, s, item, it, head0, block, num_pairs, phase, q_phase, w, lane)
+            else:
+                phase = self._gather_pairs(p, s, item, it, head0, block, num_pairs, phase, q_phase, w, lane)
+            q_phase ^= 1
+
+    @cute.jit
+    def _tma_pairs(self, p, s, item, it, head0, block, num_pairs, phase, q_phase, w, lane):
+        """Each warp fills its own (stage, half). Returns the phase of the empty mbarriers."""
+        stage = w % 2
+        half = w // 2
         full = s.mbar + MB_FULL + stage * NUM_SUB + half * 4
         empty = s.mbar + MB_EMPTY + half * 2 + stage
-        phase = Int32(1)
-        q_phase = Int32(1)
-        item = cute.make_rmem_tensor(8, Int32)
-        load_item(p.mTable, part, item)
-        first_row = item[5]
-        num_items = item[6]
-        for it in cutlass.range(num_items, unroll=1):
-            if it > 0:
-                load_item(p.mTable, first_row + it, item)
-            else:
-                # In front of the first K tiles, or Q would arrive behind all of them: 1.5 us at batch 16. Later items
-                # load K first, because Q has to wait for the end of the item before.
+        kv_end = item[2]
+        index_base = item[3]
+        block += stage
+        for pair in cutlass.range(num_pairs, unroll=1):
+            where, boxes = self.loader.lookup(p, index_base, block, kv_end, lane)
+            cute.arch.mbarrier_wait(empty, phase)
+            phase ^= 1
+            self.loader.load(p, s, where, boxes, stage, half, full)
+            block += 2
+            if (pair == 0) & (it > 0):
                 self._load_q(p, s, item, it, head0, q_phase, w, lane)
-            kv_end = item[2]
-            index_base = item[3]
-            block = item[1] // TILE_N
-            num_pairs = (cute.ceil_div(kv_end, TILE_N) - block + 1) >> 1
-            block += stage
-            for pair in cutlass.range(num_pairs, unroll=1):
-                where, boxes = self.loader.lookup(p, index_base, block, kv_end, lane)
-                cute.arch.mbarrier_wait(empty, phase)
-                phase ^= 1
-                self.loader.load(p, s, where, boxes, stage, half, full)
-                block += 2
-                if (pair == 0) & (it > 0):
-                    self._load_q(p, s, item, it, head0, q_phase, w, lane)
-            q_phase ^= 1
+        return phase
 
     @cute.jit
-    def _gather_items(self, p, s, part, head0, w, lane):
-        """cp.async: the four warps share every (stage, half), in the order in which the consumers release them."""
-        phase = Int32(1)
-        q_phase = Int32(1)
-        item = cute.make_rmem_tensor(8, Int32)
-        load_item(p.mTable, part, item)
-        first_row = item[5]
-        num_items = item[6]
-        for it in cutlass.range(num_items, unroll=1):
-            if it > 0:
-                load_item(p.mTable, first_row + it, item)
+    def _gather_pairs(self, p, s, item, it, head0, block, num_pairs, phase, q_phase, w, lane):
+        """The four warps share every (stage, half), in the order in which the consumers release them."""
+        kv_end = item[2]
+        index_base = item[3]
+        page0, row0 = self.loader.lookup(p, index_base, block, kv_end, w, lane)
+        page1, row1 = self.loader.lookup(p, index_base, block + 1, kv_end, w, lane)
+        for pair in cutlass.range(num_pairs, unroll=1):
+            if const_expr(not self.loader.frugal):
+                # The next pair's page ids are on their way while this pair waits for its stages.
+                next0, next_row0 = self.loader.lookup(p, index_base, block + 2, kv_end, w, lane)
+                next1, next_row1 = self.loader.lookup(p, index_base, block + 3, kv_end, w, lane)
+            for stage, half in GATHER_ORDER:
+                cute.arch.mbarrier_wait(s.mbar + MB_EMPTY + half * 2 + stage, phase)
+                where = (page1, row1) if stage else (page0, row0)
+                full = s.mbar + MB_FULL + stage * NUM_SUB + half * 4
+                self.loader.load(p, s, where, block + stage, kv_end, stage, half, full, w, lane)
+            phase ^= 1
+            block += 2
+            if const_expr(self.loader.frugal):
+                page0, row0 = self.loader.lookup(p, index_base, block, kv_end, w, lane)
+                page1, row1 = self.loader.lookup(p, index_base, block + 1, kv_end, w, lane)
             else:
-                # In front of the first K tiles, or Q would arrive behind all of them: 1.5 us at batch 16. Later items
-                # load K first, because Q has to wait for the end of the item before.
+                page0, row0, page1, row1 = next0, next_row0, next1, next_row1
+            if (pair == 0) & (it > 0):
                 self._load_q(p, s, item, it, head0, q_phase, w, lane)
-            kv_end = item[2]
-            index_base = item[3]
-            block = item[1] // TILE_N
-            num_pairs = (cute.ceil_div(kv_end, TILE_N) - block + 1) >> 1
-            page0, row0 = self.loader.lookup(p, index_base, block, kv_end, w, lane)
-            page1, row1 = self.loader.lookup(p, index_base, block + 1, kv_end, w, lane)
-            for pair in cutlass.range(num_pairs, unroll=1):
-                if const_expr(not self.loader.frugal):
-                    # The next pair's page ids are on their way while this pair waits for its stages.
-                    next0, next_row0 = self.loader.lookup(p, index_base, block + 2, kv_end, w, lane)
-                    next1, next_row1 = self.loader.lookup(p, index_base, block + 3, kv_end, w, lane)
-                for stage, half in GATHER_ORDER:
-                    cute.arch.mbarrier_wait(s.mbar + MB_EMPTY + half * 2 + stage, phase)
-                    where = (page1, row1) if stage else (page0, row0)
-                    full = s.mbar + MB_FULL + stage * NUM_SUB + half * 4
-                    self.loader.load(p, s, where, block + stage, kv_end, stage, half, full, w, lane)
-                phase ^= 1
-                block += 2
-                if const_expr(self.loader.frugal):
-                    page0, row0 = self.loader.lookup(p, index_base, block, kv_end, w, lane)
-                    page1, row1 = self.loader.lookup(p, index_base, block + 1, kv_end, w, lane)
-                else:
-                    page0, row0, page1, row1 = next0, next_row0, next1, next_row1
-                if (pair == 0) & (it > 0):
-                    self._load_q(p, s, item, it, head0, q_phase, w, lane)
-            q_phase ^= 1
+        return phase
 
     @cute.jit
     def _load_q(self, p, s, item, it, head0, q_phase, w, lane):
@@ -680,7 +577,7 @@ class RowsSm90:
                 else:
                     p.mLse[batch, head0 + f.t] = v * p.lse_scale
         if const_expr(not self.scaled_partials):
-            self._normalise(s, f)
+            epilogue.normalise(s, f)
         # Where row 0 of the tile goes, in bytes: one store path for outputs and partials (both 16-bit rows).
         dst = p.mO.iterator.toint() + (Int64(batch) * p.mO.stride[0] + Int64(head0) * p.mO.stride[1]) * 2
         row_bytes = Int64(p.mO.stride[1]) * 2
@@ -691,72 +588,15 @@ class RowsSm90:
             words = cute.make_rmem_tensor((2, 32), Uint32)
             if part_row >= 0:
                 for r in cutlass.range_constexpr(2):
-                    worth = self._pack_int16(s, f, words, r)
+                    worth = epilogue.pack_int16(s, f, words, r)
                     if (f.lane % 4 == 0) & (f.row + 8 * r < rows):
                         p.mPart[part_row + head0 + f.row + 8 * r, PART_LSE + 1 + wg] = worth
             else:
-                self._normalise(s, f)
-                half = self._pack_half(f)
+                epilogue.normalise(s, f)
+                half = epilogue.pack_half(f, self.dtype)
                 for r in cutlass.range_constexpr(2):
                     for j in cutlass.range_constexpr(32):
                         words[r, j] = half[r, j]
-            self._store_rows(f, words, dst, row_bytes, rows, wg)
+            epilogue.store_rows(f, words, dst, row_bytes, rows, wg)
         else:
-            self._store_rows(f, self._pack_half(f), dst, row_bytes, rows, wg)
-
-    def _inverse_sum(self, s, f, row: int):
-        return cute.arch.rcp_approx(s.sL[f.row + 8 * row] + s.sL[f.row + 8 * row + TILE_M])
-
-    def _normalise(self, s, f):
-        for r in range(2):
-            inv = self._inverse_sum(s, f, r)
-            for n in range(64):
-                f.O[r, n] = f.O[r, n] * inv
-
-    def _pack_half(self, f):
-        """O in the 16-bit dtype, as (row, pair of columns) words."""
-        rOh = cute.make_rmem_tensor(128, self.dtype)
-        rOh.store(cute.make_tensor(f.rO.iterator, cute.make_layout(128)).load().to(self.dtype))
-        return cute.make_tensor(cute.recast_tensor(rOh, Uint32).iterator, cute.make_layout((2, 32), stride=(1, 2)))
-
-    def _pack_int16(self, s, f, words, row: int):
-        """Row `row` of O as pairs of biased 16-bit integers; returns what an integer is worth in the normalised output.
-
-        An FFMA with 2^23 + 2^15 leaves round(x) + 2^15 in the low bits of the float's mantissa. A NaN or an infinity
-        makes the scale one, and with it the row's half.
-        """
-        largest = Float32(1.0e-30)
-        for n in range(64):
-            largest = cute.arch.fmax(largest, cute.math.absf(f.O[row, n]), nan=True)
-        for offset in (1, 2):
-            largest = cute.arch.fmax(largest, cute.arch.shuffle_sync_bfly(largest, offset=offset), nan=True)
-        to_int = Float32(INT16_MAX) / largest
-        for j in range(32):
-            low, high = (f.O[row, 2 * j + i] * to_int + Float32(INT16_BIAS) for i in range(2))
-            words[row, j] = Uint32(cute.arch.prmt(low.bitcast(Int32), high.bitcast(Int32), 0x5410))
-        return largest * self._inverse_sum(s, f, row) * Float32(1.0 / INT16_MAX)
-
-    @cute.jit
-    def _store_rows(self, f, words, dst, row_bytes, rows, wg: Constexpr):
-        """16-bit rows: 4 x 4 transposes of column pairs inside each quad, then 16 bytes per lane, 64 per quad."""
-        q = f.lane % 4
-        upper = q >= 2
-        odd = q % 2 == 1
-        v = cute.make_rmem_tensor(4, Uint32)
-        for r in cutlass.range_constexpr(2):
-            row = f.row + 8 * r
-            at = dst + Int64(row) * row_bytes + Int64(wg * 512 + q * 16)
-            for g in cutlass.range_constexpr(8):
-                a = [words[r, 4 * g + i] for i in range(4)]
-                b = [None] * 4
-                for i in cutlass.range_constexpr(2):
-                    x = cute.arch.shuffle_sync_bfly(a[i] if upper else a[i + 2], offset=2)
-                    b[i] = x if upper else a[i]
-                    b[i + 2] = a[i + 2] if upper else x
-                for i in cutlass.range_constexpr(2):
-                    x = cute.arch.shuffle_sync_bfly(b[2 * i] if odd else b[2 * i + 1], offset=1)
-                    v[2 * i] = x if odd else b[2 * i]
-                    v[2 * i + 1] = b[2 * i + 1] if odd else x
-                if row < rows:
-                    to = cute.make_ptr(Uint32, at + 64 * g, cute.AddressSpace.gmem, assumed_align=16)
-                    cute.autovec_copy(v, cute.make_tensor(to, cute.make_layout(4)))
+            epilogue.store_rows(f, epilogue.pack_half(f, self.dtype), dst, row_bytes, rows, wg)
