@@ -59,8 +59,8 @@ MB_FULL, MB_EMPTY, MB_Q_FULL, MB_Q_EMPTY, MB_TOTAL = 0, 2 * NUM_SUB, 2 * NUM_SUB
 # Order in which each consumer takes the sub-tiles of its stage: the half that is refilled first comes first.
 QK_ORDER = (((0, 1, 2, 3), (4, 5, 6, 7, 8)), ((4, 5, 6, 7, 8), (0, 1, 2, 3)))
 
-# (stage, half) in the order in which a pair's halves are released.
-GATHER_ORDER = ((0, 0), (1, 1), (0, 1), (1, 0))
+# (stage, half) in the order in which a pair's halves are released, by pv_order.
+GATHER_ORDER = {"own": ((0, 0), (1, 1), (0, 1), (1, 0)), "stage": ((0, 0), (0, 1), (1, 0), (1, 1))}
 
 
 class RowsSm90:
@@ -72,6 +72,7 @@ class RowsSm90:
         self.loader = paged_kv.make_loader(key.box_rows, config.evict_first, frugal=key.dtype == "float16")
         self.use_pdl = config.use_pdl
         self.scaled_partials = config.partials == "int16"
+        self.stage0_first = config.pv_order == "stage"
         self.regs_consumer, self.regs_producer = (240, 24) if key.box_rows > 8 else (232, 40)
 
     # ------------------------------------------------------------------ host
@@ -310,7 +311,7 @@ class RowsSm90:
                 # The next pair's page ids are on their way while this pair waits for its stages.
                 next0, next_row0 = self.loader.lookup(p, index_base, block + 2, kv_end, w, lane)
                 next1, next_row1 = self.loader.lookup(p, index_base, block + 3, kv_end, w, lane)
-            for stage, half in GATHER_ORDER:
+            for stage, half in GATHER_ORDER["stage" if self.stage0_first else "own"]:
                 cute.arch.mbarrier_wait(s.mbar + MB_EMPTY + half * 2 + stage, phase)
                 where = (page1, row1) if stage else (page0, row0)
                 full = s.mbar + MB_FULL + stage * NUM_SUB + half * 4
@@ -547,14 +548,21 @@ class RowsSm90:
         sync.fence_smem_writes()
         self._zero_v_tail(s, f, 1, 1, valid1)
         sync.arrive(BAR_P1, 256)
-        self._pv(p.mma_pv_rs, f, f.rP, 1, 1)
-        sync.sync(BAR_P0, 256)
-        self._zero_v_tail(s, f, 0, 1, valid0)
-        self._pv(p.mma_pv, f, f.tOrP0, 1, 0)
+        if self.stage0_first:
+            sync.sync(BAR_P0, 256)
+            self._zero_v_tail(s, f, 0, 1, valid0)
+            self._pv(p.mma_pv, f, f.tOrP0, 1, 0)
+            self._pv(p.mma_pv_rs, f, f.rP, 1, 1)
+        else:
+            self._pv(p.mma_pv_rs, f, f.rP, 1, 1)
+            sync.sync(BAR_P0, 256)
+            self._zero_v_tail(s, f, 0, 1, valid0)
+            self._pv(p.mma_pv, f, f.tOrP0, 1, 0)
+        first = 0 if self.stage0_first else 1
         warpgroup.wait_group(1)
-        self._release(s, 1, 1)
+        self._release(s, 1, first)
         warpgroup.wait_group(0)
-        self._release(s, 1, 0)
+        self._release(s, 1, 1 - first)
 
     # -------------------------------------------------------------- epilogue
 

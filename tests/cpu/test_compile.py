@@ -14,7 +14,10 @@ MAX_REGISTERS_PER_SM = 65536
 
 # Shipped by default, and the other values of what a configuration may choose.
 VARIANTS = registry.variants() + [
-    v for v in registry.variants(config=KernelConfig(partials="int16")) if v[0] == registry.DECODE
+    variant
+    for config in (KernelConfig(partials="int16"), KernelConfig(pv_order="stage"))
+    for variant in registry.variants(config=config)
+    if variant[0] == registry.DECODE
 ]
 DECODE = [v for v in VARIANTS if v[0] == registry.DECODE]
 PLANNER = [v for v in VARIANTS if v[0] == registry.PLANNER]
@@ -22,7 +25,7 @@ PLANNER = [v for v in VARIANTS if v[0] == registry.PLANNER]
 
 def name(variant):
     kernel, key, config = variant
-    return "-".join([kernel.name, *(str(value) for value in vars(key).values()), config.partials])
+    return "-".join([kernel.name, *(str(value) for value in vars(key).values()), config.partials, config.pv_order])
 
 
 @functools.cache

@@ -109,7 +109,15 @@ def test_what_is_chosen_for_common_batches(lengths, num_heads, how, largest):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("kernel", "columns"), ("min_blocks", 1), ("min_blocks", 3), ("item_overhead", -1), ("split_penalty", -1)],
+    [
+        ("kernel", "columns"),
+        ("partials", "float"),
+        ("pv_order", "other"),
+        ("min_blocks", 1),
+        ("min_blocks", 3),
+        ("item_overhead", -1),
+        ("split_penalty", -1),
+    ],
 )
 def test_infeasible_configs_are_named(field, value):
     reason = why_infeasible(KernelConfig(**{field: value}))

@@ -241,11 +241,13 @@ def test_planner_configs(config, num_heads):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("num_heads", [6, 16, 65, 128])
 @pytest.mark.parametrize("drift", [0.0, 60.0])
-def test_int16_partials(num_heads, dtype, drift):
-    """Every piece of every cut request; with batch_invariant also the requests that a batch this large leaves whole."""
-    config = mla_cute.KernelConfig(partials="int16")
+@pytest.mark.parametrize("page_size", [64, 1])
+@pytest.mark.parametrize("change", [{"partials": "int16"}, {"pv_order": "stage"}], ids=["int16", "stage"])
+def test_other_configs(change, num_heads, page_size, dtype, drift):
+    """Requests cut and whole; with batch_invariant also those that a batch this large would leave whole are cut."""
+    config = mla_cute.KernelConfig(**change)
     for lengths in ([20000], [8192, 5000, 0, 65, 1, 129, 3000], [1500] * 300):
-        case = make_case(lengths, num_heads=num_heads, page_size=64, device="cuda", dtype=dtype, drift=drift)
+        case = make_case(lengths, num_heads=num_heads, page_size=page_size, device="cuda", dtype=dtype, drift=drift)
         expected = expected_of(case)
         for invariant in (False, True):
             check(case, config=config, expected=expected, batch_invariant=invariant)
