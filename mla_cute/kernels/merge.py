@@ -15,8 +15,7 @@ in front of it has completed. Everything after the wait is one round trip to the
 
 import cutlass
 import cutlass.cute as cute
-import cutlass.utils as utils
-from cutlass import Float32, Int32, const_expr
+from cutlass import Float32, Int32, const_expr, memory
 
 from ..config import LaunchConfig
 from .registry import INT16_BIAS, PART_LSE, DecodeKey
@@ -68,7 +67,7 @@ class Merge:
         grid_x, grid_y, _ = cute.arch.grid_dim()
         warp = cute.arch.make_warp_uniform(t // 32)
         lane = t % 32
-        alloc = utils.SmemAllocator()
+        alloc = memory.SmemAllocator()
         s_o = alloc.allocate_tensor(Float32, cute.make_layout((NUM_WARPS, COLS), stride=(COLS, 1)), 16)
         s_ml = alloc.allocate_tensor(Float32, cute.make_layout((NUM_WARPS, 2), stride=(2, 1)), 16)
         num_units = Int32(cute.size(out, mode=[1])) * NUM_COL_TILES

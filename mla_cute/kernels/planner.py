@@ -31,8 +31,7 @@ import dataclasses
 
 import cutlass
 import cutlass.cute as cute
-import cutlass.utils as utils
-from cutlass import Int32, const_expr
+from cutlass import Int32, const_expr, memory
 from cutlass.cute.runtime import make_fake_stream
 
 from ..config import LaunchConfig
@@ -240,7 +239,7 @@ class Planner:
     @cute.kernel
     def kernel(self, p: PlanParams):
         t, _, _ = cute.arch.thread_idx()
-        alloc = utils.SmemAllocator()
+        alloc = memory.SmemAllocator()
 
         def words(n):
             return alloc.allocate_tensor(Int32, cute.make_layout(n), 16)

@@ -37,9 +37,8 @@ Q's ninth sub-tile (rope) is read to registers at the start of an item and its b
 
 import cutlass
 import cutlass.cute as cute
-import cutlass.utils as utils
 import cutlass.utils.hopper_helpers as sm90
-from cutlass import BFloat16, Constexpr, Float16, Float32, Int32, Int64, Uint32, const_expr
+from cutlass import BFloat16, Constexpr, Float16, Float32, Int32, Int64, Uint32, const_expr, memory
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 
 from ..config import LaunchConfig
@@ -185,7 +184,7 @@ class RowsSm90:
         return Storage
 
     def _smem(self, p: Params):
-        st = utils.SmemAllocator().allocate(self._storage())
+        st = memory.SmemAllocator().allocate(self._storage())
 
         def view(field, layout):
             return field.get_tensor(layout.outer, swizzle=layout.inner)
