@@ -49,6 +49,10 @@ class KernelConfig:
     def launch(self) -> LaunchConfig:
         return LaunchConfig(self.kernel, self.evict_first, self.use_pdl, self.partials, self.pv_order)
 
+    def planner_launch(self) -> LaunchConfig:
+        """As `launch`, with only what the planner's code depends on: configurations share its kernels."""
+        return KernelConfig(use_pdl=self.use_pdl).launch()
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 

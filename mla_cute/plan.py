@@ -118,7 +118,7 @@ class DecodePlan:
         ctas = _MERGE_CTAS_PER_SM * sms
         self.merge_y = max(1, min(batch, slots, ctas))
         self.merge_x = max(1, min(num_heads * _MERGE_COL_TILES, ctas // self.merge_y))
-        self._planner = jit.get(PLANNER, key, self.config.launch())
+        self._planner = jit.get(PLANNER, key, self.config.planner_launch())
 
     @property
     def workspace_bytes(self) -> int:

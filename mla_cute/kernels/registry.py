@@ -72,7 +72,11 @@ def variants(
         if bad := [p for p in page_sizes if p < 1]:
             raise ValueError(f"page_sizes: expected values >= 1, got {bad}")
         boxes = tuple(b for b in BOX_ROWS if b in {box_rows_of(p) for p in page_sizes})
-    launch = (config or KernelConfig()).launch()
-    decode = [(DECODE, DecodeKey(dtype, box), launch) for dtype in dtypes for box in boxes]
-    planner = [(PLANNER, PlannerKey(n, invariant), launch) for n in LENGTHS for invariant in (False, True)]
+    config = config or KernelConfig()
+    decode = [(DECODE, DecodeKey(dtype, box), config.launch()) for dtype in dtypes for box in boxes]
+    planner = [
+        (PLANNER, PlannerKey(lengths, invariant), config.planner_launch())
+        for lengths in LENGTHS
+        for invariant in (False, True)
+    ]
     return [*decode, *planner]

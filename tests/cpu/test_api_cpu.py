@@ -3,12 +3,14 @@
 import math
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 
 import mla_cute
 from mla_cute._testing import compare, expected_of, make_case, run_case
+from mla_cute.plan import num_sms
 from mla_cute.reference import decode_reference
 
 ENTRIES = pytest.mark.parametrize("entry", ["csr", "block_table"])
@@ -301,3 +303,13 @@ def test_matches_the_reference_bitwise():
     want, want_lse = decode_reference(*case.csr_args, kv_last_page_len=case.kv_last_page_len)
     assert torch.equal(output, want)
     assert torch.equal(lse, want_lse)
+
+
+@pytest.mark.parametrize(("major", "minor", "name"), [(8, 0, "NVIDIA A100"), (10, 0, "NVIDIA B200")])
+def test_other_architectures_are_named(monkeypatch, major, minor, name):
+    properties = types.SimpleNamespace(major=major, minor=minor, name=name, multi_processor_count=108)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    with pytest.raises(
+        RuntimeError, match=rf"9\.0 \(sm_90a\); cuda:0 is {name} of compute capability {major}\.{minor}$"
+    ):
+        num_sms(torch.device("cuda", 0))
