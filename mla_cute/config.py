@@ -1,6 +1,7 @@
 """Tunable configuration of the kernels: values that change speed, never results."""
 
 import dataclasses
+import functools
 from typing import Any
 
 KERNELS = ("rows",)
@@ -46,9 +47,11 @@ class KernelConfig:
     partials: str = "half"
     pv_order: str = "own"
 
+    @functools.lru_cache(maxsize=256)  # noqa: B019 -- values, few and small; a call without a plan asks every time
     def launch(self) -> LaunchConfig:
         return LaunchConfig(self.kernel, self.evict_first, self.use_pdl, self.partials, self.pv_order)
 
+    @functools.lru_cache(maxsize=256)  # noqa: B019
     def planner_launch(self) -> LaunchConfig:
         """As `launch`, with only what the planner's code depends on: configurations share its kernels."""
         return KernelConfig(use_pdl=self.use_pdl).launch()
@@ -86,6 +89,7 @@ def why_infeasible(config: KernelConfig) -> str | None:
     return None
 
 
+@functools.lru_cache(maxsize=4096)
 def default_config(num_heads: int, page_size: int, batch: int, num_sms: int) -> KernelConfig:
     """The configuration used when no tuned entry applies."""
     del page_size, batch, num_sms
