@@ -1,4 +1,4 @@
-"""Tunable configuration of the kernels: values that change speed, never results."""
+"""Tunable configuration of the kernels: values that change speed, and results by rounding at most."""
 
 import dataclasses
 import functools

@@ -16,6 +16,7 @@ from .kernels.registry import (
     FIXED_MAX_PIECES,
     FIXED_MIN_BLOCKS,
     MAX_PARTS,
+    MERGE_COL_TILES,
     PART_ROW,
     PLANNER,
     TILE_M,
@@ -26,9 +27,8 @@ from .kernels.registry import (
 from .problem import MAX_HEADS, DecodeProblem, expect_metadata
 
 _DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
-# Merge CTAs that fit an SM (256 threads of up to 128 registers), and the 256-column units of a row (kernels/merge.py).
+# Merge CTAs that fit an SM: 256 threads of up to 128 registers (kernels/merge.py).
 _MERGE_CTAS_PER_SM = 2
-_MERGE_COL_TILES = 2
 
 
 def check_enabled() -> bool:
@@ -69,7 +69,7 @@ class DecodePlan:
     """
 
     __slots__ = (
-        "_lengths", "_last_len", "_key", "_planner", "_scratch", "_table_stride", "_problem", "_launch", "_block_table",
+        "_lengths", "_last_len", "_planner", "_scratch", "_table_stride", "_problem", "_launch", "_block_table",
         "batch", "num_heads", "page_size", "device", "config", "batch_invariant",
         "table", "part", "num_parts", "merge_x", "merge_y", "verifies",
     )  # fmt: skip
@@ -90,7 +90,7 @@ class DecodePlan:
         device = lengths.device
         self.batch, self.num_heads, self.page_size, self.device = batch, num_heads, page_size, device
         self.batch_invariant = key.batch_invariant
-        self._lengths, self._last_len, self._key, self._table_stride = lengths, last_len, key, table_stride
+        self._lengths, self._last_len, self._table_stride = lengths, last_len, table_stride
         self._block_table = key.lengths == "seq_lens"
         self.verifies = check_enabled()
         self._problem: DecodeProblem | None = None  # the last problem this plan was found fit for, and its launcher
@@ -117,7 +117,7 @@ class DecodePlan:
         self._scratch = torch.empty((4, batch + 1), dtype=torch.int32, device=device)
         ctas = _MERGE_CTAS_PER_SM * sms
         self.merge_y = max(1, min(batch, slots, ctas))
-        self.merge_x = max(1, min(num_heads * _MERGE_COL_TILES, ctas // self.merge_y))
+        self.merge_x = max(1, min(num_heads * MERGE_COL_TILES, ctas // self.merge_y))
         self._planner = jit.get(PLANNER, key, self.config.planner_launch())
 
     @property
@@ -166,12 +166,11 @@ class DecodePlan:
         return self._launch
 
 
-def _check_sizes(num_heads: int, page_size: int) -> None:
-    for name, value, upper in (("num_heads", num_heads, MAX_HEADS), ("page_size", page_size, None)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: expected an int, got {value!r}")
-        if value < 1 or (upper is not None and value > upper):
-            raise ValueError(f"{name}: expected {'1 to ' + str(upper) if upper else '>= 1'}, got {value}")
+def _expect_int(name: str, value: object, least: int, most: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {value!r}")
+    if value < least or (most is not None and value > most):
+        raise ValueError(f"{name}: expected {f'>= {least}' if most is None else f'{least} to {most}'}, got {value}")
 
 
 def plan_decode(
@@ -199,7 +198,8 @@ def plan_decode(
     Raises:
         TypeError, ValueError: naming the argument. RuntimeError: the device is not Hopper.
     """
-    _check_sizes(num_heads, page_size)
+    _expect_int("num_heads", num_heads, 1, MAX_HEADS)
+    _expect_int("page_size", page_size, 1)
     expect_metadata("kv_indptr", kv_indptr, (None,), "[batch + 1]", None)
     batch = kv_indptr.shape[0] - 1
     if batch < 0:
@@ -241,12 +241,10 @@ def plan_decode_block_table(
     Raises:
         TypeError, ValueError: naming the argument. RuntimeError: the device is not Hopper.
     """
-    _check_sizes(num_heads, page_size)
+    _expect_int("num_heads", num_heads, 1, MAX_HEADS)
+    _expect_int("page_size", page_size, 1)
     expect_metadata("seq_lens", seq_lens, (None,), "[batch]", None)
-    if isinstance(max_pages, bool) or not isinstance(max_pages, int):
-        raise TypeError(f"max_pages: expected an int, got {max_pages!r}")
-    if max_pages < 0:
-        raise ValueError(f"max_pages: expected >= 0, got {max_pages}")
+    _expect_int("max_pages", max_pages, 0)
     batch = seq_lens.shape[0]
     return DecodePlan(
         PlannerKey("seq_lens", bool(batch_invariant)),

@@ -18,13 +18,12 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr, memory
 
 from ..config import LaunchConfig
-from .registry import INT16_BIAS, PART_LSE, DecodeKey
+from .registry import INT16_BIAS, MERGE_COL_TILES, PART_LSE, DecodeKey
 from .rows_sm90 import DTYPES, HEAD_DIM_V
 from .softmax import NEG_BIG, exp2
 
 NUM_WARPS = 8
-COLS = 256
-NUM_COL_TILES = HEAD_DIM_V // COLS
+COLS = HEAD_DIM_V // MERGE_COL_TILES
 # Pieces a warp loads before it uses the first.
 IN_FLIGHT = 8
 
@@ -70,7 +69,7 @@ class Merge:
         alloc = memory.SmemAllocator()
         s_o = alloc.allocate_tensor(Float32, cute.make_layout((NUM_WARPS, COLS), stride=(COLS, 1)), 16)
         s_ml = alloc.allocate_tensor(Float32, cute.make_layout((NUM_WARPS, 2), stride=(2, 1)), 16)
-        num_units = Int32(cute.size(out, mode=[1])) * NUM_COL_TILES
+        num_units = Int32(cute.size(out, mode=[1])) * MERGE_COL_TILES
         # Both at once, the row in hope that there is one: a dependent load costs 0.5 us.
         num_merges = table[0, 7]
         batch = table[num_parts + y, 0]
@@ -105,8 +104,8 @@ class Merge:
     @cute.jit
     def _empty(self, out, lse, batch, unit, num_units, lane):
         if unit < num_units:
-            head = unit // NUM_COL_TILES
-            col = unit % NUM_COL_TILES
+            head = unit // MERGE_COL_TILES
+            col = unit % MERGE_COL_TILES
             zero = cute.make_rmem_tensor(8, self.dtype)
             zero.fill(0.0)
             cute.autovec_copy(zero, cute.local_tile(out[batch, head, None], (8,), (col * 32 + lane,)))
@@ -116,8 +115,8 @@ class Merge:
     @cute.jit
     def _unit(self, part, out, lse, s_o, s_ml, batch, first, n, group, unit, num_units, warp, lane, lse_scale):
         num_heads = Int32(cute.size(out, mode=[1]))
-        head = unit // NUM_COL_TILES
-        col = unit % NUM_COL_TILES
+        head = unit // MERGE_COL_TILES
+        col = unit % MERGE_COL_TILES
         g = warp % group
         words = cute.make_rmem_tensor((4, IN_FLIGHT), Float32)
         frag = cute.recast_tensor(words, self.dtype)  # (8, IN_FLIGHT)

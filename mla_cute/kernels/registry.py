@@ -21,6 +21,8 @@ TILE_M = 64
 # cache's; the dtype's own 16 bits round once more, which the average over the pieces largely hides.
 PART_ROW = 288
 PART_LSE = 256
+# Column tiles of a row that the merge treats apart: the halves that the main kernel's two consumers wrote.
+MERGE_COL_TILES = 2
 # int16 partials: the largest integer, and what the integers are added to in float32 so that they fill its low bits.
 INT16_MAX = 32767.0
 INT16_BIAS = float(2**23 + 2**15)

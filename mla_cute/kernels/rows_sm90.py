@@ -242,7 +242,7 @@ class RowsSm90:
         head0 = (cta - part * p.num_tiles) * TILE_M
         if wg == 2:
             cute.arch.setmaxregister_decrease(self.regs_producer)
-            self._produce(p, s, part, head0, warp_idx - 8)
+            self._produce_items(p, s, part, head0, warp_idx - 8, cute.arch.lane_idx())
         else:
             cute.arch.setmaxregister_increase(self.regs_consumer)
             if wg == 0:
@@ -251,9 +251,6 @@ class RowsSm90:
                 self._consume(p, s, part, head0, tidx % 128, 1)
 
     # -------------------------------------------------------------- producer
-
-    def _produce(self, p: Params, s, part, head0, w):
-        self._produce_items(p, s, part, head0, w, cute.arch.lane_idx())
 
     @cute.jit
     def _produce_items(self, p, s, part, head0, w, lane):
@@ -501,15 +498,11 @@ class RowsSm90:
         """wg 1 moved the reference: rescale the P0 already in shared memory, and O once its PV has drained."""
         if need:
             warpgroup.wait_group(0)
-            for n in cutlass.range_constexpr(16):
-                f.S[0, n] = f.S[0, n] * scale0
-                f.S[1, n] = f.S[1, n] * scale1
+            softmax.multiply_rows(f.S, 16, scale0, scale1)
             f.rPc.store(f.rS.load().to(self.dtype))
             cute.copy(f.stm, f.tPr, f.tPs0)
             sync.fence_smem_writes()
-            for n in cutlass.range_constexpr(64):
-                f.O[0, n] = f.O[0, n] * scale0
-                f.O[1, n] = f.O[1, n] * scale1
+            softmax.multiply_rows(f.O, 64, scale0, scale1)
 
     def _pair_wg0(self, p, s, f, phase, valid0, valid1):
         self._qk(p, s, f, 0, phase, QK_ORDER[0][0], True)

@@ -60,12 +60,16 @@ def any_rescale(scale0, scale1):
     return cute.arch.vote_any_sync((scale0 != Float32(1.0)) | (scale1 != Float32(1.0)))
 
 
+def multiply_rows(acc_rc, num_cols: int, scale0, scale1) -> None:
+    for n in range(num_cols):
+        acc_rc[0, n] = acc_rc[0, n] * scale0
+        acc_rc[1, n] = acc_rc[1, n] * scale1
+
+
 @cute.jit
 def scale_rows(acc_rc, num_cols: cutlass.Constexpr, scale0, scale1, need):
     if need:
-        for n in cutlass.range_constexpr(num_cols):
-            acc_rc[0, n] = acc_rc[0, n] * scale0
-            acc_rc[1, n] = acc_rc[1, n] * scale1
+        multiply_rows(acc_rc, num_cols, scale0, scale1)
 
 
 @cute.jit

@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+from check_values import BAD_VALUES, NAMES
 
 import mla_cute
 from mla_cute._testing import compare, expected_of, make_case, run_case
@@ -266,23 +267,7 @@ def test_bad_tensor_raises_before_anything_is_written(entry):
     assert case.guarded_lse.untouched()
 
 
-# small_case has kv_indptr [0, 2, 2, 3, 6], page ids of 9 pages and 6 block-table columns
-@pytest.mark.parametrize(
-    ("entry", "name", "position", "value", "named"),
-    [
-        ("csr", "kv_indptr", 2, 1, "kv_indptr"),
-        ("csr", "kv_indptr", 0, -1, "kv_indptr"),
-        ("csr", "kv_indptr", 4, 1000, "kv_indptr"),
-        ("csr", "kv_indices", 5, 9, "kv_indices"),
-        ("csr", "kv_indices", 0, -1, "kv_indices"),
-        ("csr", "kv_last_page_len", 3, 9, "kv_last_page_len"),
-        ("block_table", "block_table", (3, 2), 9, "block_table"),
-        ("block_table", "block_table", (0, 0), -5, "block_table"),
-        ("block_table", "seq_lens", 3, 49, "seq_lens"),
-        ("block_table", "seq_lens", 1, -1, "seq_lens"),
-        ("block_table", "seq_lens", 2, 9, "block_table"),
-    ],
-)
+@pytest.mark.parametrize(NAMES, BAD_VALUES)
 def test_check_mode_verifies_values(monkeypatch, entry, name, position, value, named):
     case = small_case()
     monkeypatch.setenv("MLA_CUTE_CHECK", "1")

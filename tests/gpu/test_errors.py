@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from check_values import BAD_VALUES, NAMES
 from gpu_helpers import ENTRIES, decode, plan_of
 
 import mla_cute
@@ -147,24 +148,8 @@ def test_bad_config():
     assert_refused(case, "csr", ValueError, r"^config: min_blocks: expected", config=config)
 
 
-# small_case has kv_indptr [0, 2, 2, 3, 6], page ids of 9 pages and 6 block-table columns
 @pytest.mark.parametrize("with_plan", [False, True], ids=["", "plan"])
-@pytest.mark.parametrize(
-    ("entry", "name", "position", "value", "named"),
-    [
-        ("csr", "kv_indptr", 2, 1, "kv_indptr"),
-        ("csr", "kv_indptr", 0, -1, "kv_indptr"),
-        ("csr", "kv_indptr", 4, 1000, "kv_indptr"),
-        ("csr", "kv_indices", 5, 9, "kv_indices"),
-        ("csr", "kv_indices", 0, -1, "kv_indices"),
-        ("csr", "kv_last_page_len", 3, 9, "kv_last_page_len"),
-        ("block_table", "block_table", (3, 2), 9, "block_table"),
-        ("block_table", "block_table", (0, 0), -5, "block_table"),
-        ("block_table", "seq_lens", 3, 49, "seq_lens"),
-        ("block_table", "seq_lens", 1, -1, "seq_lens"),
-        ("block_table", "seq_lens", 2, 9, "block_table"),
-    ],
-)
+@pytest.mark.parametrize(NAMES, BAD_VALUES)
 def test_check_mode_verifies_values(monkeypatch, entry, name, position, value, named, with_plan):
     case = small_case()
     monkeypatch.setenv("MLA_CUTE_CHECK", "1")
