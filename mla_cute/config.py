@@ -44,7 +44,7 @@ class KernelConfig:
     min_blocks: int = 2
     item_overhead: int = 4
     split_penalty: int = 6
-    partials: str = "half"
+    partials: str = "int16"
     pv_order: str = "own"
 
     @functools.lru_cache(maxsize=256)  # noqa: B019 -- values, few and small; a call without a plan asks every time

@@ -233,16 +233,20 @@ class RowsSm90:
                 cute.arch.mbarrier_init(s.mbar + MB_Q_FULL, 4)
                 cute.arch.mbarrier_init(s.mbar + MB_Q_EMPTY, 8)
         cute.arch.mbarrier_init_fence()
-        cute.arch.sync_threads()
+        part = cta // p.num_tiles
+        head0 = (cta - part * p.num_tiles) * TILE_M
         if const_expr(self.use_pdl):
             cute.arch.griddepcontrol_wait()
             cute.arch.griddepcontrol_launch_dependents()
+        # The first item is on its way while the barriers are set up.
+        item = cute.make_rmem_tensor(8, Int32)
+        if wg == 2:
+            load_item(p.mTable, part, item)
+        cute.arch.sync_threads()
 
-        part = cta // p.num_tiles
-        head0 = (cta - part * p.num_tiles) * TILE_M
         if wg == 2:
             cute.arch.setmaxregister_decrease(self.regs_producer)
-            self._produce_items(p, s, part, head0, warp_idx - 8, cute.arch.lane_idx())
+            self._produce_items(p, s, item, head0, warp_idx - 8, cute.arch.lane_idx())
         else:
             cute.arch.setmaxregister_increase(self.regs_consumer)
             if wg == 0:
@@ -253,11 +257,9 @@ class RowsSm90:
     # -------------------------------------------------------------- producer
 
     @cute.jit
-    def _produce_items(self, p, s, part, head0, w, lane):
+    def _produce_items(self, p, s, item, head0, w, lane):
         phase = Int32(1)
         q_phase = Int32(1)
-        item = cute.make_rmem_tensor(8, Int32)
-        load_item(p.mTable, part, item)
         first_row = item[5]
         num_items = item[6]
         for it in cutlass.range(num_items, unroll=1):
