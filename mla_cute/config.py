@@ -5,8 +5,6 @@ import functools
 from typing import Any
 
 KERNELS = ("rows",)
-PARTIALS = ("half", "int16")
-PV_ORDERS = ("own", "stage")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,8 +14,6 @@ class LaunchConfig:
     kernel: str
     evict_first: bool
     use_pdl: bool
-    partials: str
-    pv_order: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -26,11 +22,6 @@ class KernelConfig:
 
     kernel            which main kernel runs: "rows" (64 packed rows per tile, two KV tiles in flight)
     evict_first       KV loads carry the L2 evict-first hint
-    partials          how the pieces of a cut request store their outputs until the merge, in two bytes: "half",
-                      rounded to the dtype of q; "int16", integers under a float32 scale per row and half of its
-                      columns, exact to 2^-16 of the largest element (not measured yet)
-    pv_order          which V the second consumer takes first: "own", the tile whose P it computed; "stage", tile 0 as
-                      the first consumer does, so that tile 0 is loaded again sooner (not measured yet)
     use_pdl           launch planner, main and merge kernels with programmatic dependent launch
     min_blocks        64-token blocks below which a piece of a request is not split further (even)
     item_overhead     cost of starting a work item, in 64-token blocks, as the planner's balance counts it
@@ -44,12 +35,10 @@ class KernelConfig:
     min_blocks: int = 2
     item_overhead: int = 4
     split_penalty: int = 6
-    partials: str = "int16"
-    pv_order: str = "own"
 
     @functools.lru_cache(maxsize=256)  # noqa: B019 -- values, few and small; a call without a plan asks every time
     def launch(self) -> LaunchConfig:
-        return LaunchConfig(self.kernel, self.evict_first, self.use_pdl, self.partials, self.pv_order)
+        return LaunchConfig(self.kernel, self.evict_first, self.use_pdl)
 
     @functools.lru_cache(maxsize=256)  # noqa: B019
     def planner_launch(self) -> LaunchConfig:
@@ -76,10 +65,6 @@ def why_infeasible(config: KernelConfig) -> str | None:
     """The one feasibility rule: None, or the reason why `config` cannot run."""
     if config.kernel not in KERNELS:
         return f"kernel: expected one of {KERNELS}, got {config.kernel!r}"
-    if config.partials not in PARTIALS:
-        return f"partials: expected one of {PARTIALS}, got {config.partials!r}"
-    if config.pv_order not in PV_ORDERS:
-        return f"pv_order: expected one of {PV_ORDERS}, got {config.pv_order!r}"
     if config.min_blocks < 2 or config.min_blocks % 2:
         return f"min_blocks: expected an even number >= 2, got {config.min_blocks}"
     if config.item_overhead < 0:

@@ -14,36 +14,44 @@ def inverse_sum(s, f, row: int):
     return cute.arch.rcp_approx(s.sL[f.row + 8 * row] + s.sL[f.row + 8 * row + TILE_M])
 
 
-def normalise(s, f) -> None:
+def pack_output(s, f, words, dtype) -> None:
+    """O, normalised, in the 16-bit dtype: (row, pair of columns) words."""
+    rOh = cute.make_rmem_tensor(128, dtype)
     for r in range(2):
         inv = inverse_sum(s, f, r)
         for n in range(64):
             f.O[r, n] = f.O[r, n] * inv
-
-
-def pack_half(f, dtype):
-    """O in the 16-bit dtype, as (row, pair of columns) words."""
-    rOh = cute.make_rmem_tensor(128, dtype)
     rOh.store(cute.make_tensor(f.rO.iterator, cute.make_layout(128)).load().to(dtype))
-    return cute.make_tensor(cute.recast_tensor(rOh, Uint32).iterator, cute.make_layout((2, 32), stride=(1, 2)))
+    packed = cute.make_tensor(cute.recast_tensor(rOh, Uint32).iterator, cute.make_layout((2, 32), stride=(1, 2)))
+    for r in range(2):
+        for j in range(32):
+            words[r, j] = packed[r, j]
 
 
-def pack_int16(s, f, words, row: int):
-    """Row `row` of O as pairs of biased 16-bit integers; returns what an integer is worth in the normalised output.
+def pack_int16(s, f, words):
+    """O as pairs of biased 16-bit integers; returns what an integer of each row is worth in the normalised output.
 
     An FFMA with 2^23 + 2^15 leaves round(x) + 2^15 in the low bits of the float's mantissa. A NaN or an infinity
-    makes the scale one, and with it the row's half.
+    makes the scale one, and with it the row's half. The maximum is taken over sums of two: half the FMNMX, which
+    issue at half the rate of FADD, for at most one bit. Two chains a row: one is 32 dependent steps.
     """
-    largest = Float32(1.0e-30)
-    for n in range(64):
-        largest = cute.arch.fmax(largest, cute.math.absf(f.O[row, n]), nan=True)
-    for offset in (1, 2):
-        largest = cute.arch.fmax(largest, cute.arch.shuffle_sync_bfly(largest, offset=offset), nan=True)
-    to_int = Float32(INT16_MAX) / largest
-    for j in range(32):
-        low, high = (f.O[row, 2 * j + i] * to_int + Float32(INT16_BIAS) for i in range(2))
-        words[row, j] = Uint32(cute.arch.prmt(low.bitcast(Int32), high.bitcast(Int32), 0x5410))
-    return largest * inverse_sum(s, f, row) * Float32(1.0 / INT16_MAX)
+    maxima = [[Float32(1.0e-30), Float32(1.0e-30)] for _ in range(2)]
+    for n in range(0, 64, 2):
+        for r in range(2):
+            pair = cute.math.absf(f.O[r, n]) + cute.math.absf(f.O[r, n + 1])
+            maxima[r][n // 2 % 2] = cute.arch.fmax(maxima[r][n // 2 % 2], pair, nan=True)
+    worth = []
+    for r in range(2):
+        largest = cute.arch.fmax(maxima[r][0], maxima[r][1], nan=True)
+        for offset in (1, 2):
+            largest = cute.arch.fmax(largest, cute.arch.shuffle_sync_bfly(largest, offset=offset), nan=True)
+        # A little under INT16_MAX: the approximate reciprocal may be off by an ulp, the product must not exceed it.
+        to_int = Float32(INT16_MAX * (1 - 2.0**-20)) * cute.arch.rcp_approx(largest)
+        for j in range(32):
+            low, high = (f.O[r, 2 * j + i] * to_int + Float32(INT16_BIAS) for i in range(2))
+            words[r, j] = Uint32(cute.arch.prmt(low.bitcast(Int32), high.bitcast(Int32), 0x5410))
+        worth.append(largest * inverse_sum(s, f, r) * Float32(1.0 / (INT16_MAX * (1 - 2.0**-20))))
+    return worth
 
 
 @cute.jit

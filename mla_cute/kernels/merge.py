@@ -15,10 +15,12 @@ in front of it has completed. Everything after the wait is one round trip to the
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, const_expr, memory
+from cutlass import Float32, Int32, Int64, const_expr, memory
+from cutlass._mlir.dialects import llvm
+from cutlass.cutlass_dsl import T
 
 from ..config import LaunchConfig
-from .registry import INT16_BIAS, MERGE_COL_TILES, PART_LSE, DecodeKey
+from .registry import INT16_BIAS, MERGE_COL_TILES, PART_LSE, PART_ROW, DecodeKey
 from .rows_sm90 import DTYPES, HEAD_DIM_V
 from .softmax import NEG_BIG, exp2
 
@@ -28,17 +30,34 @@ COLS = HEAD_DIM_V // MERGE_COL_TILES
 IN_FLIGHT = 8
 
 
+def _load_in_order(part, row, word, num_words: int) -> list:
+    """`num_words` words of a partial row from word `word` on. Volatile, so that ptxas neither moves a load down to
+    its first use nor what the last loads are needed for up between the first: 1 us for 8 pieces."""
+    address = part.iterator.toint() + (Int64(row) * PART_ROW + Int64(word)) * 4
+    i32 = T.i32()
+    targets = ", ".join(f"${k}" for k in range(num_words))
+    loaded = llvm.inline_asm(
+        llvm.StructType.get_literal([i32] * num_words) if num_words > 1 else i32,
+        [address.ir_value()],
+        f"ld.volatile.global.v4.b32 {{{targets}}}, [$4];" if num_words > 1 else "ld.volatile.global.b32 $0, [$1];",
+        ",".join(["=r"] * num_words + ["l"]),
+        has_side_effects=True,
+        is_align_stack=False,
+        asm_dialect=llvm.AsmDialect.AD_ATT,
+    )
+    return [Int32(llvm.extractvalue(i32, loaded, [k])) for k in range(num_words)] if num_words > 1 else [Int32(loaded)]
+
+
 class Merge:
     def __init__(self, key: DecodeKey, config: LaunchConfig):
         self.dtype = DTYPES[key.dtype]
         self.use_pdl = config.use_pdl
-        self.scaled = config.partials == "int16"
 
     @cute.jit
     def __call__(
         self,
         table: cute.Tensor,  # (rows, 8): the plan, see planner.py
-        part: cute.Tensor,  # (rows, PART_ROW) words: outputs in dtype, lse as float32
+        part: cute.Tensor,  # (rows, PART_ROW) words: see registry.py
         out: cute.Tensor,  # (batch, H, 512)
         lse: cute.Tensor,  # (batch, H) float32
         num_parts: Int32,
@@ -48,7 +67,11 @@ class Merge:
         stream,
     ):
         self.kernel(table, part, out, lse, num_parts, lse_scale).launch(
-            grid=[grid_x, grid_y, 1], block=[32 * NUM_WARPS, 1, 1], stream=stream, use_pdl=self.use_pdl
+            grid=[grid_x, grid_y, 1],
+            block=[32 * NUM_WARPS, 1, 1],
+            min_blocks_per_mp=1,
+            stream=stream,
+            use_pdl=self.use_pdl,
         )
 
     @cute.kernel
@@ -97,7 +120,7 @@ class Merge:
                     )
 
     def _from_int16(self, pair, half: int):
-        """Integer `half` of a pair as float32: its bits under the exponent of 2^23, less the bias (rows_sm90)."""
+        """Integer `half` of a pair as float32: its bits under the exponent of 2^23, less the bias (epilogue.py)."""
         bits = Int32(cute.arch.prmt(pair, Int32(0x4B000000), 0x7632 if half else 0x7610))
         return bits.bitcast(Float32) - Float32(INT16_BIAS)
 
@@ -118,11 +141,7 @@ class Merge:
         head = unit // MERGE_COL_TILES
         col = unit % MERGE_COL_TILES
         g = warp % group
-        words = cute.make_rmem_tensor((4, IN_FLIGHT), Float32)
-        frag = cute.recast_tensor(words, self.dtype)  # (8, IN_FLIGHT)
-        bits = cute.recast_tensor(words, Int32)
-        scale_of = cute.make_rmem_tensor(IN_FLIGHT, Float32)
-        part_lse = cute.make_rmem_tensor(IN_FLIGHT, Float32)
+        words = cute.make_rmem_tensor((4, IN_FLIGHT), Int32)
         acc = cute.make_rmem_tensor(8, Float32)
         other = cute.make_rmem_tensor(8, Float32)
         acc.fill(0.0)
@@ -130,38 +149,37 @@ class Merge:
         total = Float32(0.0)
         if unit < num_units:
             for s0 in cutlass.range(g, n, group * IN_FLIGHT, unroll=1):
+                # Past the last piece the last one is read again, for a weight of 0: ptxas issues predicated loads one
+                # by one, with a wait for each.
                 for i in cutlass.range_constexpr(IN_FLIGHT):
-                    s = s0 + i * group
-                    part_lse[i] = -Float32.inf
-                    scale_of[i] = Float32(0.0)
-                    for k in cutlass.range_constexpr(4):
-                        words[k, i] = Float32(0.0)
-                    if s < n:
-                        at = first + head + s * num_heads
-                        part_lse[i] = part[at, PART_LSE]
-                        if const_expr(self.scaled):
-                            scale_of[i] = part[at, PART_LSE + 1 + col]
-                        cute.autovec_copy(cute.local_tile(part, (1, 4), (at, col * 32 + lane))[0, None], words[None, i])
-                m_new = m
-                for i in cutlass.range_constexpr(IN_FLIGHT):
-                    m_new = cute.arch.fmax(m_new, part_lse[i])
+                    at = first + head + cutlass.min(s0 + i * group, n - 1) * num_heads
+                    for k, word in enumerate(_load_in_order(part, at, (col * 32 + lane) * 4, 4)):
+                        words[k, i] = word
+                # Lane i has the lse and scale of piece i % 8.
+                mine = s0 + lane % IN_FLIGHT * group
+                at = first + head + cutlass.min(mine, n - 1) * num_heads
+                piece_lse = _load_in_order(part, at, Int32(PART_LSE), 1)[0].bitcast(Float32)
+                scale = _load_in_order(part, at, PART_LSE + 1 + col, 1)[0].bitcast(Float32)
+                if mine >= n:
+                    piece_lse = -Float32.inf
+                m_new = piece_lse
+                for offset in cutlass.range_constexpr(3):
+                    m_new = cute.arch.fmax(m_new, cute.arch.shuffle_sync_bfly(m_new, offset=1 << offset))
+                m_new = cute.arch.fmax(m_new, m)
                 keep = exp2(m - m_new)
                 m = m_new
-                total = total * keep
+                weight = exp2(piece_lse - m)
+                weights = weight
+                for offset in cutlass.range_constexpr(3):
+                    weights = weights + cute.arch.shuffle_sync_bfly(weights, offset=1 << offset)
+                total = total * keep + weights
+                weight = weight * scale
                 for k in cutlass.range_constexpr(8):
                     acc[k] = acc[k] * keep
                 for i in cutlass.range_constexpr(IN_FLIGHT):
-                    weight = exp2(part_lse[i] - m)
-                    total = total + weight
-                    if const_expr(self.scaled):
-                        weight = weight * scale_of[i]
-                        for k in cutlass.range_constexpr(4):
-                            for h in cutlass.range_constexpr(2):
-                                value = self._from_int16(bits[k, i], h)
-                                acc[2 * k + h] = acc[2 * k + h] + weight * value
-                    else:
-                        for k in cutlass.range_constexpr(8):
-                            acc[k] = acc[k] + weight * frag[k, i].to(Float32)
+                    w = cute.arch.shuffle_sync(weight, i)
+                    for k in cutlass.range_constexpr(8):
+                        acc[k] = acc[k] + w * self._from_int16(words[k // 2, i], k % 2)
         if group > 1:
             cute.autovec_copy(acc, cute.local_tile(s_o, (1, 8), (warp, lane))[0, None])
             if lane == 0:

@@ -8,13 +8,14 @@ half together and it has one full mbarrier.
 Page sizes fall into classes by box_rows = gcd(page_size, 64), the rows that are contiguous whatever the block:
   box_rows >= 8   TMA boxes of box_rows x 64 (8-row swizzle atoms stay 1024-byte aligned): `TmaLoader`
   box_rows <  8   cp.async of 16 bytes per lane: `GatherLoader`
-Neither looks up a page id past the request's end, and neither writes the rows past it: whatever shared memory held
-stays there, scores of those rows are masked and their V rows are zeroed by the consumers.
+Neither looks up a page id past the request's end. TMA leaves the rows past it as they were in shared memory (whole
+boxes) or fills them from the page (the last box): scores of those rows are masked and their V rows are zeroed by the
+consumers.
 """
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Int32, Int64, const_expr
+from cutlass import Int32, Int64, Uint32, const_expr
 from cutlass._mlir.dialects import llvm
 from cutlass.cute.nvgpu import cpasync
 
@@ -28,16 +29,30 @@ NUM_SUB = 9
 EVICT_FIRST = 0x12F0000000000000
 
 
-def _cp_async_16(smem_addr, gmem_addr, smem_offset: int, gmem_offset: int) -> None:
+def cp_async_16(smem_addr, gmem_addr, num_rows=1, row: int = 0, smem_offset: int = 0, gmem_offset: int = 0) -> None:
+    """16 bytes to shared memory; where row >= num_rows it writes zeros and reads nothing."""
     llvm.inline_asm(
         None,
-        [smem_addr.ir_value(), gmem_addr.ir_value()],
-        f"cp.async.cg.shared.global.L2::128B [$0+{smem_offset}], [$1+{gmem_offset}], 16;",
-        "r,l,~{memory}",
+        [smem_addr.ir_value(), gmem_addr.ir_value(), Int32(num_rows).ir_value()],
+        f"{{ .reg .pred p; setp.le.s32 p, $2, {row};"
+        f" cp.async.cg.shared.global.L2::256B [$0+{smem_offset}], [$1+{gmem_offset}], 16, p; }}",
+        "r,l,r,~{memory}",
         has_side_effects=True,
         is_align_stack=False,
         asm_dialect=llvm.AsmDialect.AD_ATT,
     )
+
+
+@cute.jit
+def row_unit(page_stride, row_stride):
+    """Host side: the greatest common divisor of two strides, so that a row's offset in such units fits 32 bits."""
+    a = Int64(page_stride)
+    b = Int64(row_stride)
+    while b != 0:
+        rest = a % b
+        a = b
+        b = rest
+    return cutlass.max(Int32(a), Int32(1))
 
 
 def rows_of_block(block, kv_end):
@@ -53,10 +68,10 @@ class TmaLoader:
     """
 
     full_arrivals = 1
-    one_barrier_per_half = False
+    barrier_subs = tuple(range(NUM_SUB))
+    generic_proxy = False
 
-    def __init__(self, box_rows: int, evict_first: bool, frugal: bool):
-        self.late = frugal and box_rows == 8
+    def __init__(self, box_rows: int, evict_first: bool):
         self.box_rows = box_rows
         self.num_boxes = TILE_N // box_rows
         self.evict_first = evict_first
@@ -84,16 +99,12 @@ class TmaLoader:
         """Per box: (page id, box index inside the page), warp-uniform; and how many boxes hold tokens."""
         page, row = self._lookup_lane(p, index_base, block, kv_end, lane)
         uniform = cute.arch.make_warp_uniform
-        if self.late:
-            where = ((page, row),) * self.num_boxes
-        else:
-            where = tuple(self._box(page, row, i) for i in range(self.num_boxes))
+        where = tuple(
+            (uniform(cute.arch.shuffle_sync(page, i)), uniform(cute.arch.shuffle_sync(row, i)))
+            for i in range(self.num_boxes)
+        )
         boxes = uniform((rows_of_block(block, kv_end) + self.box_rows - 1) // self.box_rows)
         return where, boxes
-
-    def _box(self, page, row, i: int):
-        uniform = cute.arch.make_warp_uniform
-        return uniform(cute.arch.shuffle_sync(page, i)), uniform(cute.arch.shuffle_sync(row, i))
 
     @cute.jit
     def load(self, p, s, where, boxes, stage, half, full):
@@ -109,13 +120,13 @@ class TmaLoader:
             sub = half * 4 + j
             sync.expect_tx(full + j, tx)
             for i in cutlass.range_constexpr(self.num_boxes):
-                page, row = self._box(*where[i], i) if const_expr(self.late) else where[i]
+                page, row = where[i]
                 if i < boxes:
                     self._copy(p.tma_ckv, tKg[None, row, sub, page], tKs[None, i, 0, stage * 8 + sub], full + j)
         if half == 1:
             sync.expect_tx(full + 4, tx)
             for i in cutlass.range_constexpr(self.num_boxes):
-                page, row = self._box(*where[i], i) if const_expr(self.late) else where[i]
+                page, row = where[i]
                 if i < boxes:
                     self._copy(p.tma_kpe, tRg[None, row, page], tRs[None, i, 0, stage], full + 4)
 
@@ -123,71 +134,60 @@ class TmaLoader:
 class GatherLoader:
     """cp.async of 16 bytes per lane: eight lanes take one 128-byte sub-tile row, so four rows per instruction.
 
-    Warp w takes rows 16 w .. 16 w + 15 of every block; lane l holds (page, row in page) of token 16 w + l % 16. An
-    address is made once per row and half and serves the half's sub-tiles through immediate offsets: made per copy, the
-    dependent chain cost 250 cycles a copy (one warp per scheduler has nothing to hide it behind). All four warps fill
-    the same half because the issue time adds to the time from release to refill. Completion is signalled by
-    cp.async.mbarrier.arrive.noinc of all 128 lanes, once per half. The writes are generic-proxy, so the consumers
-    fence after their wait, before wgmma reads.
+    Warp w takes rows 16 w .. 16 w + 15 of every block; lane l looks up token 16 w + l % 16. All four warps fill the
+    same half, because the issue time adds to the time from release to refill. What is not a copy is done before the
+    wait for a free half (even a shuffle: it would queue behind the copies), and the copies are immediate offsets from
+    one address per four rows: addresses made per copy cost 250 cycles a copy, made per four rows between the copies 50,
+    now 15 to 40 beside the wgmmas' shared-memory reads. Rows past kv_end are written as zeros without a branch.
+    Completion is signalled by cp.async.mbarrier.arrive.noinc of all 128 lanes, once per two ckv sub-tiles (256 bytes
+    of a row, the prefetch size), the rope with the last. The writes are generic-proxy, so the consumers fence after
+    their wait, before wgmma reads.
     """
 
     full_arrivals = 128
-    one_barrier_per_half = True
-
-    def __init__(self, frugal: bool):
-        self.frugal = frugal
+    barrier_subs = (0, 2, 4, 6)
+    generic_proxy = True
 
     @cute.jit
     def lookup(self, p, index_base, block, kv_end, w, lane):
+        """Offsets of the ckv and kpe rows of this lane's token, in units of p.ckv_unit and p.kpe_unit."""
         token = block * TILE_N + w * 16 + lane % 16
-        page = Int32(0)
-        row = Int32(0)
+        ckv = Int32(0)
+        kpe = Int32(0)
         if token < kv_end:
             slot = token // p.page_size
             row = token - slot * p.page_size
             page = p.mIndices[index_base + slot]
-        return page, row
+            ckv = page * p.ckv_page_units + row * p.ckv_row_units
+            kpe = page * p.kpe_page_units + row * p.kpe_row_units
+        return ckv, kpe
 
-    @cute.jit
-    def load(self, p, s, where, block, kv_end, stage: Constexpr, half: Constexpr, full, w, lane):
-        rows = rows_of_block(block, kv_end) - w * 16
-        chunk = lane % 8
-        src = p.mCkv.iterator.toint() + Int64(half * 512 + chunk * 16)
-        dst = Int32(s.sK_sub.iterator.toint()) + (stage * 8 + half * 4) * SUB_BYTES + w * 2048
-        self._rows(p.mCkv, src, dst, where, rows, lane, 4)
-        if const_expr(half == 1):
-            src = p.mKpe.iterator.toint() + Int64(chunk * 16)
-            dst = Int32(s.sR.iterator.toint()) + stage * SUB_BYTES + w * 2048
-            self._rows(p.mKpe, src, dst, where, rows, lane, 1)
-        cute.arch.cp_async_mbarrier_arrive_noinc(full)
+    def rows(self, offset, lane):
+        """The offsets of this lane's row in each of the warp's four groups of four rows."""
+        return [cute.arch.shuffle_sync(offset, 4 * i + lane // 8) for i in range(4)]
 
-    @cute.jit
-    def _rows(self, cache, src, dst, where, rows, lane, num_sub: Constexpr):
-        """16 rows of `num_sub` sub-tiles. Swizzle: the 16-byte chunk index is xored with row % 8."""
-        page_stride = Int64(Int32(cache.stride[0]))
-        row_stride = Int64(Int32(cache.stride[1]))
-        if const_expr(self.frugal):
-            for i in cutlass.range(4, unroll=1):
-                self._four_rows(src, dst, where, rows, lane, i, page_stride, row_stride, num_sub)
-        else:
-            for i in cutlass.range_constexpr(4):
-                self._four_rows(src, dst, where, rows, lane, i, page_stride, row_stride, num_sub)
-
-    @cute.jit
-    def _four_rows(self, src, dst, where, rows, lane, i, page_stride, row_stride, num_sub: Constexpr):
-        page_l, row_l = where
-        chunk = lane % 8
-        sub_row = lane // 8
-        row = 4 * i + sub_row
-        page = Int64(cute.arch.shuffle_sync(page_l, row))
-        page_row = Int64(cute.arch.shuffle_sync(row_l, row))
-        if row < rows:
-            to = dst + (row * 128 + (chunk ^ (sub_row + 4 * (i % 2))) * 16)
-            at = src + (page * page_stride + page_row * row_stride) * 2
-            for j in cutlass.range_constexpr(num_sub):
-                _cp_async_16(to, at, j * SUB_BYTES, j * 128)
+    def load(self, p, s, ckv_rows, kpe_rows, num_rows, stage: int, half: int, full, w, lane) -> None:
+        """Issue the copies of half `half` of stage `stage`."""
+        chunk, sub_row = lane % 8, lane // 8
+        # Swizzle: the 16-byte chunk index is xored with row % 8.
+        lane_at = [sub_row * 128 + (chunk ^ (sub_row + 4 * i)) * 16 + w * 2048 for i in range(2)]
+        left = num_rows - sub_row
+        dst = Int32(s.sK_sub.iterator.toint())
+        base = p.mCkv.iterator.toint() + Int64(chunk * 16)
+        src = [base + Int64(Uint32(row)) * Int64(Uint32(p.ckv_unit)) for row in ckv_rows]
+        for j in (0, 2):
+            for i in range(4):
+                for k in (j, j + 1):
+                    at = (stage * 8 + half * 4 + k) * SUB_BYTES + i * 512
+                    cp_async_16(dst + lane_at[i % 2], src[i], left, 4 * i, at, half * 512 + k * 128)
+            if j == 2 and half == 1:
+                dst = Int32(s.sR.iterator.toint())
+                base = p.mKpe.iterator.toint() + Int64(chunk * 16)
+                for i, row in enumerate(kpe_rows):
+                    at = base + Int64(Uint32(row)) * Int64(Uint32(p.kpe_unit))
+                    cp_async_16(dst + lane_at[i % 2], at, left, 4 * i, stage * SUB_BYTES + i * 512, 0)
+            cute.arch.cp_async_mbarrier_arrive_noinc(full + j)
 
 
-def make_loader(box_rows: int, evict_first: bool, frugal: bool):
-    """`frugal`: code of fewer registers, where the producer's 40 are too few (float16; ptxas fits bf16's into them)."""
-    return TmaLoader(box_rows, evict_first, frugal) if box_rows else GatherLoader(frugal)
+def make_loader(box_rows: int, evict_first: bool):
+    return TmaLoader(box_rows, evict_first) if box_rows else GatherLoader()

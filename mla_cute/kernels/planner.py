@@ -1,7 +1,7 @@
 """Planner: one CTA turns kv lengths into the work items of a decode step, on the GPU.
 
     part     one work list; `parts` of them, run by num_tiles CTAs each (one per 64-head row tile of a request)
-    item     (request, kv_begin, kv_end) run by one part; requests cut into several items write float32 partials
+    item     (request, kv_begin, kv_end) run by one part; requests cut into several items write partial rows
     block    64 tokens; cuts lie on even blocks, since the main kernel takes blocks in pairs
 
 Three ways to cut, the cheapest by its largest part is taken (in blocks; `overhead` for starting an item, `penalty`

@@ -15,15 +15,16 @@ LENGTHS = ("csr", "csr_last", "seq_lens")
 # Planner geometry, shared by its device and host sides (kernels/planner.py explains them).
 BLOCK = 64
 TILE_M = 64
-# A partial row in 32-bit words: 512 outputs of 16 bits, the float32 log-sum-exp, the scales of the row's two halves
-# (int16 partials), padding to whole 128-byte lines: rows that straddle sectors made the partial stores of 128 heads
-# twice as slow. 16 bits are half the bytes of float32, which at 64 heads, batch 16 and 1024 tokens were as many as the
-# cache's; the dtype's own 16 bits round once more, which the average over the pieces largely hides.
+# A partial row in 32-bit words: 512 outputs as 16-bit integers, the float32 log-sum-exp in base 2, what an integer is
+# worth in each half of the row, padding to whole 128-byte lines: rows that straddle sectors made the partial stores of
+# 128 heads twice as slow. Integers under a scale keep 2^-15 of the row's largest element. The dtype's own 16 bits
+# round once more than an uncut computation does (a few rows in ten thousand then exceed twice its error); float32 is
+# twice the bytes, which at 64 heads, batch 16 and 1024 tokens are as many as the cache's.
 PART_ROW = 288
 PART_LSE = 256
 # Column tiles of a row that the merge treats apart: the halves that the main kernel's two consumers wrote.
 MERGE_COL_TILES = 2
-# int16 partials: the largest integer, and what the integers are added to in float32 so that they fill its low bits.
+# The largest integer, and what the integers are added to in float32 so that they fill its low bits.
 INT16_MAX = 32767.0
 INT16_BIAS = float(2**23 + 2**15)
 MAX_PARTS = 256

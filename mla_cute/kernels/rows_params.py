@@ -34,6 +34,12 @@ class Params:
     num_heads: Int32
     page_size: Int32
     num_tiles: Int32
+    ckv_unit: Int32
+    ckv_page_units: Int32
+    ckv_row_units: Int32
+    kpe_unit: Int32
+    kpe_page_units: Int32
+    kpe_row_units: Int32
     scale_log2: Float32
     lse_scale: Float32
     lay_q: cute.ComposedLayout

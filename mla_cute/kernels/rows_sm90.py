@@ -58,8 +58,8 @@ MB_FULL, MB_EMPTY, MB_Q_FULL, MB_Q_EMPTY, MB_TOTAL = 0, 2 * NUM_SUB, 2 * NUM_SUB
 # Order in which each consumer takes the sub-tiles of its stage: the half that is refilled first comes first.
 QK_ORDER = (((0, 1, 2, 3), (4, 5, 6, 7, 8)), ((4, 5, 6, 7, 8), (0, 1, 2, 3)))
 
-# (stage, half) in the order in which a pair's halves are released, by pv_order.
-GATHER_ORDER = {"own": ((0, 0), (1, 1), (0, 1), (1, 0)), "stage": ((0, 0), (0, 1), (1, 0), (1, 1))}
+# (stage, half) in the order in which a pair's halves are released.
+RELEASE_ORDER = ((0, 0), (1, 1), (0, 1), (1, 0))
 
 
 class RowsSm90:
@@ -68,10 +68,8 @@ class RowsSm90:
     def __init__(self, key: DecodeKey, config: LaunchConfig):
         self.key = key
         self.dtype = DTYPES[key.dtype]
-        self.loader = paged_kv.make_loader(key.box_rows, config.evict_first, frugal=key.dtype == "float16")
+        self.loader = paged_kv.make_loader(key.box_rows, config.evict_first)
         self.use_pdl = config.use_pdl
-        self.scaled_partials = config.partials == "int16"
-        self.stage0_first = config.pv_order == "stage"
         self.regs_consumer, self.regs_producer = (240, 24) if key.box_rows > 8 else (232, 40)
 
     # ------------------------------------------------------------------ host
@@ -87,7 +85,7 @@ class RowsSm90:
         table: cute.Tensor,  # (rows, 8): the plan, see planner.py
         out: cute.Tensor,  # (batch, H, 512)
         lse: cute.Tensor,  # (batch, H) float32
-        part: cute.Tensor,  # (rows, PART_ROW) 32-bit words: 512 output columns in dtype, lse in base 2 as float32
+        part: cute.Tensor,  # (rows, PART_ROW) 32-bit words, see registry.py
         num_parts: Int32,
         scale_log2: Float32,  # sm_scale * log2(e)
         lse_scale: Float32,  # 1 for base 2, ln 2 for base e
@@ -124,6 +122,7 @@ class RowsSm90:
         else:
             tma_ckv, mCkv, tma_kpe, mKpe = None, ckv, None, kpe
 
+        ckv_unit, kpe_unit = (paged_kv.row_unit(x.stride[0], x.stride[1]) for x in (ckv, kpe))
         params = Params(
             mma_qk=mma(K, TILE_N, SS),
             mma_qk_rs=mma(K, TILE_N, RS),
@@ -145,6 +144,12 @@ class RowsSm90:
             num_heads=num_heads,
             page_size=Int32(cute.size(ckv, mode=[1])),
             num_tiles=num_tiles,
+            ckv_unit=ckv_unit * 2,
+            ckv_page_units=Int32(ckv.stride[0] // ckv_unit),
+            ckv_row_units=Int32(ckv.stride[1] // ckv_unit),
+            kpe_unit=kpe_unit * 2,
+            kpe_page_units=Int32(kpe.stride[0] // kpe_unit),
+            kpe_row_units=Int32(kpe.stride[1] // kpe_unit),
             scale_log2=scale_log2,
             lse_scale=lse_scale,
             lay_q=cute.tile_to_shape(atom, (TILE_M, HEAD_DIM_V + HEAD_DIM_ROPE), order=(0, 1)),
@@ -175,7 +180,7 @@ class RowsSm90:
             sScale0: cute.struct.MemRange[Float32, TILE_M]
             sScale1: cute.struct.MemRange[Float32, TILE_M]
             sL: cute.struct.MemRange[Float32, 2 * TILE_M]
-            sItem: cute.struct.MemRange[Int32, 16]
+            sItem: cute.struct.MemRange[Int32, 32]
             sP0: cute.struct.Align[cute.struct.MemRange[dt, SUB_ELEMS], 1024]
             sQ: cute.struct.Align[cute.struct.MemRange[dt, NUM_SUB * SUB_ELEMS], 1024]
             sK: cute.struct.Align[cute.struct.MemRange[dt, 16 * SUB_ELEMS], 1024]
@@ -204,7 +209,7 @@ class RowsSm90:
             sScale0=st.sScale0.get_tensor(cute.make_layout(TILE_M)),
             sScale1=st.sScale1.get_tensor(cute.make_layout(TILE_M)),
             sL=st.sL.get_tensor(cute.make_layout(2 * TILE_M)),
-            sItem=st.sItem.get_tensor(cute.make_layout((2, 8), stride=(8, 1))),
+            sItem=st.sItem.get_tensor(cute.make_layout((4, 8), stride=(8, 1))),
             # Raw words of K for zeroing tails: whole 128-byte rows, which the swizzle permutes within themselves.
             k_words=cute.make_tensor(
                 cute.recast_ptr(st.sK.data_ptr(), dtype=Int64), cute.make_layout(16 * SUB_ELEMS // 4)
@@ -259,26 +264,28 @@ class RowsSm90:
     @cute.jit
     def _produce_items(self, p, s, item, head0, w, lane):
         phase = Int32(1)
-        q_phase = Int32(1)
         first_row = item[5]
         num_items = item[6]
         for it in cutlass.range(num_items, unroll=1):
             if it > 0:
                 load_item(p.mTable, first_row + it, item)
-            else:
+            # The consumers read it after q_full. They may still be in the epilogue of item it - 2, whose Q_EMPTY let
+            # the Q of item it - 1 in: not the same slot.
+            if (w == 0) & (lane == 0):
+                for i in cutlass.range_constexpr(5):
+                    s.sItem[it % 4, i] = item[i]
+            cute.arch.sync_warp()
+            if it == 0:
                 # In front of the first K tiles, or Q would arrive behind all of them: 1.5 us at batch 16. Later items
                 # load K first, because Q has to wait for the end of the item before.
-                self._load_q(p, s, item, it, head0, q_phase, w, lane)
-            block = item[1] // TILE_N
-            num_pairs = (cute.ceil_div(item[2], TILE_N) - block + 1) >> 1
+                self._load_q(p, s, item[0], head0, it, w)
             if const_expr(self.key.box_rows > 0):
-                phase = self._tma_pairs(p, s, item, it, head0, block, num_pairs, phase, q_phase, w, lane)
+                phase = self._tma_pairs(p, s, item, it, head0, phase, w, lane)
             else:
-                phase = self._gather_pairs(p, s, item, it, head0, block, num_pairs, phase, q_phase, w, lane)
-            q_phase ^= 1
+                phase = self._gather_pairs(p, s, item, it, head0, phase, w, lane)
 
     @cute.jit
-    def _tma_pairs(self, p, s, item, it, head0, block, num_pairs, phase, q_phase, w, lane):
+    def _tma_pairs(self, p, s, item, it, head0, phase, w, lane):
         """Each warp fills its own (stage, half). Returns the phase of the empty mbarriers."""
         stage = w % 2
         half = w // 2
@@ -286,56 +293,40 @@ class RowsSm90:
         empty = s.mbar + MB_EMPTY + half * 2 + stage
         kv_end = item[2]
         index_base = item[3]
-        block += stage
-        for pair in cutlass.range(num_pairs, unroll=1):
+        first = item[1] // TILE_N + stage
+        for block in cutlass.range(first, cute.ceil_div(kv_end, TILE_N) + stage, 2, unroll=1):
             where, boxes = self.loader.lookup(p, index_base, block, kv_end, lane)
             cute.arch.mbarrier_wait(empty, phase)
             phase ^= 1
             self.loader.load(p, s, where, boxes, stage, half, full)
-            block += 2
-            if (pair == 0) & (it > 0):
-                self._load_q(p, s, item, it, head0, q_phase, w, lane)
+            if (block == first) & (it > 0):
+                self._load_q(p, s, item[0], head0, it, w)
         return phase
 
     @cute.jit
-    def _gather_pairs(self, p, s, item, it, head0, block, num_pairs, phase, q_phase, w, lane):
+    def _gather_pairs(self, p, s, item, it, head0, phase, w, lane):
         """The four warps share every (stage, half), in the order in which the consumers release them."""
         kv_end = item[2]
         index_base = item[3]
-        page0, row0 = self.loader.lookup(p, index_base, block, kv_end, w, lane)
-        page1, row1 = self.loader.lookup(p, index_base, block + 1, kv_end, w, lane)
-        for pair in cutlass.range(num_pairs, unroll=1):
-            if const_expr(not self.loader.frugal):
-                # The next pair's page ids are on their way while this pair waits for its stages.
-                next0, next_row0 = self.loader.lookup(p, index_base, block + 2, kv_end, w, lane)
-                next1, next_row1 = self.loader.lookup(p, index_base, block + 3, kv_end, w, lane)
-            for stage, half in GATHER_ORDER["stage" if self.stage0_first else "own"]:
+        first = item[1] // TILE_N
+        for block in cutlass.range(first, cute.ceil_div(kv_end, TILE_N), 2, unroll=1):
+            rows = [self.loader.lookup(p, index_base, block + stage, kv_end, w, lane) for stage in range(2)]
+            for stage, half in RELEASE_ORDER:
+                num_rows = paged_kv.rows_of_block(block + stage, kv_end) - w * 16
+                ckv_rows, kpe_rows = (self.loader.rows(offset, lane) for offset in rows[stage])
                 cute.arch.mbarrier_wait(s.mbar + MB_EMPTY + half * 2 + stage, phase)
-                where = (page1, row1) if stage else (page0, row0)
                 full = s.mbar + MB_FULL + stage * NUM_SUB + half * 4
-                self.loader.load(p, s, where, block + stage, kv_end, stage, half, full, w, lane)
+                self.loader.load(p, s, ckv_rows, kpe_rows, num_rows, stage, half, full, w, lane)
             phase ^= 1
-            block += 2
-            if const_expr(self.loader.frugal):
-                page0, row0 = self.loader.lookup(p, index_base, block, kv_end, w, lane)
-                page1, row1 = self.loader.lookup(p, index_base, block + 1, kv_end, w, lane)
-            else:
-                page0, row0, page1, row1 = next0, next_row0, next1, next_row1
-            if (pair == 0) & (it > 0):
-                self._load_q(p, s, item, it, head0, q_phase, w, lane)
+            if (block == first) & (it > 0):
+                self._load_q(p, s, item[0], head0, it, w)
         return phase
 
     @cute.jit
-    def _load_q(self, p, s, item, it, head0, q_phase, w, lane):
-        """Two of the nine Q sub-tiles per producer warp, the rope part with the last; warp 0 hands over the item."""
-        batch = cute.arch.make_warp_uniform(item[0])
-        cute.arch.mbarrier_wait(s.mbar + MB_Q_EMPTY, q_phase)
-        # The consumers read the item after q_full. Two slots: they may still be in the epilogue of the last item.
-        if w == 0:
-            if lane == 0:
-                for i in cutlass.range_constexpr(5):
-                    s.sItem[it % 2, i] = item[i]
-            cute.arch.sync_warp()
+    def _load_q(self, p, s, batch, head0, it, w):
+        """Two of the nine Q sub-tiles per producer warp, the rope part with the last."""
+        batch = cute.arch.make_warp_uniform(batch)
+        cute.arch.mbarrier_wait(s.mbar + MB_Q_EMPTY, (it + 1) % 2)
         q_full = s.mbar + MB_Q_FULL
         sQ = cute.group_modes(s.sQ_sub, 0, 2)
         gQ = cute.local_tile(cute.domain_offset((head0, 0, 0), p.mQ), (64, 64), (0, None, None))
@@ -406,8 +397,8 @@ class RowsSm90:
             f.rL.fill(0.0)
             cute.arch.mbarrier_wait(s.mbar + MB_Q_FULL, q_phase)
             q_phase ^= 1
-            kv_begin = s.sItem[it % 2, 1]
-            kv_end = s.sItem[it % 2, 2]
+            kv_begin = s.sItem[it % 4, 1]
+            kv_end = s.sItem[it % 4, 2]
             num_pairs = (cute.ceil_div(kv_end, TILE_N) - kv_begin // TILE_N + 1) >> 1
             cute.copy(f.ldm, f.tQs, f.tQr)
             if const_expr(wg == 0):
@@ -427,12 +418,10 @@ class RowsSm90:
     def _qk(self, p, s, f, wg: int, phase, subs, zero: bool):
         """S (+)= Q K^T over the named sub-tiles of stage `wg`, each as it lands; one commit group per sub-tile."""
         for n, j in enumerate(subs):
-            if self.loader.one_barrier_per_half:
-                if n == 0:
-                    cute.arch.mbarrier_wait(s.mbar + MB_FULL + wg * NUM_SUB + j, phase)
-                    sync.fence_smem_writes()
-            else:
+            if j in self.loader.barrier_subs:
                 cute.arch.mbarrier_wait(s.mbar + MB_FULL + wg * NUM_SUB + j, phase)
+                if self.loader.generic_proxy:
+                    sync.fence_smem_writes()
             warpgroup.fence()
             first = zero and n == 0
             if j < 8:
@@ -542,28 +531,23 @@ class RowsSm90:
         sync.fence_smem_writes()
         self._zero_v_tail(s, f, 1, 1, valid1)
         sync.arrive(BAR_P1, 256)
-        if self.stage0_first:
-            sync.sync(BAR_P0, 256)
-            self._zero_v_tail(s, f, 0, 1, valid0)
-            self._pv(p.mma_pv, f, f.tOrP0, 1, 0)
-            self._pv(p.mma_pv_rs, f, f.rP, 1, 1)
-        else:
-            self._pv(p.mma_pv_rs, f, f.rP, 1, 1)
-            sync.sync(BAR_P0, 256)
-            self._zero_v_tail(s, f, 0, 1, valid0)
-            self._pv(p.mma_pv, f, f.tOrP0, 1, 0)
-        first = 0 if self.stage0_first else 1
+        self._pv(p.mma_pv_rs, f, f.rP, 1, 1)
+        # Not P0 V0 first, which would release stage 0 sooner: the refill of (stage 1, half 1), which this consumer's
+        # next QK begins with, comes later then, and that costs more (2 to 3 % at 128 heads).
+        sync.sync(BAR_P0, 256)
+        self._zero_v_tail(s, f, 0, 1, valid0)
+        self._pv(p.mma_pv, f, f.tOrP0, 1, 0)
         warpgroup.wait_group(1)
-        self._release(s, 1, first)
+        self._release(s, 1, 1)
         warpgroup.wait_group(0)
-        self._release(s, 1, 1 - first)
+        self._release(s, 1, 0)
 
     # -------------------------------------------------------------- epilogue
 
     @cute.jit
     def _epilogue(self, p, s, f, it, head0, wg: Constexpr):
-        batch = s.sItem[it % 2, 0]
-        part_row = s.sItem[it % 2, 4]
+        batch = s.sItem[it % 4, 0]
+        part_row = s.sItem[it % 4, 4]
         rows = cutlass.min(p.num_heads - head0, Int32(TILE_M))
         for r in cutlass.range_constexpr(2):
             f.rL[r] = softmax.quad_sum(f.rL[r])
@@ -578,27 +562,18 @@ class RowsSm90:
                     p.mPart[part_row + head0 + f.t, PART_LSE] = v
                 else:
                     p.mLse[batch, head0 + f.t] = v * p.lse_scale
-        if const_expr(not self.scaled_partials):
-            epilogue.normalise(s, f)
         # Where row 0 of the tile goes, in bytes: one store path for outputs and partials (both 16-bit rows).
         dst = p.mO.iterator.toint() + (Int64(batch) * p.mO.stride[0] + Int64(head0) * p.mO.stride[1]) * 2
         row_bytes = Int64(p.mO.stride[1]) * 2
         if part_row >= 0:
             dst = p.mPart.iterator.toint() + Int64(part_row + head0) * (4 * PART_ROW)
             row_bytes = Int64(4 * PART_ROW)
-        if const_expr(self.scaled_partials):
-            words = cute.make_rmem_tensor((2, 32), Uint32)
-            if part_row >= 0:
-                for r in cutlass.range_constexpr(2):
-                    worth = epilogue.pack_int16(s, f, words, r)
-                    if (f.lane % 4 == 0) & (f.row + 8 * r < rows):
-                        p.mPart[part_row + head0 + f.row + 8 * r, PART_LSE + 1 + wg] = worth
-            else:
-                epilogue.normalise(s, f)
-                half = epilogue.pack_half(f, self.dtype)
-                for r in cutlass.range_constexpr(2):
-                    for j in cutlass.range_constexpr(32):
-                        words[r, j] = half[r, j]
-            epilogue.store_rows(f, words, dst, row_bytes, rows, wg)
+        words = cute.make_rmem_tensor((2, 32), Uint32)
+        if part_row >= 0:
+            worth = epilogue.pack_int16(s, f, words)
+            for r in cutlass.range_constexpr(2):
+                if (f.lane % 4 == 0) & (f.row + 8 * r < rows):
+                    p.mPart[part_row + head0 + f.row + 8 * r, PART_LSE + 1 + wg] = worth[r]
         else:
-            epilogue.store_rows(f, epilogue.pack_half(f, self.dtype), dst, row_bytes, rows, wg)
+            epilogue.pack_output(s, f, words, self.dtype)
+        epilogue.store_rows(f, words, dst, row_bytes, rows, wg)

@@ -6,26 +6,19 @@ import functools
 import pytest
 
 from mla_cute import jit, sass
-from mla_cute.config import KernelConfig
 from mla_cute.kernels import registry
 
 MAX_SMEM_BYTES = 232448  # shared memory a CTA can opt in to on sm_90
 MAX_REGISTERS_PER_SM = 65536
 
-# Shipped by default, and the other values of what a configuration may choose.
-VARIANTS = registry.variants() + [
-    variant
-    for config in (KernelConfig(partials="int16"), KernelConfig(pv_order="stage"))
-    for variant in registry.variants(config=config)
-    if variant[0] == registry.DECODE
-]
+VARIANTS = registry.variants()
 DECODE = [v for v in VARIANTS if v[0] == registry.DECODE]
 PLANNER = [v for v in VARIANTS if v[0] == registry.PLANNER]
 
 
 def name(variant):
     kernel, key, config = variant
-    return "-".join([kernel.name, *(str(value) for value in vars(key).values()), config.partials, config.pv_order])
+    return "-".join([kernel.name, *(str(value) for value in vars(key).values())])
 
 
 @functools.cache

@@ -111,8 +111,6 @@ def test_what_is_chosen_for_common_batches(lengths, num_heads, how, largest):
     ("field", "value"),
     [
         ("kernel", "columns"),
-        ("partials", "float"),
-        ("pv_order", "other"),
         ("min_blocks", 1),
         ("min_blocks", 3),
         ("item_overhead", -1),

@@ -242,30 +242,27 @@ def test_planner_configs(config, num_heads):
 @pytest.mark.parametrize("num_heads", [6, 16, 65, 128])
 @pytest.mark.parametrize("drift", [0.0, 60.0])
 @pytest.mark.parametrize("page_size", [64, 1])
-@pytest.mark.parametrize("change", [{"partials": "int16"}, {"pv_order": "stage"}], ids=["int16", "stage"])
-def test_other_configs(change, num_heads, page_size, dtype, drift):
+def test_cut_and_whole(num_heads, page_size, dtype, drift):
     """Requests cut and whole; with batch_invariant also those that a batch this large would leave whole are cut."""
-    config = mla_cute.KernelConfig(**change)
     for lengths in ([20000], [8192, 5000, 0, 65, 1, 129, 3000], [1500] * 300):
         case = make_case(lengths, num_heads=num_heads, page_size=page_size, device="cuda", dtype=dtype, drift=drift)
         expected = expected_of(case)
         for invariant in (False, True):
-            check(case, config=config, expected=expected, batch_invariant=invariant)
+            check(case, expected=expected, batch_invariant=invariant)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, 1e-30])
-def test_int16_partials_of_extreme_values(value):
+def test_partials_of_extreme_values(value):
     """A value no 16-bit integer can be a fraction of makes its half of the row NaN or inf, and no other row."""
     case = make_case([5000, 5000], num_heads=16, page_size=64, device="cuda")
-    config = mla_cute.KernelConfig(partials="int16")
-    want, want_lse = decode(case, config=config)
+    want, want_lse = decode(case)
     first = case.kv_indices[case.kv_indptr[0].long()].long()
     case.ckv_cache[first, 3, 5] = value
-    got, got_lse = decode(case, config=config)
+    got, got_lse = decode(case)
     assert same_bits(got[1], want[1])
     assert same_bits(got_lse[1], want_lse[1])
     if math.isfinite(value):
-        verdict = run_case(case, config=config)
+        verdict = run_case(case)
         assert verdict.ok, verdict
     else:
         assert not got[0, :, :256].isfinite().any()
