@@ -7,18 +7,25 @@
 """
 
 from .api import mla_paged_decode, mla_paged_decode_block_table
+from .api_prefill import mla_paged_prefill, mla_paged_prefill_block_table
 from .config import KernelConfig
 from .jit import cache_dir, warmup
 from .plan import DecodePlan, plan_decode, plan_decode_block_table
+from .plan_prefill import PrefillPlan, plan_prefill, plan_prefill_block_table
 
 __version__ = "0.1.0"
 __all__ = [
     "DecodePlan",
     "KernelConfig",
+    "PrefillPlan",
     "cache_dir",
     "mla_paged_decode",
     "mla_paged_decode_block_table",
+    "mla_paged_prefill",
+    "mla_paged_prefill_block_table",
     "plan_decode",
     "plan_decode_block_table",
+    "plan_prefill",
+    "plan_prefill_block_table",
     "warmup",
 ]

@@ -1,4 +1,4 @@
-"""The public calls. The path is: check, plan, look up the compiled step, launch; nothing reads the device."""
+"""The public decode calls. The path is: check, plan, look up the compiled step, launch; nothing reads the device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from . import reference
 from .config import KernelConfig
-from .plan import DecodePlan, check_enabled, plan_decode, plan_decode_block_table
+from .plan import DecodePlan, Plan, check_enabled, plan_decode, plan_decode_block_table
 from .problem import (
     DecodeProblem,
     check_decode,
@@ -17,6 +17,7 @@ from .problem import (
     verify_block_table_on_device,
     verify_on_device,
 )
+from .problem_prefill import PrefillProblem
 
 _LOG2_E = math.log2(math.e)
 _LN_2 = math.log(2.0)
@@ -108,7 +109,7 @@ def mla_paged_decode(
             batch_invariant=batch_invariant,
         )
         launch = plan.launcher(problem, False)
-    return _launch(
+    return launch_step(
         launch, problem, plan, q_nope, q_pe, ckv_cache, kpe_cache, kv_indices, sm_scale, out, lse, lse_base, return_lse
     )
 
@@ -158,27 +159,38 @@ def mla_paged_decode_block_table(
             q_nope, q_pe, ckv_cache, kpe_cache, block_table, seq_lens, sm_scale, lse_base=lse_base, out=out, lse=lse
         )
         return result if return_lse else result[0]
-    rows, columns = block_table.shape
-    stride = block_table.stride(0) if rows > 1 else columns
     if plan is None:
         plan = plan_decode_block_table(
             seq_lens,
             num_heads=problem.num_heads,
             page_size=problem.page_size,
-            max_pages=columns,
-            table_stride=stride,
+            max_pages=block_table.shape[1],
+            table_stride=table_stride(block_table),
             config=config,
             batch_invariant=batch_invariant,
         )
         launch = plan.launcher(problem, True)
-    elif rows > 1 and plan._table_stride != stride:
-        raise ValueError(
-            f"plan: expected a plan for block_table rows {stride} elements apart, got one for {plan._table_stride}"
-        )
-    flat = block_table.as_strided(((rows - 1) * stride + columns if rows else 0,), (1,))
-    return _launch(
+    flat = flat_table(block_table, plan)
+    return launch_step(
         launch, problem, plan, q_nope, q_pe, ckv_cache, kpe_cache, flat, sm_scale, out, lse, lse_base, return_lse
     )
+
+
+def table_stride(block_table: torch.Tensor) -> int:
+    """Elements between its rows, as plans want them."""
+    rows, columns = block_table.shape
+    return block_table.stride(0) if rows > 1 else columns
+
+
+def flat_table(block_table: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """The memory of a block table as one list of page ids; ValueError when the plan is for other strides."""
+    rows, columns = block_table.shape
+    stride = plan._table_stride
+    if rows > 1 and block_table.stride(0) != stride:
+        raise ValueError(
+            f"plan: expected a plan for block_table rows {block_table.stride(0)} elements apart, got one for {stride}"
+        )
+    return block_table.as_strided(((rows - 1) * stride + columns if rows else 0,), (1,))
 
 
 def _tma_strides(x: torch.Tensor) -> torch.Tensor:
@@ -190,10 +202,17 @@ def _tma_strides(x: torch.Tensor) -> torch.Tensor:
     return x.as_strided(size, stride)
 
 
-def _launch(
+def _even_rows(q: torch.Tensor) -> torch.Tensor:
+    """The same elements with all (token, head) rows equally far apart: a copy where they are not."""
+    if q.stride(0) == q.shape[1] * q.stride(1):
+        return q
+    return _tma_strides(q.contiguous())
+
+
+def launch_step(
     launch: Callable[..., None],
-    problem: DecodeProblem,
-    plan: DecodePlan,
+    problem: DecodeProblem | PrefillProblem,
+    plan: Plan,
     q_nope: torch.Tensor,
     q_pe: torch.Tensor,
     ckv_cache: torch.Tensor,
@@ -208,10 +227,12 @@ def _launch(
     if out is None:
         out = torch.empty_like(q_nope, memory_format=torch.contiguous_format)
     if lse is None:
-        lse = torch.empty((problem.batch, problem.num_heads), dtype=torch.float32, device=problem.device)
-    if problem.batch:
+        lse = torch.empty((problem.total_q, problem.num_heads), dtype=torch.float32, device=problem.device)
+    if plan.has_work:
         if problem.odd_strides:
             q_nope, q_pe, ckv_cache, kpe_cache = map(_tma_strides, (q_nope, q_pe, ckv_cache, kpe_cache))
+        if plan.packs_rows:
+            q_nope, q_pe = _even_rows(q_nope), _even_rows(q_pe)
         launch(
             q_nope,
             q_pe,
@@ -222,9 +243,7 @@ def _launch(
             plan.part,
             out,
             lse,
-            plan.num_parts,
-            plan.merge_x,
-            plan.merge_y,
+            *plan.grid,
             sm_scale * _LOG2_E,
             1.0 if lse_base == 2 else _LN_2,
         )

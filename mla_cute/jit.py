@@ -236,6 +236,7 @@ def warmup(
     dtypes: Sequence[str] = ("bfloat16",),
     page_sizes: Sequence[int] = (1, 64),
     *,
+    ops: Sequence[str] = ("decode", "prefill"),
     variants: Sequence[tuple[Any, Any, Any]] | None = None,
     num_workers: int | None = None,
     progress: bool | Callable[..., None] | None = None,
@@ -245,7 +246,8 @@ def warmup(
     Args:
         dtypes: names of the query and cache dtypes, `"bfloat16"`, `"float16"`.
         page_sizes: tokens per page; sizes that share a kernel are compiled once.
-        variants: (kernel, key, config) triples to compile instead of what the first two arguments select.
+        ops: the calls a server makes, `"decode"`, `"prefill"`.
+        variants: (kernel, key, config) triples to compile instead of what the arguments above select.
         num_workers: compiling processes at a time, default one per CPU core that this process may use, at most 16.
         progress: None shows a bar on a terminal (with rich installed) and otherwise one line per kernel on standard
             error; False shows nothing; a callable gets (done, total, Warmed) per kernel.
@@ -262,7 +264,7 @@ def warmup(
     if variants is None:
         from .kernels import registry
 
-        variants = registry.variants(dtypes=dtypes, page_sizes=page_sizes)
+        variants = registry.variants(dtypes=dtypes, page_sizes=page_sizes, ops=ops)
     return _warmup.warmup(variants, num_workers=num_workers, progress=progress)
 
 

@@ -1,15 +1,17 @@
-"""Plans: how one decode step is cut into work items, made on the GPU and shared by all layers of the step."""
+"""Plans: how one step is cut into work items, made on the GPU and shared by all layers of the step."""
 
 from __future__ import annotations
 
 import functools
 import os
 from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 
 from . import jit
 from .config import KernelConfig, default_config, why_infeasible
+from .jit import KernelRef
 from .kernels.registry import (
     BLOCK,
     DECODE,
@@ -22,9 +24,11 @@ from .kernels.registry import (
     TILE_M,
     DecodeKey,
     PlannerKey,
+    PrefillKey,
     box_rows_of,
 )
-from .problem import MAX_HEADS, DecodeProblem, expect_metadata
+from .problem import MAX_HEADS, DecodeProblem, expect_indptr, expect_metadata
+from .problem_prefill import PrefillProblem
 
 _DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # Merge CTAs that fit an SM: 256 threads of up to 128 registers (kernels/merge.py).
@@ -52,7 +56,114 @@ def _no_kernel(*_: object) -> None:
     raise RuntimeError("plan: made for CPU tensors, which run no kernel")
 
 
-class DecodePlan:
+class Plan:
+    """What decode's and prefill's plans share: the workspace, and which calls they are fit for."""
+
+    __slots__ = (
+        "_lengths", "_last_len", "_planner", "_scratch", "_table_stride", "_problem", "_launch", "_block_table",
+        "batch", "num_heads", "page_size", "device", "config", "batch_invariant",
+        "table", "part", "num_parts", "merge_x", "merge_y", "grid", "has_work", "verifies",
+    )  # fmt: skip
+
+    # The problems a plan is for, which of their facts have to be its own, and their step: kernel and static key.
+    _problem_type: ClassVar[type[DecodeProblem | PrefillProblem]]
+    _facts: ClassVar[tuple[str, ...]] = ("batch", "num_heads", "page_size", "device")
+    _step: ClassVar[KernelRef]
+    _step_key: ClassVar[type[DecodeKey | PrefillKey]]
+
+    # The step's row tiles run over (token, head) rows, which the queries' strides have to allow.
+    packs_rows: ClassVar[bool] = False
+
+    grid: tuple[int, ...]  # the step's launch arguments between its tensors and its scales
+
+    def __init__(
+        self,
+        lengths: torch.Tensor,
+        last_len: torch.Tensor | None,
+        *,
+        block_table: bool,
+        batch_invariant: bool,
+        batch: int,
+        num_heads: int,
+        page_size: int,
+        table_stride: int,
+    ):
+        self.batch, self.num_heads, self.page_size, self.device = batch, num_heads, page_size, lengths.device
+        self.batch_invariant = batch_invariant
+        self._lengths, self._last_len, self._table_stride = lengths, last_len, table_stride
+        self._block_table = block_table
+        self.verifies = check_enabled()
+        self.has_work = self.device.type == "cuda" and batch > 0
+        # the last problem this plan was found fit for, and its launcher
+        self._problem: DecodeProblem | PrefillProblem | None = None
+        self._launch: Callable[..., None] = _no_kernel
+
+    def _choose_config(self, config: KernelConfig | None, rows_per_entry: int) -> int:
+        """Sets the configuration; returns the SMs of the device. `rows_per_entry`: rows that a merge entry may have."""
+        sms = num_sms(self.device)
+        self.config = config or default_config(rows_per_entry, self.page_size, self.batch, sms)
+        if reason := why_infeasible(self.config):
+            raise ValueError(f"config: {reason}")
+        return sms
+
+    def _allocate(
+        self,
+        planner: KernelRef,
+        key: Any,
+        *,
+        sms: int,
+        parts: int,
+        max_entries: int,
+        max_items: int,
+        part_rows: int,
+        scratch_rows: int,
+        entries_at_once: int,
+        rows_per_entry: int,
+    ) -> None:
+        """Buffers for `parts` work lists, `max_entries` merge entries, `max_items` items and `part_rows` partial rows.
+
+        `entries_at_once`: merge entries beyond which the merge kernel's grid does not grow.
+        """
+        self.num_parts = parts
+        self.table = torch.empty((parts + max_entries + max_items, 8), dtype=torch.int32, device=self.device)
+        self.part = torch.empty((part_rows, PART_ROW), dtype=torch.float32, device=self.device)
+        self._scratch = torch.empty((scratch_rows, self.batch + 1), dtype=torch.int32, device=self.device)
+        ctas = _MERGE_CTAS_PER_SM * sms
+        self.merge_y = max(1, min(max_entries, entries_at_once, ctas))
+        self.merge_x = max(1, min(rows_per_entry * MERGE_COL_TILES, ctas // self.merge_y))
+        self._planner = jit.get(planner, key, self.config.planner_launch())
+
+    @property
+    def workspace_bytes(self) -> int:
+        if self.device.type == "cpu":
+            return 0
+        return sum(x.untyped_storage().nbytes() for x in (self.table, self.part, self._scratch))
+
+    def launcher(self, problem: DecodeProblem | PrefillProblem, block_table: bool) -> Callable[..., None]:
+        """The compiled step for `problem`; ValueError when the plan is for another one or another metadata form.
+
+        The checks return the same object for the same facts, so a repeated call is two comparisons.
+        """
+        if problem is not self._problem or block_table is not self._block_table:
+            self._launch = self._step_of(problem, block_table)
+            self._problem = problem
+        return self._launch
+
+    def _step_of(self, problem: DecodeProblem | PrefillProblem, block_table: bool) -> Callable[..., None]:
+        wanted, made_by = problem.planned_by[block_table], self._problem_type.planned_by[self._block_table]
+        if wanted != made_by:
+            raise ValueError(f"plan: expected a plan from {wanted}, got one from {made_by}")
+        for name in self._facts:
+            planned, called = getattr(self, name), getattr(problem, name)
+            if planned != called:
+                raise ValueError(f"plan: expected a plan for {name} {called}, got one for {name} {planned}")
+        if self.device.type == "cpu":
+            return _no_kernel
+        key = self._step_key(_DTYPE_NAMES[problem.dtype], box_rows_of(problem.page_size))
+        return jit.get(self._step, key, self.config.launch())
+
+
+class DecodePlan(Plan):
     """Work items of one decode step. Made by :func:`plan_decode` or :func:`plan_decode_block_table`.
 
     The plan holds references to the metadata tensors it was made from. :meth:`update` plans again from their present
@@ -68,11 +179,11 @@ class DecodePlan:
         verifies: calls with this plan check page ids and lengths on the device (MLA_CUTE_CHECK=1 when it was made).
     """
 
-    __slots__ = (
-        "_lengths", "_last_len", "_planner", "_scratch", "_table_stride", "_problem", "_launch", "_block_table",
-        "batch", "num_heads", "page_size", "device", "config", "batch_invariant",
-        "table", "part", "num_parts", "merge_x", "merge_y", "verifies",
-    )  # fmt: skip
+    __slots__ = ()
+
+    _problem_type = DecodeProblem
+    _step = DECODE
+    _step_key = DecodeKey
 
     def __init__(
         self,
@@ -87,21 +198,20 @@ class DecodePlan:
         table_stride: int,
         config: KernelConfig | None,
     ):
-        device = lengths.device
-        self.batch, self.num_heads, self.page_size, self.device = batch, num_heads, page_size, device
-        self.batch_invariant = key.batch_invariant
-        self._lengths, self._last_len, self._table_stride = lengths, last_len, table_stride
-        self._block_table = key.lengths == "seq_lens"
-        self.verifies = check_enabled()
-        self._problem: DecodeProblem | None = None  # the last problem this plan was found fit for, and its launcher
-        self._launch: Callable[..., None] = _no_kernel
-        if device.type == "cpu":
+        super().__init__(
+            lengths,
+            last_len,
+            block_table=key.lengths == "seq_lens",
+            batch_invariant=key.batch_invariant,
+            batch=batch,
+            num_heads=num_heads,
+            page_size=page_size,
+            table_stride=table_stride,
+        )
+        if self.device.type == "cpu":
             self.config = config or KernelConfig()
             return
-        sms = num_sms(device)
-        self.config = config or default_config(num_heads, page_size, batch, sms)
-        if reason := why_infeasible(self.config):
-            raise ValueError(f"config: {reason}")
+        sms = self._choose_config(config, num_heads)
         parts = max(1, min(MAX_PARTS, sms // -(-num_heads // TILE_M)))
         if key.batch_invariant:
             max_items = batch * FIXED_MAX_PIECES
@@ -111,24 +221,23 @@ class DecodePlan:
         else:
             max_items = batch + parts
             slots = 2 * parts
-        self.num_parts = parts
-        self.table = torch.empty((parts + batch + max_items, 8), dtype=torch.int32, device=device)
-        self.part = torch.empty((slots * num_heads, PART_ROW), dtype=torch.float32, device=device)
-        self._scratch = torch.empty((4, batch + 1), dtype=torch.int32, device=device)
-        ctas = _MERGE_CTAS_PER_SM * sms
-        self.merge_y = max(1, min(batch, slots, ctas))
-        self.merge_x = max(1, min(num_heads * MERGE_COL_TILES, ctas // self.merge_y))
-        self._planner = jit.get(PLANNER, key, self.config.planner_launch())
-
-    @property
-    def workspace_bytes(self) -> int:
-        if self.device.type == "cpu":
-            return 0
-        return sum(x.untyped_storage().nbytes() for x in (self.table, self.part, self._scratch))
+        self._allocate(
+            PLANNER,
+            key,
+            sms=sms,
+            parts=parts,
+            max_entries=batch,
+            max_items=max_items,
+            part_rows=slots * num_heads,
+            scratch_rows=4,
+            entries_at_once=slots,
+            rows_per_entry=num_heads,
+        )
+        self.grid = (self.num_parts, self.merge_x, self.merge_y)
 
     def update(self) -> DecodePlan:
         """Plan again from the present contents of the metadata tensors, on the current stream. Returns the plan."""
-        if self.device.type == "cuda" and self.batch:
+        if self.has_work:
             self._planner(
                 self._lengths,
                 self._lengths if self._last_len is None else self._last_len,
@@ -144,29 +253,8 @@ class DecodePlan:
             )
         return self
 
-    def launcher(self, problem: DecodeProblem, block_table: bool) -> Callable[..., None]:
-        """The compiled decode step for `problem`; ValueError when the plan is for another one or another metadata form.
 
-        `check_decode` returns the same object for the same facts, so a repeated call is one comparison.
-        """
-        if block_table is not self._block_table:
-            made_by = ("plan_decode", "plan_decode_block_table")
-            raise ValueError(
-                f"plan: expected a plan from {made_by[block_table]}, got one from {made_by[not block_table]}"
-            )
-        if problem is not self._problem:
-            for name in ("batch", "num_heads", "page_size", "device"):
-                planned, called = getattr(self, name), getattr(problem, name)
-                if planned != called:
-                    raise ValueError(f"plan: expected a plan for {name} {called}, got one for {name} {planned}")
-            if self.device.type == "cuda":
-                key = DecodeKey(_DTYPE_NAMES[problem.dtype], box_rows_of(problem.page_size))
-                self._launch = jit.get(DECODE, key, self.config.launch())
-            self._problem = problem
-        return self._launch
-
-
-def _expect_int(name: str, value: object, least: int, most: int | None = None) -> None:
+def expect_int(name: str, value: object, least: int, most: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an int, got {value!r}")
     if value < least or (most is not None and value > most):
@@ -198,12 +286,9 @@ def plan_decode(
     Raises:
         TypeError, ValueError: naming the argument. RuntimeError: the device is not Hopper.
     """
-    _expect_int("num_heads", num_heads, 1, MAX_HEADS)
-    _expect_int("page_size", page_size, 1)
-    expect_metadata("kv_indptr", kv_indptr, (None,), "[batch + 1]", None)
-    batch = kv_indptr.shape[0] - 1
-    if batch < 0:
-        raise ValueError("kv_indptr: expected shape [batch + 1], got [0]")
+    expect_int("num_heads", num_heads, 1, MAX_HEADS)
+    expect_int("page_size", page_size, 1)
+    batch = expect_indptr("kv_indptr", kv_indptr, None)
     if kv_last_page_len is not None:
         expect_metadata("kv_last_page_len", kv_last_page_len, (batch,), "[batch]", kv_indptr.device)
     key = PlannerKey("csr" if kv_last_page_len is None else "csr_last", bool(batch_invariant))
@@ -241,10 +326,10 @@ def plan_decode_block_table(
     Raises:
         TypeError, ValueError: naming the argument. RuntimeError: the device is not Hopper.
     """
-    _expect_int("num_heads", num_heads, 1, MAX_HEADS)
-    _expect_int("page_size", page_size, 1)
+    expect_int("num_heads", num_heads, 1, MAX_HEADS)
+    expect_int("page_size", page_size, 1)
     expect_metadata("seq_lens", seq_lens, (None,), "[batch]", None)
-    _expect_int("max_pages", max_pages, 0)
+    expect_int("max_pages", max_pages, 0)
     batch = seq_lens.shape[0]
     return DecodePlan(
         PlannerKey("seq_lens", bool(batch_invariant)),

@@ -1,4 +1,4 @@
-"""Facts of one decode call, checked once on the host.
+"""Facts of one call, checked once on the host: what decode is, and what prefill shares (problem_prefill.py).
 
 `check_decode` and `check_decode_block_table` read shapes, dtypes, devices, strides and pointers only: no device memory,
 no synchronisation. Each first asks one early-exit question, "is everything as it usually is?", made of the cheapest
@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import functools
 import numbers
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
@@ -40,6 +42,9 @@ _ALIGN_ELEMENTS = 8
 class DecodeProblem:
     """Sizes, dtype and device of a decode call whose arguments passed the checks."""
 
+    # What makes plans for it: from CSR page lists, from a block table.
+    planned_by: ClassVar[tuple[str, str]] = ("plan_decode", "plan_decode_block_table")
+
     batch: int
     num_heads: int
     page_size: int
@@ -48,6 +53,11 @@ class DecodeProblem:
     device: torch.device
     # Dimensions of size 1 may have strides that TMA would refuse (the early exit accepts none of those).
     odd_strides: bool = field(default=False, compare=False)
+
+    @property
+    def total_q(self) -> int:
+        """Query tokens: one per request."""
+        return self.batch
 
 
 # A frozen dataclass takes 0.65 us to make, a look-up 0.12 us, and a server's calls repeat.
@@ -70,34 +80,12 @@ def check_decode(
     """Check a decode call with CSR page lists; raise TypeError or ValueError for the first wrong argument."""
     try:
         problem = _usual(q_nope, q_pe, ckv_cache, kpe_cache, sm_scale, out, lse, lse_base)
-        if (
-            problem is not None
-            and kv_indptr.shape == (problem.batch + 1,)
-            and kv_indptr.dtype is torch.int32
-            and kv_indptr.device == problem.device
-            and kv_indptr.is_contiguous()
-            and kv_indices.dim() == 1
-            and kv_indices.dtype is torch.int32
-            and kv_indices.device == problem.device
-            and kv_indices.is_contiguous()
-            and (
-                kv_last_page_len is None
-                or (
-                    kv_last_page_len.shape == (problem.batch,)
-                    and kv_last_page_len.dtype is torch.int32
-                    and kv_last_page_len.device == problem.device
-                    and kv_last_page_len.is_contiguous()
-                )
-            )
-        ):
+        if problem is not None and _usual_csr(problem.batch, problem.device, kv_indptr, kv_indices, kv_last_page_len):
             return problem
     except (AttributeError, TypeError, ValueError):
         pass  # an argument is no tensor or has another rank; which one is the explanation's job
     problem = _explain(q_nope, q_pe, ckv_cache, kpe_cache)
-    expect_metadata("kv_indptr", kv_indptr, (problem.batch + 1,), "[batch + 1]", problem.device)
-    expect_metadata("kv_indices", kv_indices, (None,), "[num_kv_indices]", problem.device)
-    if kv_last_page_len is not None:
-        expect_metadata("kv_last_page_len", kv_last_page_len, (problem.batch,), "[batch]", problem.device)
+    _explain_csr(problem.batch, problem.device, kv_indptr, kv_indices, kv_last_page_len)
     _explain_rest(problem, q_nope, sm_scale, out, lse, lse_base)
     return problem
 
@@ -117,24 +105,12 @@ def check_decode_block_table(
     """Check a decode call with a padded block table; raise TypeError or ValueError for the first wrong argument."""
     try:
         problem = _usual(q_nope, q_pe, ckv_cache, kpe_cache, sm_scale, out, lse, lse_base)
-        if problem is not None:
-            rows, _ = block_table.shape
-            if (
-                rows == problem.batch
-                and block_table.dtype is torch.int32
-                and block_table.device == problem.device
-                and block_table.stride()[1] == 1
-                and seq_lens.shape == (problem.batch,)
-                and seq_lens.dtype is torch.int32
-                and seq_lens.device == problem.device
-                and seq_lens.is_contiguous()
-            ):
-                return problem
+        if problem is not None and _usual_block_table(problem.batch, problem.device, block_table, seq_lens):
+            return problem
     except (AttributeError, TypeError, ValueError):
         pass  # an argument is no tensor or has another rank; which one is the explanation's job
     problem = _explain(q_nope, q_pe, ckv_cache, kpe_cache)
-    expect_metadata("block_table", block_table, (problem.batch, None), "[batch, max_pages]", problem.device)
-    expect_metadata("seq_lens", seq_lens, (problem.batch,), "[batch]", problem.device)
+    _explain_block_table(problem.batch, problem.device, block_table, seq_lens)
     _explain_rest(problem, q_nope, sm_scale, out, lse, lse_base)
     return problem
 
@@ -198,6 +174,48 @@ def _usual(
     return _problem(batch, num_heads, page_size, num_pages, dtype, device)
 
 
+def _usual_csr(
+    batch: int,
+    device: torch.device,
+    kv_indptr: torch.Tensor,
+    kv_indices: torch.Tensor,
+    kv_last_page_len: torch.Tensor | None,
+) -> bool:
+    return (
+        kv_indptr.shape == (batch + 1,)
+        and kv_indptr.dtype is torch.int32
+        and kv_indptr.device == device
+        and kv_indptr.is_contiguous()
+        and kv_indices.dim() == 1
+        and kv_indices.dtype is torch.int32
+        and kv_indices.device == device
+        and kv_indices.is_contiguous()
+        and (
+            kv_last_page_len is None
+            or (
+                kv_last_page_len.shape == (batch,)
+                and kv_last_page_len.dtype is torch.int32
+                and kv_last_page_len.device == device
+                and kv_last_page_len.is_contiguous()
+            )
+        )
+    )
+
+
+def _usual_block_table(batch: int, device: torch.device, block_table: torch.Tensor, seq_lens: torch.Tensor) -> bool:
+    rows, _ = block_table.shape
+    return (
+        rows == batch
+        and block_table.dtype is torch.int32
+        and block_table.device == device
+        and block_table.stride()[1] == 1
+        and seq_lens.shape == (batch,)
+        and seq_lens.dtype is torch.int32
+        and seq_lens.device == device
+        and seq_lens.is_contiguous()
+    )
+
+
 def _is_aligned(x: torch.Tensor) -> bool:
     stride0, stride1, stride2 = x.stride()
     return stride2 == 1 and (stride0 | stride1) % _ALIGN_ELEMENTS == 0 and x.data_ptr() % _ALIGN_BYTES == 0
@@ -207,12 +225,13 @@ def _is_aligned(x: torch.Tensor) -> bool:
 
 
 def _explain(
-    q_nope: torch.Tensor, q_pe: torch.Tensor, ckv_cache: torch.Tensor, kpe_cache: torch.Tensor
+    q_nope: torch.Tensor, q_pe: torch.Tensor, ckv_cache: torch.Tensor, kpe_cache: torch.Tensor, rows: str = "batch"
 ) -> DecodeProblem:
+    """`rows` is the name of the queries' first dimension."""
     _expect_tensor("q_nope", q_nope)
     if q_nope.dtype not in DTYPES:
         raise TypeError(f"q_nope: expected dtype torch.bfloat16 or torch.float16, got {q_nope.dtype}")
-    _expect_shape("q_nope", q_nope, (None, None, CKV_DIM), f"[batch, H, {CKV_DIM}]")
+    _expect_shape("q_nope", q_nope, (None, None, CKV_DIM), f"[{rows}, H, {CKV_DIM}]")
     batch, num_heads, _ = q_nope.shape
     if not 1 <= num_heads <= MAX_HEADS:
         raise ValueError(f"q_nope: expected 1 to {MAX_HEADS} heads (dimension 1), got {num_heads}")
@@ -221,7 +240,7 @@ def _explain(
         raise ValueError(f"q_nope: expected a tensor on a cuda device or the cpu, got device {device}")
     _expect_aligned("q_nope", q_nope)
 
-    _expect_operand("q_pe", q_pe, (batch, num_heads, KPE_DIM), f"[batch, H, {KPE_DIM}]", dtype, device)
+    _expect_operand("q_pe", q_pe, (batch, num_heads, KPE_DIM), f"[{rows}, H, {KPE_DIM}]", dtype, device)
     shape = f"[num_pages, page_size, {CKV_DIM}]"
     _expect_operand("ckv_cache", ckv_cache, (None, None, CKV_DIM), shape, dtype, device)
     num_pages, page_size, _ = ckv_cache.shape
@@ -234,6 +253,24 @@ def _explain(
     return _problem(batch, num_heads, page_size, num_pages, dtype, device, True)
 
 
+def _explain_csr(
+    batch: int,
+    device: torch.device,
+    kv_indptr: torch.Tensor,
+    kv_indices: torch.Tensor,
+    kv_last_page_len: torch.Tensor | None,
+) -> None:
+    expect_metadata("kv_indptr", kv_indptr, (batch + 1,), "[batch + 1]", device)
+    expect_metadata("kv_indices", kv_indices, (None,), "[num_kv_indices]", device)
+    if kv_last_page_len is not None:
+        expect_metadata("kv_last_page_len", kv_last_page_len, (batch,), "[batch]", device)
+
+
+def _explain_block_table(batch: int, device: torch.device, block_table: torch.Tensor, seq_lens: torch.Tensor) -> None:
+    expect_metadata("block_table", block_table, (batch, None), "[batch, max_pages]", device)
+    expect_metadata("seq_lens", seq_lens, (batch,), "[batch]", device)
+
+
 def _explain_rest(
     problem: DecodeProblem,
     q_nope: torch.Tensor,
@@ -241,6 +278,7 @@ def _explain_rest(
     out: torch.Tensor | None,
     lse: torch.Tensor | None,
     lse_base: int | str,
+    rows: str = "batch",
 ) -> None:
     batch, num_heads, device = problem.batch, problem.num_heads, problem.device
     if isinstance(sm_scale, bool) or not isinstance(sm_scale, numbers.Real):
@@ -252,7 +290,7 @@ def _explain_rest(
     if lse_base not in LSE_BASES:
         raise ValueError(f"lse_base: expected 2 or 'e', got {lse_base!r}")
     if out is not None:
-        _expect_operand("out", out, (batch, num_heads, CKV_DIM), f"[batch, H, {CKV_DIM}]", problem.dtype, device)
+        _expect_operand("out", out, (batch, num_heads, CKV_DIM), f"[{rows}, H, {CKV_DIM}]", problem.dtype, device)
         if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
             raise ValueError(
                 f"out: expected memory for every element, got an expanded tensor of strides {list(out.stride())}"
@@ -263,7 +301,7 @@ def _explain_rest(
         _expect_tensor("lse", lse)
         if lse.dtype is not torch.float32:
             raise TypeError(f"lse: expected dtype torch.float32, got {lse.dtype}")
-        _expect_shape("lse", lse, (batch, num_heads), "[batch, H]")
+        _expect_shape("lse", lse, (batch, num_heads), f"[{rows}, H]")
         _expect_device("lse", lse, device)
         if not lse.is_contiguous():
             raise ValueError(f"lse: expected a contiguous tensor, got strides {list(lse.stride())}")
@@ -297,6 +335,14 @@ def expect_metadata(
         _expect_device(name, x, device)
     if x.is_cuda and x.shape[-1] > 1 and x.stride(-1) != 1:
         raise ValueError(f"{name}: expected stride 1 in the last dimension, got strides {list(x.stride())}")
+
+
+def expect_indptr(name: str, x: torch.Tensor, device: torch.device | None) -> int:
+    """An int32 tensor [batch + 1] on `device` (None: wherever it is); returns batch."""
+    expect_metadata(name, x, (None,), "[batch + 1]", device)
+    if x.shape[0] < 1:
+        raise ValueError(f"{name}: expected shape [batch + 1], got [0]")
+    return x.shape[0] - 1
 
 
 def _expect_tensor(name: str, x: object) -> None:
@@ -356,44 +402,7 @@ def verify_on_device(
     1..page_size; when a page id in use is not in 0..num_pages - 1. Ids outside `kv_indices[kv_indptr[0]:kv_indptr[-1]]`
     and the last page length of a request without pages are not looked at.
     """
-    num_indices = kv_indices.shape[0]
-    num_pages_of = kv_indptr.diff()
-    first_bad = [
-        _first(kv_indptr < 0, kv_indptr),
-        _first(num_pages_of < 0, kv_indptr[1:]),
-        _first(kv_indptr > num_indices, kv_indptr),
-    ]
-    if kv_last_page_len is not None:
-        wrong = (kv_last_page_len < 1) | (kv_last_page_len > problem.page_size)
-        first_bad.append(_first(wrong & (num_pages_of > 0), kv_last_page_len))
-    else:
-        first_bad.append(_none(kv_indptr))
-    position = torch.arange(num_indices, device=kv_indices.device)
-    used = (position >= kv_indptr[0]) & (position < kv_indptr[-1])
-    first_bad.append(_first(used & _outside(kv_indices, problem.num_pages), kv_indices))
-
-    below, decreasing, beyond, last_page_len, page_id = torch.stack(first_bad).tolist()
-    if below[0]:
-        raise ValueError(f"kv_indptr: expected values >= 0, got {below[2]} at position {below[1]}")
-    if decreasing[0]:
-        raise ValueError(
-            f"kv_indptr: expected values that never decrease, got {decreasing[2]} at position {decreasing[1] + 1} "
-            "after a larger one"
-        )
-    if beyond[0]:
-        raise ValueError(
-            f"kv_indptr: expected values <= {num_indices} (the length of kv_indices), got {beyond[2]} "
-            f"at position {beyond[1]}"
-        )
-    if last_page_len[0]:
-        raise ValueError(
-            f"kv_last_page_len: expected values in [1, {problem.page_size}] for requests with pages, "
-            f"got {last_page_len[2]} at position {last_page_len[1]}"
-        )
-    if page_id[0]:
-        raise ValueError(
-            f"kv_indices: expected page ids in [0, {problem.num_pages}), got {page_id[2]} at position {page_id[1]}"
-        )
+    _raise_first(_csr_findings(problem.page_size, problem.num_pages, kv_indptr, kv_indices, kv_last_page_len))
 
 
 def verify_block_table_on_device(problem: DecodeProblem, block_table: torch.Tensor, seq_lens: torch.Tensor) -> None:
@@ -403,26 +412,96 @@ def verify_block_table_on_device(problem: DecodeProblem, block_table: torch.Tens
     is not in 0..max_pages * page_size, or a page id in use is not in 0..num_pages - 1. The ids past a request's last
     page are not looked at.
     """
-    max_pages = block_table.shape[1]
-    max_len = max_pages * problem.page_size
-    page_start = torch.arange(max_pages, device=block_table.device) * problem.page_size
-    used = page_start[None, :] < seq_lens[:, None]
-    first_bad = [
-        _first((seq_lens < 0) | (seq_lens > max_len), seq_lens),
-        _first((used & _outside(block_table, problem.num_pages)).flatten(), block_table.flatten()),
+    _raise_first(_block_table_findings(problem.page_size, problem.num_pages, block_table, seq_lens))
+
+
+# What was found, as `_first` gives it, and the message for the position and the value there.
+_Finding = tuple[torch.Tensor, Callable[[int, int], str]]
+
+
+def _raise_first(findings: Sequence[_Finding]) -> None:
+    """ValueError for the first finding that found something; one synchronisation."""
+    results = torch.stack([found for found, _ in findings]).tolist()
+    for (found, position, value), (_, message) in zip(results, findings, strict=True):
+        if found:
+            raise ValueError(message(position, value))
+
+
+def _indptr_findings(name: str, indptr: torch.Tensor, most: int, most_is: str) -> list[_Finding]:
+    """Whether it decreases, or passes `most`."""
+    return [
+        (
+            _first(indptr.diff() < 0, indptr[1:]),
+            lambda at, value: (
+                f"{name}: expected values that never decrease, got {value} at position {at + 1} after a larger one"
+            ),
+        ),
+        (
+            _first(indptr > most, indptr),
+            lambda at, value: f"{name}: expected values <= {most} ({most_is}), got {value} at position {at}",
+        ),
     ]
-    length, page_id = torch.stack(first_bad).tolist()
-    if length[0]:
-        raise ValueError(
-            f"seq_lens: expected values in [0, {max_len}] (max_pages * page_size), got {length[2]} "
-            f"at position {length[1]}"
+
+
+def _csr_findings(
+    page_size: int,
+    num_pages: int,
+    kv_indptr: torch.Tensor,
+    kv_indices: torch.Tensor,
+    kv_last_page_len: torch.Tensor | None,
+) -> list[_Finding]:
+    num_indices = kv_indices.shape[0]
+    findings: list[_Finding] = [
+        (
+            _first(kv_indptr < 0, kv_indptr),
+            lambda at, value: f"kv_indptr: expected values >= 0, got {value} at position {at}",
+        ),
+        *_indptr_findings("kv_indptr", kv_indptr, num_indices, "the length of kv_indices"),
+    ]
+    if kv_last_page_len is not None:
+        wrong = (kv_last_page_len < 1) | (kv_last_page_len > page_size)
+        findings.append(
+            (
+                _first(wrong & (kv_indptr.diff() > 0), kv_last_page_len),
+                lambda at, value: (
+                    f"kv_last_page_len: expected values in [1, {page_size}] for requests with pages, "
+                    f"got {value} at position {at}"
+                ),
+            )
         )
-    if page_id[0]:
-        row, column = divmod(page_id[1], max_pages)
-        raise ValueError(
-            f"block_table: expected page ids in [0, {problem.num_pages}), got {page_id[2]} "
-            f"at position [{row}, {column}]"
+    position = torch.arange(num_indices, device=kv_indices.device)
+    used = (position >= kv_indptr[0]) & (position < kv_indptr[-1])
+    findings.append(
+        (
+            _first(used & _outside(kv_indices, num_pages), kv_indices),
+            lambda at, value: f"kv_indices: expected page ids in [0, {num_pages}), got {value} at position {at}",
         )
+    )
+    return findings
+
+
+def _block_table_findings(
+    page_size: int, num_pages: int, block_table: torch.Tensor, seq_lens: torch.Tensor
+) -> list[_Finding]:
+    max_pages = block_table.shape[1]
+    max_len = max_pages * page_size
+    page_start = torch.arange(max_pages, device=block_table.device) * page_size
+    used = page_start[None, :] < seq_lens[:, None]
+    return [
+        (
+            _first((seq_lens < 0) | (seq_lens > max_len), seq_lens),
+            lambda at, value: (
+                f"seq_lens: expected values in [0, {max_len}] (max_pages * page_size), got {value} at position {at}"
+            ),
+        ),
+        (
+            _first((used & _outside(block_table, num_pages)).flatten(), block_table.flatten()),
+            lambda at, value: (
+                f"block_table: expected page ids in [0, {num_pages}), got {value} "
+                f"at position [{at // max_pages}, {at % max_pages}]"
+            ),
+        ),
+    ]
 
 
 def _outside(ids: torch.Tensor, num_pages: int) -> torch.Tensor:
@@ -432,10 +511,6 @@ def _outside(ids: torch.Tensor, num_pages: int) -> torch.Tensor:
 def _first(wrong: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """[any wrong, first wrong position, value there] as int64, on the tensors' device. `wrong` and `values` are 1-D."""
     if wrong.numel() == 0:
-        return _none(wrong)
+        return torch.zeros(3, dtype=torch.int64, device=wrong.device)
     at = wrong.to(torch.int32).argmax()
     return torch.stack((wrong.any().long(), at, values[at].long()))
-
-
-def _none(like: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(3, dtype=torch.int64, device=like.device)

@@ -1,21 +1,23 @@
-"""Paged MLA decode in float32 torch: what CPU tensors run, and what the kernels are judged against.
+"""Paged MLA in float32 torch: what CPU tensors run, and what the kernels are judged against.
 
     S = q_nope ckv^T + q_pe kpe^T      P = softmax(sm_scale * S)      output = P ckv
 
-One request at a time: its pages are gathered (never a page id past its end, and rows past kv_len are cut off before any
-arithmetic, so NaN there cannot leak), and contexts longer than `_CHUNK_TOKENS` are walked in chunks whose partial
-softmaxes are merged, which bounds the float32 copy of K at 38 MB. It reads lengths on the host: on CUDA tensors it
-synchronises.
+One request at a time, and of a prompt `_CHUNK_ROWS` rows (query token, head) at a time: the request's pages are
+gathered (never a page id past its end, and rows past kv_len are cut off before any arithmetic, so NaN there cannot
+leak), and contexts longer than `_CHUNK_TOKENS` are walked in chunks whose partial softmaxes are merged, which bounds
+the float32 copy of K at 38 MB and the scores at 67 MB. It reads lengths on the host: on CUDA tensors it synchronises.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 
 _CHUNK_TOKENS = 16384
+_CHUNK_ROWS = 1024
 _LOG2_E = math.log2(math.e)
 
 
@@ -81,10 +83,72 @@ def decode_reference_block_table(
 
     The other arguments, the result and the errors are those of `decode_reference`.
     """
-    page_size = ckv_cache.shape[1]
-    lengths = seq_lens.tolist()
-    pages = [block_table[b, : -(-n // page_size)] for b, n in enumerate(lengths)]
+    pages, lengths = _block_table_requests(block_table, seq_lens, ckv_cache.shape[1])
     return _decode(q_nope, q_pe, ckv_cache, kpe_cache, pages, lengths, sm_scale, lse_base, out, lse)
+
+
+def prefill_reference(
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    ckv_cache: torch.Tensor,
+    kpe_cache: torch.Tensor,
+    qo_indptr: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    kv_indices: torch.Tensor,
+    sm_scale: float,
+    *,
+    causal: bool = True,
+    kv_last_page_len: torch.Tensor | None = None,
+    lse_base: int | str = 2,
+    out: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prefill attention over page lists in CSR form, computed in float32.
+
+    Args:
+        q_nope: [total_q, H, 512], any floating dtype.
+        q_pe: [total_q, H, 64].
+        qo_indptr: [batch + 1] int32; request b owns the query tokens `qo_indptr[b]:qo_indptr[b + 1]`.
+        causal: query i of a request's n sees keys 0 .. kv_len - n + i; False: every query sees all keys.
+        out: [total_q, H, 512] to write to; None allocates it with the dtype of q_nope.
+        lse: [total_q, H] to write to; None allocates it as float32.
+
+    The other arguments and the errors are those of `decode_reference`.
+
+    Returns:
+        (output, lse). A query that sees no key gives output 0 and lse -inf; rows from qo_indptr[-1] on are not written.
+    """
+    pages, lengths = _csr_requests(kv_indptr, kv_indices, kv_last_page_len, ckv_cache.shape[1])
+    queries = qo_indptr.tolist()
+    return _prefill(q_nope, q_pe, ckv_cache, kpe_cache, queries, pages, lengths, sm_scale, causal, lse_base, out, lse)
+
+
+def prefill_reference_block_table(
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    ckv_cache: torch.Tensor,
+    kpe_cache: torch.Tensor,
+    qo_indptr: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    sm_scale: float,
+    *,
+    causal: bool = True,
+    lse_base: int | str = 2,
+    out: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prefill attention over a padded block table, computed in float32.
+
+    Args:
+        block_table: [batch, max_pages] int32 page ids; the columns past ceil(seq_lens[b] / page_size) are not read.
+        seq_lens: [batch] int32, keys of each request.
+
+    The other arguments, the result and the errors are those of `prefill_reference`.
+    """
+    pages, lengths = _block_table_requests(block_table, seq_lens, ckv_cache.shape[1])
+    queries = qo_indptr.tolist()
+    return _prefill(q_nope, q_pe, ckv_cache, kpe_cache, queries, pages, lengths, sm_scale, causal, lse_base, out, lse)
 
 
 def _csr_requests(
@@ -96,6 +160,14 @@ def _csr_requests(
     pages = [kv_indices[start:end] for start, end in itertools.pairwise(indptr)]
     lengths = [(len(ids) - 1) * page_size + n if len(ids) else 0 for ids, n in zip(pages, last, strict=True)]
     return pages, lengths
+
+
+def _block_table_requests(
+    block_table: torch.Tensor, seq_lens: torch.Tensor, page_size: int
+) -> tuple[list[torch.Tensor], list[int]]:
+    """Page ids and kv_len of each request."""
+    lengths = seq_lens.tolist()
+    return [block_table[b, : -(-n // page_size)] for b, n in enumerate(lengths)], lengths
 
 
 def _decode(
@@ -111,24 +183,57 @@ def _decode(
     lse: torch.Tensor | None,
     p_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`p_dtype` rounds P before P ckv, as a kernel that multiplies in that dtype does; tests judge errors by it."""
-    batch, num_heads, _ = q_nope.shape
+    queries = range(q_nope.shape[0] + 1)
+    return _prefill(
+        q_nope, q_pe, ckv_cache, kpe_cache, queries, pages, lengths, sm_scale, False, lse_base, out, lse, p_dtype
+    )
+
+
+def _prefill(
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    ckv_cache: torch.Tensor,
+    kpe_cache: torch.Tensor,
+    queries: Sequence[int],
+    pages: list[torch.Tensor],
+    lengths: list[int],
+    sm_scale: float,
+    causal: bool,
+    lse_base: int | str,
+    out: torch.Tensor | None,
+    lse: torch.Tensor | None,
+    p_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`queries` is qo_indptr; `p_dtype` rounds P before P ckv, as a kernel that multiplies in that dtype does; tests
+    judge errors by it."""
+    total_q, num_heads, _ = q_nope.shape
+    page_size, ckv_dim = ckv_cache.shape[1:]
     if out is None:
-        out = torch.empty((batch, num_heads, ckv_cache.shape[2]), dtype=q_nope.dtype, device=q_nope.device)
+        out = torch.empty((total_q, num_heads, ckv_dim), dtype=q_nope.dtype, device=q_nope.device)
     if lse is None:
-        lse = torch.empty((batch, num_heads), dtype=torch.float32, device=q_nope.device)
+        lse = torch.empty((total_q, num_heads), dtype=torch.float32, device=q_nope.device)
     per_base = _LOG2_E if lse_base == 2 else 1.0
     dtype = _compute_dtype()
+    tokens_per_chunk = max(1, _CHUNK_ROWS // num_heads)
     with torch.no_grad():
-        for b, (page_ids, kv_len) in enumerate(zip(pages, lengths, strict=True)):
-            if kv_len <= 0:
-                out[b] = 0
-                lse[b] = -math.inf
-                continue
-            q = torch.cat((q_nope[b], q_pe[b]), dim=-1).to(dtype) * sm_scale
-            row_out, row_lse = _attend(q, ckv_cache, kpe_cache, page_ids, kv_len, p_dtype)
-            out[b] = row_out
-            lse[b] = row_lse * per_base
+        for (begin, end), page_ids, kv_len in zip(itertools.pairwise(queries), pages, lengths, strict=True):
+            # query token t sees the first t + shift keys
+            shift = kv_len - end + 1
+            first = end if kv_len <= 0 else max(begin, 1 - shift) if causal else begin
+            out[begin:first] = 0
+            lse[begin:first] = -math.inf
+            for start in range(first, end, tokens_per_chunk):
+                stop = min(start + tokens_per_chunk, end)
+                num_keys = stop - 1 + shift if causal else kv_len
+                visible = None
+                if causal and stop - start > 1:
+                    visible = torch.arange(start + shift, stop + shift, device=q_nope.device)
+                    visible = visible.repeat_interleave(num_heads)[:, None]
+                q = torch.cat((q_nope[start:stop], q_pe[start:stop]), dim=-1).to(dtype).flatten(0, 1) * sm_scale
+                ids = page_ids[: -(-num_keys // page_size)]
+                rows_out, rows_lse = _attend(q, ckv_cache, kpe_cache, ids, num_keys, p_dtype, visible)
+                out[start:stop] = rows_out.view(-1, num_heads, ckv_dim)
+                lse[start:stop] = rows_lse.view(-1, num_heads) * per_base
     return out, lse
 
 
@@ -139,8 +244,12 @@ def _attend(
     page_ids: torch.Tensor,
     kv_len: int,
     p_dtype: torch.dtype | None,
+    visible: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One request of kv_len > 0 tokens: scaled q [H, 576] in the dtype of the math -> [H, 512], lse [H] in base e."""
+    """kv_len > 0 keys of one request: scaled q [R, 576] in the dtype of the math -> [R, 512], lse [R] in base e.
+
+    `visible` [R, 1], from 1 to kv_len, is how many keys a row sees; None: all.
+    """
     page_size, ckv_dim = ckv_cache.shape[1:]
     pages_per_chunk = max(1, _CHUNK_TOKENS // page_size)
     acc = q.new_zeros(q.shape[0], ckv_dim)
@@ -152,6 +261,9 @@ def _attend(
         ckv = ckv_cache.index_select(0, ids).flatten(0, 1)[:num_tokens].to(q.dtype)
         kpe = kpe_cache.index_select(0, ids).flatten(0, 1)[:num_tokens].to(q.dtype)
         scores = q[:, :ckv_dim] @ ckv.T + q[:, ckv_dim:] @ kpe.T
+        if visible is not None:
+            position = torch.arange(start * page_size, start * page_size + num_tokens, device=q.device)
+            scores.masked_fill_(position >= visible, -math.inf)
         new_max = torch.maximum(row_max, scores.amax(dim=-1, keepdim=True))
         p = torch.exp(scores - new_max)
         rescale = torch.exp(row_max - new_max)

@@ -77,6 +77,7 @@ def independent(case: DecodeCase) -> Expected:
         in_dtype=torch.zeros(shape, dtype=dtype, device=device),
         dtype=dtype,
         lengths=case.lengths,
+        queries=case.queries,
     )
     for b, length in enumerate(case.lengths):
         if length == 0:

@@ -46,16 +46,17 @@ KERNEL_COLUMNS = (
 
 
 def showcase_variants() -> list[tuple[Any, Any, Any]]:
-    """bf16 decode (main kernel and merge) for page sizes 64 and 1, and the planner: about 20 s on two cores."""
-    found = registry.variants(dtypes=("bfloat16",), page_sizes=(64, 1))
+    """bf16 decode for page sizes 64 and 1, its planner, and prefill for page size 64: about 30 s on two cores."""
+    found = registry.variants(dtypes=("bfloat16",), page_sizes=(64, 1), ops=("decode",))
     plain = registry.PlannerKey(lengths="csr", batch_invariant=False)
-    return [variant for variant in found if variant[0] is not registry.PLANNER or variant[1] == plain]
+    prefill = [v for v in registry.variants(("bfloat16",), (64,), ops=("prefill",)) if v[0] is registry.PREFILL]
+    return [variant for variant in found if variant[0] is not registry.PLANNER or variant[1] == plain] + prefill
 
 
 def label(variant: tuple[Any, Any, Any]) -> str:
     """A variant in words: "decode_rows_sm90 bfloat16 64"."""
     kernel, key, _ = variant
-    if isinstance(key, registry.DecodeKey):
+    if isinstance(key, registry.DecodeKey | registry.PrefillKey):
         loading = f"TMA boxes of {key.box_rows} rows" if key.box_rows else "cp.async gather"
         return f"{kernel.name} {key.dtype}, {loading}"
     return f"{kernel.name} ({getattr(key, 'lengths', key)})"

@@ -5,10 +5,11 @@ from cutlass import Float32, Int32
 from cutlass.cute.runtime import make_fake_stream
 
 from ..config import LaunchConfig
-from .fake import fake_tensor, sym64
+from .fake import fake_step_tensors
 from .merge import Merge
-from .registry import DECODE, PART_ROW, DecodeKey
-from .rows_sm90 import DTYPES, HEAD_DIM_ROPE, HEAD_DIM_V, RowsSm90
+from .registry import DECODE, DecodeKey
+from .row_map import HeadRows
+from .rows_sm90 import RowsSm90
 
 
 class Decode:
@@ -17,27 +18,12 @@ class Decode:
     name = DECODE.name
 
     def __init__(self, key: DecodeKey, config: LaunchConfig):
-        self.dtype = DTYPES[key.dtype]
-        self.rows = RowsSm90(key, config)
-        self.merge = Merge(key, config)
+        self.rows = RowsSm90(key.dtype, key.box_rows, HeadRows(), config)
+        self.merge = Merge(key.dtype, False, config)
 
     def compile_args(self) -> tuple:
-        batch, heads, pages, page = cute.sym_int(), cute.sym_int(), cute.sym_int(), cute.sym_int()
-        dt = self.dtype
-
-        def rows3(a, b, c):
-            return fake_tensor(dt, (a, b, c), (sym64(8), sym64(8), 1), 16)
-
         return (
-            rows3(batch, heads, HEAD_DIM_V),
-            rows3(batch, heads, HEAD_DIM_ROPE),
-            rows3(pages, page, HEAD_DIM_V),
-            rows3(pages, page, HEAD_DIM_ROPE),
-            fake_tensor(Int32, (cute.sym_int(),), (1,), 4),
-            fake_tensor(Int32, (cute.sym_int(), 8), (8, 1), 16),
-            fake_tensor(Float32, (cute.sym_int(), PART_ROW), (PART_ROW, 1), 16),
-            rows3(batch, heads, HEAD_DIM_V),
-            fake_tensor(Float32, (batch, heads), (sym64(), 1), 4),
+            *fake_step_tensors(self.rows.dtype),
             Int32(1),
             Int32(1),
             Int32(1),
@@ -76,6 +62,7 @@ class Decode:
             lse,
             part,
             num_parts,
+            Int32(0),
             scale_log2,
             lse_scale,
             stream,

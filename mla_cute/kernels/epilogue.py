@@ -11,7 +11,9 @@ from .registry import INT16_BIAS, INT16_MAX, TILE_M
 
 
 def inverse_sum(s, f, row: int):
-    return cute.arch.rcp_approx(s.sL[f.row + 8 * row] + s.sL[f.row + 8 * row + TILE_M])
+    """1 / l, and 0 for a row that saw no key: O is 0 there, and has to stay 0."""
+    total = s.sL[f.row + 8 * row] + s.sL[f.row + 8 * row + TILE_M]
+    return cutlass.select_(total != 0.0, cute.arch.rcp_approx(total), Float32(0.0))
 
 
 def pack_output(s, f, words, dtype) -> None:
@@ -55,15 +57,18 @@ def pack_int16(s, f, words):
 
 
 @cute.jit
-def store_rows(f, words, dst, row_bytes, rows, wg: Constexpr):
-    """16-bit rows: 4 x 4 transposes of column pairs inside each quad, then 16 bytes per lane, 64 per quad."""
+def store_rows(f, words, row_at, rows, wg: Constexpr):
+    """This thread's two 16-bit rows, to the addresses `row_at`.
+
+    4 x 4 transposes of column pairs inside each quad, then 16 bytes per lane, 64 per quad.
+    """
     q = f.lane % 4
     upper = q >= 2
     odd = q % 2 == 1
     v = cute.make_rmem_tensor(4, Uint32)
     for r in cutlass.range_constexpr(2):
         row = f.row + 8 * r
-        at = dst + Int64(row) * row_bytes + Int64(wg * 512 + q * 16)
+        at = row_at[r] + Int64(wg * 512 + q * 16)
         for g in cutlass.range_constexpr(8):
             a = [words[r, 4 * g + i] for i in range(4)]
             b = [None] * 4

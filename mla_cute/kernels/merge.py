@@ -1,13 +1,13 @@
 """Merge of split partials: out = sum_s 2^(lse_s - m) o_s / sum_s 2^(lse_s - m), lse = m + log2(sum_s 2^(lse_s - m)).
 
-The plan lists the requests with other than one piece. Grid (x, y), at most 2 CTAs of 8 warps per SM: row y of the
-grid walks the listed requests y, y + grid_y, ...; its CTAs share the request's H x 2 units of (head, 256 columns). A
-step without splits costs one wave of CTAs that read a zero. A unit belongs to G warps, 8 columns per lane,
-G = min(8, power of two >= n / 8) for n pieces: warp g takes pieces g, g + G, ..., eight in flight, and the G triples
-(m, l, o) are added through shared memory in order of g. The order depends on n alone, so the result is the same bits
-whatever the batch and the grid.
+The plan lists what was not written by one item: requests (decode, their H rows) or row tiles (prefill, up to 64 rows).
+Grid (x, y), at most 2 CTAs of 8 warps per SM: row y of the grid walks the list's entries y, y + grid_y, ...; its CTAs
+share the entry's units of (row, 256 columns). A step without splits costs one wave of CTAs that read a zero. A unit
+belongs to G warps, 8 columns per lane, G = min(8, power of two >= n / 8) for n pieces: warp g takes pieces g, g + G,
+..., eight in flight, and the G triples (m, l, o) are added through shared memory in order of g. The order depends on n
+alone, so the result is the same bits whatever the batch and the grid.
 
-n = 0: empty request, zeros and -inf.  n = 1: not listed, the main kernel has written the output.
+n = 0: rows that see no key, zeros and -inf.  n = 1: not listed, the main kernel has written the output.
 
 The plan is read before griddepcontrol.wait: the main kernel triggers this one only after its own wait, so the planner
 in front of it has completed. Everything after the wait is one round trip to the partials: lse and o together.
@@ -20,8 +20,8 @@ from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T
 
 from ..config import LaunchConfig
-from .registry import INT16_BIAS, MERGE_COL_TILES, PART_LSE, PART_ROW, DecodeKey
-from .rows_sm90 import DTYPES, HEAD_DIM_V
+from .registry import INT16_BIAS, MERGE_COL_TILES, PART_LSE, PART_ROW
+from .rows_params import DTYPES, HEAD_DIM_V
 from .softmax import NEG_BIG, exp2
 
 NUM_WARPS = 8
@@ -49,17 +49,19 @@ def _load_in_order(part, row, word, num_words: int) -> list:
 
 
 class Merge:
-    def __init__(self, key: DecodeKey, config: LaunchConfig):
-        self.dtype = DTYPES[key.dtype]
+    def __init__(self, dtype: str, packed: bool, config: LaunchConfig):
+        """packed: entries name rows (token * H + head) as in prefill; else a token, and mean its H heads."""
+        self.dtype = DTYPES[dtype]
+        self.packed = packed
         self.use_pdl = config.use_pdl
 
     @cute.jit
     def __call__(
         self,
-        table: cute.Tensor,  # (rows, 8): the plan, see planner.py
+        table: cute.Tensor,  # (rows, 8): the plan, see planner.py and prefill_planner.py
         part: cute.Tensor,  # (rows, PART_ROW) words: see registry.py
-        out: cute.Tensor,  # (batch, H, 512)
-        lse: cute.Tensor,  # (batch, H) float32
+        out: cute.Tensor,  # (tokens, H, 512)
+        lse: cute.Tensor,  # (tokens, H) float32
         num_parts: Int32,
         grid_x: Int32,
         grid_y: Int32,
@@ -92,32 +94,38 @@ class Merge:
         alloc = memory.SmemAllocator()
         s_o = alloc.allocate_tensor(Float32, cute.make_layout((NUM_WARPS, COLS), stride=(COLS, 1)), 16)
         s_ml = alloc.allocate_tensor(Float32, cute.make_layout((NUM_WARPS, 2), stride=(2, 1)), 16)
-        num_units = Int32(cute.size(out, mode=[1])) * MERGE_COL_TILES
         # Both at once, the row in hope that there is one: a dependent load costs 0.5 us.
         num_merges = table[0, 7]
-        batch = table[num_parts + y, 0]
-        first = table[num_parts + y, 1]
-        n = table[num_parts + y, 2]
+        row0, first, n, rows = self._entry(table, num_parts + y, out)
         if const_expr(self.use_pdl):
             cute.arch.griddepcontrol_launch_dependents()
             cute.arch.griddepcontrol_wait()
         for merge in cutlass.range(y, num_merges, grid_y, unroll=1):
             if merge > y:
-                batch = table[num_parts + merge, 0]
-                first = table[num_parts + merge, 1]
-                n = table[num_parts + merge, 2]
+                row0, first, n, rows = self._entry(table, num_parts + merge, out)
             group = Int32(1)
             while (group * IN_FLIGHT < n) & (group < NUM_WARPS):
                 group = group * 2
             units_at_once = NUM_WARPS // group
+            num_units = rows * MERGE_COL_TILES
             for unit0 in cutlass.range(x * units_at_once, num_units, grid_x * units_at_once, unroll=1):
                 unit = unit0 + warp // group
                 if n == 0:
-                    self._empty(out, lse, batch, unit, num_units, lane)
+                    self._empty(out, lse, row0, unit, num_units, lane)
                 else:
-                    self._unit(
-                        part, out, lse, s_o, s_ml, batch, first, n, group, unit, num_units, warp, lane, lse_scale
-                    )
+                    self._unit(part, out, lse, s_o, s_ml, row0, first, n, rows, group, unit, warp, lane, lse_scale)
+
+    def _entry(self, table, at, out):
+        """(first row or token, first partial row, pieces, rows) of a list entry."""
+        rows = table[at, 3] if self.packed else Int32(cute.size(out, mode=[1]))
+        return table[at, 0], table[at, 1], table[at, 2], rows
+
+    def _token_and_head(self, out, row0, row):
+        if not self.packed:
+            return row0, row
+        num_heads = Int32(cute.size(out, mode=[1]))
+        token = (row0 + row) // num_heads
+        return token, row0 + row - token * num_heads
 
     def _from_int16(self, pair, half: int):
         """Integer `half` of a pair as float32: its bits under the exponent of 2^23, less the bias (epilogue.py)."""
@@ -125,20 +133,20 @@ class Merge:
         return bits.bitcast(Float32) - Float32(INT16_BIAS)
 
     @cute.jit
-    def _empty(self, out, lse, batch, unit, num_units, lane):
+    def _empty(self, out, lse, row0, unit, num_units, lane):
         if unit < num_units:
-            head = unit // MERGE_COL_TILES
+            token, head = self._token_and_head(out, row0, unit // MERGE_COL_TILES)
             col = unit % MERGE_COL_TILES
             zero = cute.make_rmem_tensor(8, self.dtype)
             zero.fill(0.0)
-            cute.autovec_copy(zero, cute.local_tile(out[batch, head, None], (8,), (col * 32 + lane,)))
+            cute.autovec_copy(zero, cute.local_tile(out[token, head, None], (8,), (col * 32 + lane,)))
             if (lane == 0) & (col == 0):
-                lse[batch, head] = -Float32.inf
+                lse[token, head] = -Float32.inf
 
     @cute.jit
-    def _unit(self, part, out, lse, s_o, s_ml, batch, first, n, group, unit, num_units, warp, lane, lse_scale):
-        num_heads = Int32(cute.size(out, mode=[1]))
-        head = unit // MERGE_COL_TILES
+    def _unit(self, part, out, lse, s_o, s_ml, row0, first, n, rows, group, unit, warp, lane, lse_scale):
+        num_units = rows * MERGE_COL_TILES
+        row = unit // MERGE_COL_TILES
         col = unit % MERGE_COL_TILES
         g = warp % group
         words = cute.make_rmem_tensor((4, IN_FLIGHT), Int32)
@@ -152,12 +160,12 @@ class Merge:
                 # Past the last piece the last one is read again, for a weight of 0: ptxas issues predicated loads one
                 # by one, with a wait for each.
                 for i in cutlass.range_constexpr(IN_FLIGHT):
-                    at = first + head + cutlass.min(s0 + i * group, n - 1) * num_heads
+                    at = first + row + cutlass.min(s0 + i * group, n - 1) * rows
                     for k, word in enumerate(_load_in_order(part, at, (col * 32 + lane) * 4, 4)):
                         words[k, i] = word
                 # Lane i has the lse and scale of piece i % 8.
                 mine = s0 + lane % IN_FLIGHT * group
-                at = first + head + cutlass.min(mine, n - 1) * num_heads
+                at = first + row + cutlass.min(mine, n - 1) * rows
                 piece_lse = _load_in_order(part, at, Int32(PART_LSE), 1)[0].bitcast(Float32)
                 scale = _load_in_order(part, at, PART_LSE + 1 + col, 1)[0].bitcast(Float32)
                 if mine >= n:
@@ -207,9 +215,10 @@ class Merge:
             inv = Float32(0.0)
             if total > 0.0:
                 inv = 1.0 / total
+            token, head = self._token_and_head(out, row0, row)
             half = cute.make_rmem_tensor(8, self.dtype)
             for i in cutlass.range_constexpr(8):
                 half[i] = (acc[i] * inv).to(self.dtype)
-            cute.autovec_copy(half, cute.local_tile(out[batch, head, None], (8,), (col * 32 + lane,)))
+            cute.autovec_copy(half, cute.local_tile(out[token, head, None], (8,), (col * 32 + lane,)))
             if (lane == 0) & (col == 0):
-                lse[batch, head] = (m + cute.math.log2(total)) * lse_scale
+                lse[token, head] = (m + cute.math.log2(total)) * lse_scale

@@ -34,11 +34,9 @@ import cutlass.cute as cute
 from cutlass import Int32, const_expr, memory
 from cutlass.cute.runtime import make_fake_stream
 
-from ..config import LaunchConfig
 from .fake import fake_tensor, sym64
-from .registry import BLOCK, FIXED_MAX_PIECES, FIXED_MIN_BLOCKS, MAX_PARTS, PLANNER, PlannerKey
-
-NUM_THREADS = 512
+from .plan_common import NUM_THREADS, NUM_WARPS, PlannerBase, even, even_up, fake_ints
+from .registry import BLOCK, FIXED_MAX_PIECES, FIXED_MIN_BLOCKS, MAX_PARTS, PLANNER
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,28 +58,13 @@ class PlanParams:
     penalty: Int32
 
 
-def _even(x):
-    return x - x % 2
-
-
-def _even_up(x):
-    return x + x % 2
-
-
-class Planner:
+class Planner(PlannerBase):
     name = PLANNER.name
 
-    def __init__(self, key: PlannerKey, config: LaunchConfig):
-        self.key = key
-        self.use_pdl = config.use_pdl
-
     def compile_args(self) -> tuple:
-        def ints(n):
-            return fake_tensor(Int32, (n,), (1,), 4)
-
         return (
-            ints(cute.sym_int()),
-            ints(cute.sym_int()),
+            fake_ints(cute.sym_int()),
+            fake_ints(cute.sym_int()),
             fake_tensor(Int32, (cute.sym_int(), 8), (8, 1), 16),
             fake_tensor(Int32, (4, cute.sym_int()), (sym64(), 1), 4),
             *(Int32(1) for _ in range(7)),
@@ -126,23 +109,6 @@ class Planner:
     # ------------------------------------------------------------- requests
 
     @cute.jit
-    def _request(self, p, b):
-        """(kv length in tokens, first index) of request b < batch."""
-        length = Int32(0)
-        first = Int32(0)
-        if const_expr(self.key.lengths == "seq_lens"):
-            length = p.mLengths[b]
-            first = b * p.table_stride
-        else:
-            first = p.mLengths[b]
-            pages = p.mLengths[b + 1] - first
-            length = pages * p.page_size
-            if const_expr(self.key.lengths == "csr_last"):
-                if pages > 0:
-                    length = length - p.page_size + p.mLastLen[b]
-        return cutlass.max(length, Int32(0)), first
-
-    @cute.jit
     def _blocks(self, p, b):
         """Blocks of request b, rounded up to even; 0 when empty or past the batch."""
         blocks = Int32(0)
@@ -155,9 +121,9 @@ class Planner:
     def _piece_blocks(self, blocks, limit):
         """Blocks per piece (even) of a request of `blocks` blocks: equal pieces of at most `limit`, or invariant."""
         if const_expr(self.key.batch_invariant):
-            size = cutlass.max(_even_up(cute.ceil_div(blocks, FIXED_MAX_PIECES)), Int32(FIXED_MIN_BLOCKS))
+            size = cutlass.max(even_up(cute.ceil_div(blocks, FIXED_MAX_PIECES)), Int32(FIXED_MIN_BLOCKS))
         else:
-            size = _even_up(cute.ceil_div(blocks, cute.ceil_div(blocks, limit)))
+            size = even_up(cute.ceil_div(blocks, cute.ceil_div(blocks, limit)))
         return size
 
     @cute.jit
@@ -170,30 +136,7 @@ class Planner:
         p.mTable[row, 3] = first
         p.mTable[row, 4] = part_row
 
-    # ---------------------------------------------------------------- scans
-
-    @cute.jit
-    def _scan(self, x, s_warp, t):
-        """Block-wide exclusive prefix sum of x; returns (prefix, total)."""
-        lane = t % 32
-        w = t // 32
-        incl = x
-        for i in cutlass.range_constexpr(5):
-            y = cute.arch.shuffle_sync_up(incl, offset=1 << i, mask_and_clamp=0)
-            if lane >= (1 << i):
-                incl = incl + y
-        if lane == 31:
-            s_warp[w] = incl
-        cute.arch.sync_threads()
-        before = Int32(0)
-        total = Int32(0)
-        for i in cutlass.range_constexpr(NUM_THREADS // 32):
-            v = s_warp[i]
-            total = total + v
-            if i < w:
-                before = before + v
-        cute.arch.sync_threads()
-        return before + incl - x, total
+    # ----------------------------------------------------------------- line
 
     @cute.jit
     def _layout_line(self, p, s_warp, t, limit):
@@ -221,19 +164,6 @@ class Planner:
         cute.arch.sync_threads()
         return cost0, count0
 
-    @cute.jit
-    def _last_at_or_before(self, m, n, x):
-        """Largest b in 0..n with m[b] <= x, for a non-decreasing m with m[0] <= x."""
-        lo = Int32(0)
-        hi = n
-        while lo < hi:
-            mid = (lo + hi + 1) // 2
-            if m[mid] <= x:
-                lo = mid
-            else:
-                hi = mid - 1
-        return lo
-
     # --------------------------------------------------------------- kernel
 
     @cute.kernel
@@ -244,7 +174,7 @@ class Planner:
         def words(n):
             return alloc.allocate_tensor(Int32, cute.make_layout(n), 16)
 
-        s_warp, s_start = words(NUM_THREADS // 32), words(MAX_PARTS + 1)
+        s_warp, s_start = words(NUM_WARPS), words(MAX_PARTS + 1)
         if const_expr(self.use_pdl):
             cute.arch.griddepcontrol_wait()
             cute.arch.griddepcontrol_launch_dependents()
@@ -331,10 +261,10 @@ class Planner:
         w = t // 32
         lo = Int32(0)
         if num_requests <= p.parts:
-            lo = cutlass.max(p.min_blocks, _even_up(cute.ceil_div(num_blocks, p.parts))) // 2
+            lo = cutlass.max(p.min_blocks, even_up(cute.ceil_div(num_blocks, p.parts))) // 2
             hi = cutlass.max(lo, num_blocks // 2)
             while lo < hi:
-                step = (hi - lo + NUM_THREADS // 32 - 1) // (NUM_THREADS // 32)
+                step = (hi - lo + NUM_WARPS - 1) // NUM_WARPS
                 mine = cutlass.min(lo + w * step, hi)
                 n = Int32(0)
                 for b in cutlass.range(lane, p.batch, 32, unroll=1):
@@ -346,11 +276,11 @@ class Planner:
                 cute.arch.sync_threads()
                 below = lo
                 above = hi
-                for i in cutlass.range_constexpr(NUM_THREADS // 32):
+                for i in cutlass.range_constexpr(NUM_WARPS):
                     candidate = cutlass.min(lo + i * step, hi)
                     if s_warp[i] > p.parts:
                         below = candidate + 1
-                for i in cutlass.range_constexpr(NUM_THREADS // 32):
+                for i in cutlass.range_constexpr(NUM_WARPS):
                     candidate = cutlass.min(lo + i * step, hi)
                     if s_warp[i] <= p.parts:
                         above = cutlass.min(above, candidate)
@@ -368,7 +298,7 @@ class Planner:
             x = k * payload
             b = self._last_at_or_before(p.mCost, p.batch, x)
             if b < p.batch:
-                off = cutlass.max(_even(x - p.mCost[b] - p.overhead), Int32(0))
+                off = cutlass.max(even(x - p.mCost[b] - p.overhead), Int32(0))
                 if off >= self._blocks(p, b):
                     off = Int32(0)
                     b = b + 1
@@ -400,7 +330,7 @@ class Planner:
         if t % 32 == 0:
             s_warp[t // 32] = worst
         cute.arch.sync_threads()
-        for i in cutlass.range_constexpr(NUM_THREADS // 32):
+        for i in cutlass.range_constexpr(NUM_WARPS):
             worst = cutlass.max(worst, s_warp[i])
         cute.arch.sync_threads()
         return worst

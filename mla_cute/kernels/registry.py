@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from ..config import KernelConfig, LaunchConfig
 from ..jit import KernelRef
 
+OPS = ("decode", "prefill")
 DTYPES = ("bfloat16", "float16")
 # Rows of a TMA box; 0 is the cp.async gather (paged_kv.py).
 BOX_ROWS = (64, 32, 16, 8, 0)
@@ -31,6 +32,12 @@ MAX_PARTS = 256
 FIXED_MIN_BLOCKS = 16
 FIXED_MAX_PIECES = 16
 
+# Prefill plans (kernels/prefill_planner.py): costs are sorted in that many classes; tiles left after whole rounds may
+# become that many items per part; batch-invariant pieces of a request, all its row tiles together.
+COST_CLASSES = 1024
+TAIL_ITEMS_PER_PART = 4
+FIXED_MAX_ITEMS = 128
+
 
 @dataclasses.dataclass(frozen=True)
 class DecodeKey:
@@ -48,8 +55,26 @@ class PlannerKey:
     batch_invariant: bool
 
 
+@dataclasses.dataclass(frozen=True)
+class PrefillKey:
+    """Static facts of a prefill step, as of a decode step; causal or not is the plan's."""
+
+    dtype: str
+    box_rows: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillPlannerKey:
+    """As `PlannerKey`."""
+
+    lengths: str
+    batch_invariant: bool
+
+
 DECODE = KernelRef("decode_rows_sm90", "mla_cute.kernels.decode", "Decode")
 PLANNER = KernelRef("planner", "mla_cute.kernels.planner", "Planner")
+PREFILL = KernelRef("prefill_rows_sm90", "mla_cute.kernels.prefill", "Prefill")
+PREFILL_PLANNER = KernelRef("prefill_planner", "mla_cute.kernels.prefill_planner", "PrefillPlanner")
 
 
 def box_rows_of(page_size: int) -> int:
@@ -59,15 +84,18 @@ def box_rows_of(page_size: int) -> int:
 
 
 def variants(
-    dtypes: Iterable[str] | None = None, page_sizes: Iterable[int] | None = None, config: KernelConfig | None = None
+    dtypes: Iterable[str] | None = None,
+    page_sizes: Iterable[int] | None = None,
+    config: KernelConfig | None = None,
+    ops: Iterable[str] | None = None,
 ) -> list[tuple[KernelRef, object, LaunchConfig]]:
-    """(kernel, key, launch config) of what `dtypes` ("bfloat16", "float16") and `page_sizes` need; None means all.
+    """(kernel, key, launch config) of what `ops` ("decode", "prefill") need for `dtypes` ("bfloat16", "float16") and
+    `page_sizes`; None means all.
 
-    Raises ValueError on an unknown dtype or a page size below 1.
+    Raises ValueError on an unknown op or dtype, or a page size below 1.
     """
-    dtypes = DTYPES if dtypes is None else tuple(dtypes)
-    if unknown := sorted(set(dtypes) - set(DTYPES)):
-        raise ValueError(f"dtypes: expected names from {DTYPES}, got {unknown}")
+    dtypes = DTYPES if dtypes is None else _known("dtypes", dtypes, DTYPES)
+    ops = OPS if ops is None else _known("ops", ops, OPS)
     if page_sizes is None:
         boxes = BOX_ROWS
     else:
@@ -76,10 +104,23 @@ def variants(
             raise ValueError(f"page_sizes: expected values >= 1, got {bad}")
         boxes = tuple(b for b in BOX_ROWS if b in {box_rows_of(p) for p in page_sizes})
     config = config or KernelConfig()
-    decode = [(DECODE, DecodeKey(dtype, box), config.launch()) for dtype in dtypes for box in boxes]
-    planner = [
-        (PLANNER, PlannerKey(lengths, invariant), config.planner_launch())
-        for lengths in LENGTHS
-        for invariant in (False, True)
-    ]
-    return [*decode, *planner]
+    found: list[tuple[KernelRef, object, LaunchConfig]] = []
+    for op, main, key, planner, planner_key in (
+        ("decode", DECODE, DecodeKey, PLANNER, PlannerKey),
+        ("prefill", PREFILL, PrefillKey, PREFILL_PLANNER, PrefillPlannerKey),
+    ):
+        if op in ops:
+            found += [(main, key(dtype, box), config.launch()) for dtype in dtypes for box in boxes]
+            found += [
+                (planner, planner_key(lengths, invariant), config.planner_launch())
+                for lengths in LENGTHS
+                for invariant in (False, True)
+            ]
+    return found
+
+
+def _known(name: str, values: Iterable[str], known: tuple[str, ...]) -> tuple[str, ...]:
+    values = tuple(values)
+    if unknown := sorted(set(values) - set(known)):
+        raise ValueError(f"{name}: expected names from {known}, got {unknown}")
+    return values

@@ -1,4 +1,4 @@
-"""What the row-tile kernel hands around: kernel arguments, shared memory, and one consumer thread's registers.
+"""What the row-tile kernel's roles share: barriers, kernel arguments, shared memory, one consumer thread's registers.
 
 All frozen: a mutable object would be carried through every staged branch and loop.
 """
@@ -7,7 +7,19 @@ import dataclasses
 from typing import Any
 
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import BFloat16, Float16, Float32, Int32
+
+from .paged_kv import NUM_SUB
+
+HEAD_DIM_V = 512
+HEAD_DIM_ROPE = 64
+DTYPES = {"bfloat16": BFloat16, "float16": Float16}
+
+BAR_SCALE0, BAR_SCALE1, BAR_P0, BAR_P1, BAR_INIT, BAR_EPI, BAR_FILL0, BAR_FILL1 = range(1, 9)
+MB_FULL, MB_EMPTY, MB_Q_FULL, MB_Q_EMPTY, MB_TOTAL = 0, 2 * NUM_SUB, 2 * NUM_SUB + 4, 2 * NUM_SUB + 5, 2 * NUM_SUB + 6
+
+# (stage, half) in the order in which a pair's halves are released.
+RELEASE_ORDER = ((0, 0), (1, 1), (0, 1), (1, 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +46,8 @@ class Params:
     num_heads: Int32
     page_size: Int32
     num_tiles: Int32
+    num_parts: Int32
+    item_row0: Int32
     ckv_unit: Int32
     ckv_page_units: Int32
     ckv_row_units: Int32

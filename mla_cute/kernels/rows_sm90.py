@@ -1,9 +1,9 @@
-"""Row-tile MLA decode for Hopper: 64 packed query rows against pairs of 64-token KV tiles.
+"""Row-tile MLA for Hopper: 64 query rows against pairs of 64-token KV tiles.
 
     S = Q K^T (64 x 64 per tile, 576 deep)     O[64 x 512] += P V     V = the first 512 columns of K, same bytes
 
-One CTA of three warpgroups per SM, persistent over the planner's work items (request, token range); the row tile
-(64 heads) comes from the CTA index. KV tiles go in pairs, stage 0 and stage 1 ("seesaw", first described with
+One CTA of three warpgroups per SM, persistent over the planner's work items (row tile, token range);
+which rows a tile holds is row_map.py's. KV tiles go in pairs, stage 0 and stage 1 ("seesaw", first described with
 FlashMLA): each consumer owns half of O's columns and multiplies its own P from registers and the other's from
 shared memory.
 
@@ -38,55 +38,61 @@ Q's ninth sub-tile (rope) is read to registers at the start of an item and its b
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as sm90
-from cutlass import BFloat16, Constexpr, Float16, Float32, Int32, Int64, Uint32, const_expr, memory
-from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
+from cutlass import Float32, Int32, Int64, const_expr, memory
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 
 from ..config import LaunchConfig
-from . import epilogue, paged_kv, softmax, sync, wgmma
-from .paged_kv import NUM_SUB, SUB_BYTES, SUB_ELEMS, TILE_N
-from .registry import PART_LSE, PART_ROW, TILE_M, DecodeKey
-from .rows_params import Fragments, Params, Smem, load_item
+from . import paged_kv
+from .paged_kv import NUM_SUB, SUB_ELEMS, TILE_N
+from .registry import TILE_M
+from .row_map import HeadRows, PackedRows
+from .rows_consumer import Consumer
+from .rows_params import (
+    DTYPES,
+    HEAD_DIM_ROPE,
+    HEAD_DIM_V,
+    MB_EMPTY,
+    MB_FULL,
+    MB_Q_EMPTY,
+    MB_Q_FULL,
+    MB_TOTAL,
+    Params,
+    Smem,
+    load_item,
+)
+from .rows_producer import Producer
 
-HEAD_DIM_V = 512
-HEAD_DIM_ROPE = 64
 NUM_THREADS = 384
-DTYPES = {"bfloat16": BFloat16, "float16": Float16}
-
-BAR_SCALE0, BAR_SCALE1, BAR_P0, BAR_P1, BAR_INIT, BAR_EPI, BAR_FILL0, BAR_FILL1 = range(1, 9)
-MB_FULL, MB_EMPTY, MB_Q_FULL, MB_Q_EMPTY, MB_TOTAL = 0, 2 * NUM_SUB, 2 * NUM_SUB + 4, 2 * NUM_SUB + 5, 2 * NUM_SUB + 6
-
-# Order in which each consumer takes the sub-tiles of its stage: the half that is refilled first comes first.
-QK_ORDER = (((0, 1, 2, 3), (4, 5, 6, 7, 8)), ((4, 5, 6, 7, 8), (0, 1, 2, 3)))
-
-# (stage, half) in the order in which a pair's halves are released.
-RELEASE_ORDER = ((0, 0), (1, 1), (0, 1), (1, 0))
 
 
-class RowsSm90:
-    """Decode main kernel. See the module docstring for the schedule."""
+class RowsSm90(Producer, Consumer):
+    """Main kernel of decode (HeadRows) and prefill (PackedRows). See the module docstring for the schedule."""
 
-    def __init__(self, key: DecodeKey, config: LaunchConfig):
-        self.key = key
-        self.dtype = DTYPES[key.dtype]
-        self.loader = paged_kv.make_loader(key.box_rows, config.evict_first)
+    def __init__(self, dtype: str, box_rows: int, rows: HeadRows | PackedRows, config: LaunchConfig):
+        self.dtype = DTYPES[dtype]
+        self.rows = rows
+        self.loader = paged_kv.make_loader(box_rows, config.evict_first)
         self.use_pdl = config.use_pdl
-        self.regs_consumer, self.regs_producer = (240, 24) if key.box_rows > 8 else (232, 40)
+        self.by_tma = box_rows > 0
+        self.box_rows = box_rows
+        self.regs_consumer, self.regs_producer = (240, 24) if box_rows > 8 and rows.header_is_item else (232, 40)
 
     # ------------------------------------------------------------------ host
 
     @cute.jit
     def __call__(
         self,
-        q_nope: cute.Tensor,  # (batch, H, 512)
-        q_pe: cute.Tensor,  # (batch, H, 64)
+        q_nope: cute.Tensor,  # (tokens, H, 512); decode: one token per request
+        q_pe: cute.Tensor,  # (tokens, H, 64)
         ckv: cute.Tensor,  # (pages, page_size, 512)
         kpe: cute.Tensor,  # (pages, page_size, 64)
         kv_indices: cute.Tensor,  # (n,) page ids
-        table: cute.Tensor,  # (rows, 8): the plan, see planner.py
-        out: cute.Tensor,  # (batch, H, 512)
-        lse: cute.Tensor,  # (batch, H) float32
+        table: cute.Tensor,  # (rows, 8): the plan, see planner.py and prefill_planner.py
+        out: cute.Tensor,  # (tokens, H, 512)
+        lse: cute.Tensor,  # (tokens, H) float32
         part: cute.Tensor,  # (rows, PART_ROW) 32-bit words, see registry.py
         num_parts: Int32,
+        item_row0: Int32,  # prefill: table row of the first item
         scale_log2: Float32,  # sm_scale * log2(e)
         lse_scale: Float32,  # 1 for base 2, ln 2 for base e
         stream,
@@ -95,7 +101,7 @@ class RowsSm90:
         RS, SS = warpgroup.OperandSource.RMEM, warpgroup.OperandSource.SMEM
         dt = self.dtype
         num_heads = Int32(cute.size(q_nope, mode=[1]))
-        num_tiles = cute.ceil_div(num_heads, TILE_M)
+        num_tiles = self.rows.num_tiles(num_heads)
 
         def mma(b_major, n, a_source):
             return sm90.make_trivial_tiled_mma(dt, dt, K, b_major, Float32, (1, 1, 1), (TILE_M, n), a_source)
@@ -106,14 +112,11 @@ class RowsSm90:
         # V^T of the same bytes: swapping the modes of a K-major tile gives the MN-major B operand of P V.
         lay_vt = cute.make_composed_layout(lay_k.inner, 0, cute.select(lay_k.outer, mode=[1, 0, 2]))
 
-        # The batch mode of Q is outermost, so rows past H are out of bounds for TMA and arrive as zeros.
         op = cpasync.CopyBulkTensorTileG2SOp()
-        q_view = cute.make_tensor(q_nope.iterator, cute.select(q_nope.layout, mode=[1, 2, 0]))
-        qpe_view = cute.make_tensor(q_pe.iterator, cute.select(q_pe.layout, mode=[1, 2, 0]))
-        tma_q, mQ = cpasync.make_tiled_tma_atom(op, q_view, lay_sub, (64, 64))
-        tma_qpe, mQpe = cpasync.make_tiled_tma_atom(op, qpe_view, lay_sub, (64, 64))
-        if const_expr(self.key.box_rows > 0):
-            box = (self.key.box_rows, 64)
+        tma_q, mQ = cpasync.make_tiled_tma_atom(op, self.rows.q_view(q_nope), lay_sub, (64, 64))
+        tma_qpe, mQpe = cpasync.make_tiled_tma_atom(op, self.rows.q_view(q_pe), lay_sub, (64, 64))
+        if const_expr(self.by_tma):
+            box = (self.box_rows, 64)
             lay_box = cute.tile_to_shape(atom, box, order=(0, 1))
             ckv_view = cute.make_tensor(ckv.iterator, cute.select(ckv.layout, mode=[1, 2, 0]))
             kpe_view = cute.make_tensor(kpe.iterator, cute.select(kpe.layout, mode=[1, 2, 0]))
@@ -144,6 +147,8 @@ class RowsSm90:
             num_heads=num_heads,
             page_size=Int32(cute.size(ckv, mode=[1])),
             num_tiles=num_tiles,
+            num_parts=num_parts,
+            item_row0=item_row0,
             ckv_unit=ckv_unit * 2,
             ckv_page_units=Int32(ckv.stride[0] // ckv_unit),
             ckv_row_units=Int32(ckv.stride[1] // ckv_unit),
@@ -243,337 +248,19 @@ class RowsSm90:
         if const_expr(self.use_pdl):
             cute.arch.griddepcontrol_wait()
             cute.arch.griddepcontrol_launch_dependents()
-        # The first item is on its way while the barriers are set up.
         item = cute.make_rmem_tensor(8, Int32)
-        if wg == 2:
-            load_item(p.mTable, part, item)
+        if const_expr(self.rows.header_is_item):
+            # The first item is on its way while the barriers are set up.
+            if wg == 2:
+                load_item(p.mTable, part, item)
         cute.arch.sync_threads()
 
         if wg == 2:
             cute.arch.setmaxregister_decrease(self.regs_producer)
-            self._produce_items(p, s, item, head0, warp_idx - 8, cute.arch.lane_idx())
+            self._produce_items(p, s, item, part, head0, warp_idx - 8, cute.arch.lane_idx())
         else:
             cute.arch.setmaxregister_increase(self.regs_consumer)
             if wg == 0:
                 self._consume(p, s, part, head0, tidx % 128, 0)
             else:
                 self._consume(p, s, part, head0, tidx % 128, 1)
-
-    # -------------------------------------------------------------- producer
-
-    @cute.jit
-    def _produce_items(self, p, s, item, head0, w, lane):
-        phase = Int32(1)
-        first_row = item[5]
-        num_items = item[6]
-        for it in cutlass.range(num_items, unroll=1):
-            if it > 0:
-                load_item(p.mTable, first_row + it, item)
-            # The consumers read it after q_full. They may still be in the epilogue of item it - 2, whose Q_EMPTY let
-            # the Q of item it - 1 in: not the same slot.
-            if (w == 0) & (lane == 0):
-                for i in cutlass.range_constexpr(5):
-                    s.sItem[it % 4, i] = item[i]
-            cute.arch.sync_warp()
-            if it == 0:
-                # In front of the first K tiles, or Q would arrive behind all of them: 1.5 us at batch 16. Later items
-                # load K first, because Q has to wait for the end of the item before.
-                self._load_q(p, s, item[0], head0, it, w)
-            if const_expr(self.key.box_rows > 0):
-                phase = self._tma_pairs(p, s, item, it, head0, phase, w, lane)
-            else:
-                phase = self._gather_pairs(p, s, item, it, head0, phase, w, lane)
-
-    @cute.jit
-    def _tma_pairs(self, p, s, item, it, head0, phase, w, lane):
-        """Each warp fills its own (stage, half). Returns the phase of the empty mbarriers."""
-        stage = w % 2
-        half = w // 2
-        full = s.mbar + MB_FULL + stage * NUM_SUB + half * 4
-        empty = s.mbar + MB_EMPTY + half * 2 + stage
-        kv_end = item[2]
-        index_base = item[3]
-        first = item[1] // TILE_N + stage
-        for block in cutlass.range(first, cute.ceil_div(kv_end, TILE_N) + stage, 2, unroll=1):
-            where, boxes = self.loader.lookup(p, index_base, block, kv_end, lane)
-            cute.arch.mbarrier_wait(empty, phase)
-            phase ^= 1
-            self.loader.load(p, s, where, boxes, stage, half, full)
-            if (block == first) & (it > 0):
-                self._load_q(p, s, item[0], head0, it, w)
-        return phase
-
-    @cute.jit
-    def _gather_pairs(self, p, s, item, it, head0, phase, w, lane):
-        """The four warps share every (stage, half), in the order in which the consumers release them."""
-        kv_end = item[2]
-        index_base = item[3]
-        first = item[1] // TILE_N
-        for block in cutlass.range(first, cute.ceil_div(kv_end, TILE_N), 2, unroll=1):
-            rows = [self.loader.lookup(p, index_base, block + stage, kv_end, w, lane) for stage in range(2)]
-            for stage, half in RELEASE_ORDER:
-                num_rows = paged_kv.rows_of_block(block + stage, kv_end) - w * 16
-                ckv_rows, kpe_rows = (self.loader.rows(offset, lane) for offset in rows[stage])
-                cute.arch.mbarrier_wait(s.mbar + MB_EMPTY + half * 2 + stage, phase)
-                full = s.mbar + MB_FULL + stage * NUM_SUB + half * 4
-                self.loader.load(p, s, ckv_rows, kpe_rows, num_rows, stage, half, full, w, lane)
-            phase ^= 1
-            if (block == first) & (it > 0):
-                self._load_q(p, s, item[0], head0, it, w)
-        return phase
-
-    @cute.jit
-    def _load_q(self, p, s, batch, head0, it, w):
-        """Two of the nine Q sub-tiles per producer warp, the rope part with the last."""
-        batch = cute.arch.make_warp_uniform(batch)
-        cute.arch.mbarrier_wait(s.mbar + MB_Q_EMPTY, (it + 1) % 2)
-        q_full = s.mbar + MB_Q_FULL
-        sQ = cute.group_modes(s.sQ_sub, 0, 2)
-        gQ = cute.local_tile(cute.domain_offset((head0, 0, 0), p.mQ), (64, 64), (0, None, None))
-        tQs, tQg = cpasync.tma_partition(p.tma_q, 0, cute.make_layout(1), sQ, cute.group_modes(gQ, 0, 2))
-        gR = cute.local_tile(cute.domain_offset((head0, 0, 0), p.mQpe), (64, 64), (0, 0, None))
-        tRs, tRg = cpasync.tma_partition(p.tma_qpe, 0, cute.make_layout(1), sQ, cute.group_modes(gR, 0, 2))
-        if w == 3:
-            sync.expect_tx(q_full, 3 * SUB_BYTES)
-            cute.copy(p.tma_qpe, tRg[None, batch], tRs[None, NUM_SUB - 1], tma_bar_ptr=q_full)
-        else:
-            sync.expect_tx(q_full, 2 * SUB_BYTES)
-        for i in cutlass.range_constexpr(2):
-            cute.copy(p.tma_q, tQg[None, 2 * w + i, batch], tQs[None, 2 * w + i], tma_bar_ptr=q_full)
-
-    # ------------------------------------------------------------- consumers
-
-    def _fragments(self, p: Params, s, t):
-        """Descriptors and registers of one consumer thread."""
-        thr_qk, thr_pv = p.mma_qk.get_slice(0), p.mma_pv.get_slice(0)
-        rO = cute.make_rmem_tensor(thr_pv.partition_shape_C((TILE_M, HEAD_DIM_V // 2)), Float32)
-        rS = cute.make_rmem_tensor(thr_qk.partition_shape_C((TILE_M, TILE_N)), Float32)
-        rP = cute.make_rmem_tensor(p.mma_pv_rs.get_slice(0).partition_shape_A((TILE_M, TILE_N)), self.dtype)
-        rQr = cute.make_rmem_tensor(p.mma_qk_rs.get_slice(0).partition_shape_A((TILE_M, 64)), self.dtype)
-        ldm = cute.make_tiled_copy_A(
-            cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, 4), self.dtype), p.mma_qk_rs
-        ).get_slice(t)
-        stm = cute.make_tiled_copy_C(
-            cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), self.dtype), p.mma_qk
-        ).get_slice(t)
-        rPc = cute.make_tensor(rP.iterator, rS.layout)
-        lane = t % 32
-        return Fragments(
-            t=t,
-            lane=lane,
-            row=(t // 32) * 16 + lane // 4,
-            tSrQ=thr_qk.make_fragment_A(thr_qk.partition_A(s.sQ)),
-            tSrK=thr_qk.make_fragment_B(thr_qk.partition_B(s.sK)),
-            tSrR=thr_qk.make_fragment_B(thr_qk.partition_B(s.sR)),
-            tOrV=thr_pv.make_fragment_B(thr_pv.partition_B(s.sVt)),
-            tOrP0=thr_pv.make_fragment_A(thr_pv.partition_A(s.sP0)),
-            tOrP1=thr_pv.make_fragment_A(thr_pv.partition_A(s.sP1)),
-            rO=rO,
-            rS=rS,
-            rP=rP,
-            rPc=rPc,
-            rQr=rQr,
-            rL=cute.make_rmem_tensor((2,), Float32),
-            S=wgmma.row_col_view(rS, 8),
-            O=wgmma.row_col_view(rO, 32),
-            ldm=ldm,
-            stm=stm,
-            tQs=ldm.partition_S(s.sP1),
-            tQr=ldm.retile(rQr),
-            tPr=stm.retile(rPc),
-            tPs0=stm.partition_D(s.sP0),
-            tPs1=stm.partition_D(s.sP1),
-        )
-
-    def _consume(self, p: Params, s, part, head0, t, wg: int):
-        self._consume_items(p, s, self._fragments(p, s, t), p.mTable[part, 6], head0, wg)
-
-    @cute.jit
-    def _consume_items(self, p, s, f, num_items, head0, wg: Constexpr):
-        phase = Int32(0)
-        q_phase = Int32(0)
-        for it in cutlass.range(num_items, unroll=1):
-            f.rO.fill(0.0)
-            f.rL.fill(0.0)
-            cute.arch.mbarrier_wait(s.mbar + MB_Q_FULL, q_phase)
-            q_phase ^= 1
-            kv_begin = s.sItem[it % 4, 1]
-            kv_end = s.sItem[it % 4, 2]
-            num_pairs = (cute.ceil_div(kv_end, TILE_N) - kv_begin // TILE_N + 1) >> 1
-            cute.copy(f.ldm, f.tQs, f.tQr)
-            if const_expr(wg == 0):
-                if f.t < TILE_M:
-                    s.sM[f.t] = Float32(softmax.NEG_BIG)
-                sync.sync(BAR_INIT, 128)
-            for pair in cutlass.range(num_pairs, unroll=1):
-                left = kv_end - kv_begin - pair * (2 * TILE_N)  # tokens from this pair on
-                if const_expr(wg == 0):
-                    self._pair_wg0(p, s, f, phase, left, left - TILE_N)
-                else:
-                    self._pair_wg1(p, s, f, phase, left, left - TILE_N)
-                phase ^= 1
-            sync.arrive_once_per_warp(s.mbar + MB_Q_EMPTY)
-            self._epilogue(p, s, f, it, head0, wg)
-
-    def _qk(self, p, s, f, wg: int, phase, subs, zero: bool):
-        """S (+)= Q K^T over the named sub-tiles of stage `wg`, each as it lands; one commit group per sub-tile."""
-        for n, j in enumerate(subs):
-            if j in self.loader.barrier_subs:
-                cute.arch.mbarrier_wait(s.mbar + MB_FULL + wg * NUM_SUB + j, phase)
-                if self.loader.generic_proxy:
-                    sync.fence_smem_writes()
-            warpgroup.fence()
-            first = zero and n == 0
-            if j < 8:
-                ks = [(4 * j + k, 4 * j + k) for k in range(4)]
-                wgmma.issue(p.mma_qk, f.rS, f.tSrQ, f.tSrK[None, None, None, wg], ks, first)
-            else:
-                ks = [(k, k) for k in range(4)]
-                wgmma.issue(p.mma_qk_rs, f.rS, f.rQr, f.tSrR[None, None, None, wg], ks, first)
-            warpgroup.commit_group()
-
-    def _pv(self, tiled_mma, f, a, wg: int, stage: int):
-        warpgroup.fence()
-        v = wgmma.v_slice(f.tOrV, wg, stage)
-        wgmma.issue(tiled_mma, f.rO, a, v, [(k, k) for k in range(4)], False)
-        warpgroup.commit_group()
-
-    def _release(self, s, wg: int, stage: int):
-        """This consumer's half of V of `stage` is drained (K of that half was read earlier)."""
-        sync.arrive_once_per_warp(s.mbar + MB_EMPTY + wg * 2 + stage)
-
-    @cute.jit
-    def _zero_v_tail(self, s, f, stage: Constexpr, wg: Constexpr, valid):
-        """Zero V rows >= valid of this consumer's half: 0 * NaN is NaN, and rows past kv_end may hold anything."""
-        if valid < TILE_N:
-            first = cutlass.max(valid, Int32(0)) + f.t // 32
-            base = (stage * 8 + wg * 4 + f.lane // 8) * (SUB_ELEMS // 4) + (f.lane % 8) * 2
-            for row in cutlass.range(first, TILE_N, 4, unroll=1):
-                s.k_words[base + row * 16] = Int64(0)
-                s.k_words[base + row * 16 + 1] = Int64(0)
-            sync.fence_smem_writes()
-            sync.sync(BAR_FILL0 + wg, 128)
-
-    @cute.jit
-    def _put_row_stats(self, s, f, wg: Constexpr, row, ref, scale):
-        if f.lane % 4 == 0:
-            s.sM[row] = ref
-            if const_expr(wg == 0):
-                s.sScale0[row] = scale
-            else:
-                s.sScale1[row] = scale
-
-    def _softmax(self, p, s, f, wg: int):
-        """P of this consumer's tile in registers (f.rP); publishes row maxima before the exponentials."""
-        wg0 = wg == 0
-        rows = (f.row, f.row + 8)
-        mx = [softmax.row_max(f.S, r, 16) * p.scale_log2 for r in range(2)]
-        if not wg0:
-            sync.sync(BAR_SCALE0, 256)
-        old = [s.sM[row] for row in rows]
-        ref = [softmax.lazy_max(old[r], mx[r]) for r in range(2)]
-        scale = [softmax.exp2(old[r] - ref[r]) for r in range(2)]
-        # wg 1's O and l still carry the reference of the last pair: they also take wg 0's move.
-        total = scale if wg0 else [scale[r] * s.sScale0[rows[r]] for r in range(2)]
-        cute.arch.sync_warp()
-        for r in range(2):
-            self._put_row_stats(s, f, wg, rows[r], ref[r], scale[r])
-        sync.arrive(BAR_SCALE0 if wg0 else BAR_SCALE1, 256)
-        for r in range(2):
-            f.rL[r] = f.rL[r] * total[r] + softmax.exp_row(f.S, r, 16, p.scale_log2, ref[r])
-        softmax.scale_rows(f.O, 64, total[0], total[1], softmax.any_rescale(total[0], total[1]))
-        f.rPc.store(f.rS.load().to(self.dtype))
-
-    @cute.jit
-    def _correct_wg0(self, f, scale0, scale1, need):
-        """wg 1 moved the reference: rescale the P0 already in shared memory, and O once its PV has drained."""
-        if need:
-            warpgroup.wait_group(0)
-            softmax.multiply_rows(f.S, 16, scale0, scale1)
-            f.rPc.store(f.rS.load().to(self.dtype))
-            cute.copy(f.stm, f.tPr, f.tPs0)
-            sync.fence_smem_writes()
-            softmax.multiply_rows(f.O, 64, scale0, scale1)
-
-    def _pair_wg0(self, p, s, f, phase, valid0, valid1):
-        self._qk(p, s, f, 0, phase, QK_ORDER[0][0], True)
-        self._qk(p, s, f, 0, phase, QK_ORDER[0][1], False)
-        warpgroup.wait_group(0)
-        softmax.mask_columns(f.S, 8, valid0, f.lane)
-        self._softmax(p, s, f, 0)
-        self._zero_v_tail(s, f, 0, 0, valid0)
-        # sP0 is free: this S0 needed (stage 0, half 1), refilled only after wg 1 drained its PV of the last P0.
-        cute.copy(f.stm, f.tPr, f.tPs0)
-        sync.fence_smem_writes()
-        self._pv(p.mma_pv_rs, f, f.rP, 0, 0)
-        sync.sync(BAR_SCALE1, 256)
-        scale = [s.sScale1[f.row], s.sScale1[f.row + 8]]
-        self._correct_wg0(f, scale[0], scale[1], softmax.any_rescale(scale[0], scale[1]))
-        sync.arrive(BAR_P0, 256)
-        for r in range(2):
-            f.rL[r] = f.rL[r] * scale[r]
-        warpgroup.wait_group(0)
-        self._release(s, 0, 0)
-        self._zero_v_tail(s, f, 1, 0, valid1)
-        sync.sync(BAR_P1, 256)
-        self._pv(p.mma_pv, f, f.tOrP1, 0, 1)
-        # Not left in flight over the back-edge: ptxas then puts a wait behind every wgmma of the loop.
-        warpgroup.wait_group(0)
-        self._release(s, 0, 1)
-
-    def _pair_wg1(self, p, s, f, phase, valid0, valid1):
-        self._qk(p, s, f, 1, phase, QK_ORDER[1][0], True)
-        self._qk(p, s, f, 1, phase, QK_ORDER[1][1], False)
-        warpgroup.wait_group(0)
-        softmax.mask_columns(f.S, 8, valid1, f.lane)
-        self._softmax(p, s, f, 1)
-        cute.copy(f.stm, f.tPr, f.tPs1)
-        sync.fence_smem_writes()
-        self._zero_v_tail(s, f, 1, 1, valid1)
-        sync.arrive(BAR_P1, 256)
-        self._pv(p.mma_pv_rs, f, f.rP, 1, 1)
-        # Not P0 V0 first, which would release stage 0 sooner: the refill of (stage 1, half 1), which this consumer's
-        # next QK begins with, comes later then, and that costs more (2 to 3 % at 128 heads).
-        sync.sync(BAR_P0, 256)
-        self._zero_v_tail(s, f, 0, 1, valid0)
-        self._pv(p.mma_pv, f, f.tOrP0, 1, 0)
-        warpgroup.wait_group(1)
-        self._release(s, 1, 1)
-        warpgroup.wait_group(0)
-        self._release(s, 1, 0)
-
-    # -------------------------------------------------------------- epilogue
-
-    @cute.jit
-    def _epilogue(self, p, s, f, it, head0, wg: Constexpr):
-        batch = s.sItem[it % 4, 0]
-        part_row = s.sItem[it % 4, 4]
-        rows = cutlass.min(p.num_heads - head0, Int32(TILE_M))
-        for r in cutlass.range_constexpr(2):
-            f.rL[r] = softmax.quad_sum(f.rL[r])
-        if f.lane % 4 == 0:
-            s.sL[wg * TILE_M + f.row] = f.rL[0]
-            s.sL[wg * TILE_M + f.row + 8] = f.rL[1]
-        sync.sync(BAR_EPI, 256)
-        if const_expr(wg == 0):
-            if f.t < rows:
-                v = cute.math.log2(s.sL[f.t] + s.sL[f.t + TILE_M]) + s.sM[f.t]
-                if part_row >= 0:
-                    p.mPart[part_row + head0 + f.t, PART_LSE] = v
-                else:
-                    p.mLse[batch, head0 + f.t] = v * p.lse_scale
-        # Where row 0 of the tile goes, in bytes: one store path for outputs and partials (both 16-bit rows).
-        dst = p.mO.iterator.toint() + (Int64(batch) * p.mO.stride[0] + Int64(head0) * p.mO.stride[1]) * 2
-        row_bytes = Int64(p.mO.stride[1]) * 2
-        if part_row >= 0:
-            dst = p.mPart.iterator.toint() + Int64(part_row + head0) * (4 * PART_ROW)
-            row_bytes = Int64(4 * PART_ROW)
-        words = cute.make_rmem_tensor((2, 32), Uint32)
-        if part_row >= 0:
-            worth = epilogue.pack_int16(s, f, words)
-            for r in cutlass.range_constexpr(2):
-                if (f.lane % 4 == 0) & (f.row + 8 * r < rows):
-                    p.mPart[part_row + head0 + f.row + 8 * r, PART_LSE + 1 + wg] = worth[r]
-        else:
-            epilogue.pack_output(s, f, words, self.dtype)
-        epilogue.store_rows(f, words, dst, row_bytes, rows, wg)

@@ -246,9 +246,10 @@ def test_demo_fails_when_a_kernel_spills(monkeypatch):
     assert "FAILED 2 kernels spill registers" in result.output
 
 
-def test_demo_shows_page_sizes_64_and_1_and_the_planner():
+def test_demo_shows_page_sizes_64_and_1_the_planner_and_prefill():
     labels = [showing.label(variant) for variant in showing.showcase_variants()]
-    assert len(labels) == 3
+    assert len(labels) == 4
+    assert any(text.startswith("prefill") for text in labels)
     assert any("TMA boxes of 64 rows" in text for text in labels)
     assert any("cp.async gather" in text for text in labels)
     assert any(text.startswith("planner") for text in labels)

@@ -12,8 +12,8 @@ MAX_SMEM_BYTES = 232448  # shared memory a CTA can opt in to on sm_90
 MAX_REGISTERS_PER_SM = 65536
 
 VARIANTS = registry.variants()
-DECODE = [v for v in VARIANTS if v[0] == registry.DECODE]
-PLANNER = [v for v in VARIANTS if v[0] == registry.PLANNER]
+STEPS = [v for v in VARIANTS if v[0] in (registry.DECODE, registry.PREFILL)]
+PLANNERS = [v for v in VARIANTS if v[0] in (registry.PLANNER, registry.PREFILL_PLANNER)]
 
 
 def name(variant):
@@ -35,10 +35,15 @@ def nvdisasm():
 
 
 def test_registry_is_complete():
-    assert {v[1].dtype for v in DECODE} == {"bfloat16", "float16"}
-    assert {v[1].box_rows for v in DECODE} == {64, 32, 16, 8, 0}
+    for kernel in (registry.DECODE, registry.PREFILL):
+        keys = [v[1] for v in STEPS if v[0] == kernel]
+        assert {(key.dtype, key.box_rows) for key in keys} == {
+            (dtype, box) for dtype in ("bfloat16", "float16") for box in (64, 32, 16, 8, 0)
+        }
+    for kernel in (registry.PLANNER, registry.PREFILL_PLANNER):
+        assert len([v for v in PLANNERS if v[0] == kernel]) == 6
     assert len(set(VARIANTS)) == len(VARIANTS)
-    assert len(DECODE) + len(PLANNER) == len(VARIANTS)
+    assert len(STEPS) + len(PLANNERS) == len(VARIANTS)
     assert len({repr(v) for v in VARIANTS}) == len(VARIANTS), "keys with equal repr would share a cache entry"
 
 
@@ -56,8 +61,8 @@ def test_resources(variant, caplog):
     assert not caplog.records, "the fast loader does not know this object"
 
 
-@pytest.mark.parametrize("variant", DECODE, ids=name)
-def test_decode_instructions(variant):
+@pytest.mark.parametrize("variant", STEPS, ids=name)
+def test_step_instructions(variant):
     _, opcodes = compiled(variant)
     key = variant[1]
     mnemonics = sass.instruction_counts_of(opcodes)
@@ -78,7 +83,7 @@ def test_decode_instructions(variant):
         assert mnemonics["UTMALDG"] >= 64 // key.box_rows
 
 
-@pytest.mark.parametrize("variant", PLANNER, ids=name)
+@pytest.mark.parametrize("variant", PLANNERS, ids=name)
 def test_planner_uses_no_tensor_core(variant):
     _, opcodes = compiled(variant)
     mnemonics = sass.instruction_counts_of(opcodes)

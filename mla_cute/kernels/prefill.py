@@ -1,0 +1,69 @@
+"""One prefill step as one host call: the main kernel on packed rows and the merge kernel behind it."""
+
+import cutlass.cute as cute
+from cutlass import Float32, Int32
+from cutlass.cute.runtime import make_fake_stream
+
+from ..config import LaunchConfig
+from .fake import fake_step_tensors
+from .merge import Merge
+from .registry import PREFILL, PrefillKey
+from .row_map import PackedRows
+from .rows_sm90 import RowsSm90
+
+
+class Prefill:
+    """Launches RowsSm90, then Merge under programmatic dependent launch."""
+
+    name = PREFILL.name
+
+    def __init__(self, key: PrefillKey, config: LaunchConfig):
+        self.rows = RowsSm90(key.dtype, key.box_rows, PackedRows(), config)
+        self.merge = Merge(key.dtype, True, config)
+
+    def compile_args(self) -> tuple:
+        return (
+            *fake_step_tensors(self.rows.dtype),
+            *(Int32(1) for _ in range(4)),
+            Float32(1.0),
+            Float32(1.0),
+            make_fake_stream(use_tvm_ffi_env_stream=True),
+        )
+
+    @cute.jit
+    def __call__(
+        self,
+        q_nope: cute.Tensor,  # (total_q, H, 512), stride(0) = H * stride(1)
+        q_pe: cute.Tensor,  # (total_q, H, 64), likewise
+        ckv_cache: cute.Tensor,
+        kpe_cache: cute.Tensor,
+        kv_indices: cute.Tensor,
+        table: cute.Tensor,
+        part: cute.Tensor,
+        out: cute.Tensor,
+        lse: cute.Tensor,
+        num_parts: Int32,
+        max_tiles: Int32,
+        merge_x: Int32,
+        merge_y: Int32,
+        scale_log2: Float32,
+        lse_scale: Float32,
+        stream,
+    ):
+        self.rows(
+            q_nope,
+            q_pe,
+            ckv_cache,
+            kpe_cache,
+            kv_indices,
+            table,
+            out,
+            lse,
+            part,
+            num_parts,
+            num_parts + max_tiles,
+            scale_log2,
+            lse_scale,
+            stream,
+        )
+        self.merge(table, part, out, lse, num_parts, merge_x, merge_y, lse_scale, stream)

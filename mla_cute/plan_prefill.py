@@ -1,0 +1,246 @@
+"""Plans of prefill steps: row tiles of 64 (query token, head) pairs, cut along the keys where that balances."""
+
+from __future__ import annotations
+
+import torch
+
+from .config import KernelConfig
+from .kernels.registry import (
+    BLOCK,
+    FIXED_MAX_ITEMS,
+    FIXED_MAX_PIECES,
+    FIXED_MIN_BLOCKS,
+    MAX_PARTS,
+    PREFILL,
+    PREFILL_PLANNER,
+    TAIL_ITEMS_PER_PART,
+    TILE_M,
+    PrefillKey,
+    PrefillPlannerKey,
+)
+from .plan import Plan, expect_int
+from .problem import MAX_HEADS, expect_indptr, expect_metadata
+from .problem_prefill import PrefillProblem, expect_bool
+
+_SCRATCH_ROWS = 8
+
+
+class PrefillPlan(Plan):
+    """Work items of one prefill step. Made by :func:`plan_prefill` or :func:`plan_prefill_block_table`.
+
+    Holds references to the metadata tensors, is updated, captured in a CUDA graph and shared by the layers of a step as
+    a :class:`~mla_cute.plan.DecodePlan` is.
+
+    Attributes:
+        batch, total_q, num_heads, page_size, causal: what the plan is for.
+        config: the :class:`~mla_cute.config.KernelConfig` the calls will run with.
+        batch_invariant: whether a request is cut by its own lengths alone.
+        max_tiles: row tiles the plan has room for.
+        workspace_bytes: device memory the plan holds.
+        verifies: calls with this plan check page ids, lengths and qo_indptr on the device (MLA_CUTE_CHECK=1 when it was
+            made).
+    """
+
+    __slots__ = ("_qo_indptr", "total_q", "causal", "max_tiles")
+
+    _problem_type = PrefillProblem
+    _facts = (*Plan._facts, "total_q", "causal")
+    _step = PREFILL
+    _step_key = PrefillKey
+    packs_rows = True
+
+    def __init__(
+        self,
+        key: PrefillPlannerKey,
+        qo_indptr: torch.Tensor,
+        lengths: torch.Tensor,
+        last_len: torch.Tensor | None,
+        *,
+        batch: int,
+        num_heads: int,
+        page_size: int,
+        total_q: int,
+        causal: bool,
+        max_kv_len: int | None,
+        table_stride: int,
+        config: KernelConfig | None,
+    ):
+        super().__init__(
+            lengths,
+            last_len,
+            block_table=key.lengths == "seq_lens",
+            batch_invariant=key.batch_invariant,
+            batch=batch,
+            num_heads=num_heads,
+            page_size=page_size,
+            table_stride=table_stride,
+        )
+        self._qo_indptr, self.total_q, self.causal = qo_indptr, total_q, causal
+        self.has_work = self.has_work and total_q > 0
+        self.max_tiles = -(-total_q * num_heads // TILE_M) + batch
+        if self.device.type == "cpu":
+            self.config = config or KernelConfig()
+            return
+        sms = self._choose_config(config, TILE_M)
+        parts = min(MAX_PARTS, sms)
+        if key.batch_invariant:
+            max_items, part_rows = _invariant_bounds(batch, num_heads, total_q, self.max_tiles, max_kv_len)
+            entries_at_once = self.max_tiles
+        else:
+            max_items = self.max_tiles + TAIL_ITEMS_PER_PART * parts
+            part_rows = TAIL_ITEMS_PER_PART * parts * TILE_M
+            entries_at_once = parts  # cut are fewer tiles than there are parts
+        self._allocate(
+            PREFILL_PLANNER,
+            key,
+            sms=sms,
+            parts=parts,
+            max_entries=self.max_tiles,
+            max_items=-(-max_items // parts) * parts,  # items lie in rounds of one per part
+            part_rows=part_rows,
+            scratch_rows=_SCRATCH_ROWS,
+            entries_at_once=entries_at_once,
+            rows_per_entry=TILE_M,
+        )
+        self.grid = (self.num_parts, self.max_tiles, self.merge_x, self.merge_y)
+
+    def update(self) -> PrefillPlan:
+        """Plan again from the present contents of the metadata tensors, on the current stream. Returns the plan."""
+        if self.has_work:
+            self._planner(
+                self._qo_indptr,
+                self._lengths,
+                self._lengths if self._last_len is None else self._last_len,
+                self.table,
+                self._scratch,
+                self.num_parts,
+                self.page_size,
+                self._table_stride,
+                self.num_heads,
+                self.config.min_blocks,
+                self.config.item_overhead,
+                self.config.split_penalty,
+                int(self.causal),
+                self.max_tiles,
+            )
+        return self
+
+
+def _invariant_bounds(
+    batch: int, num_heads: int, total_q: int, max_tiles: int, max_kv_len: int | None
+) -> tuple[int, int]:
+    """Items and partial rows of a batch-invariant plan, at most.
+
+    A request of t tiles cuts each into at most FIXED_MAX_ITEMS // t pieces (one, if that is none), of FIXED_MIN_BLOCKS
+    blocks or more: it has t items, or at most FIXED_MAX_ITEMS of them, and only these may be pieces.
+    """
+    pieces = FIXED_MAX_PIECES
+    if max_kv_len is not None:
+        pieces = max(1, min(pieces, -(-max_kv_len // (FIXED_MIN_BLOCKS * BLOCK))))
+    max_items = min(pieces * max_tiles, max_tiles + FIXED_MAX_ITEMS * batch)
+    part_rows = min(FIXED_MAX_ITEMS * batch * TILE_M, pieces * total_q * num_heads) if pieces > 1 else 0
+    return max_items, max(1, part_rows)
+
+
+def plan_prefill(
+    qo_indptr: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    *,
+    num_heads: int,
+    page_size: int,
+    total_q: int,
+    causal: bool = True,
+    kv_last_page_len: torch.Tensor | None = None,
+    num_kv_indices: int | None = None,
+    config: KernelConfig | None = None,
+    batch_invariant: bool = False,
+) -> PrefillPlan:
+    """Plan a prefill step from CSR page lists; one plan serves every layer of the step.
+
+    Args:
+        qo_indptr: [batch + 1] int32, on the device of the calls; request b owns query tokens
+            qo_indptr[b]:qo_indptr[b + 1].
+        kv_indptr: [batch + 1] int32, likewise.
+        num_heads: query heads per token, 1..128.
+        page_size: tokens per page, >= 1.
+        total_q: first dimension of q_nope and q_pe, >= qo_indptr[-1] now and at every update; bounds the workspace.
+        causal: what the calls will say.
+        kv_last_page_len: [batch] int32, tokens in each request's last page; None: last pages are full.
+        num_kv_indices: upper bound of kv_indptr[-1]; only bounds the workspace of batch-invariant plans.
+        config: a KernelConfig; None chooses the default for the device.
+        batch_invariant: cut each request by its own lengths alone, so that its result has the same bits whatever else
+            is in the batch.
+
+    Raises:
+        TypeError, ValueError: naming the argument. RuntimeError: the device is not Hopper.
+    """
+    batch = _expect_common(qo_indptr, num_heads, page_size, total_q, causal)
+    expect_metadata("kv_indptr", kv_indptr, (batch + 1,), "[batch + 1]", qo_indptr.device)
+    if kv_last_page_len is not None:
+        expect_metadata("kv_last_page_len", kv_last_page_len, (batch,), "[batch]", qo_indptr.device)
+    return PrefillPlan(
+        PrefillPlannerKey("csr" if kv_last_page_len is None else "csr_last", bool(batch_invariant)),
+        qo_indptr,
+        kv_indptr,
+        kv_last_page_len,
+        batch=batch,
+        num_heads=num_heads,
+        page_size=page_size,
+        total_q=total_q,
+        causal=causal,
+        max_kv_len=None if num_kv_indices is None else num_kv_indices * page_size,
+        table_stride=0,
+        config=config,
+    ).update()
+
+
+def plan_prefill_block_table(
+    qo_indptr: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    num_heads: int,
+    page_size: int,
+    total_q: int,
+    max_pages: int,
+    table_stride: int | None = None,
+    causal: bool = True,
+    config: KernelConfig | None = None,
+    batch_invariant: bool = False,
+) -> PrefillPlan:
+    """Plan a prefill step of an engine that carries `block_table [batch, max_pages]` and `seq_lens [batch]`.
+
+    Args:
+        qo_indptr, num_heads, page_size, total_q, causal, config, batch_invariant: as :func:`plan_prefill`.
+        seq_lens: [batch] int32, keys per request (those of its query tokens included), on the device of qo_indptr.
+        max_pages: columns of the block table.
+        table_stride: elements between its rows; None: max_pages.
+
+    Raises:
+        TypeError, ValueError: naming the argument. RuntimeError: the device is not Hopper.
+    """
+    batch = _expect_common(qo_indptr, num_heads, page_size, total_q, causal)
+    expect_metadata("seq_lens", seq_lens, (batch,), "[batch]", qo_indptr.device)
+    expect_int("max_pages", max_pages, 0)
+    return PrefillPlan(
+        PrefillPlannerKey("seq_lens", bool(batch_invariant)),
+        qo_indptr,
+        seq_lens,
+        None,
+        batch=batch,
+        num_heads=num_heads,
+        page_size=page_size,
+        total_q=total_q,
+        causal=causal,
+        max_kv_len=max_pages * page_size,
+        table_stride=max_pages if table_stride is None else table_stride,
+        config=config,
+    ).update()
+
+
+def _expect_common(qo_indptr: torch.Tensor, num_heads: int, page_size: int, total_q: int, causal: bool) -> int:
+    """Returns batch."""
+    expect_int("num_heads", num_heads, 1, MAX_HEADS)
+    expect_int("page_size", page_size, 1)
+    expect_int("total_q", total_q, 0)
+    expect_bool("causal", causal)
+    return expect_indptr("qo_indptr", qo_indptr, None)
