@@ -1,4 +1,4 @@
-"""Adversarial decode cases and the verdict on a result, shared by tests/ and `mla-cute check`.
+"""Adversarial decode cases and the verdict on a result, shared by tests/, `mla-cute check` and _testing_prefill.py.
 
 `make_case` builds inputs that punish what a kernel must not do: every page, row and gap that a correct kernel does not
 read holds NaN, every page id that it must not dereference is absurd, metadata is only 4-byte aligned, pages come in
@@ -9,6 +9,7 @@ to pass, and `run_case` runs one through the public call.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -60,10 +61,10 @@ class Guarded:
         """True when nothing was written, inside or around."""
         return bool((self.buffer == self.sentinel).all())
 
-    def intact(self) -> bool:
-        """True when nothing was written around `tensor`."""
+    def intact(self, rows: int | None = None) -> bool:
+        """True when nothing was written around `tensor`, nor in it from row `rows` on."""
         around = self.buffer.clone()
-        around.as_strided(*self._geometry).fill_(self.sentinel)
+        around.as_strided(*self._geometry)[:rows].fill_(self.sentinel)
         return bool((around == self.sentinel).all())
 
 
@@ -86,6 +87,12 @@ class DecodeCase:
     seq_lens: torch.Tensor
     guarded_out: Guarded = field(repr=False)
     guarded_lse: Guarded = field(repr=False)
+    causal: bool = field(default=False, kw_only=True)
+
+    @property
+    def queries(self) -> Sequence[int]:
+        """[batch + 1]: request b owns the rows queries[b]:queries[b + 1] of q, out and lse; later rows nobody."""
+        return range(len(self.lengths) + 1)
 
     @property
     def out(self) -> torch.Tensor:
@@ -108,6 +115,14 @@ class DecodeCase:
     def block_table_args(self) -> tuple[Any, ...]:
         """Positional arguments of `mla_paged_decode_block_table`."""
         return (*self.tensors, self.block_table, self.seq_lens, self.sm_scale)
+
+    def call(self, entry: str = "csr", **kwargs: Any) -> Any:
+        """The public call on this case: `mla_paged_decode` ("csr") or its twin for block tables ("block_table")."""
+        import mla_cute
+
+        if entry == "csr":
+            return mla_cute.mla_paged_decode(*self.csr_args, kv_last_page_len=self.kv_last_page_len, **kwargs)
+        return mla_cute.mla_paged_decode_block_table(*self.block_table_args, **kwargs)
 
     def load(self, other: DecodeCase) -> None:
         """Overwrite this case's inputs in place, as a serving engine does between replays of a CUDA graph.
@@ -186,7 +201,7 @@ def make_case(
 
     device = torch.device(device)
     values = torch.Generator(device=device).manual_seed(seed)
-    q_nope, q_pe = _make_q(batch, num_heads, q_layout, dtype, device, values)
+    q_nope, q_pe = make_q(batch, num_heads, q_layout, dtype, device, values)
     ckv_cache, kpe_cache = _make_caches(num_pages, page_size, cache_layout, dtype, device, values)
     if drift:
         amplitude = math.sqrt(abs(drift) / sm_scale)
@@ -202,8 +217,7 @@ def make_case(
     for cache in (ckv_cache, kpe_cache):
         cache.masked_fill_(dead[..., None], math.nan)
 
-    gap = 2 if out_layout == "batch_strided" else 1
-    out_shape, out_strides = (batch, num_heads, CKV_DIM), (gap * num_heads * CKV_DIM, CKV_DIM, 1)
+    guarded_out, guarded_lse = make_outputs(batch, num_heads, out_layout, dtype, device)
     return DecodeCase(
         lengths=list(lengths),
         page_size=page_size,
@@ -213,14 +227,26 @@ def make_case(
         q_pe=q_pe,
         ckv_cache=ckv_cache,
         kpe_cache=kpe_cache,
-        kv_indptr=_unaligned(indptr + index_offset, device),
-        kv_indices=_unaligned(all_indices, device),
-        kv_last_page_len=_unaligned(last_page_len, device),
+        kv_indptr=unaligned(indptr + index_offset, device),
+        kv_indices=unaligned(all_indices, device),
+        kv_last_page_len=unaligned(last_page_len, device),
         block_table=_like_table(table, device),
-        seq_lens=_unaligned(length, device),
-        guarded_out=Guarded(out_shape, out_strides, dtype, device, guard=4096),
+        seq_lens=unaligned(length, device),
+        guarded_out=guarded_out,
+        guarded_lse=guarded_lse,
+    )
+
+
+def make_outputs(
+    rows: int, num_heads: int, layout: str, dtype: torch.dtype, device: torch.device
+) -> tuple[Guarded, Guarded]:
+    """out [rows, H, 512] and lse [rows, H]."""
+    gap = 2 if layout == "batch_strided" else 1
+    shape, strides = (rows, num_heads, CKV_DIM), (gap * num_heads * CKV_DIM, CKV_DIM, 1)
+    return (
+        Guarded(shape, strides, dtype, device, guard=4096),
         # 4-byte alignment is all that lse has to have
-        guarded_lse=Guarded((batch, num_heads), (num_heads, 1), torch.float32, device, guard=1021),
+        Guarded((rows, num_heads), (num_heads, 1), torch.float32, device, guard=1021),
     )
 
 
@@ -228,7 +254,7 @@ def _absurd(n: int) -> torch.Tensor:
     return torch.tensor(ABSURD_PAGE_IDS, dtype=torch.int32).repeat(n // 2 + 1)[:n]
 
 
-def _unaligned(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+def unaligned(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The values as int32 on the device, contiguous, 4 bytes past an aligned address, absurd numbers on both sides."""
     buffer = _absurd(len(values) + 2)
     buffer[1:-1] = values
@@ -242,20 +268,22 @@ def _like_table(table: torch.Tensor, device: torch.device) -> torch.Tensor:
     return on_device.copy_(table)
 
 
-def _make_q(
-    batch: int, num_heads: int, layout: str, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+def make_q(
+    rows: int, num_heads: int, layout: str, dtype: torch.dtype, device: torch.device, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """q_nope [rows, H, 512] and q_pe [rows, H, 64]."""
+
     def normal(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator)
 
     if layout == "contiguous":
-        return normal(batch, num_heads, CKV_DIM), normal(batch, num_heads, KPE_DIM)
+        return normal(rows, num_heads, CKV_DIM), normal(rows, num_heads, KPE_DIM)
     if layout == "fused":
-        q = normal(batch, num_heads, CKV_DIM + KPE_DIM)
+        q = normal(rows, num_heads, CKV_DIM + KPE_DIM)
         return q[..., :CKV_DIM], q[..., CKV_DIM:]
     if layout != "batch_strided":
         raise ValueError(f"q_layout: expected one of {Q_LAYOUTS}, got {layout!r}")
-    nope, pe = normal(batch, 3, num_heads, CKV_DIM), normal(batch, 3, num_heads, KPE_DIM)
+    nope, pe = normal(rows, 3, num_heads, CKV_DIM), normal(rows, 3, num_heads, KPE_DIM)
     for q in (nope, pe):
         q[:, 0] = q[:, 2] = math.nan
     return nope[:, 1], pe[:, 1]
@@ -291,7 +319,7 @@ def _make_caches(
 class Expected:
     """Reference of a case: float32 output and lse, and the output of the computation with P and output in `dtype`.
 
-    `score_rounding` [batch, H] is one float32 unit of the row's largest |q| |k|, in units of lse: what summing a score
+    `score_rounding` [rows, H] is one float32 unit of the row's largest |q| |k|, in units of lse: what summing a score
     in float32 may lose however it is summed (a score can be small while its terms are not).
     """
 
@@ -301,6 +329,14 @@ class Expected:
     in_dtype: torch.Tensor
     dtype: torch.dtype
     lengths: list[int]
+    queries: Sequence[int]
+
+    def place(self, row: int) -> str:
+        """Request and query of a row of output."""
+        b = bisect.bisect_right(self.queries, row) - 1
+        first, q_len = self.queries[b], self.queries[b + 1] - self.queries[b]
+        query = "" if q_len == 1 else f", query {row - first} of {q_len}"
+        return f"request {b} (kv_len {self.lengths[b]}){query}"
 
 
 @dataclass(frozen=True)
@@ -335,26 +371,32 @@ def expected_of(case: DecodeCase, *, lse_base: int | str = 2) -> Expected:
     pages, lengths = reference._csr_requests(case.kv_indptr, case.kv_indices, case.kv_last_page_len, case.page_size)
     if lengths != case.lengths:
         raise AssertionError(f"the case's metadata say lengths {lengths}, it was made for {case.lengths}")
-    arguments = (*case.tensors, pages, lengths, case.sm_scale, lse_base)
-    output = torch.empty(case.q_nope.shape, dtype=torch.float32, device=case.q_nope.device)
-    output, lse = reference._decode(*arguments, output, None)
-    in_dtype, _ = reference._decode(*arguments, None, None, p_dtype=case.q_nope.dtype)
+    queries = list(case.queries)
+    q_nope, q_pe = case.q_nope[: queries[-1]], case.q_pe[: queries[-1]]
+    caches = (case.ckv_cache, case.kpe_cache)
+    arguments = (q_nope, q_pe, *caches, queries, pages, lengths, case.sm_scale, case.causal, lse_base)
+    output, lse = reference._prefill(*arguments, torch.empty_like(q_nope, dtype=torch.float32), None)
+    in_dtype, _ = reference._prefill(*arguments, None, None, p_dtype=q_nope.dtype)
     per_base = math.log2(math.e) if lse_base == 2 else 1.0
     score_rounding = torch.zeros_like(lse)
     for b, (page_ids, kv_len) in enumerate(zip(pages, lengths, strict=True)):
-        if kv_len > 0:
+        begin, end = queries[b], queries[b + 1]
+        if kv_len > 0 and end > begin:
             squares = torch.zeros(kv_len, device=lse.device)
-            for cache in (case.ckv_cache, case.kpe_cache):
+            for cache in caches:
                 squares += cache.index_select(0, page_ids).flatten(0, 1)[:kv_len].float().square().sum(-1)
-            q_norm = torch.cat((case.q_nope[b], case.q_pe[b]), dim=-1).float().norm(dim=-1)
-            score_rounding[b] = q_norm * squares.amax().sqrt() * (case.sm_scale * per_base * 2.0**-23)
-    return Expected(output, lse, score_rounding, in_dtype, case.q_nope.dtype, lengths)
+            largest = squares.cummax(0).values.sqrt()
+            last = torch.arange(kv_len - (end - begin), kv_len, device=lse.device).clamp(min=0)
+            largest = largest[last][:, None] if case.causal else largest[-1]
+            q_norm = torch.cat((q_nope[begin:end], q_pe[begin:end]), dim=-1).float().norm(dim=-1)
+            score_rounding[begin:end] = q_norm * largest * (case.sm_scale * per_base * 2.0**-23)
+    return Expected(output, lse, score_rounding, in_dtype, case.q_nope.dtype, lengths, queries)
 
 
 def compare(output: torch.Tensor, lse: torch.Tensor | None, expected: Expected) -> Verdict:
-    """Judge a decode result; `lse` None leaves lse out.
+    """Judge the rows of a result that requests own; `lse` None leaves lse out.
 
-    Accepted is, for every (request, head) row: inf and NaN where the reference has them and nowhere else; an error, in
+    Accepted is, for every (query, head) row: inf and NaN where the reference has them and nowhere else; an error, in
     norm and in the largest element, of at most twice that of the same computation in the input dtype plus rounding
     (eps / 4 of the row's norm, eps / 2 of its largest element); a cosine that such an error allows; an lse error of at
     most 1e-4 + 2e-6 * |lse| + one float32 unit of |q| |k|, the rounding of a score's sum.
@@ -428,13 +470,13 @@ def _over(what: str, value: torch.Tensor, allowed: torch.Tensor, expected: Expec
 def _worst(
     what: str, badness: torch.Tensor, expected: Expected, figures: Callable[[int, int], str] = lambda b, h: ""
 ) -> list[str]:
-    """A message for the largest positive entry of `badness` [batch, H], none if there is none."""
+    """A message for the largest positive entry of `badness` [rows, H], none if there is none."""
     count = int((badness > 0).sum())
     if count == 0:
         return []
-    b, h = divmod(int(badness.argmax()), badness.shape[1])
-    where = f"request {b} (kv_len {expected.lengths[b]}), head {h}"
-    return [f"{what}{figures(b, h)} in {where}; {count} of {badness.numel()} rows are wrong"]
+    row, h = divmod(int(badness.argmax()), badness.shape[1])
+    where = f"{expected.place(row)}, head {h}"
+    return [f"{what}{figures(row, h)} in {where}; {count} of {badness.numel()} rows are wrong"]
 
 
 # ------------------------------------------------------------------------------------------------ the sweep
@@ -522,27 +564,29 @@ def run_case(
     """Run a case through the public call into its guarded outputs and judge what came out.
 
     Args:
-        entry: "csr" (`mla_paged_decode`) or "block_table" (`mla_paged_decode_block_table`).
+        entry: as `DecodeCase.call`.
         expected: from `expected_of`, with the same `lse_base`; None computes it.
         kwargs: further keywords of the call, such as `plan` or `batch_invariant`.
     """
-    import mla_cute
-
     case.guarded_out.reset()
     case.guarded_lse.reset()
-    kwargs |= {"out": case.out, "lse": case.lse, "lse_base": lse_base}
-    if entry == "csr":
-        output, lse = mla_cute.mla_paged_decode(*case.csr_args, kv_last_page_len=case.kv_last_page_len, **kwargs)
-    else:
-        output, lse = mla_cute.mla_paged_decode_block_table(*case.block_table_args, **kwargs)
-    verdict = compare(output, lse, expected_of(case, lse_base=lse_base) if expected is None else expected)
+    output, lse = case.call(entry, out=case.out, lse=case.lse, lse_base=lse_base, **kwargs)
+    verdict = judge(case, expected_of(case, lse_base=lse_base) if expected is None else expected)
     failures = []
     if output.data_ptr() != case.out.data_ptr() or output.stride() != case.out.stride():
         failures.append("output: expected the tensor given as out")
     if lse.data_ptr() != case.lse.data_ptr():
         failures.append("lse: expected the tensor given as lse")
-    if not case.guarded_out.intact():
-        failures.append("output: memory around out was written")
-    if not case.guarded_lse.intact():
-        failures.append("lse: memory around lse was written")
+    return replace(verdict, failures=(*failures, *verdict.failures))
+
+
+def judge(case: DecodeCase, expected: Expected) -> Verdict:
+    """Judge what is in the case's guarded outputs now, and that nothing else was written."""
+    rows = case.queries[-1]
+    verdict = compare(case.out[:rows], case.lse[:rows], expected)
+    failures = []
+    if not case.guarded_out.intact(rows):
+        failures.append("output: memory around out, or a row that no request owns, was written")
+    if not case.guarded_lse.intact(rows):
+        failures.append("lse: memory around lse, or a row that no request owns, was written")
     return replace(verdict, failures=(*failures, *verdict.failures))

@@ -1,6 +1,7 @@
 """`python -m mla_cute.bench`: the bench without the CLI's dependencies."""
 
 import argparse
+import dataclasses
 import itertools
 import json
 import pathlib
@@ -11,7 +12,7 @@ from typing import Any
 from .. import gpu as gpu_facts
 from ..config import KernelConfig
 from . import peers, report
-from .cases import DTYPES, PRESETS, Case
+from .cases import DTYPES, PRESETS, Case, PrefillCase
 from .runner import Library, run, write_json
 from .timing import CudaTimer
 
@@ -42,13 +43,13 @@ def select_cases(
     page_sizes: list[int] | None = None,
     dtype_names: list[str] | None = None,
     layout: str = "separate",
-) -> list[Case]:
+) -> list[Case | PrefillCase]:
     """Cases of the presets and of the grid, each once, in the order given.
 
     With a preset, `page_sizes`, `dtype_names` and `layout` replace those of its cases. Raises ValueError for an unknown
     preset and for values a case cannot have.
     """
-    cases: list[Case] = []
+    cases: list[Case | PrefillCase] = []
     if not presets and heads is None and batches is None and kv_lens is None:
         presets = ["quick"]
     for name in presets:
@@ -56,8 +57,10 @@ def select_cases(
             raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
         for case in PRESETS[name]:
             sizes, names = page_sizes or [case.page_size], dtype_names or [case.dtype]
-            shape = (case.num_heads, case.batch, case.kv_len)
-            cases += [Case(*shape, size, dtype, layout) for size, dtype in itertools.product(sizes, names)]
+            cases += [
+                dataclasses.replace(case, page_size=size, dtype=dtype, layout=layout)
+                for size, dtype in itertools.product(sizes, names)
+            ]
     if not presets or heads or batches or kv_lens:
         grid = (
             heads or [16, 128],
@@ -72,9 +75,9 @@ def select_cases(
 
 def parser() -> argparse.ArgumentParser:
     names = ", ".join(f"{name} ({len(cases)} cases)" for name, cases in PRESETS.items())
-    p = argparse.ArgumentParser(prog="python -m mla_cute.bench", description="Time paged MLA decode on this GPU.")
+    p = argparse.ArgumentParser(prog="python -m mla_cute.bench", description="Time paged MLA on this GPU.")
     p.add_argument("presets", nargs="*", metavar="PRESET", help=f"{names}; quick when nothing is chosen")
-    p.add_argument("--heads", type=numbers, metavar="H,..", help="grid: numbers of heads")
+    p.add_argument("--heads", type=numbers, metavar="H,..", help="decode grid: numbers of heads")
     p.add_argument("--batch", type=numbers, metavar="B,..", help="grid: batch sizes")
     p.add_argument("--kv-len", type=numbers, metavar="L,..", help="grid: tokens per request")
     p.add_argument("--page-size", type=numbers, metavar="P,..", help="grid, or instead of the preset's page sizes")

@@ -1,10 +1,13 @@
-"""The shapes that are timed: one case, the presets, the speeds to reach, and the public kernels' times."""
+"""The shapes that are timed: decode and prefill cases, the presets, the speeds to reach, the public kernels' times."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-# Bytes of KV read between two reads of a page: more than the first always, the second as far as so many slots allow.
+# Bytes between two reads of a page, a case's turnover: more than the first always, the second as far as so many slots
+# allow.
 # KV is loaded evict-first, and L2 (50 MB on an H100, 60 on an H200) may keep a part of an old pass over it: with one
 # slot of 4.8 GB a case measured 101.3 % of the read bandwidth.
 ROTATION_BYTES = 300_000_000
@@ -35,8 +38,83 @@ PUBLIC_BEST_US: dict[tuple[int, int, int], float] = {
 }
 
 
+class Shape:
+    """What decode and prefill cases share: everything that follows from their requests."""
+
+    num_heads: int
+    page_size: int
+    dtype: str
+    layout: str
+
+    @property
+    def requests(self) -> Sequence[tuple[int, int]]:
+        """(q_len, kv_len) of each request, in tokens."""
+        raise NotImplementedError
+
+    @property
+    def visible_pairs(self) -> int:
+        """(query token, key) pairs that the mask lets through."""
+        raise NotImplementedError
+
+    @property
+    def turnover(self) -> int:
+        """Bytes that one call puts between two reads of a page, which is what the rotation counts."""
+        raise NotImplementedError
+
+    def _check(self) -> None:
+        if not 1 <= self.num_heads <= 128:
+            raise ValueError(f"num_heads: expected 1..128, got {self.num_heads}")
+        if self.page_size < 1:
+            raise ValueError(f"page_size: expected at least 1, got {self.page_size}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.layout not in ("separate", "fused"):
+            raise ValueError(f"layout: expected separate or fused, got {self.layout!r}")
+
+    @property
+    def total_q(self) -> int:
+        return sum(q for q, _ in self.requests)
+
+    @property
+    def pages(self) -> list[int]:
+        """Pages of each request."""
+        return [-(-kv // self.page_size) for _, kv in self.requests]
+
+    @property
+    def kv_bytes(self) -> int:
+        return sum(kv for _, kv in self.requests) * (HEAD_DIM_CKV + HEAD_DIM_KPE) * 2
+
+    @property
+    def bytes_moved(self) -> int:
+        return self.kv_bytes + self.total_q * self.num_heads * (2 * HEAD_DIM_CKV + HEAD_DIM_KPE) * 2
+
+    @property
+    def flop(self) -> int:
+        return 2 * self.num_heads * (2 * HEAD_DIM_CKV + HEAD_DIM_KPE) * self.visible_pairs
+
+    @property
+    def num_slots(self) -> int:
+        """Disjoint page sets to rotate over."""
+        least = ROTATION_BYTES // self.turnover + 1
+        return max(least, min(ROTATION_SLOTS, -(-ROTATION_TARGET // self.turnover)))
+
+    @property
+    def pool_tokens(self) -> int:
+        return self.num_slots * sum(self.pages) * self.page_size
+
+    @property
+    def tail(self) -> str:
+        """The end of a label."""
+        fused = "" if self.layout == "separate" else f" {self.layout}"
+        return f"page {self.page_size} {self.dtype}{fused}"
+
+    @property
+    def label(self) -> str:
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class Case:
+class Case(Shape):
     """One decode shape: every request of the batch has `kv_len` tokens."""
 
     num_heads: int
@@ -47,56 +125,93 @@ class Case:
     layout: str = "separate"  # "fused": ckv and kpe are views of one [num_pages, page_size, 576] buffer
 
     def __post_init__(self) -> None:
-        if not 1 <= self.num_heads <= 128:
-            raise ValueError(f"num_heads: expected 1..128, got {self.num_heads}")
-        for name in ("batch", "kv_len", "page_size"):
+        self._check()
+        for name in ("batch", "kv_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if self.layout not in ("separate", "fused"):
-            raise ValueError(f"layout: expected separate or fused, got {self.layout!r}")
 
     @property
-    def pages_per_request(self) -> int:
-        return -(-self.kv_len // self.page_size)
+    def requests(self) -> Sequence[tuple[int, int]]:
+        return [(1, self.kv_len)] * self.batch
 
     @property
-    def kv_bytes(self) -> int:
-        return self.batch * self.kv_len * (HEAD_DIM_CKV + HEAD_DIM_KPE) * 2
+    def visible_pairs(self) -> int:
+        return self.batch * self.kv_len
 
     @property
-    def bytes_moved(self) -> int:
-        return self.kv_bytes + self.batch * self.num_heads * (2 * HEAD_DIM_CKV + HEAD_DIM_KPE) * 2
-
-    @property
-    def flop(self) -> int:
-        return 2 * self.num_heads * (2 * HEAD_DIM_CKV + HEAD_DIM_KPE) * self.batch * self.kv_len
-
-    @property
-    def num_slots(self) -> int:
-        """Disjoint page sets to rotate over."""
-        least = ROTATION_BYTES // self.kv_bytes + 1
-        return max(least, min(ROTATION_SLOTS, -(-ROTATION_TARGET // self.kv_bytes)))
-
-    @property
-    def pool_tokens(self) -> int:
-        return self.num_slots * self.batch * self.pages_per_request * self.page_size
+    def turnover(self) -> int:
+        return self.kv_bytes
 
     @property
     def label(self) -> str:
-        tail = "" if self.layout == "separate" else f" {self.layout}"
-        return f"H={self.num_heads} B={self.batch} L={self.kv_len} page {self.page_size} {self.dtype}{tail}"
+        return f"H={self.num_heads} B={self.batch} L={self.kv_len} {self.tail}"
+
+
+@dataclass(frozen=True)
+class PrefillCase(Shape):
+    """One prefill shape: for each (count, q_len, kv_len) of `groups`, that many requests."""
+
+    num_heads: int
+    groups: tuple[tuple[int, int, int], ...]
+    page_size: int = 64
+    dtype: str = "bfloat16"
+    layout: str = "separate"  # as of a decode case
+    causal: bool = True
+
+    def __post_init__(self) -> None:
+        # lists where the case comes out of a JSON record
+        object.__setattr__(self, "groups", tuple(tuple(group) for group in self.groups))
+        self._check()
+        if not self.groups or any(len(group) != 3 or min(group) < 1 for group in self.groups):
+            raise ValueError(f"groups: expected (count, q_len, kv_len) of at least 1, got {self.groups}")
+
+    @property
+    def requests(self) -> Sequence[tuple[int, int]]:
+        return [(q, kv) for count, q, kv in self.groups for _ in range(count)]
+
+    @property
+    def visible_pairs(self) -> int:
+        """Query i of n sees keys 0 .. kv_len - n + i under the causal mask: a triangle, less what is above it."""
+        if not self.causal:
+            return sum(count * q * kv for count, q, kv in self.groups)
+        pairs = 0
+        for count, q, kv in self.groups:
+            seeing = min(q, kv)
+            pairs += count * (seeing * (kv - seeing) + seeing * (seeing + 1) // 2)
+        return pairs
+
+    @property
+    def turnover(self) -> int:
+        """Queries and outputs count: of a whole prompt of 4096 tokens and 128 heads they are 240 times its keys."""
+        return self.bytes_moved
+
+    @property
+    def label(self) -> str:
+        groups = " + ".join(f"{count} x {q} of {kv}" for count, q, kv in self.groups)
+        return f"prefill H={self.num_heads} {groups} {self.tail}{'' if self.causal else ' full'}"
+
+
+def case_of(row: dict[str, Any]) -> Case | PrefillCase:
+    """The case of a row of a record."""
+    return PrefillCase(**row["case"]) if "groups" in row["case"] else Case(**row["case"])
 
 
 @dataclass(frozen=True)
 class Bar:
     """A speed to reach. `kind`: "read" and "cublas" are shares of the ceiling, "us" a time."""
 
-    case: Case
+    case: Case | PrefillCase
     kind: str
     reach: float
-    beyond: float
+    beyond: float | None = None
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """A step in one call, and the calls it replaces."""
+
+    together: PrefillCase
+    apart: tuple[Case | PrefillCase, ...]
 
 
 BARS = (
@@ -112,9 +227,30 @@ BARS = (
 PAGE_ONE_BAR = (0.90, 0.97)  # speed of page size 1 over that of 64, same shape
 HOST_BAR = (15.0, 10.0)  # us of one call with a plan
 
-PRESETS: dict[str, tuple[Case, ...]] = {
+PREFILL_HEADS = (16, 128)
+PREFILL_BARS = (
+    *(Bar(PrefillCase(h, ((4, 2048, 8192),)), "cublas", 0.82, 0.88) for h in PREFILL_HEADS),
+    *(Bar(PrefillCase(h, ((16, 512, 4096),)), "cublas", 0.82) for h in PREFILL_HEADS),
+    *(Bar(PrefillCase(h, ((1, 4096, 4096),)), "cublas", 0.75) for h in PREFILL_HEADS),
+    *(Bar(PrefillCase(16, ((128, q, 8192),)), "read", 0.94) for q in (2, 4)),
+    Bar(PrefillCase(128, ((64, 2, 8192),)), "cublas", 0.84),
+    Bar(PrefillCase(16, ((1, 512, 32768),)), "cublas", 0.70),
+)
+# Single tokens are what decode is for: the calls apart are a decode and a prefill.
+MIXED_STEPS = tuple(
+    Mixed(PrefillCase(h, ((64, 1, 8192), (1, 2048, 8192))), (Case(h, 64, 8192), PrefillCase(h, ((1, 2048, 8192),))))
+    for h in PREFILL_HEADS
+)
+MIXED_BAR = 1.0  # time together over the sum apart
+
+PRESETS: dict[str, tuple[Case | PrefillCase, ...]] = {
     "table": tuple(Case(h, b, length) for h, b, length in PUBLIC_BEST_US),
     "bars": (*(bar.case for bar in BARS), Case(16, 128, 8192, page_size=1), Case(128, 64, 8192, page_size=1)),
     "pages": tuple(Case(h, b, 8192, page_size=p) for h, b in ((16, 128), (128, 64)) for p in (1, 16, 64, 128)),
+    "prefill": (
+        *(bar.case for bar in PREFILL_BARS),
+        *(PrefillCase(h, ((4, 2048, 8192),), page_size=1) for h in PREFILL_HEADS),
+        *(case for mixed in MIXED_STEPS for case in (mixed.together, *mixed.apart)),
+    ),
     "quick": (Case(16, 1, 8192), Case(16, 16, 8192), Case(16, 128, 8192), Case(128, 64, 8192), Case(16, 16, 8192, 1)),
 }

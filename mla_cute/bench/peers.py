@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .cases import PrefillCase
+
 if TYPE_CHECKING:
     from .runner import Inputs
 
@@ -19,7 +21,7 @@ class Unsupported(Exception):
 
 
 class Peer(ABC):
-    """`calls(inputs)` gives one callable per rotation slot; each fills `outputs[slot]` with [batch, H, 512]."""
+    """`calls(inputs)` gives one callable per rotation slot; each fills `outputs[slot]` with [total_q, H, 512]."""
 
     name: str
     module: str
@@ -50,22 +52,20 @@ class FlashInfer(Peer):
         wrapper_class = importlib.import_module("flashinfer.mla").BatchMLAPagedAttentionWrapper
         device = inputs.q_nope.device
         workspace = torch.empty(128 << 20, dtype=torch.uint8, device=device)
-        qo_indptr = torch.arange(case.batch + 1, dtype=torch.int32, device=device)
-        kv_lens = torch.full((case.batch,), case.kv_len, dtype=torch.int32, device=device)
         self.outputs = {}
 
         def make(slot: int) -> Callable[[], Any]:
             wrapper = wrapper_class(workspace)
             wrapper.plan(
-                qo_indptr=qo_indptr,
+                qo_indptr=inputs.qo_indptr,
                 kv_indptr=inputs.kv_indptr,
                 kv_indices=inputs.kv_indices[slot],
-                kv_len_arr=kv_lens,
+                kv_len_arr=inputs.kv_lens,
                 num_heads=case.num_heads,
                 head_dim_ckv=512,
                 head_dim_kpe=64,
                 page_size=case.page_size,
-                causal=False,
+                causal=isinstance(case, PrefillCase) and case.causal,
                 sm_scale=inputs.sm_scale,
                 q_data_type=inputs.q_nope.dtype,
                 kv_data_type=inputs.q_nope.dtype,
@@ -92,22 +92,24 @@ class FlashMLA(Peer):
         case = inputs.case
         if case.page_size != 64:
             raise Unsupported(f"page size {case.page_size}: FlashMLA has 64 only")
-        device = inputs.q_nope.device
-        seq_lens = torch.full((case.batch,), case.kv_len, dtype=torch.int32, device=device)
+        if len(set(case.requests)) > 1:
+            raise Unsupported("requests of several lengths: FlashMLA has one number of query tokens per call")
+        batch, q_len = len(case.requests), case.requests[0][0]
+        causal = isinstance(case, PrefillCase) and case.causal
         # Before 2026 the metadata was two tensors made from the lengths; since then an object filled by the first call.
-        metadata, num_splits = self._package.get_mla_metadata(seq_lens, case.num_heads, 1)
+        metadata, num_splits = self._package.get_mla_metadata(inputs.kv_lens, q_len * case.num_heads, 1)
         cache = inputs.fused_cache.unsqueeze(2)
         self.outputs = {}
 
         def make(slot: int) -> Callable[[], Any]:
-            q = torch.cat([inputs.q_nope[slot], inputs.q_pe[slot]], dim=-1).unsqueeze(1)
-            block_table = inputs.kv_indices[slot].view(case.batch, -1)
+            q = torch.cat([inputs.q_nope[slot], inputs.q_pe[slot]], dim=-1).unflatten(0, (batch, q_len))
+            block_table = inputs.kv_indices[slot].view(batch, -1)
 
             def call() -> None:
                 out, _ = self._package.flash_mla_with_kvcache(
-                    q, cache, block_table, seq_lens, 512, metadata, num_splits, inputs.sm_scale, False
+                    q, cache, block_table, inputs.kv_lens, 512, metadata, num_splits, inputs.sm_scale, causal
                 )
-                self.outputs[slot] = out.squeeze(1)
+                self.outputs[slot] = out.flatten(0, 1)
 
             return call
 

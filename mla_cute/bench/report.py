@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from .cases import Case
+from .cases import Case, PrefillCase, case_of
 from .runner import SCHEMA, row_ok
 
 COLUMNS = (
@@ -22,9 +22,9 @@ def columns(peers: Sequence[str] = ()) -> tuple[str, ...]:
 
 def cells(row: dict[str, Any], peers: Sequence[str] = ()) -> tuple[str, ...]:
     """One row of the record as strings, in the order of `columns(peers)`."""
-    case = Case(**row["case"])
+    case = case_of(row)
     dtype = _SHORT_DTYPE[case.dtype] + ("" if case.layout == "separate" else "/fused")
-    head = (str(case.num_heads), str(case.batch), str(case.kv_len), str(case.page_size), dtype)
+    head = (str(case.num_heads), *_batch_and_length(case), str(case.page_size), dtype)
     if "error" in row:
         return (*head, "error", *[""] * (len(columns(peers)) - len(head) - 1))
     ratio = row.get("public_best_ratio")
@@ -43,6 +43,13 @@ def cells(row: dict[str, Any], peers: Sequence[str] = ()) -> tuple[str, ...]:
         ("nan" if error is None else f"{error:.1e}") + ("" if row_ok(row) else " WRONG"),
         *(_peer_cell(row, name) for name in peers),
     )
+
+
+def _batch_and_length(case: Case | PrefillCase) -> tuple[str, str]:
+    """128, 8192; of a prefill 64+1, 1/8192+2048/8192: query tokens and keys of a request, per group."""
+    if isinstance(case, Case):
+        return str(case.batch), str(case.kv_len)
+    return "+".join(str(n) for n, _, _ in case.groups), "+".join(f"{q}/{kv}" for _, q, kv in case.groups)
 
 
 def _peer_cell(row: dict[str, Any], name: str) -> str:
@@ -86,6 +93,11 @@ def summary(record: dict[str, Any]) -> list[str]:
             f"host time of one call: {host['call_us']:.1f} us with a plan, "
             f"{host['call_without_plan_us']:.1f} us without"
         )
+        if "prefill_call_us" in host:
+            lines.append(
+                f"host time of one prefill call: {host['prefill_call_us']:.1f} us with a plan, "
+                f"{host['prefill_call_without_plan_us']:.1f} us without"
+            )
     elif "error" in host:
         lines.append(f"FAILED host time of one call: {host['error']}")
     for name, peer in record["peers"].items():
@@ -93,7 +105,8 @@ def summary(record: dict[str, Any]) -> list[str]:
     for bar in record["bars"]:
         verdict = "met" if bar["met"] else "MISSED"
         lines.append(
-            f"{verdict:>6}  {bar['what']}: {bar['measured']:.3g} (reach {bar['reach']:g}, beyond {bar['beyond']:g})"
+            f"{verdict:>6}  {bar['what']}: {bar['measured']:.3g} (reach {bar['reach']:g}"
+            + (")" if bar["beyond"] is None else f", beyond {bar['beyond']:g})")
         )
     ratios = [row["public_best_ratio"] for row in record["rows"] if "public_best_ratio" in row]
     if ratios:
@@ -104,11 +117,11 @@ def summary(record: dict[str, Any]) -> list[str]:
         )
     for row in (row for row in record["rows"] if "cublas_share_beside" in row):
         lines.append(
-            f"{Case(**row['case']).label}: {row['cublas_share_beside']:.1%} of what cuBLAS reached right after it, "
+            f"{case_of(row).label}: {row['cublas_share_beside']:.1%} of what cuBLAS reached right after it, "
             f"{row['cublas_beside_tflops']:.0f} TFLOP/s"
         )
     for row in record["rows"]:
-        label = Case(**row["case"]).label
+        label = case_of(row).label
         if "error" in row:
             lines.append(f"FAILED {label}: {row['error']}")
         elif not row_ok(row):
@@ -153,7 +166,7 @@ COMPARE_COLUMNS = (
 
 def compare(a: dict[str, Any], b: dict[str, Any]) -> tuple[list[tuple[str, ...]], list[str]]:
     """Rows of COMPARE_COLUMNS for the cells of both records (a / b above 1: b is faster), and the lines under them."""
-    times = [{Case(**row["case"]): row for row in record["rows"] if "error" not in row} for record in (a, b)]
+    times = [{case_of(row): row for row in record["rows"] if "error" not in row} for record in (a, b)]
     shared = [case for case in times[0] if case in times[1]]
     rows, ratios = [], []
     for case in shared:

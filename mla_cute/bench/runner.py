@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import datetime
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -25,18 +26,23 @@ from .cases import (
     HEAD_DIM_CKV,
     HEAD_DIM_KPE,
     HOST_BAR,
+    MIXED_BAR,
+    MIXED_STEPS,
     PAGE_ONE_BAR,
+    PREFILL_BARS,
     PUBLIC_BEST_GPU,
     PUBLIC_BEST_US,
     ROTATION_BYTES,
     Case,
+    PrefillCase,
+    case_of,
 )
 from .peers import Peer, Unsupported
 from .timing import Replay, Timer, cublas_tflops, empty_graph_us, measure_ceilings, occupy
 
 SCHEMA = 1
 PLAN_SHARED_BY = 61
-COMPUTE_BOUND_HEADS = 95  # from here on the tensor cores are the limit at bf16, below it the memory
+COMPUTE_BOUND_HEADS = 95  # decode: from here on the tensor cores are the limit at bf16, below it the memory
 SM_SCALE = 192**-0.5  # DeepSeek-V3: 128 + 64 dimensions per head before absorption
 
 # Frobenius error of output against float32 rounded to the dtype. Rounding P, O and the reference is 2..3 units of
@@ -50,10 +56,11 @@ METHOD = {
     "plan_us": "the same with a graph that holds plan.update() only",
     "us_amortised": f"us + plan_us / {PLAN_SHARED_BY}; gbps, tflops, shares and ratios are made from it",
     "us_chained": "one graph of calls back to back over the slots, divided by the number of calls",
-    "rotation": f"disjoint page sets, queries and outputs per slot; one pass over the slots reads the bytes "
-    f"each row names, more than {ROTATION_BYTES}; random page order over the whole pool; standard normal data",
+    "rotation": f"disjoint page sets, queries and outputs per slot; one pass over the slots reads (prefill: reads and "
+    f"writes) the bytes each row names, more than {ROTATION_BYTES}; random page order over the whole pool; standard "
+    "normal data",
     "bytes": "KV once + queries + outputs",
-    "flop": "2 * H * (576 + 512) per token of context",
+    "flop": "2 * H * (576 + 512) per (query token, key) pair that the mask lets through",
     "ceilings": "measured in this run at its start and end, the larger is used: maximum over 4 GB of random words "
     "(read), torch.mm of bf16 8192^3 on random data (cuBLAS), medians",
     "cublas_beside_tflops": "cuBLAS right after the case, so at the clock the case left the GPU with: under load it "
@@ -72,7 +79,7 @@ class KvPool:
         self._filled_as: torch.dtype | None = None
         self._generator = torch.Generator(device=device).manual_seed(seed)
 
-    def caches(self, case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def caches(self, case: Case | PrefillCase) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """ckv [num_pages, page_size, 512], kpe [num_pages, page_size, 64] and the pool as one fused buffer."""
         dtype = DTYPES[case.dtype]
         flat = self._words.view(dtype)
@@ -94,12 +101,14 @@ class KvPool:
 class Inputs:
     """Tensors of one case; the first dimension of q_*, kv_indices, out and lse is the rotation slot."""
 
-    case: Case
+    case: Case | PrefillCase
     q_nope: torch.Tensor
     q_pe: torch.Tensor
     ckv_cache: torch.Tensor
     kpe_cache: torch.Tensor
     fused_cache: torch.Tensor
+    qo_indptr: torch.Tensor
+    kv_lens: torch.Tensor
     kv_indptr: torch.Tensor
     kv_indices: torch.Tensor
     kv_last_page_len: torch.Tensor | None
@@ -112,14 +121,17 @@ class Inputs:
         return self.kv_indices.shape[0]
 
 
-def make_inputs(case: Case, pool: KvPool, device: torch.device, seed: int = 0) -> Inputs:
+def make_inputs(case: Case | PrefillCase, pool: KvPool, device: torch.device, seed: int = 0) -> Inputs:
     generator = torch.Generator(device=device).manual_seed(seed)
     dtype = DTYPES[case.dtype]
-    slots, rows = case.num_slots, (case.num_slots, case.batch, case.num_heads)
+    slots, rows = case.num_slots, (case.num_slots, case.total_q, case.num_heads)
     ckv, kpe, fused = pool.caches(case)
-    per_slot = case.batch * case.pages_per_request
-    order = torch.randperm(ckv.shape[0], generator=generator, device=device)[: slots * per_slot]
-    last = case.kv_len - (case.pages_per_request - 1) * case.page_size
+    pages, size = case.pages, case.page_size
+    order = torch.randperm(ckv.shape[0], generator=generator, device=device)[: slots * sum(pages)]
+    last = [kv - (n - 1) * size for (_, kv), n in zip(case.requests, pages, strict=True)]
+
+    def int32(values: Iterable[int]) -> torch.Tensor:
+        return torch.tensor(list(values), dtype=torch.int32, device=device)
 
     def normal(width: int) -> torch.Tensor:
         return torch.empty(*rows, width, dtype=dtype, device=device).normal_(generator=generator)
@@ -131,11 +143,11 @@ def make_inputs(case: Case, pool: KvPool, device: torch.device, seed: int = 0) -
         ckv_cache=ckv,
         kpe_cache=kpe,
         fused_cache=fused,
-        kv_indptr=torch.arange(case.batch + 1, dtype=torch.int32, device=device) * case.pages_per_request,
-        kv_indices=order.to(torch.int32).view(slots, per_slot),
-        kv_last_page_len=None
-        if last == case.page_size
-        else torch.full((case.batch,), last, dtype=torch.int32, device=device),
+        qo_indptr=int32(itertools.accumulate((q for q, _ in case.requests), initial=0)),
+        kv_lens=int32(kv for _, kv in case.requests),
+        kv_indptr=int32(itertools.accumulate(pages, initial=0)),
+        kv_indices=order.to(torch.int32).view(slots, sum(pages)),
+        kv_last_page_len=None if all(n == size for n in last) else int32(last),
         out=torch.full((*rows, HEAD_DIM_CKV), float("nan"), dtype=dtype, device=device),
         lse=torch.full(rows, float("nan"), dtype=torch.float32, device=device),
     )
@@ -143,42 +155,54 @@ def make_inputs(case: Case, pool: KvPool, device: torch.device, seed: int = 0) -
 
 @dataclass(frozen=True)
 class Library:
-    """The two functions under test, and the options every call passes on."""
+    """The functions under test, and the options every call passes on."""
 
     decode: Callable[..., Any]
     plan: Callable[..., Any]
+    prefill: Callable[..., Any]
+    plan_prefill: Callable[..., Any]
     config: KernelConfig | None = None
     batch_invariant: bool = False
 
     @classmethod
     def installed(cls, config: KernelConfig | None = None, batch_invariant: bool = False) -> "Library":
-        from .. import mla_paged_decode, plan_decode
+        from .. import mla_paged_decode, mla_paged_prefill, plan_decode, plan_prefill
 
-        return cls(mla_paged_decode, plan_decode, config, batch_invariant)
+        return cls(mla_paged_decode, plan_decode, mla_paged_prefill, plan_prefill, config, batch_invariant)
 
     def make_plan(self, inputs: Inputs) -> Any:
-        return self.plan(
-            inputs.kv_indptr,
-            num_heads=inputs.case.num_heads,
-            page_size=inputs.case.page_size,
-            kv_last_page_len=inputs.kv_last_page_len,
-            config=self.config,
-            batch_invariant=self.batch_invariant,
-            num_kv_indices=inputs.kv_indices.shape[1],
-        )
+        case = inputs.case
+        options = {
+            "num_heads": case.num_heads,
+            "page_size": case.page_size,
+            "kv_last_page_len": inputs.kv_last_page_len,
+            "config": self.config,
+            "batch_invariant": self.batch_invariant,
+            "num_kv_indices": inputs.kv_indices.shape[1],
+        }
+        if isinstance(case, PrefillCase):
+            options |= {"total_q": case.total_q, "causal": case.causal}
+            return self.plan_prefill(inputs.qo_indptr, inputs.kv_indptr, **options)
+        return self.plan(inputs.kv_indptr, **options)
 
     def calls(self, inputs: Inputs, plan: Any) -> list[Replay]:
+        case = inputs.case
+        prefill = isinstance(case, PrefillCase)
+        function = self.prefill if prefill else self.decode
+
         def make(slot: int) -> Replay:
             args = (
                 inputs.q_nope[slot],
                 inputs.q_pe[slot],
                 inputs.ckv_cache,
                 inputs.kpe_cache,
+                *((inputs.qo_indptr,) if prefill else ()),
                 inputs.kv_indptr,
                 inputs.kv_indices[slot],
                 inputs.sm_scale,
             )
             options = {
+                **({"causal": case.causal} if isinstance(case, PrefillCase) else {}),
                 "kv_last_page_len": inputs.kv_last_page_len,
                 "out": inputs.out[slot],
                 "lse": inputs.lse[slot],
@@ -186,7 +210,7 @@ class Library:
                 "config": self.config,
                 "batch_invariant": self.batch_invariant,
             }
-            return lambda: self.decode(*args, **options)
+            return lambda: function(*args, **options)
 
         return [make(slot) for slot in range(inputs.num_slots)]
 
@@ -198,27 +222,29 @@ def spot_check(
     caches: tuple[torch.Tensor, torch.Tensor],
 ) -> dict[str, Any]:
     """Three requests in three slots against the reference: {"ok", "rel_err", "lse_err", "limit", "requests"}."""
-    from ..reference import decode_reference
+    from ..reference import prefill_reference
 
-    case, pages = inputs.case, inputs.case.pages_per_request
-    picks = {(0, 0), (inputs.num_slots // 2, case.batch // 2), (inputs.num_slots - 1, case.batch - 1)}
-    indptr = torch.tensor([0, pages], dtype=torch.int32, device=inputs.kv_indptr.device)
+    case, batch = inputs.case, len(inputs.case.requests)
+    picks = {(0, 0), (inputs.num_slots // 2, batch // 2), (inputs.num_slots - 1, batch - 1)}
+    queries, pages = inputs.qo_indptr.tolist(), inputs.kv_indptr.tolist()
     rel_errs, lse_errs = [], [0.0]
     for slot, b in sorted(picks):
-        one = slice(b, b + 1)
-        want, want_lse = decode_reference(
-            inputs.q_nope[slot, one],
-            inputs.q_pe[slot, one],
+        tokens = slice(queries[b], queries[b + 1])
+        want, want_lse = prefill_reference(
+            inputs.q_nope[slot, tokens],
+            inputs.q_pe[slot, tokens],
             *caches,
-            indptr,
-            inputs.kv_indices[slot, b * pages : (b + 1) * pages],
+            inputs.qo_indptr[b : b + 2] - queries[b],
+            inputs.kv_indptr[b : b + 2] - pages[b],
+            inputs.kv_indices[slot, pages[b] : pages[b + 1]],
             inputs.sm_scale,
-            kv_last_page_len=None if inputs.kv_last_page_len is None else inputs.kv_last_page_len[one],
+            causal=not isinstance(case, PrefillCase) or case.causal,
+            kv_last_page_len=None if inputs.kv_last_page_len is None else inputs.kv_last_page_len[b : b + 1],
         )
-        want, got = want.float(), out(slot)[one].float()
+        want, got = want.float(), out(slot)[tokens].float()
         rel_errs.append(((got - want).norm() / want.norm()).item())
         if lse is not None:
-            lse_errs.append((lse(slot)[one] - want_lse).abs().max().item())
+            lse_errs.append((lse(slot)[tokens] - want_lse).abs().max().item())
     limit = REL_ERR_LIMIT[case.dtype]
     # `max` passes over a NaN that is not first; `all` of comparisons does not.
     ok = all(err <= limit for err in rel_errs) and all(err <= LSE_ERR_LIMIT for err in lse_errs)
@@ -241,7 +267,12 @@ def _percentile(values: Sequence[float], share: float) -> float:
 
 
 def run_case(
-    case: Case, pool: KvPool, timer: Timer, library: Library, peers: Iterable[Peer] = (), seed: int = 0
+    case: Case | PrefillCase,
+    pool: KvPool,
+    timer: Timer,
+    library: Library,
+    peers: Iterable[Peer] = (),
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Time and check one case; the row for the record, without what needs the ceilings."""
     inputs = make_inputs(case, pool, timer.device, seed)
@@ -272,7 +303,7 @@ def run_case(
         "us_chained": chained,
         "gbps": case.bytes_moved / amortised * 1e-3,
         "tflops": case.flop / amortised * 1e-6,
-        "rotation": {"slots": inputs.num_slots, "bytes": inputs.num_slots * case.kv_bytes},
+        "rotation": {"slots": inputs.num_slots, "bytes": inputs.num_slots * case.turnover},
         "check": check,
     }
     row["peers"] = {peer.name: _time_peer(peer, inputs, timer) for peer in peers}
@@ -295,9 +326,8 @@ def _time_peer(peer: Peer, inputs: Inputs, timer: Timer) -> dict[str, Any]:
     return {"us": statistics.median(samples), "us_min": min(samples), "samples": len(samples), "check": check}
 
 
-def measure_host(pool: KvPool, timer: Timer, library: Library) -> dict[str, Any]:
+def measure_host(case: Case | PrefillCase, pool: KvPool, timer: Timer, library: Library) -> dict[str, Any]:
     """Host time of one call, with and without a plan, on a case whose kernels are shorter than the call."""
-    case = Case(num_heads=16, batch=1, kv_len=64)
     inputs = make_inputs(case, pool, timer.device)
     results: dict[str, Any] = {"case": dataclasses.asdict(case)}
     for key, plan in (("call_us", library.make_plan(inputs)), ("call_without_plan_us", None)):
@@ -311,11 +341,13 @@ def apply_ceilings(row: dict[str, Any], ceilings: dict[str, float], gpu_name: st
     """Fill in the shares of the ceilings and, on the GPU it was measured on, the ratio to the public best."""
     if "error" in row:
         return
-    case = Case(**row["case"])
+    case = case_of(row)
     row["read_share"] = row["gbps"] / ceilings["read_gbps"]
     row["cublas_share"] = row["tflops"] / ceilings["cublas_bf16_tflops"]
     if "cublas_beside_tflops" in row:
         row["cublas_share_beside"] = row["tflops"] / row["cublas_beside_tflops"]
+    if isinstance(case, PrefillCase):
+        return
     best = PUBLIC_BEST_US.get((case.num_heads, case.batch, case.kv_len))
     if best is not None and case == Case(case.num_heads, case.batch, case.kv_len, layout=case.layout):
         row["public_best_us"] = best
@@ -325,15 +357,15 @@ def apply_ceilings(row: dict[str, Any], ceilings: dict[str, float], gpu_name: st
 
 def judge_bars(rows: Sequence[dict[str, Any]], host: dict[str, Any]) -> list[dict[str, Any]]:
     """Every bar that these rows measure: {"what", "measured", "reach", "beyond", "met"}."""
-    by_case = {Case(**row["case"]): row for row in rows if "error" not in row}
+    by_case = {case_of(row): row for row in rows if "error" not in row}
     judged = []
 
-    def judge(what: str, measured: float, limits: tuple[float, float], less_is_better: bool) -> None:
+    def judge(what: str, measured: float, limits: tuple[float, float | None], less_is_better: bool) -> None:
         reach, beyond = limits
         met = measured <= reach if less_is_better else measured >= reach
         judged.append({"what": what, "measured": measured, "reach": reach, "beyond": beyond, "met": met})
 
-    for bar in BARS:
+    for bar in (*BARS, *PREFILL_BARS):
         if bar.case in by_case:
             key, unit = {
                 "read": ("read_share", "share of read bandwidth"),
@@ -345,6 +377,11 @@ def judge_bars(rows: Sequence[dict[str, Any]], host: dict[str, Any]) -> list[dic
         if case.page_size == 1 and twin is not None:
             ratio = twin["us_amortised"] / row["us_amortised"]
             judge(f"{case.label}, speed over that of page 64", ratio, PAGE_ONE_BAR, False)
+    for step in MIXED_STEPS:
+        if all(case in by_case for case in (step.together, *step.apart)):
+            together, *apart = (by_case[case]["us_amortised"] for case in (step.together, *step.apart))
+            what = f"{step.together.label}, time over that of {' and '.join(case.label for case in step.apart)}"
+            judge(what, together / sum(apart), (MIXED_BAR, None), True)
     if "call_us" in host:
         judge("host time of one call with a plan, us", host["call_us"], HOST_BAR, True)
     return judged
@@ -360,7 +397,7 @@ def source_digest() -> str:
 
 
 def run(
-    cases: Sequence[Case],
+    cases: Sequence[Case | PrefillCase],
     *,
     timer: Timer,
     library: Library,
@@ -377,9 +414,10 @@ def run(
     say = progress or (lambda done, total, label: None)
     name = gpu.name if gpu is not None else None
     rows: list[dict[str, Any]] = []
+    any_prefill = any(isinstance(case, PrefillCase) for case in cases)
     record: dict[str, Any] = {
         "schema": SCHEMA,
-        "kind": "mla_cute.bench.decode",
+        "kind": "mla_cute.bench.prefill" if any_prefill else "mla_cute.bench.decode",
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "preset": preset,
         "gpu": gpu.to_dict() if gpu is not None else None,
@@ -402,7 +440,10 @@ def run(
         say(1, total, "host time of a call")
         record["ceilings"]["empty_graph_us"] = empty_graph_us(timer)
         try:
-            record["host"] = measure_host(pool, timer, library)
+            record["host"] = measure_host(Case(num_heads=16, batch=1, kv_len=64), pool, timer, library)
+            if any_prefill:
+                prefill = measure_host(PrefillCase(16, ((1, 2, 64),)), pool, timer, library)
+                record["host"] |= {f"prefill_{key}": value for key, value in prefill.items()}
         except Exception as error:  # as for a case below
             record["host"] = {"error": f"{type(error).__name__}: {error}"}
         # The pool is refilled when the dtype changes.
@@ -410,7 +451,7 @@ def run(
             say(done + 1, total, case.label)
             try:
                 row = run_case(case, pool, timer, library, peers[0])
-                if case.num_heads >= COMPUTE_BOUND_HEADS:
+                if isinstance(case, PrefillCase) or case.num_heads >= COMPUTE_BOUND_HEADS:
                     row["cublas_beside_tflops"] = cublas(timer)
             except Exception as error:  # one failing case must not lose the others
                 row = {"case": dataclasses.asdict(case), "error": f"{type(error).__name__}: {error}"}

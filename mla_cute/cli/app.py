@@ -4,7 +4,7 @@ import argparse
 import json
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import torch
@@ -13,7 +13,7 @@ import typer
 from .. import gpu as gpu_facts
 from ..bench import report, runner
 from ..bench.__main__ import dtypes, find_peers, numbers, select_cases
-from ..bench.cases import PRESETS, Case
+from ..bench.cases import PRESETS, Case, PrefillCase
 from ..bench.timing import CudaTimer
 from ..config import KernelConfig
 from . import check as checking
@@ -225,7 +225,7 @@ def bench(
         tuple[pathlib.Path, pathlib.Path] | None, typer.Option(help="print the ratio per cell of two records")
     ] = None,
 ) -> None:
-    """Time decode over a grid of shapes, with the ceilings of this GPU and installed peers in the same run."""
+    """Time a grid of decode shapes, or presets, with the ceilings of this GPU and installed peers in the same run."""
     if compare is not None:
         _compare(*compare)
         return
@@ -250,7 +250,7 @@ def bench(
     record = _run_bench(cases, library, peers, gpu, " ".join(presets or []) or None)
     names = [peer.name for peer in peers[0]]
     rows = [_cells(row, _BENCH_COLUMNS, names) for row in record["rows"]]
-    console().print(table(f"paged decode on {gpu.name}", (*_BENCH_COLUMNS, *names), rows, text_columns=0))
+    console().print(table(f"paged MLA on {gpu.name}", (*_BENCH_COLUMNS, *names), rows, text_columns=0))
     _print_lines(report.summary(record))
     if out is not None:
         runner.write_json(out, record)
@@ -260,7 +260,7 @@ def bench(
 
 
 def _run_bench(
-    cases: list[Case],
+    cases: Sequence[Case | PrefillCase],
     library: runner.Library,
     peers: tuple[list[Any], dict[str, Any]],
     gpu: gpu_facts.GpuFacts,

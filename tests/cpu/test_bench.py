@@ -14,7 +14,7 @@ from mla_cute.bench import peers as peers_module
 from mla_cute.bench import report, runner
 from mla_cute.bench.cases import BARS, PRESETS, PUBLIC_BEST_GPU, PUBLIC_BEST_US, Case
 from mla_cute.gpu import GpuFacts
-from mla_cute.reference import decode_reference, decode_reference_block_table
+from mla_cute.reference import decode_reference, decode_reference_block_table, prefill_reference
 
 # The cells of the project's table of public kernels, written out here once more: bench.cases must not drift from it.
 TABLE = """
@@ -70,24 +70,27 @@ class Plan:
 
 
 class FakeLibrary(runner.Library):
-    """The reference behind the library's two functions, with a record of what the bench asked for."""
+    """The references behind the library's functions, with a record of what the bench asked of its planners."""
 
     @classmethod
-    def make(cls, decode=decode_reference):
+    def make(cls, decode=decode_reference, prefill=prefill_reference):
         plans, asked = [], []
 
-        def plan(kv_indptr, **options):
-            asked.append((kv_indptr, options))
+        def plan(*indptrs, **options):
+            asked.append((*indptrs, options))
             plans.append(Plan())
             return plans[-1]
 
-        def call(*args, plan, config, batch_invariant, **options):
-            assert config is None
-            assert batch_invariant is False
-            assert plan is None or plan in plans
-            return decode(*args, **options)
+        def calling(function):
+            def call(*args, plan, config, batch_invariant, **options):
+                assert config is None
+                assert batch_invariant is False
+                assert plan is None or plan in plans
+                return function(*args, **options)
 
-        library = cls(call, plan)
+            return call
+
+        library = cls(calling(decode), plan, calling(prefill), plan)
         object.__setattr__(library, "asked", asked)
         return library
 
@@ -150,14 +153,16 @@ def test_pages_preset():
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_rotation_reads_more_than_300_mb_before_a_page_comes_round_again(preset):
+def test_rotation_moves_more_than_300_mb_before_a_page_comes_round_again(preset):
     for case in PRESETS[preset]:
-        assert case.num_slots * case.kv_bytes > 300_000_000, case
-        assert case.num_slots * case.kv_bytes >= 8_000_000_000 or case.num_slots >= 64, case
-        assert case.kv_bytes == case.batch * case.kv_len * 1152
+        assert case.num_slots * case.turnover > 300_000_000, case
+        assert case.num_slots * case.turnover >= 8_000_000_000 or case.num_slots >= 64, case
+        assert case.num_slots * case.bytes_moved < 12_000_000_000, case
+        assert case.kv_bytes == sum(kv for _, kv in case.requests) * 1152
+        assert case.turnover == (case.kv_bytes if isinstance(case, Case) else case.bytes_moved)
         assert case.pool_tokens * 1152 < 12_000_000_000, case
         if case.kv_bytes > 150_000_000:  # where bandwidth is the limit, 60 MB of L2 are under 1 % of a pass
-            assert 60e6 / (case.num_slots * case.kv_bytes) < 0.01, case
+            assert 60e6 / (case.num_slots * case.turnover) < 0.01, case
 
 
 def test_bytes_and_flop_of_a_case():
@@ -173,13 +178,13 @@ def test_slots_are_disjoint_random_pages_of_the_pool(case, small_rotation):
     inputs = runner.make_inputs(case, pool, torch.device("cpu"))
     ids = inputs.kv_indices.flatten()
     assert inputs.num_slots == case.num_slots > 1
-    assert ids.unique().numel() == ids.numel() == case.num_slots * case.batch * case.pages_per_request
+    assert ids.unique().numel() == ids.numel() == case.num_slots * case.batch * case.pages[0]
     assert ids.min() >= 0
     assert ids.max() < inputs.ckv_cache.shape[0]
     assert not torch.equal(ids, ids.sort().values)
-    assert inputs.kv_indptr.tolist() == [i * case.pages_per_request for i in range(case.batch + 1)]
+    assert inputs.kv_indptr.tolist() == [i * case.pages[0] for i in range(case.batch + 1)]
     last = case.page_size if inputs.kv_last_page_len is None else inputs.kv_last_page_len[0].item()
-    assert (case.pages_per_request - 1) * case.page_size + last == case.kv_len
+    assert (case.pages[0] - 1) * case.page_size + last == case.kv_len
     assert inputs.ckv_cache.shape[1:] == (case.page_size, 512)
     assert inputs.kpe_cache.shape[1:] == (case.page_size, 64)
     assert (inputs.ckv_cache.stride(1) == 576) == (case.layout == "fused")
@@ -440,7 +445,7 @@ def test_select_cases():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["nonsense"], "preset: expected one of table, bars, pages, quick, got 'nonsense'"),
+        (["nonsense"], "preset: expected one of table, bars, pages, prefill, quick, got 'nonsense'"),
         (["--heads", "129"], "num_heads: expected 1..128, got 129"),
         (["--heads", "16,x"], "expected integers separated by commas, got '16,x'"),
         (["--page-size", "0", "--heads", "16"], "page_size: expected at least 1, got 0"),

@@ -307,7 +307,7 @@ def test_bench_prints_a_table_and_writes_the_record(hopper, tmp_path):
     result = run("bench", *GRID, "--dtype", "bf16,fp16", "--out", str(out))
     assert result.exit_code == 0, result.output
     assert "103.5" in result.output
-    assert "paged decode on NVIDIA H200" in result.output
+    assert "paged MLA on NVIDIA H200" in result.output
     assert "peer flash_mla: absent" in result.output
     record = json.loads(out.read_text())
     assert [row["case"]["dtype"] for row in record["rows"]] == ["bfloat16", "float16"]

@@ -1,7 +1,10 @@
 """A kernel that takes some SMs and memory bandwidth until it is told to stop."""
 
+import contextlib
+
 import cutlass
 import cutlass.cute as cute
+import torch
 from cutlass import Float32, Int32, memory
 from cutlass._mlir.dialects import llvm
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
@@ -9,6 +12,9 @@ from cutlass.cutlass_dsl import T
 
 NUM_THREADS = 1024
 SMEM_BYTES = 200 * 1024  # no other large CTA fits beside it
+HOG_SMS = 24  # the call's CTAs share the others, so they also start in more than one wave
+HOG_MOST = 200_000  # passes over HOG_BYTES until it gives up, seconds
+HOG_BYTES = 256 * 2**20
 
 
 def _read_now(address) -> Int32:
@@ -57,3 +63,26 @@ def compile_hog():
     stop = make_fake_compact_tensor(Int32, (1,), assumed_align=4)
     stream = make_fake_stream(use_tvm_ffi_env_stream=True)
     return cute.compile(Hog(), *floats, stop, Int32(1), Int32(1), stream, options="--enable-tvm-ffi --gpu-arch sm_90a")
+
+
+@contextlib.contextmanager
+def beside(hog):
+    """A compiled hog runs on another stream while the block does; AssertionError when it gave up before the end.
+
+    What the block launches must have run once before: no module can be loaded beside a kernel that does not end.
+    """
+    source = torch.zeros(HOG_BYTES // 4, device="cuda")
+    target = torch.empty_like(source)
+    stop = torch.zeros(1, dtype=torch.int32, device="cuda")
+    side = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        hog(source, target, stop, HOG_SMS, HOG_MOST)
+    try:
+        yield
+        torch.cuda.current_stream().synchronize()
+        lasted = not side.query()
+    finally:
+        stop.fill_(1)
+        torch.cuda.synchronize()
+    assert lasted, "the hog gave up before the last repeat"

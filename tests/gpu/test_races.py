@@ -3,15 +3,12 @@
 import pytest
 import torch
 from gpu_helpers import bits, plan_of
-from hog import compile_hog
+from hog import beside, compile_hog
 
 import mla_cute
 from mla_cute._testing import compare, expected_of, make_case
 
 REPEATS = 200
-HOG_SMS = 24  # the call's CTAs share the others, so they also start in more than one wave
-HOG_MOST = 200_000  # passes over HOG_BYTES until it gives up, seconds
-HOG_BYTES = 256 * 2**20
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +29,6 @@ def test_repeats_beside_a_bandwidth_hog(hog, num_heads, page_size, shape):
     assert verdict.ok, verdict
     want_out, want_lse = bits(case.out).clone(), bits(case.lse).clone()
 
-    source = torch.zeros(HOG_BYTES // 4, device="cuda")
-    target = torch.empty_like(source)
-    stop = torch.zeros(1, dtype=torch.int32, device="cuda")
-    side = torch.cuda.Stream()
     wrong = torch.zeros(REPEATS + 1, dtype=torch.int64, device="cuda")
 
     def repeat(i):
@@ -47,16 +40,9 @@ def test_repeats_beside_a_bandwidth_hog(hog, num_heads, page_size, shape):
 
     for i in (0, 1):  # loads every module: not possible beside a kernel that does not end
         repeat(i)
-    torch.cuda.synchronize()
-    with torch.cuda.stream(side):
-        hog(source, target, stop, HOG_SMS, HOG_MOST)
-    for i in range(1, REPEATS + 1):
-        repeat(i)
-    torch.cuda.current_stream().synchronize()
-    hog_lasted = not side.query()
-    stop.fill_(1)
-    torch.cuda.synchronize()
+    with beside(hog):
+        for i in range(1, REPEATS + 1):
+            repeat(i)
     assert wrong.count_nonzero() == 0, f"elements that differ, by repeat: {wrong.tolist()}"
-    assert hog_lasted, "the hog gave up before the last repeat"
     assert case.guarded_out.intact()
     assert case.guarded_lse.intact()
