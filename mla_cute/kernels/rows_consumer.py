@@ -22,6 +22,7 @@ from .rows_params import (
     MB_FULL,
     MB_Q_EMPTY,
     MB_Q_FULL,
+    MB_ROPE_EMPTY,
     Fragments,
     Params,
 )
@@ -103,7 +104,7 @@ class Consumer:
                 else:
                     self._pair_wg1(p, s, f, phase, left, left - TILE_N, it % 4, gap)
                 phase ^= 1
-            sync.arrive_once_per_warp(s.mbar + MB_Q_EMPTY)
+            sync.arrive_once_per_warp(s.mbar + MB_ROPE_EMPTY)
             self._epilogue(p, s, f, it, head0, wg)
 
     def _qk(self, p, s, f, wg: int, phase, subs, zero: bool):
@@ -132,6 +133,13 @@ class Consumer:
     def _release(self, s, wg: int, stage: int):
         """This consumer's half of V of `stage` is drained (K of that half was read earlier)."""
         sync.arrive_once_per_warp(s.mbar + MB_EMPTY + wg * 2 + stage)
+
+    @cute.jit
+    def _release_q(self, s, left):
+        """After a pair's QK, `left` tokens from it on: in the last pair, so that Q of the next item arrives during the
+        softmax, the PVs and the epilogue."""
+        if left <= 2 * TILE_N:
+            sync.arrive_once_per_warp(s.mbar + MB_Q_EMPTY)
 
     @cute.jit
     def _zero_v_tail(self, s, f, stage: Constexpr, wg: Constexpr, valid):
@@ -190,6 +198,7 @@ class Consumer:
         self._qk(p, s, f, 0, phase, QK_ORDER[0][0], True)
         self._qk(p, s, f, 0, phase, QK_ORDER[0][1], False)
         warpgroup.wait_group(0)
+        self._release_q(s, valid0)
         self.rows.mask(p, s, f, slot, valid0, gap)
         self._softmax(p, s, f, 0)
         self._zero_v_tail(s, f, 0, 0, valid0)
@@ -216,6 +225,7 @@ class Consumer:
         self._qk(p, s, f, 1, phase, QK_ORDER[1][0], True)
         self._qk(p, s, f, 1, phase, QK_ORDER[1][1], False)
         warpgroup.wait_group(0)
+        self._release_q(s, valid0)
         self.rows.mask(p, s, f, slot, valid1, gap)
         self._softmax(p, s, f, 1)
         cute.copy(f.stm, f.tPr, f.tPs1)

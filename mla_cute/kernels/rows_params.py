@@ -16,7 +16,8 @@ HEAD_DIM_ROPE = 64
 DTYPES = {"bfloat16": BFloat16, "float16": Float16}
 
 BAR_SCALE0, BAR_SCALE1, BAR_P0, BAR_P1, BAR_INIT, BAR_EPI, BAR_FILL0, BAR_FILL1 = range(1, 9)
-MB_FULL, MB_EMPTY, MB_Q_FULL, MB_Q_EMPTY, MB_TOTAL = 0, 2 * NUM_SUB, 2 * NUM_SUB + 4, 2 * NUM_SUB + 5, 2 * NUM_SUB + 6
+MB_FULL, MB_EMPTY = 0, 2 * NUM_SUB
+MB_Q_FULL, MB_Q_EMPTY, MB_ROPE_EMPTY, MB_TOTAL = (MB_EMPTY + 4 + i for i in range(4))
 
 # (stage, half) in the order in which a pair's halves are released.
 RELEASE_ORDER = ((0, 0), (1, 1), (0, 1), (1, 0))

@@ -7,7 +7,7 @@ from cutlass.cute.nvgpu import cpasync
 
 from . import paged_kv, sync
 from .paged_kv import NUM_SUB, SUB_BYTES, TILE_N
-from .rows_params import MB_EMPTY, MB_FULL, MB_Q_EMPTY, MB_Q_FULL, RELEASE_ORDER, load_item
+from .rows_params import MB_EMPTY, MB_FULL, MB_Q_EMPTY, MB_Q_FULL, MB_ROPE_EMPTY, RELEASE_ORDER, load_item
 
 
 class Producer:
@@ -34,16 +34,17 @@ class Producer:
                     load_item(p.mTable, self.rows.item_row(p, part, first_row, it), item)
             else:
                 load_item(p.mTable, self.rows.item_row(p, part, first_row, it), item)
-            # The consumers read it after q_full. They may still be in the epilogue of item it - 2, whose Q_EMPTY let
-            # the Q of item it - 1 in: not the same slot.
+            # The consumers read it after q_full. They may be as far back as the epilogue of item it - 2, whose last QK
+            # let the Q of item it - 1 in.
             if (w == 0) & (lane == 0):
                 for i in cutlass.range_constexpr(self.rows.item_words):
                     s.sItem[it % 4, i] = item[i]
             cute.arch.sync_warp()
+            # In front of K: the last QK of the item before frees Q sooner than its PVs free K; and in the first item Q
+            # would arrive behind all K (1.5 us at batch 16).
+            self._load_q(p, s, item, head0, it, w)
             if it == 0:
-                # In front of the first K tiles, or Q would arrive behind all of them: 1.5 us at batch 16. Later items
-                # load K first, because Q has to wait for the end of the item before.
-                self._load_q(p, s, item, head0, it, w)
+                self._load_q_rope(p, s, item, head0, it, w)
             if const_expr(self.by_tma):
                 phase = self._tma_pairs(p, s, item, it, head0, phase, w, lane)
             else:
@@ -66,7 +67,7 @@ class Producer:
             phase ^= 1
             self.loader.load(p, s, where, boxes, stage, half, full)
             if (block == first) & (it > 0):
-                self._load_q(p, s, item, head0, it, w)
+                self._load_q_rope(p, s, item, head0, it, w)
         return phase
 
     @cute.jit
@@ -85,24 +86,32 @@ class Producer:
                 self.loader.load(p, s, ckv_rows, kpe_rows, num_rows, stage, half, full, w, lane)
             phase ^= 1
             if (block == first) & (it > 0):
-                self._load_q(p, s, item, head0, it, w)
+                self._load_q_rope(p, s, item, head0, it, w)
         return phase
 
     @cute.jit
     def _load_q(self, p, s, item, head0, it, w):
-        """Two of the nine Q sub-tiles per producer warp, the rope part with the last."""
+        """Two of Q's sub-tiles 0..7 per producer warp; warp 3 also announces the rope sub-tile."""
         row0, batch = (cute.arch.make_warp_uniform(x) for x in self.rows.q_at(item, head0))
         cute.arch.mbarrier_wait(s.mbar + MB_Q_EMPTY, (it + 1) % 2)
         q_full = s.mbar + MB_Q_FULL
         sQ = cute.group_modes(s.sQ_sub, 0, 2)
         gQ = cute.local_tile(cute.domain_offset((row0, 0, 0), p.mQ), (64, 64), (0, None, None))
         tQs, tQg = cpasync.tma_partition(p.tma_q, 0, cute.make_layout(1), sQ, cute.group_modes(gQ, 0, 2))
-        gR = cute.local_tile(cute.domain_offset((row0, 0, 0), p.mQpe), (64, 64), (0, 0, None))
-        tRs, tRg = cpasync.tma_partition(p.tma_qpe, 0, cute.make_layout(1), sQ, cute.group_modes(gR, 0, 2))
+        num_subs = Int32(2)
         if w == 3:
-            sync.expect_tx(q_full, 3 * SUB_BYTES)
-            cute.copy(p.tma_qpe, tRg[None, batch], tRs[None, NUM_SUB - 1], tma_bar_ptr=q_full)
-        else:
-            sync.expect_tx(q_full, 2 * SUB_BYTES)
+            num_subs = Int32(3)
+        sync.expect_tx(q_full, num_subs * SUB_BYTES)
         for i in cutlass.range_constexpr(2):
             cute.copy(p.tma_q, tQg[None, 2 * w + i, batch], tQs[None, 2 * w + i], tma_bar_ptr=q_full)
+
+    @cute.jit
+    def _load_q_rope(self, p, s, item, head0, it, w):
+        """Q's ninth sub-tile, by warp 3."""
+        if w == 3:
+            row0, batch = (cute.arch.make_warp_uniform(x) for x in self.rows.q_at(item, head0))
+            cute.arch.mbarrier_wait(s.mbar + MB_ROPE_EMPTY, (it + 1) % 2)
+            sQ = cute.group_modes(s.sQ_sub, 0, 2)
+            gR = cute.local_tile(cute.domain_offset((row0, 0, 0), p.mQpe), (64, 64), (0, 0, None))
+            tRs, tRg = cpasync.tma_partition(p.tma_qpe, 0, cute.make_layout(1), sQ, cute.group_modes(gR, 0, 2))
+            cute.copy(p.tma_qpe, tRg[None, batch], tRs[None, NUM_SUB - 1], tma_bar_ptr=s.mbar + MB_Q_FULL)

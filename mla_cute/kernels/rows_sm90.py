@@ -18,7 +18,8 @@ shared memory.
                                        consumer of that stage, before its QK
     empty[stage][half]   4 warps       wg `half` when its PV from that half has drained; producer warp
     q_full               4             TMA of nine Q sub-tiles, and the item's record in sItem; both consumers, per item
-    q_empty              8 warps       both consumers at the end of an item (sP1 lives in Q's ninth sub-tile)
+    q_empty              8 warps       both consumers after the last QK of an item; producer, for sub-tiles 0..7
+    rope_empty           8 warps       both consumers at the end of an item: sP1 lives in Q's ninth sub-tile
 
     named barrier        arrive -> wait
     SCALE0               wg 0 published its row maxima -> wg 1
@@ -55,6 +56,7 @@ from .rows_params import (
     MB_FULL,
     MB_Q_EMPTY,
     MB_Q_FULL,
+    MB_ROPE_EMPTY,
     MB_TOTAL,
     Params,
     Smem,
@@ -242,6 +244,7 @@ class RowsSm90(Producer, Consumer):
                     cute.arch.mbarrier_init(s.mbar + MB_EMPTY + i, 4)
                 cute.arch.mbarrier_init(s.mbar + MB_Q_FULL, 4)
                 cute.arch.mbarrier_init(s.mbar + MB_Q_EMPTY, 8)
+                cute.arch.mbarrier_init(s.mbar + MB_ROPE_EMPTY, 8)
         cute.arch.mbarrier_init_fence()
         part = cta // p.num_tiles
         head0 = (cta - part * p.num_tiles) * TILE_M

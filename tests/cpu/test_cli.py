@@ -270,7 +270,7 @@ def test_bench_without_a_gpu_says_so():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nonsense"], "preset: expected one of table, bars, pages, quick, got 'nonsense'"),
+        (["nonsense"], "preset: expected one of table, bars, pages, prefill, quick, got 'nonsense'"),
         (["--heads", "16,x"], "--heads: expected integers separated by commas, got '16,x'"),
         (["--dtype", "fp8"], "--dtype: expected some of bfloat16"),
         (["--layout", "heap"], "layout: expected separate or fused, got 'heap'"),
