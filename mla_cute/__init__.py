@@ -6,6 +6,7 @@
 ...                                      kv_indptr, kv_indices, sm_scale, plan=plan)
 """
 
+from . import quant
 from .api import mla_paged_decode, mla_paged_decode_block_table
 from .api_prefill import mla_paged_prefill, mla_paged_prefill_block_table
 from .config import KernelConfig
@@ -27,5 +28,6 @@ __all__ = [
     "plan_decode_block_table",
     "plan_prefill",
     "plan_prefill_block_table",
+    "quant",
     "warmup",
 ]
