@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -29,6 +29,9 @@ from .kernels.registry import (
 )
 from .problem import MAX_HEADS, DecodeProblem, expect_indptr, expect_metadata
 from .problem_prefill import PrefillProblem
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # Merge CTAs that fit an SM: 256 threads of up to 128 registers (kernels/merge.py).
@@ -60,7 +63,7 @@ class Plan:
     """What decode's and prefill's plans share: the workspace, and which calls they are fit for."""
 
     __slots__ = (
-        "_lengths", "_last_len", "_planner", "_scratch", "_table_stride", "_problem", "_launch", "_block_table",
+        "_planner", "_planner_args", "_scratch", "_table_stride", "_problem", "_launch", "_block_table",
         "batch", "num_heads", "page_size", "device", "config", "batch_invariant",
         "table", "part", "num_parts", "merge_x", "merge_y", "grid", "has_work", "verifies",
     )  # fmt: skip
@@ -74,12 +77,14 @@ class Plan:
     # The step's row tiles run over (token, head) rows, which the queries' strides have to allow.
     packs_rows: ClassVar[bool] = False
 
+    # The planner's arguments, its outputs among them; they keep the metadata tensors alive.
+    _planner_args: tuple[torch.Tensor | int, ...]
+
     grid: tuple[int, ...]  # the step's launch arguments between its tensors and its scales
 
     def __init__(
         self,
-        lengths: torch.Tensor,
-        last_len: torch.Tensor | None,
+        device: torch.device,
         *,
         block_table: bool,
         batch_invariant: bool,
@@ -88,10 +93,9 @@ class Plan:
         page_size: int,
         table_stride: int,
     ):
-        self.batch, self.num_heads, self.page_size, self.device = batch, num_heads, page_size, lengths.device
+        self.batch, self.num_heads, self.page_size, self.device = batch, num_heads, page_size, device
         self.batch_invariant = batch_invariant
-        self._lengths, self._last_len, self._table_stride = lengths, last_len, table_stride
-        self._block_table = block_table
+        self._table_stride, self._block_table = table_stride, block_table
         self.verifies = check_enabled()
         self.has_work = self.device.type == "cuda" and batch > 0
         # the last problem this plan was found fit for, and its launcher
@@ -132,6 +136,15 @@ class Plan:
         self.merge_y = max(1, min(max_entries, entries_at_once, ctas))
         self.merge_x = max(1, min(rows_per_entry * MERGE_COL_TILES, ctas // self.merge_y))
         self._planner = jit.get(planner, key, self.config.planner_launch())
+
+    def _cut_costs(self) -> tuple[int, int, int]:
+        return self.config.min_blocks, self.config.item_overhead, self.config.split_penalty
+
+    def update(self) -> Self:
+        """Plan again from the present contents of the metadata tensors, on the current stream. Returns the plan."""
+        if self.has_work:
+            self._planner(*self._planner_args)
+        return self
 
     @property
     def workspace_bytes(self) -> int:
@@ -199,8 +212,7 @@ class DecodePlan(Plan):
         config: KernelConfig | None,
     ):
         super().__init__(
-            lengths,
-            last_len,
+            lengths.device,
             block_table=key.lengths == "seq_lens",
             batch_invariant=key.batch_invariant,
             batch=batch,
@@ -234,24 +246,17 @@ class DecodePlan(Plan):
             rows_per_entry=num_heads,
         )
         self.grid = (self.num_parts, self.merge_x, self.merge_y)
-
-    def update(self) -> DecodePlan:
-        """Plan again from the present contents of the metadata tensors, on the current stream. Returns the plan."""
-        if self.has_work:
-            self._planner(
-                self._lengths,
-                self._lengths if self._last_len is None else self._last_len,
-                self.table,
-                self._scratch,
-                self.num_parts,
-                self.page_size,
-                self._table_stride,
-                self.num_heads,
-                self.config.min_blocks,
-                self.config.item_overhead,
-                self.config.split_penalty,
-            )
-        return self
+        self._planner_args = (
+            lengths,
+            lengths if last_len is None else last_len,
+            self.table,
+            self._scratch,
+            parts,
+            page_size,
+            table_stride,
+            num_heads,
+            *self._cut_costs(),
+        )
 
 
 def expect_int(name: str, value: object, least: int, most: int | None = None) -> None:

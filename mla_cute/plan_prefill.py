@@ -41,7 +41,7 @@ class PrefillPlan(Plan):
             made).
     """
 
-    __slots__ = ("_qo_indptr", "total_q", "causal", "max_tiles")
+    __slots__ = ("total_q", "causal", "max_tiles")
 
     _problem_type = PrefillProblem
     _facts = (*Plan._facts, "total_q", "causal")
@@ -66,8 +66,7 @@ class PrefillPlan(Plan):
         config: KernelConfig | None,
     ):
         super().__init__(
-            lengths,
-            last_len,
+            lengths.device,
             block_table=key.lengths == "seq_lens",
             batch_invariant=key.batch_invariant,
             batch=batch,
@@ -75,7 +74,7 @@ class PrefillPlan(Plan):
             page_size=page_size,
             table_stride=table_stride,
         )
-        self._qo_indptr, self.total_q, self.causal = qo_indptr, total_q, causal
+        self.total_q, self.causal = total_q, causal
         self.has_work = self.has_work and total_q > 0
         self.max_tiles = -(-total_q * num_heads // TILE_M) + batch
         if self.device.type == "cpu":
@@ -103,27 +102,20 @@ class PrefillPlan(Plan):
             rows_per_entry=TILE_M,
         )
         self.grid = (self.num_parts, self.max_tiles, self.merge_x, self.merge_y)
-
-    def update(self) -> PrefillPlan:
-        """Plan again from the present contents of the metadata tensors, on the current stream. Returns the plan."""
-        if self.has_work:
-            self._planner(
-                self._qo_indptr,
-                self._lengths,
-                self._lengths if self._last_len is None else self._last_len,
-                self.table,
-                self._scratch,
-                self.num_parts,
-                self.page_size,
-                self._table_stride,
-                self.num_heads,
-                self.config.min_blocks,
-                self.config.item_overhead,
-                self.config.split_penalty,
-                int(self.causal),
-                self.max_tiles,
-            )
-        return self
+        self._planner_args = (
+            qo_indptr,
+            lengths,
+            lengths if last_len is None else last_len,
+            self.table,
+            self._scratch,
+            parts,
+            page_size,
+            table_stride,
+            num_heads,
+            *self._cut_costs(),
+            int(causal),
+            self.max_tiles,
+        )
 
 
 def _invariant_bounds(

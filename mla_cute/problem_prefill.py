@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -49,23 +50,10 @@ def check_prefill(
     lse_base: int | str = 2,
 ) -> PrefillProblem:
     """Check a prefill call with CSR page lists; raise TypeError or ValueError for the first wrong argument."""
-    try:
-        queries = shared._usual(q_nope, q_pe, ckv_cache, kpe_cache, sm_scale, out, lse, lse_base)
-        if queries is not None:
-            (bounds,) = qo_indptr.shape
-            batch = bounds - 1
-            if _usual_queries(queries, batch, qo_indptr, causal) and shared._usual_csr(
-                batch, queries.device, kv_indptr, kv_indices, kv_last_page_len
-            ):
-                return _of(queries, batch, causal)
-    except (AttributeError, TypeError, ValueError):
-        pass  # an argument is no tensor or has another rank; which one is the explanation's job
-    queries = shared._explain(q_nope, q_pe, ckv_cache, kpe_cache, "total_q")
-    batch = shared.expect_indptr("qo_indptr", qo_indptr, queries.device)
-    shared._explain_csr(batch, queries.device, kv_indptr, kv_indices, kv_last_page_len)
-    shared._explain_rest(queries, q_nope, sm_scale, out, lse, lse_base, "total_q")
-    expect_bool("causal", causal)
-    return _of(queries, batch, causal)
+    return _check(
+        (q_nope, q_pe, ckv_cache, kpe_cache), qo_indptr, sm_scale, causal, (out, lse, lse_base),
+        shared._usual_csr, shared._explain_csr, (kv_indptr, kv_indices, kv_last_page_len),
+    )  # fmt: skip
 
 
 def check_prefill_block_table(
@@ -83,21 +71,36 @@ def check_prefill_block_table(
     lse_base: int | str = 2,
 ) -> PrefillProblem:
     """Check a prefill call with a padded block table; raise TypeError or ValueError for the first wrong argument."""
+    return _check(
+        (q_nope, q_pe, ckv_cache, kpe_cache), qo_indptr, sm_scale, causal, (out, lse, lse_base),
+        shared._usual_block_table, shared._explain_block_table, (block_table, seq_lens),
+    )  # fmt: skip
+
+
+def _check(
+    operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    qo_indptr: torch.Tensor,
+    sm_scale: float,
+    causal: bool,
+    results: tuple[torch.Tensor | None, torch.Tensor | None, int | str],
+    usual_pages: Callable[..., bool],
+    explain_pages: Callable[..., None],
+    pages: tuple[torch.Tensor | None, ...],
+) -> PrefillProblem:
+    """`usual_pages` and `explain_pages` are problem.py's for the form in which `pages` names pages and lengths."""
     try:
-        queries = shared._usual(q_nope, q_pe, ckv_cache, kpe_cache, sm_scale, out, lse, lse_base)
+        queries = shared._usual(*operands, sm_scale, *results)
         if queries is not None:
             (bounds,) = qo_indptr.shape
             batch = bounds - 1
-            if _usual_queries(queries, batch, qo_indptr, causal) and shared._usual_block_table(
-                batch, queries.device, block_table, seq_lens
-            ):
+            if _usual_queries(queries, batch, qo_indptr, causal) and usual_pages(batch, queries.device, *pages):
                 return _of(queries, batch, causal)
     except (AttributeError, TypeError, ValueError):
         pass  # an argument is no tensor or has another rank; which one is the explanation's job
-    queries = shared._explain(q_nope, q_pe, ckv_cache, kpe_cache, "total_q")
+    queries = shared._explain(*operands, "total_q")
     batch = shared.expect_indptr("qo_indptr", qo_indptr, queries.device)
-    shared._explain_block_table(batch, queries.device, block_table, seq_lens)
-    shared._explain_rest(queries, q_nope, sm_scale, out, lse, lse_base, "total_q")
+    explain_pages(batch, queries.device, *pages)
+    shared._explain_rest(queries, operands[0], sm_scale, *results, "total_q")
     expect_bool("causal", causal)
     return _of(queries, batch, causal)
 

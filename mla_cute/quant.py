@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import torch
 
-HEAD_DIM_CKV, HEAD_DIM_KPE = 512, 64
+from .problem import CKV_DIM, KPE_DIM
+
 GROUP = 128
-GROUP_ROW_BYTES = HEAD_DIM_CKV + 4 * (HEAD_DIM_CKV // GROUP) + 2 * HEAD_DIM_KPE
+GROUP_ROW_BYTES = CKV_DIM + 4 * (CKV_DIM // GROUP) + 2 * KPE_DIM
 E4M3_MAX = 448.0
 
 
@@ -71,8 +72,8 @@ def quantize_tensor(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    _expect_width("ckv", ckv, HEAD_DIM_CKV)
-    _expect_width("kpe", kpe, HEAD_DIM_KPE)
+    _expect_width("ckv", ckv, CKV_DIM)
+    _expect_width("kpe", kpe, KPE_DIM)
     ckv_scale, kpe_scale = _expect_scale("ckv_scale", ckv_scale), _expect_scale("kpe_scale", kpe_scale)
     return to_e4m3(ckv, ckv_scale), to_e4m3(kpe, kpe_scale)
 
@@ -81,23 +82,23 @@ def dequantize_tensor(
     ckv: torch.Tensor, kpe: torch.Tensor, ckv_scale: float, kpe_scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Format "tensor" back to float32: (ckv [..., 512], kpe [..., 64]). Raises as `quantize_tensor`."""
-    _expect_width("ckv", ckv, HEAD_DIM_CKV)
-    _expect_width("kpe", kpe, HEAD_DIM_KPE)
+    _expect_width("ckv", ckv, CKV_DIM)
+    _expect_width("kpe", kpe, KPE_DIM)
     ckv_scale, kpe_scale = _expect_scale("ckv_scale", ckv_scale), _expect_scale("kpe_scale", kpe_scale)
     return ckv.float() * ckv_scale, kpe.float() * kpe_scale
 
 
 def quantize_token(ckv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Format "token": ckv [..., 512] to (float8_e4m3fn [..., 512], ckv_scale_arr [..., 1] float32). Rope stays bf16."""
-    _expect_width("ckv", ckv, HEAD_DIM_CKV)
+    _expect_width("ckv", ckv, CKV_DIM)
     scale = _scale_of(ckv)
     return to_e4m3(ckv, scale), scale
 
 
 def quantize_group(ckv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Format "group": ckv [..., 512] to (float8_e4m3fn [..., 512], ckv_scale_arr [..., 4] float32). Rope stays bf16."""
-    _expect_width("ckv", ckv, HEAD_DIM_CKV)
-    groups = ckv.unflatten(-1, (HEAD_DIM_CKV // GROUP, GROUP))
+    _expect_width("ckv", ckv, CKV_DIM)
+    groups = ckv.unflatten(-1, (CKV_DIM // GROUP, GROUP))
     scale = _scale_of(groups)
     return to_e4m3(groups, scale).flatten(-2), scale.squeeze(-1)
 
@@ -112,16 +113,16 @@ def dequantize(ckv: torch.Tensor, ckv_scale_arr: torch.Tensor) -> torch.Tensor:
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    _expect_width("ckv", ckv, HEAD_DIM_CKV)
+    _expect_width("ckv", ckv, CKV_DIM)
     if not isinstance(ckv_scale_arr, torch.Tensor) or ckv_scale_arr.dtype is not torch.float32:
         got = ckv_scale_arr.dtype if isinstance(ckv_scale_arr, torch.Tensor) else type(ckv_scale_arr).__name__
         raise TypeError(f"ckv_scale_arr: expected a float32 tensor, got {got}")
     scales = ckv_scale_arr.shape[-1] if ckv_scale_arr.dim() else 0
-    if ckv_scale_arr.shape[:-1] != ckv.shape[:-1] or scales not in (1, HEAD_DIM_CKV // GROUP):
+    if ckv_scale_arr.shape[:-1] != ckv.shape[:-1] or scales not in (1, CKV_DIM // GROUP):
         lead = ", ".join(map(str, ckv.shape[:-1]))
-        expected = f"[{lead}{', ' if lead else ''}1 or {HEAD_DIM_CKV // GROUP}]"
+        expected = f"[{lead}{', ' if lead else ''}1 or {CKV_DIM // GROUP}]"
         raise ValueError(f"ckv_scale_arr: expected shape {expected}, got {list(ckv_scale_arr.shape)}")
-    groups = ckv.float().unflatten(-1, (scales, HEAD_DIM_CKV // scales))
+    groups = ckv.float().unflatten(-1, (scales, CKV_DIM // scales))
     return (groups * ckv_scale_arr.unsqueeze(-1)).flatten(-2)
 
 
@@ -147,9 +148,9 @@ def group_rows(pool: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
             "pool: expected a contiguous last dimension and other strides and offset in multiples of 4 bytes, got "
             f"strides {list(pool.stride())} and offset {pool.storage_offset()}"
         )
-    scales_end = HEAD_DIM_CKV + 4 * (HEAD_DIM_CKV // GROUP)
+    scales_end = CKV_DIM + 4 * (CKV_DIM // GROUP)
     return (
-        pool[..., :HEAD_DIM_CKV].view(torch.float8_e4m3fn),
-        pool[..., HEAD_DIM_CKV:scales_end].view(torch.float32),
+        pool[..., :CKV_DIM].view(torch.float8_e4m3fn),
+        pool[..., CKV_DIM:scales_end].view(torch.float32),
         pool[..., scales_end:].view(torch.bfloat16),
     )

@@ -1,5 +1,6 @@
 """The shapes that are timed: decode and prefill cases, the presets, the speeds to reach, the public kernels' times."""
 
+import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +39,7 @@ PUBLIC_BEST_US: dict[tuple[int, int, int], float] = {
 }
 
 
-class Shape:
+class Shape(abc.ABC):
     """What decode and prefill cases share: everything that follows from their requests."""
 
     num_heads: int
@@ -47,19 +48,19 @@ class Shape:
     layout: str
 
     @property
+    @abc.abstractmethod
     def requests(self) -> Sequence[tuple[int, int]]:
         """(q_len, kv_len) of each request, in tokens."""
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def visible_pairs(self) -> int:
         """(query token, key) pairs that the mask lets through."""
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def turnover(self) -> int:
         """Bytes that one call puts between two reads of a page, which is what the rotation counts."""
-        raise NotImplementedError
 
     def _check(self) -> None:
         if not 1 <= self.num_heads <= 128:
@@ -109,8 +110,8 @@ class Shape:
         return f"page {self.page_size} {self.dtype}{fused}"
 
     @property
-    def label(self) -> str:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def label(self) -> str: ...
 
 
 @dataclass(frozen=True)

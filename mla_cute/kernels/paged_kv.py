@@ -3,14 +3,14 @@
 A K tile is 64 tokens x 576: nine 64 x 64 sub-tiles (eight of ckv, one of kpe), each of 8 KiB. Half 0 of a tile is
 ckv sub-tiles 0..3, half 1 is ckv sub-tiles 4..7 and kpe. By TMA, each of the four producer warps owns one
 (stage, half) of a pair of tiles and every sub-tile has its own full mbarrier; by cp.async, the four warps fill every
-half together and it has one full mbarrier.
+half together and it has a full mbarrier per two ckv sub-tiles.
 
 Page sizes fall into classes by box_rows = gcd(page_size, 64), the rows that are contiguous whatever the block:
   box_rows >= 8   TMA boxes of box_rows x 64 (8-row swizzle atoms stay 1024-byte aligned): `TmaLoader`
   box_rows <  8   cp.async of 16 bytes per lane: `GatherLoader`
 Neither looks up a page id past the request's end. TMA leaves the rows past it as they were in shared memory (whole
-boxes) or fills them from the page (the last box): scores of those rows are masked and their V rows are zeroed by the
-consumers.
+boxes) or fills them from the page (the last box), cp.async writes zeros: scores of those rows are masked and their V
+rows are zeroed by the consumers.
 """
 
 import cutlass

@@ -17,9 +17,15 @@ from .paged_kv import TILE_N
 from .registry import TILE_M
 
 
-class HeadRows:
+class _Rows:
+    def is_partial(self, s, slot):
+        """The item is a piece of its tile: it writes partial rows, not the output."""
+        return s.sItem[slot, 4] >= 0
+
+
+class HeadRows(_Rows):
     item_words = 5
-    # A part's table row holds its first item, and where the others are.
+    # A part's table row holds its first item beside where the others are.
     header_is_item = True
 
     def q_view(self, q):
@@ -52,17 +58,14 @@ class HeadRows:
         return cutlass.min(p.num_heads - head0, Int32(TILE_M))
 
     def part_row(self, s, slot, head0):
-        """Partial row of the tile's row 0; negative: the output is written directly."""
+        """Partial row of the tile's row 0, if it is partial."""
         return s.sItem[slot, 4] + head0
-
-    def is_partial(self, s, slot):
-        return s.sItem[slot, 4] >= 0
 
     def token_and_head(self, p, s, slot, head0, row):
         return s.sItem[slot, 0], head0 + row
 
 
-class PackedRows:
+class PackedRows(_Rows):
     item_words = 7
     header_is_item = False
 
@@ -106,9 +109,6 @@ class PackedRows:
 
     def part_row(self, s, slot, head0):
         return s.sItem[slot, 4]
-
-    def is_partial(self, s, slot):
-        return s.sItem[slot, 4] >= 0
 
     def token_and_head(self, p, s, slot, head0, row):
         global_row = s.sItem[slot, 0] + row

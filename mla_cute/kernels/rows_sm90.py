@@ -2,19 +2,18 @@
 
     S = Q K^T (64 x 64 per tile, 576 deep)     O[64 x 512] += P V     V = the first 512 columns of K, same bytes
 
-One CTA of three warpgroups per SM, persistent over the planner's work items (row tile, token range);
-which rows a tile holds is row_map.py's. KV tiles go in pairs, stage 0 and stage 1 ("seesaw", first described with
-FlashMLA): each consumer owns half of O's columns and multiplies its own P from registers and the other's from
-shared memory.
+One CTA of three warpgroups per SM, persistent over the planner's work items (row tile, token range); which rows a tile
+holds is row_map.py's. KV tiles go in pairs, stage 0 and stage 1 ("seesaw", first described with FlashMLA): each
+consumer owns half of O's columns and multiplies its own P from registers and the other's from shared memory.
 
     role        warps  regs     does, per pair of tiles
     wg 0        0-3    240      S0 = Q K0^T, softmax, O[:, 0:256] += P0 V0[:, 0:256] + P1 V1[:, 0:256]
     wg 1        4-7    240      S1 = Q K1^T, softmax, O[:, 256:512] += P1 V1[:, 256:512] + P0 V0[:, 256:512]
     producer    8-11   24       warp 8 + w fills (stage w % 2, half w / 2) and its share of an item's Q
-    (box_rows 8 and gather: 232 / 40)
+    (box_rows 8, gather and packed rows: 232 / 40)
 
     mbarrier             count         filled by / waited for by
-    full[stage][sub]     1 (128)       producer warp, per 64 x 64 sub-tile (gather: all four warps, per half);
+    full[stage][sub]     1 (128)       producer warp, per 64 x 64 sub-tile (gather: all four warps, per two);
                                        consumer of that stage, before its QK
     empty[stage][half]   4 warps       wg `half` when its PV from that half has drained; producer warp
     q_full               4             TMA of nine Q sub-tiles, and the item's record in sItem; both consumers, per item

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mla_cute._testing import DecodeCase, Guarded, make_case
+from mla_cute._testing import DecodeCase, Guarded, make_case, make_outputs, make_q
 
 
 @dataclass
@@ -65,20 +65,12 @@ def make_prefill(
     are those of `make_case`."""
     caches = make_case(kv_lens, num_heads=num_heads, page_size=page_size, **kwargs)
     generator = torch.Generator().manual_seed(kwargs.get("seed", 0) + 1)
-    used = sum(q_lens)
-    q = torch.randn(used + spare_q, num_heads, 576, generator=generator).to(caches.q_nope.dtype)
-    q[used:] = torch.nan
+    used, dtype, cpu = sum(q_lens), caches.q_nope.dtype, torch.device("cpu")
+    total = used + spare_q
+    q_nope, q_pe = make_q(total, num_heads, "fused" if fused_q else "contiguous", dtype, cpu, generator)
     if kwargs.get("drift"):
-        q[..., 512] = caches.q_pe[0, 0, 0]
-    q_nope, q_pe = q[..., :512], q[..., 512:]
-    if not fused_q:
-        q_nope, q_pe = q_nope.contiguous(), q_pe.contiguous()
-    shape = (used + spare_q, num_heads)
-    return SmallPrefill(
-        caches,
-        q_nope,
-        q_pe,
-        torch.tensor([0, *itertools.accumulate(q_lens)], dtype=torch.int32),
-        Guarded((*shape, 512), (num_heads * 512, 512, 1), q.dtype, "cpu", guard=64),
-        Guarded(shape, (num_heads, 1), torch.float32, "cpu", guard=61),
-    )
+        q_pe[..., 0] = caches.q_pe[0, 0, 0]
+    q_nope[used:] = q_pe[used:] = torch.nan
+    outputs = make_outputs(total, num_heads, "contiguous", dtype, cpu)
+    qo_indptr = torch.tensor([0, *itertools.accumulate(q_lens)], dtype=torch.int32)
+    return SmallPrefill(caches, q_nope, q_pe, qo_indptr, *outputs)
