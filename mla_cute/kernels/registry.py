@@ -12,6 +12,8 @@ DTYPES = ("bfloat16", "float16")
 # Rows of a TMA box; 0 is the cp.async gather (paged_kv.py).
 BOX_ROWS = (64, 32, 16, 8, 0)
 LENGTHS = ("csr", "csr_last", "seq_lens")
+# FP8 caches (quant.py): which scales they have, and whether the queries are e4m3 too.
+KV_FORMATS = ("tensor", "token", "group")
 
 # Planner geometry, shared by its device and host sides (kernels/planner.py explains them).
 BLOCK = 64
@@ -71,10 +73,37 @@ class PrefillPlannerKey:
     batch_invariant: bool
 
 
+@dataclasses.dataclass(frozen=True)
+class Fp8Key:
+    """Static facts of a step over an FP8 cache.
+
+    dtype      16-bit type of the output, and of the queries and the rope cache where those are not e4m3
+    q_fp8      the queries are e4m3: q_nope always, q_pe where kpe_cache is (format "tensor")
+    """
+
+    dtype: str
+    box_rows: int
+    kv_format: str
+    q_fp8: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class AppendKey:
+    """Static facts of an append: element type of the tokens and of 16-bit caches, "" or a name from KV_FORMATS, and the
+    element type of slot_mapping ("int32" or "int64")."""
+
+    dtype: str
+    kv_format: str
+    slots: str
+
+
 DECODE = KernelRef("decode_rows_sm90", "mla_cute.kernels.decode", "Decode")
 PLANNER = KernelRef("planner", "mla_cute.kernels.planner", "Planner")
 PREFILL = KernelRef("prefill_rows_sm90", "mla_cute.kernels.prefill", "Prefill")
+DECODE_FP8 = KernelRef("decode_fp8_sm90", "mla_cute.kernels.step_fp8", "DecodeFp8")
+PREFILL_FP8 = KernelRef("prefill_fp8_sm90", "mla_cute.kernels.step_fp8", "PrefillFp8")
 PREFILL_PLANNER = KernelRef("prefill_planner", "mla_cute.kernels.prefill_planner", "PrefillPlanner")
+APPEND = KernelRef("append", "mla_cute.kernels.append", "Append")
 
 
 def box_rows_of(page_size: int) -> int:
@@ -88,14 +117,17 @@ def variants(
     page_sizes: Iterable[int] | None = None,
     config: KernelConfig | None = None,
     ops: Iterable[str] | None = None,
+    kv_formats: Iterable[str] = ("",),
 ) -> list[tuple[KernelRef, object, LaunchConfig]]:
     """(kernel, key, launch config) of what `ops` ("decode", "prefill") need for `dtypes` ("bfloat16", "float16") and
-    `page_sizes`; None means all.
+    `page_sizes`; None means all. `kv_formats`: "" is a 16-bit cache, a name from KV_FORMATS an FP8 one, with 16-bit
+    queries and with e4m3 ones.
 
-    Raises ValueError on an unknown op or dtype, or a page size below 1.
+    Raises ValueError on an unknown op, dtype or format, or a page size below 1.
     """
     dtypes = DTYPES if dtypes is None else _known("dtypes", dtypes, DTYPES)
     ops = OPS if ops is None else _known("ops", ops, OPS)
+    kv_formats = _known("kv_formats", kv_formats, ("", *KV_FORMATS))
     if page_sizes is None:
         boxes = BOX_ROWS
     else:
@@ -105,18 +137,46 @@ def variants(
         boxes = tuple(b for b in BOX_ROWS if b in {box_rows_of(p) for p in page_sizes})
     config = config or KernelConfig()
     found: list[tuple[KernelRef, object, LaunchConfig]] = []
-    for op, main, key, planner, planner_key in (
-        ("decode", DECODE, DecodeKey, PLANNER, PlannerKey),
-        ("prefill", PREFILL, PrefillKey, PREFILL_PLANNER, PrefillPlannerKey),
+    for op, main, key, main_fp8, planner, planner_key in (
+        ("decode", DECODE, DecodeKey, DECODE_FP8, PLANNER, PlannerKey),
+        ("prefill", PREFILL, PrefillKey, PREFILL_FP8, PREFILL_PLANNER, PrefillPlannerKey),
     ):
         if op in ops:
-            found += [(main, key(dtype, box), config.launch()) for dtype in dtypes for box in boxes]
+            if "" in kv_formats:
+                found += [(main, key(dtype, box), config.launch()) for dtype in dtypes for box in boxes]
+            found += [
+                (main_fp8, Fp8Key(dtype, box, kv_format, q_fp8), config.launch())
+                for kv_format in KV_FORMATS
+                if kv_format in kv_formats
+                for q_fp8 in (False, True)
+                for dtype in dtypes
+                for box in boxes
+            ]
             found += [
                 (planner, planner_key(lengths, invariant), config.planner_launch())
                 for lengths in LENGTHS
                 for invariant in (False, True)
             ]
     return found
+
+
+def append_variants(
+    dtypes: Iterable[str] | None = None, kv_formats: Iterable[str] | None = None
+) -> list[tuple[KernelRef, AppendKey, None]]:
+    """(kernel, key, None) of what `append_to_cache` needs for `dtypes` and `kv_formats` ("": 16-bit caches); None means
+    all. Appending has nothing to tune.
+
+    Raises ValueError on an unknown dtype or format.
+    """
+    formats = ("", *KV_FORMATS)
+    dtypes = DTYPES if dtypes is None else _known("dtypes", dtypes, DTYPES)
+    kv_formats = formats if kv_formats is None else _known("kv_formats", kv_formats, formats)
+    return [
+        (APPEND, AppendKey(dtype, kv_format, slots), None)
+        for dtype in dtypes
+        for kv_format in kv_formats
+        for slots in ("int32", "int64")
+    ]
 
 
 def _known(name: str, values: Iterable[str], known: tuple[str, ...]) -> tuple[str, ...]:

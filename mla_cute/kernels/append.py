@@ -1,0 +1,211 @@
+"""Append of new tokens to a paged latent cache: quantise and scatter in one kernel, a warp per token.
+
+    ckv of a token    1024 bytes; with an FP8 cache lane l has channels 16 l .. 16 l + 15: two loads of 16 bytes, one
+                      store of 16 bytes, and 8 lanes hold a group of 128 channels. A copy takes chunks l and 32 + l.
+    kpe of a token    128 bytes, a chunk of 16 for each of 8 lanes; the others load what these load and store nothing.
+
+The arithmetic is quant.py's, bit for bit on every input but the sign of a NaN: scale = amax / 448 by IEEE division (1
+where amax is 0 or NaN), x / scale by IEEE division, conversion to nearest even with saturation at +-448. A reciprocal
+would move one scale in three and, with it, values that lie on a rounding boundary. The largest magnitude is found
+in the bits of the 16-bit floats, whose order as integers puts NaN above infinity, as torch's amax does.
+
+Loads do not wait for the slot, so that the chain is two round trips to memory and not three. Offsets are 64-bit.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Int64, Uint8, Uint32, Uint64, const_expr
+from cutlass._mlir.dialects import llvm
+from cutlass.cute.runtime import make_fake_stream
+from cutlass.cutlass_dsl import T
+
+from .fake import fake_tensor, sym64
+from .fp8 import E4M3_MAX, load_global_16, unpack_16bit
+from .registry import APPEND, AppendKey
+from .rows_params import DTYPES, HEAD_DIM_ROPE, HEAD_DIM_V
+
+NUM_WARPS = 4
+LANES_PER_GROUP = {"token": 32, "group": 8}
+
+
+def _asm(result, operands, text: str, constraints: str, side_effects: bool = False):
+    return llvm.inline_asm(
+        result,
+        [x.ir_value() for x in operands],
+        text,
+        constraints,
+        has_side_effects=side_effects,
+        is_align_stack=False,
+        asm_dialect=llvm.AsmDialect.AD_ATT,
+    )
+
+
+def divide(a, b):
+    """IEEE division with subnormals, whatever the compiler's options."""
+    return Float32(_asm(T.f32(), [a, b], "div.rn.f32 $0, $1, $2;", "=f,f,f"))
+
+
+def max_u16x2(a, b):
+    return Uint32(_asm(T.i32(), [a, b], "max.u16x2 $0, $1, $2;", "=r,r,r"))
+
+
+def to_e4m3x4(x: list):
+    """Four float32 as a word of e4m3: to nearest even, beyond 448 saturated, NaN 0x7f. prmt: see fp8.split_e4m3."""
+    text = (
+        "{ .reg .b16 h, z; .reg .b32 a, b; mov.b16 z, 0;"
+        " cvt.rn.satfinite.e4m3x2.f32 h, $2, $1; mov.b32 a, {h, z};"
+        " cvt.rn.satfinite.e4m3x2.f32 h, $4, $3; mov.b32 b, {h, z};"
+        " prmt.b32 $0, a, b, 0x5410; }"
+    )
+    return Uint32(_asm(T.i32(), x, text, "=r,f,f,f,f"))
+
+
+def store_global(address, words: list) -> None:
+    """1, 2 or 4 words, aligned to their size."""
+    n = len(words)
+    vector = f".v{n}" if n > 1 else ""
+    names = ", ".join(f"${i + 1}" for i in range(n))
+    text = f"st.global{vector}.b32 [$0], {{{names}}};" if n > 1 else "st.global.b32 [$0], $1;"
+    _asm(None, [address, *words], text, ",".join(["l"] + ["r"] * n) + ",~{memory}", True)
+
+
+class Append:
+    name = APPEND.name
+
+    def __init__(self, key: AppendKey, config: None):
+        del config
+        self.key = key
+        self.dtype = DTYPES[key.dtype]
+        self.ckv_fp8 = key.kv_format != ""
+        self.kpe_fp8 = key.kv_format == "tensor"
+        self.has_scales = key.kv_format in LANES_PER_GROUP
+
+    def compile_args(self) -> tuple:
+        # Strides promise nothing: those of dimensions of size 1 are arbitrary. The others are multiples of 16 bytes.
+        n, pages, page = (cute.sym_int() for _ in range(3))
+
+        def rows(width):
+            return fake_tensor(self.dtype, (n, width), (sym64(), 1), 16)
+
+        def cache(width, fp8):
+            return fake_tensor(Uint8 if fp8 else self.dtype, (pages, page, width), (sym64(), sym64(), 1), 16)
+
+        slots = fake_tensor(
+            *((Int64, (n,), (sym64(),), 8) if self.key.slots == "int64" else (Int32, (n,), (sym64(),), 4))
+        )
+        scales = slots
+        if self.has_scales:
+            width = 32 // LANES_PER_GROUP[self.key.kv_format]
+            scales = fake_tensor(Float32, (pages, page, width), (sym64(), sym64(), sym64()), 4)
+        return (
+            rows(HEAD_DIM_V),
+            rows(HEAD_DIM_ROPE),
+            cache(HEAD_DIM_V, self.ckv_fp8),
+            cache(HEAD_DIM_ROPE, self.kpe_fp8),
+            scales,
+            slots,
+            Float32(1.0),
+            Float32(1.0),
+            make_fake_stream(use_tvm_ffi_env_stream=True),
+        )
+
+    @cute.jit
+    def __call__(
+        self,
+        ckv: cute.Tensor,  # (n, 512)
+        kpe: cute.Tensor,  # (n, 64)
+        ckv_cache: cute.Tensor,  # (pages, page_size, 512): e4m3 as bytes
+        kpe_cache: cute.Tensor,  # (pages, page_size, 64)
+        scales: cute.Tensor,  # (pages, page_size, 1 or 4) with formats token and group; else anything
+        slots: cute.Tensor,  # (n,)
+        ckv_scale: Float32,
+        kpe_scale: Float32,
+        stream,
+    ):
+        self.kernel(ckv, kpe, ckv_cache, kpe_cache, scales, slots, ckv_scale, kpe_scale).launch(
+            grid=[cute.ceil_div(cute.size(slots), NUM_WARPS), 1, 1], block=[32 * NUM_WARPS, 1, 1], stream=stream
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        ckv: cute.Tensor,
+        kpe: cute.Tensor,
+        ckv_cache: cute.Tensor,
+        kpe_cache: cute.Tensor,
+        scales: cute.Tensor,
+        slots: cute.Tensor,
+        ckv_scale: Float32,
+        kpe_scale: Float32,
+    ):
+        t, _, _ = cute.arch.thread_idx()
+        block, _, _ = cute.arch.block_idx()
+        lane = t % 32
+        token = block * NUM_WARPS + cute.arch.make_warp_uniform(t // 32)
+        if token < cute.size(slots):
+            self._token(ckv, kpe, ckv_cache, kpe_cache, scales, slots, ckv_scale, kpe_scale, token, lane)
+
+    def _row(self, x, token):
+        """Address of a token's row."""
+        return x.iterator.toint() + Int64(token) * Int64(x.stride[0]) * (x.element_type.width // 8)
+
+    def _cache_row(self, cache, page, row):
+        offset = page * Int64(cache.stride[0]) + row * Int64(cache.stride[1])
+        return cache.iterator.toint() + offset * (cache.element_type.width // 8)
+
+    def _quantise(self, words: list, scale) -> list:
+        """Words of two 16-bit floats, to half as many words of e4m3."""
+        x = [divide(value, scale) for word in words for value in unpack_16bit(word, self.dtype)]
+        return [to_e4m3x4(x[i : i + 4]) for i in range(0, len(x), 4)]
+
+    @cute.jit
+    def _scale_of(self, words, lanes: cutlass.Constexpr):
+        """amax / 448 over `lanes` neighbouring lanes, 1 where amax is 0 or NaN."""
+        magnitudes = [word & Uint32(0x7FFF7FFF) for word in words]
+        while const_expr(len(magnitudes) > 1):
+            magnitudes = [max_u16x2(a, b) for a, b in zip(magnitudes[::2], magnitudes[1::2], strict=True)]
+        largest = magnitudes[0]
+        for i in cutlass.range_constexpr(lanes.bit_length() - 1):
+            largest = max_u16x2(largest, Uint32(cute.arch.shuffle_sync_bfly(largest, offset=1 << i)))
+        largest = max_u16x2(largest, largest >> 16)
+        amax, _ = unpack_16bit(largest, self.dtype)
+        scale = Float32(1.0)
+        if amax > 0.0:
+            scale = divide(amax, Float32(E4M3_MAX))
+        return scale
+
+    @cute.jit
+    def _token(self, ckv, kpe, ckv_cache, kpe_cache, scales, slots, ckv_scale, kpe_scale, token, lane):
+        slot = Int64(slots[token])
+        source = self._row(ckv, token)
+        if const_expr(self.ckv_fp8):
+            source = source + Int64(lane * 32)
+            words = load_global_16(source) + load_global_16(source, 16)
+        else:
+            source = source + Int64(lane * 16)
+            words = load_global_16(source) + load_global_16(source, 512)
+        chunk = lane % 8
+        rope = load_global_16(self._row(kpe, token) + Int64(chunk * 16))
+        scale = ckv_scale
+        if const_expr(self.has_scales):
+            scale = self._scale_of(words, LANES_PER_GROUP[self.key.kv_format])
+        if const_expr(self.ckv_fp8):
+            words = self._quantise(words, scale)
+        if const_expr(self.kpe_fp8):
+            rope = self._quantise(rope, kpe_scale)
+        if slot >= 0:
+            page_size = Uint64(cute.size(ckv_cache, mode=[1]))
+            page_index = Uint64(slot) // page_size
+            row = Int64(Uint64(slot) - page_index * page_size)
+            page = Int64(page_index)
+            target = self._cache_row(ckv_cache, page, row) + Int64(lane * 16)
+            store_global(target, words[:4])
+            if const_expr(not self.ckv_fp8):
+                store_global(target + 512, words[4:])
+            if lane < 8:
+                store_global(self._cache_row(kpe_cache, page, row) + Int64(chunk * 4 * len(rope)), rope)
+            if const_expr(self.has_scales):
+                lanes = LANES_PER_GROUP[self.key.kv_format]
+                if lane % lanes == 0:
+                    group = Int64(lane // lanes) * Int64(scales.stride[2]) * 4
+                    store_global(self._cache_row(scales, page, row) + group, [scale.bitcast(Int32)])

@@ -1,0 +1,134 @@
+"""Device helpers of the FP8 kernels: e4m3 conversions, transposing fragment loads, raw shared-memory accesses."""
+
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Uint32
+from cutlass._mlir.dialects import llvm
+from cutlass.cutlass_dsl import T
+
+E4M3_MAX = 448.0
+
+
+def _asm(result, num_results: int, operands, text: str, constraints: str, side_effects: bool) -> list:
+    """Inline PTX with `num_results` results of one IR type."""
+    kwargs = {"has_side_effects": side_effects, "is_align_stack": False, "asm_dialect": llvm.AsmDialect.AD_ATT}
+    values = [x.ir_value() for x in operands]
+    if num_results == 0:
+        llvm.inline_asm(None, values, text, constraints, **kwargs)
+        return []
+    if num_results == 1:
+        return [llvm.inline_asm(result, values, text, constraints, **kwargs)]
+    pack = llvm.inline_asm(llvm.StructType.get_literal([result] * num_results), values, text, constraints, **kwargs)
+    return [llvm.extractvalue(result, pack, [i]) for i in range(num_results)]
+
+
+def ldmatrix_trans_x4(address, offset: int) -> list:
+    """Four transposed 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8."""
+    text = f"ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {{$0,$1,$2,$3}}, [$4+{offset}];"
+    return [Uint32(x) for x in _asm(T.i32(), 4, [address], text, "=r,=r,=r,=r,r,~{memory}", True)]
+
+
+def e4m3x4_to_f16(x) -> tuple:
+    """(bytes 0 and 1, bytes 2 and 3) as pairs of float16: exact."""
+    text = (
+        "{ .reg .b16 lo, hi; mov.b32 {lo, hi}, $2;"
+        " cvt.rn.f16x2.e4m3x2 $0, lo; cvt.rn.f16x2.e4m3x2 $1, hi; }"
+    )
+    low, high = _asm(T.i32(), 2, [x], text, "=r,=r,r", False)
+    return Uint32(low), Uint32(high)
+
+
+def transpose_pairs(x):
+    """Bytes (a0 b0 a1 b1) -> (a0 a1 b0 b1)."""
+    return Uint32(_asm(T.i32(), 1, [x], "prmt.b32 $0, $1, $1, 0x3120;", "=r,r", False)[0])
+
+
+def multiply_f16x2(a, b):
+    return Uint32(_asm(T.i32(), 1, [a, b], "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", False)[0])
+
+
+def to_f16x2(low, high):
+    return Uint32(_asm(T.i32(), 1, [low, high], "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", False)[0])
+
+
+def to_16bit_pair(low, high, dtype):
+    """Two float32 as a word of two bfloat16 or float16."""
+    name = "bf16x2" if dtype.width == 16 and dtype.__name__ == "BFloat16" else "f16x2"
+    return Uint32(_asm(T.i32(), 1, [low, high], f"cvt.rn.{name}.f32 $0, $2, $1;", "=r,f,f", False)[0])
+
+
+def split_e4m3(x: list) -> tuple:
+    """Four float32 within +-448 as (high, low) words of four e4m3: x = high + low to 8 significant bits.
+
+    low keeps what rounding x to high lost, in steps of at least 2^-9. The pairs are joined by prmt: from a
+    `mov.b32 {pair, pair}` ptxas 13.1 makes a packing conversion that merges, and reads one of the pairs back before it
+    is made.
+    """
+    text = (
+        "{ .reg .b16 h, z; .reg .b32 p, a, b; mov.b16 z, 0;"
+        " cvt.rn.satfinite.e4m3x2.f32 h, $2, $1; mov.b32 a, {h, z};"
+        " cvt.rn.satfinite.e4m3x2.f32 h, $4, $3; mov.b32 b, {h, z};"
+        " prmt.b32 $0, a, b, 0x5410; }"
+    )
+    high = Uint32(_asm(T.i32(), 1, x, text, "=r,f,f,f,f", False)[0])
+    rounded = [v for pair in e4m3x4_to_f16(high) for v in _f16_to_f32(pair)]
+    rest = [a - b for a, b in zip(x, rounded, strict=True)]
+    return high, Uint32(_asm(T.i32(), 1, rest, text, "=r,f,f,f,f", False)[0])
+
+
+def _f16_to_f32(pair) -> list:
+    text = "{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; }"
+    return [Float32(v) for v in _asm(T.f32(), 2, [pair], text, "=f,=f,r", False)]
+
+
+def unpack_16bit(x, dtype) -> tuple:
+    """The two 16-bit floats of a word, as float32."""
+    if dtype.__name__ != "BFloat16":
+        return tuple(_f16_to_f32(x))
+    text = "{ .reg .b32 a, b; shl.b32 a, $2, 16; and.b32 b, $2, 0xffff0000; mov.b32 $0, a; mov.b32 $1, b; }"
+    low, high = _asm(T.f32(), 2, [x], text, "=f,=f,r", False)
+    return Float32(low), Float32(high)
+
+
+def max_abs_16bit(a, b, dtype):
+    """Per half: the larger of a and |b|, two 16-bit floats in a word; NaN is ignored."""
+    name = "bf16x2" if dtype.__name__ == "BFloat16" else "f16x2"
+    text = f"{{ .reg .b32 x; and.b32 x, $2, 0x7fff7fff; max.{name} $0, $1, x; }}"
+    return Uint32(_asm(T.i32(), 1, [a, b], text, "=r,r,r", False)[0])
+
+
+def load_global_16(address, offset: int = 0) -> list:
+    """16 bytes as four words."""
+    text = f"ld.global.v4.b32 {{$0,$1,$2,$3}}, [$4+{offset}];"
+    return [Uint32(x) for x in _asm(T.i32(), 4, [address], text, "=r,=r,=r,=r,l,~{memory}", True)]
+
+
+def store_shared(address, words: list, offset: int = 0) -> None:
+    """1, 2 or 4 words."""
+    n = len(words)
+    names = ",".join(f"${i + 1}" for i in range(n))
+    vector = f".v{n}" if n > 1 else ""
+    body = f"{{{names}}}" if n > 1 else names
+    text = f"st.shared{vector}.b32 [$0+{offset}], {body};"
+    _asm(None, 0, [address, *words], text, ",".join(["r"] * (n + 1)) + ",~{memory}", True)
+
+
+def load_shared_f32x2(address, offset: int = 0) -> list:
+    """Two float32 from an 8-byte aligned address."""
+    text = f"ld.shared.v2.f32 {{$0,$1}}, [$2+{offset}];"
+    return [Float32(x) for x in _asm(T.f32(), 2, [address], text, "=f,=f,r,~{memory}", True)]
+
+
+def store_global_word(address, word) -> None:
+    _asm(None, 0, [address, word], "st.global.b32 [$0], $1;", "l,r,~{memory}", True)
+
+
+def cp_async_small(smem_address, gmem_address, num_bytes: int, valid, smem_offset: int = 0, gmem_offset: int = 0) -> None:
+    """4 or 16 bytes to shared memory; where `valid` is 0 it writes zeros and reads nothing."""
+    cache = "cg" if num_bytes == 16 else "ca"
+    text = (
+        "{ .reg .pred p; setp.eq.s32 p, $2, 0;"
+        f" cp.async.{cache}.shared.global [$0+{smem_offset}], [$1+{gmem_offset}], {num_bytes}, p; }}"
+    )
+    _asm(None, 0, [smem_address, gmem_address, Int32(valid)], text, "r,l,r,~{memory}", True)
+
+

@@ -1,0 +1,179 @@
+"""The producer warpgroup of the FP8 row-tile kernel: K tiles from the paged cache into swizzled shared memory.
+
+A K tile is 64 tokens: four 64 x 128 sub-tiles of e4m3 ckv (8 KiB each, 128-byte swizzle), one 64 x 64 of rope (16-bit:
+8 KiB, 128-byte swizzle; e4m3: 4 KiB, 64-byte swizzle) and 64 x {0, 1, 4} float32 scales. Tiles go through a ring of
+`num_stages` slots with one full and one empty mbarrier each. Page classes and rows past kv_end: paged_kv.py. Scales are
+always gathered, by cp.async of 4 bytes, to [group][token]: a [.., 1] row is no TMA box.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Constexpr, Int32, Int64, Uint32, const_expr
+from cutlass.cute.nvgpu import cpasync
+
+from . import sync
+from .fp8 import cp_async_small
+from .paged_kv import TILE_N, TmaLoader, cp_async_16, rows_of_block
+from .rows_fp8_params import MB_EMPTY, MB_FULL
+from .rows_params import load_item
+
+SUB_BYTES = 64 * 128
+
+
+@cute.jit
+def token_row(p, index_base, token, kv_end):
+    """(page, row in the page) of a token; (0, 0) past kv_end, whose page id is not looked up."""
+    page = Int32(0)
+    row = Int32(0)
+    if token < kv_end:
+        slot = token // p.page_size
+        row = token - slot * p.page_size
+        page = p.mIndices[index_base + slot]
+    return page, row
+
+
+@cute.jit
+def load_scales(p, s, page, row, at, num_scales: Constexpr, valid, slot):
+    """Scales of token `at` of a tile, whose cache row is (page, row), to slot `slot`; zeros where not valid."""
+    src = p.mScales.iterator.toint() + (Int64(page) * p.mScales.stride[0] + Int64(row) * p.mScales.stride[1]) * 4
+    dst = Int32(s.sScales.iterator.toint()) + (slot * (TILE_N * num_scales) + at) * 4
+    for g in cutlass.range_constexpr(num_scales):
+        cp_async_small(dst, src, 4, valid, g * TILE_N * 4, g * 4)
+
+
+class TmaFp8Loader(TmaLoader):
+    """Lane i looks up box i. Warp w loads ckv sub-tile w of every tile; warp 0 also the rope, warp 1 the scales."""
+
+    def __init__(self, box_rows: int, evict_first: bool, rope_row_bytes: int, num_scales: int):
+        super().__init__(box_rows, evict_first)
+        self.rope_row_bytes, self.num_scales = rope_row_bytes, num_scales
+        self.full_arrivals = 4 + (32 if num_scales else 0)
+
+    def look_up(self, p, index_base, block, kv_end, w, lane):
+        return self._lookup_lane(p, index_base, block, kv_end, lane)
+
+    @cute.jit
+    def fill(self, p, s, page, row, block, kv_end, slot, phase, w, lane):
+        """Tile `block` to `slot`; (page, row) is what `look_up` found for it."""
+        uniform = cute.arch.make_warp_uniform
+        where = tuple(
+            (uniform(cute.arch.shuffle_sync(page, i)), uniform(cute.arch.shuffle_sync(row, i)))
+            for i in range(self.num_boxes)
+        )
+        valid_rows = rows_of_block(block, kv_end)
+        boxes = uniform((valid_rows + self.box_rows - 1) // self.box_rows)
+        full = s.mbar + MB_FULL + slot
+        cute.arch.mbarrier_wait(s.mbar + MB_EMPTY + slot, phase)
+        if const_expr(self.num_scales > 0):
+            if w == 1:
+                for i in cutlass.range_constexpr(2):
+                    at = i * 32 + lane
+                    box = at // self.box_rows
+                    own_page = cute.arch.shuffle_sync(page, box)
+                    own_row = cute.arch.shuffle_sync(row, box) * self.box_rows + at % self.box_rows
+                    valid = Int32(0)
+                    if at < valid_rows:
+                        valid = Int32(1)
+                    load_scales(p, s, own_page, own_row, at, self.num_scales, valid, slot)
+                cute.arch.cp_async_mbarrier_arrive_noinc(full)
+        sK = cute.group_modes(cute.flat_divide(s.sK_sub, (self.box_rows, 128)), 0, 2)
+        sR = cute.group_modes(cute.flat_divide(s.sR_tma, (self.box_rows, 64)), 0, 2)
+        gK = cute.group_modes(cute.local_tile(p.mCkv, (self.box_rows, 128), (None, None, None)), 0, 2)
+        gR = cute.group_modes(cute.local_tile(p.mKpe, (self.box_rows, 64), (None, 0, None)), 0, 2)
+        tKs, tKg = cpasync.tma_partition(p.tma_ckv, 0, cute.make_layout(1), sK, gK)
+        tRs, tRg = cpasync.tma_partition(p.tma_kpe, 0, cute.make_layout(1), sR, gR)
+        row_bytes = Int32(128)
+        if w == 0:
+            row_bytes = Int32(128 + self.rope_row_bytes)
+        sync.expect_tx(full, boxes * self.box_rows * row_bytes)
+        for i in cutlass.range_constexpr(self.num_boxes):
+            page, row = where[i]
+            if i < boxes:
+                self._copy(p.tma_ckv, tKg[None, row, w, page], tKs[None, i, 0, slot * 4 + w], full)
+                if w == 0:
+                    self._copy(p.tma_kpe, tRg[None, row, page], tRs[None, i, 0, slot], full)
+
+
+class GatherFp8Loader:
+    """cp.async of 16 bytes per lane; warp w takes rows 16 w .. 16 w + 15, lane l looks up token 16 w + l % 16.
+
+    One instruction copies a ckv row, four 16-bit or eight e4m3 rope rows.
+    """
+
+    generic_proxy = True
+    full_arrivals = 128
+
+    def __init__(self, rope_row_bytes: int, num_scales: int):
+        self.rope_row_bytes, self.num_scales = rope_row_bytes, num_scales
+
+    def look_up(self, p, index_base, block, kv_end, w, lane):
+        return token_row(p, index_base, block * TILE_N + w * 16 + lane % 16, kv_end)
+
+    @cute.jit
+    def fill(self, p, s, page, row, block, kv_end, slot, phase, w, lane):
+        """As TmaFp8Loader's."""
+        at = w * 16 + lane % 16
+        ckv = page * p.ckv_page_units + row * p.ckv_row_units
+        kpe = page * p.kpe_page_units + row * p.kpe_row_units
+        num_rows = rows_of_block(block, kv_end) - w * 16
+        lanes = self.rope_row_bytes // 16
+        rope_rows = 32 // lanes
+        sub_row, rope_chunk = lane // lanes, lane % lanes
+        ckv_rows = [cute.arch.shuffle_sync(ckv, i) for i in range(16)]
+        kpe_rows = [cute.arch.shuffle_sync(kpe, rope_rows * i + sub_row) for i in range(16 // rope_rows)]
+        cute.arch.mbarrier_wait(s.mbar + MB_EMPTY + slot, phase)
+        # Swizzle: the 16-byte chunk index is xored with row % 8.
+        chunk = lane % 8
+        dst = Int32(s.sK_sub.iterator.toint()) + slot * (4 * SUB_BYTES) + lane // 8 * SUB_BYTES + w * 2048
+        src = p.mCkv.iterator.toint() + Int64(lane * 16)
+        for i in cutlass.range_constexpr(16):
+            from_row = src + Int64(Uint32(ckv_rows[i])) * Int64(Uint32(p.ckv_unit))
+            cp_async_16(dst + (chunk ^ (i % 8)) * 16, from_row, num_rows, i, i * 128, 0)
+        dst = Int32(s.sR_tma.iterator.toint()) + slot * (TILE_N * self.rope_row_bytes) + w * 16 * self.rope_row_bytes
+        src = p.mKpe.iterator.toint() + Int64(rope_chunk * 16)
+        left = num_rows - sub_row
+        for i in cutlass.range_constexpr(16 // rope_rows):
+            r = sub_row + i * rope_rows
+            mixed = rope_chunk ^ (r % 8) if const_expr(lanes == 8) else rope_chunk ^ (r // 2 % 4)
+            from_row = src + Int64(Uint32(kpe_rows[i])) * Int64(Uint32(p.kpe_unit))
+            cp_async_16(dst + r * self.rope_row_bytes + mixed * 16, from_row, left, i * rope_rows, 0, 0)
+        if const_expr(self.num_scales > 0):
+            if lane < 16:
+                valid = Int32(0)
+                if lane < num_rows:
+                    valid = Int32(1)
+                load_scales(p, s, page, row, at, self.num_scales, valid, slot)
+        cute.arch.cp_async_mbarrier_arrive_noinc(s.mbar + MB_FULL + slot)
+
+
+class Fp8Producer:
+    """Methods of RowsFp8Sm90."""
+
+    def _first_row(self, p, part):
+        return p.mTable[part, 5] if const_expr(self.rows.header_is_item) else Int32(0)
+
+    @cute.jit
+    def _produce(self, p, s, part, w, lane):
+        """Tiles of all items of the part, an even number per item: a pair's second tile may hold no token."""
+        item = cute.make_rmem_tensor(8, Int32)
+        num_items = self.rows.num_items(p, part)
+        first_row = self._first_row(p, part)
+        slot = Int32(0)
+        phase = Int32(1)
+        for it in cutlass.range(num_items, unroll=1):
+            load_item(p.mTable, self.rows.item_row(p, part, first_row, it), item)
+            kv_end = item[2]
+            index_base = item[3]
+            first = item[1] // TILE_N
+            num_blocks = (cute.ceil_div(kv_end, TILE_N) - first + 1) // 2 * 2
+            page, row = self.loader.look_up(p, index_base, first, kv_end, w, lane)
+            for block in cutlass.range(first, first + num_blocks, unroll=1):
+                # A look-up ahead: its latency would add to the time from a slot's release to its refill.
+                next_page, next_row = self.loader.look_up(p, index_base, block + 1, kv_end, w, lane)
+                self.loader.fill(p, s, page, row, block, kv_end, slot, phase, w, lane)
+                page = next_page
+                row = next_row
+                slot += 1
+                if slot == self.num_stages:
+                    slot = Int32(0)
+                    phase ^= 1

@@ -1,0 +1,285 @@
+"""Row-tile MLA over an FP8 cache for Hopper: 64 query rows against pairs of 64-token KV tiles.
+
+    S = Q K^T on e4m3 wgmma (rows x tokens)          O^T [512 x 64] += V^T P^T on float16 wgmma
+
+K is multiplied as it is stored. A 16-bit Q becomes high + low e4m3 parts under a scale per row (8 significant bits; one
+part alone costs 4e-2 of the output's norm on normal data), an e4m3 Q is taken as it is. fp8 wgmma takes no MN-major
+operand, which V is in P V; so the product is transposed and V^T comes from registers: a transposing ldmatrix, a byte
+permute and exact conversions to float16. P stays float16: as e4m3 it costs 1.3e-2, more than all the rest.
+
+One CTA of three warpgroups per SM, persistent over the planner's work items. KV tiles go in pairs, one per consumer;
+each consumer owns half of the channels of O^T.
+
+    role        warps  regs     does, per pair of tiles
+    wg 0, 1     0-7    240      S = Q K^T of its own tile, softmax, P to shared memory,
+                                O^T[its 256 channels] += V^T P^T of both tiles
+    producer    8-11   24       K tiles through a ring of `num_stages` slots (gather: 232 / 40 registers)
+
+    mbarrier         count            filled by / waited for by
+    full[slot]       4 (+32 / 128)    producer warps (+ the lanes that copy scales / gather: all lanes); both consumers
+    empty[slot]      8 warps          a consumer when the last of its V fragments is in registers; producer
+
+    named barrier    of the 256 consumer threads
+    MAX              row maxima of both tiles are published: one reference for both
+    P                both P tiles, and what O is rescaled by, are in shared memory
+    Q, EPI           Q is in shared memory; row sums and addresses are
+
+Moving the reference is lazy (softmax.py), so O is rarely rescaled. Channel scales per token enter S as column factors
+and P V through P (format "token") or through V's fragments (format "group"), counted in a unit that follows the largest
+scale so that float16 holds them.
+
+Shared memory: Q 64 (e4m3: 32) KiB + its rope 8 or less, P 16, three (e4m3 Q: four) tiles of 36 to 41 KiB.
+"""
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils.hopper_helpers as sm90
+from cutlass import Float8E4M3FN, Float16, Float32, Int32, Int64, Uint8, const_expr, memory
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+
+from ..config import LaunchConfig
+from . import paged_kv
+from .paged_kv import TILE_N
+from .registry import TILE_M
+from .row_map import HeadRows, PackedRows
+from .rows_fp8_consumer import Fp8Consumer
+from .rows_fp8_params import MAX_STAGES, MB_EMPTY, MB_FULL, MB_TOTAL, Fp8Params, Fp8Smem
+from .rows_fp8_producer import Fp8Producer, GatherFp8Loader, TmaFp8Loader
+from .rows_params import DTYPES, HEAD_DIM_ROPE, HEAD_DIM_V
+
+NUM_THREADS = 384
+NUM_SCALES = {"tensor": 0, "token": 1, "group": 4}
+
+
+class RowsFp8Sm90(Fp8Producer, Fp8Consumer):
+    """Main kernel of decode (HeadRows) and prefill (PackedRows) over FP8 caches. See the module docstring."""
+
+    def __init__(
+        self,
+        dtype: str,
+        box_rows: int,
+        kv_format: str,
+        q_fp8: bool,
+        rows: HeadRows | PackedRows,
+        config: LaunchConfig,
+    ):
+        self.dtype = DTYPES[dtype]
+        self.rows = rows
+        self.kv_format, self.q_fp8 = kv_format, q_fp8
+        self.num_scales = NUM_SCALES[kv_format]
+        self.rope_fp8 = kv_format == "tensor"
+        self.rope_dtype = Float8E4M3FN if self.rope_fp8 else self.dtype
+        self.q_terms = 1 if q_fp8 else 2
+        self.rope_terms = self.q_terms if self.rope_fp8 else 1
+        # Q K^T is added up in float32 after that many parts of its depth.
+        self.score_chunks = max(1, self.num_scales)
+        self.num_stages = MAX_STAGES if q_fp8 else 3
+        # The next pair's Q K^T is issued before this pair's P V; with three slots its tile may be waiting for them.
+        self.ahead = self.num_stages >= 4
+        rope_row_bytes = 64 * self.rope_dtype.width // 8
+        self.by_tma = box_rows > 0
+        self.box_rows = box_rows
+        if self.by_tma:
+            self.loader = TmaFp8Loader(box_rows, config.evict_first, rope_row_bytes, self.num_scales)
+        else:
+            self.loader = GatherFp8Loader(rope_row_bytes, self.num_scales)
+        self.use_pdl = config.use_pdl
+        self.regs_consumer, self.regs_producer = (240, 24) if box_rows > 8 else (232, 40)
+
+    # ------------------------------------------------------------------ host
+
+    @cute.jit
+    def __call__(
+        self,
+        q_nope: cute.Tensor,  # (tokens, H, 512); e4m3 as bytes here and below
+        q_pe: cute.Tensor,  # (tokens, H, 64)
+        ckv: cute.Tensor,  # (pages, page_size, 512) bytes
+        kpe: cute.Tensor,  # (pages, page_size, 64)
+        scales: cute.Tensor,  # (pages, page_size, 1 or 4) float32; format "tensor": not read
+        kv_indices: cute.Tensor,  # (n,) page ids
+        table: cute.Tensor,  # (rows, 8): the plan, see planner.py and prefill_planner.py
+        out: cute.Tensor,  # (tokens, H, 512)
+        lse: cute.Tensor,  # (tokens, H) float32
+        part: cute.Tensor,  # (rows, PART_ROW) 32-bit words, see registry.py
+        num_parts: Int32,
+        item_row0: Int32,  # prefill: table row of the first item
+        nope_scale_log2: Float32,  # what q_nope . ckv is worth in log2 units
+        rope_scale_log2: Float32,  # likewise q_pe . kpe
+        out_scale: Float32,  # what a stored ckv is worth in the output
+        lse_scale: Float32,  # 1 for base 2, ln 2 for base e
+        stream,
+    ):
+        K = OperandMajorMode.K
+        RS, SS = warpgroup.OperandSource.RMEM, warpgroup.OperandSource.SMEM
+        Kind = warpgroup.SmemLayoutAtomKind
+        num_heads = Int32(cute.size(q_nope, mode=[1]))
+        num_tiles = self.rows.num_tiles(num_heads)
+
+        def mma(dtype, a_source):
+            return sm90.make_trivial_tiled_mma(dtype, dtype, K, K, Float32, (1, 1, 1), (64, 64), a_source)
+
+        def layout(kind, dtype, shape):
+            atom = warpgroup.make_smem_layout_atom(kind, dtype)
+            return cute.tile_to_shape(atom, shape, order=tuple(range(len(shape))))
+
+        rope_kind = Kind.K_SW64 if self.rope_fp8 else Kind.K_SW128
+        rope_bytes_dtype = Uint8 if self.rope_fp8 else self.dtype
+        if const_expr(self.by_tma):
+            op = cpasync.CopyBulkTensorTileG2SOp()
+            box, rope_box = (self.box_rows, 128), (self.box_rows, 64)
+            ckv_view = cute.make_tensor(ckv.iterator, cute.select(ckv.layout, mode=[1, 2, 0]))
+            kpe_view = cute.make_tensor(kpe.iterator, cute.select(kpe.layout, mode=[1, 2, 0]))
+            tma_ckv, mCkv = cpasync.make_tiled_tma_atom(op, ckv_view, layout(Kind.K_SW128, Uint8, box), box)
+            tma_kpe, mKpe = cpasync.make_tiled_tma_atom(
+                op, kpe_view, layout(rope_kind, rope_bytes_dtype, rope_box), rope_box
+            )
+        else:
+            tma_ckv, mCkv, tma_kpe, mKpe = None, ckv, None, kpe
+
+        ckv_unit, kpe_unit = (paged_kv.row_unit(x.stride[0], x.stride[1]) for x in (ckv, kpe))
+        params = Fp8Params(
+            mma_nope=mma(Float8E4M3FN, SS),
+            mma_rope=mma(self.rope_dtype, SS),
+            mma_pv=mma(Float16, RS),
+            mma_p=mma(Float16, SS),
+            mQ=q_nope,
+            mQpe=q_pe,
+            tma_ckv=tma_ckv,
+            mCkv=mCkv,
+            tma_kpe=tma_kpe,
+            mKpe=mKpe,
+            mScales=scales,
+            mIndices=kv_indices,
+            mTable=table,
+            mO=out,
+            mLse=lse,
+            mPart=part,
+            num_heads=num_heads,
+            page_size=Int32(cute.size(ckv, mode=[1])),
+            num_tiles=num_tiles,
+            num_parts=num_parts,
+            item_row0=item_row0,
+            ckv_unit=ckv_unit,
+            ckv_page_units=Int32(ckv.stride[0] // ckv_unit),
+            ckv_row_units=Int32(ckv.stride[1] // ckv_unit),
+            kpe_unit=kpe_unit * (self.rope_dtype.width // 8),
+            kpe_page_units=Int32(kpe.stride[0] // kpe_unit),
+            kpe_row_units=Int32(kpe.stride[1] // kpe_unit),
+            nope_scale_log2=nope_scale_log2,
+            rope_scale_log2=rope_scale_log2,
+            out_scale=out_scale,
+            lse_scale=lse_scale,
+            lay_q=layout(Kind.K_SW128, Float8E4M3FN, (TILE_M, HEAD_DIM_V, self.q_terms)),
+            lay_qr=layout(rope_kind, self.rope_dtype, (TILE_M, HEAD_DIM_ROPE, self.rope_terms)),
+            lay_k=layout(Kind.K_SW128, Float8E4M3FN, (TILE_N, HEAD_DIM_V, self.num_stages)),
+            lay_sub=layout(Kind.K_SW128, Uint8, (TILE_N, 128, 4 * self.num_stages)),
+            lay_r=layout(rope_kind, self.rope_dtype, (TILE_N, HEAD_DIM_ROPE, self.num_stages)),
+            lay_p=layout(Kind.K_SW128, Float16, (TILE_M, TILE_N, 2)),
+        )
+        self.kernel(params).launch(
+            grid=[num_parts * num_tiles, 1, 1],
+            block=[NUM_THREADS, 1, 1],
+            stream=stream,
+            min_blocks_per_mp=1,
+            use_pdl=self.use_pdl,
+        )
+
+    # ---------------------------------------------------------------- device
+
+    def _storage(self):
+        rope_bytes = TILE_M * HEAD_DIM_ROPE * self.rope_dtype.width // 8
+
+        @cute.struct
+        class Storage:
+            mbar: cute.struct.MemRange[Int64, MB_TOTAL]
+            sMax: cute.struct.MemRange[Float32, 2 * TILE_M]
+            sMove: cute.struct.MemRange[Float32, TILE_M]
+            sL: cute.struct.MemRange[Float32, 2 * TILE_M]
+            sQScale: cute.struct.MemRange[Float32, 2 * TILE_M]
+            sAddress: cute.struct.MemRange[Int64, TILE_M]
+            sLoop: cute.struct.MemRange[Int32, 2]
+            sItem: cute.struct.Align[cute.struct.MemRange[Int32, 32], 16]
+            sScales: cute.struct.Align[
+                cute.struct.MemRange[Float32, max(1, self.num_scales) * TILE_N * self.num_stages], 16
+            ]
+            sP: cute.struct.Align[cute.struct.MemRange[Float16, 2 * TILE_M * TILE_N], 1024]
+            sQ: cute.struct.Align[cute.struct.MemRange[Uint8, self.q_terms * TILE_M * HEAD_DIM_V], 1024]
+            sQr: cute.struct.Align[cute.struct.MemRange[Uint8, self.rope_terms * rope_bytes], 1024]
+            sK: cute.struct.Align[cute.struct.MemRange[Uint8, self.num_stages * TILE_N * HEAD_DIM_V], 1024]
+            sR: cute.struct.Align[cute.struct.MemRange[Uint8, self.num_stages * rope_bytes], 1024]
+
+        return Storage
+
+    def _smem(self, p: Fp8Params):
+        st = memory.SmemAllocator().allocate(self._storage())
+
+        def view(field, layout, dtype):
+            return field.get_tensor(layout.outer, swizzle=layout.inner, dtype=dtype)
+
+        def plain(field, *shape):
+            """Column-major."""
+            return field.get_tensor(cute.make_layout(shape))
+
+        sR = view(st.sR, p.lay_r, self.rope_dtype)
+        return Fp8Smem(
+            mbar=st.mbar.data_ptr(),
+            sQ=view(st.sQ, p.lay_q, Float8E4M3FN),
+            sQr=view(st.sQr, p.lay_qr, self.rope_dtype),
+            sP=view(st.sP, p.lay_p, Float16),
+            sK=view(st.sK, p.lay_k, Float8E4M3FN),
+            sK_sub=view(st.sK, p.lay_sub, Uint8),
+            sR=sR,
+            sR_tma=view(st.sR, p.lay_r, Uint8) if const_expr(self.rope_fp8) else sR,
+            sScales=st.sScales.get_tensor(
+                cute.make_layout((TILE_N, max(1, self.num_scales), self.num_stages))
+            ),
+            sMax=st.sMax.get_tensor(cute.make_layout((2, TILE_M), stride=(TILE_M, 1))),
+            sMove=plain(st.sMove, TILE_M),
+            sL=st.sL.get_tensor(cute.make_layout((2, TILE_M), stride=(TILE_M, 1))),
+            sQScale=st.sQScale.get_tensor(cute.make_layout((2, TILE_M), stride=(TILE_M, 1))),
+            sAddress=plain(st.sAddress, TILE_M),
+            scratch=cute.make_tensor(
+                cute.recast_ptr(st.sP.data_ptr(), dtype=Float32), cute.make_layout((TILE_M, 4, 2))
+            ),
+            sItem=st.sItem.get_tensor(cute.make_layout((4, 8), stride=(8, 1))),
+            sLoop=plain(st.sLoop, 2),
+            # Raw words of K for zeroing tails: whole 128-byte rows, which the swizzle permutes within themselves.
+            k_words=cute.make_tensor(
+                cute.recast_ptr(st.sK.data_ptr(), dtype=Int64),
+                cute.make_layout(self.num_stages * TILE_N * HEAD_DIM_V // 8),
+            ),
+        )
+
+    @cute.kernel
+    def kernel(self, p: Fp8Params):
+        tidx, _, _ = cute.arch.thread_idx()
+        cta, _, _ = cute.arch.block_idx()
+        warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        wg = cute.arch.make_warp_uniform(tidx // 128)
+        s = self._smem(p)
+
+        if warp_idx == 0:
+            if const_expr(self.by_tma):
+                cpasync.prefetch_descriptor(p.tma_ckv)
+                cpasync.prefetch_descriptor(p.tma_kpe)
+            with cute.arch.elect_one():
+                for i in cutlass.range_constexpr(self.num_stages):
+                    cute.arch.mbarrier_init(s.mbar + MB_FULL + i, self.loader.full_arrivals)
+                    cute.arch.mbarrier_init(s.mbar + MB_EMPTY + i, 8)
+        cute.arch.mbarrier_init_fence()
+        part = cta // p.num_tiles
+        head0 = (cta - part * p.num_tiles) * TILE_M
+        if const_expr(self.use_pdl):
+            cute.arch.griddepcontrol_wait()
+            cute.arch.griddepcontrol_launch_dependents()
+        cute.arch.sync_threads()
+
+        if wg == 2:
+            cute.arch.setmaxregister_decrease(self.regs_producer)
+            self._produce(p, s, part, warp_idx - 8, cute.arch.lane_idx())
+        else:
+            cute.arch.setmaxregister_increase(self.regs_consumer)
+            if wg == 0:
+                self._consume(p, s, part, head0, tidx % 128, 0)
+            else:
+                self._consume(p, s, part, head0, tidx % 128, 1)
