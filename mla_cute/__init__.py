@@ -9,6 +9,7 @@
 from . import quant
 from .api import mla_paged_decode, mla_paged_decode_block_table
 from .api_prefill import mla_paged_prefill, mla_paged_prefill_block_table
+from .append import append_to_cache
 from .config import KernelConfig
 from .jit import cache_dir, warmup
 from .plan import DecodePlan, plan_decode, plan_decode_block_table
@@ -19,6 +20,7 @@ __all__ = [
     "DecodePlan",
     "KernelConfig",
     "PrefillPlan",
+    "append_to_cache",
     "cache_dir",
     "mla_paged_decode",
     "mla_paged_decode_block_table",

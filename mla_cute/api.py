@@ -11,6 +11,8 @@ from . import reference
 from .config import KernelConfig
 from .plan import DecodePlan, Plan, check_enabled, plan_decode, plan_decode_block_table
 from .problem import (
+    CKV_DIM,
+    UNSCALED,
     DecodeProblem,
     check_decode,
     check_decode_block_table,
@@ -37,6 +39,10 @@ def mla_paged_decode(
     lse: torch.Tensor | None = None,
     lse_base: int | str = 2,
     return_lse: bool = True,
+    ckv_scale: float = UNSCALED,
+    kpe_scale: float = UNSCALED,
+    ckv_scale_arr: torch.Tensor | None = None,
+    q_scale: float = UNSCALED,
     plan: DecodePlan | None = None,
     config: KernelConfig | None = None,
     deterministic: bool = True,
@@ -47,34 +53,50 @@ def mla_paged_decode(
     S = q_nope ckv^T + q_pe kpe^T;  P = softmax(sm_scale * S);  output = P ckv   (absorbed MLA, DeepSeek-V2)
 
     Args:
-        q_nope: [batch, H, 512] bfloat16 or float16, H in 1..128; last dimension contiguous, other strides multiples
-            of 8 elements.
-        q_pe: [batch, H, 64], dtype of q_nope.
-        ckv_cache: [num_pages, page_size, 512], dtype of q_nope, page_size >= 1; may be a strided view of one
-            [num_pages, page_size, 576] buffer.
-        kpe_cache: [num_pages, page_size, 64], likewise.
+        q_nope: [batch, H, 512] bfloat16 or float16, with an FP8 cache also float8_e4m3fn; H in 1..128; last dimension
+            contiguous, other strides and the address multiples of 16 bytes.
+        q_pe: [batch, H, 64], dtype of q_nope; beside an e4m3 q_nope, e4m3 with format "tensor" and 16-bit with the
+            others.
+        ckv_cache: [num_pages, page_size, 512], dtype of q_nope or float8_e4m3fn, page_size >= 1; may be a strided view
+            of one [num_pages, page_size, 576] buffer.
+        kpe_cache: [num_pages, page_size, 64], likewise; "FP8 caches" below has its dtype.
         kv_indptr: [batch + 1] int32, non-decreasing; request b owns kv_indices[kv_indptr[b]:kv_indptr[b + 1]].
             (One published text says num_pages + 1; batch + 1 is what every implementation means.)
         kv_indices: [num_kv_indices] int32 page ids.
         sm_scale: factor of the scores, > 0; 1 / sqrt(192) for DeepSeek-V2/V3 before YaRN's correction.
         kv_last_page_len: [batch] int32, tokens in each request's last page; None: last pages are full.
-        out: [batch, H, 512] to write to, dtype of q_nope; None allocates.
+        out: [batch, H, 512] to write to, in the 16-bit dtype of q_nope, or of q_pe when q_nope is e4m3; when both are,
+            in either 16-bit dtype. None allocates (bfloat16 when both are e4m3).
         lse: [batch, H] float32 to write to; None allocates.
         lse_base: 2 (default) or "e", base of the log-sum-exp.
         return_lse: False returns the output alone.
+        ckv_scale, kpe_scale: Python numbers > 0 that multiply the e4m3 caches of format "tensor"; else 1.
+        ckv_scale_arr: float32 scales of an e4m3 ckv_cache, [num_pages, page_size, 1] (format "token") or
+            [num_pages, page_size, 4] (format "group": one per 128 channels); None otherwise. Last dimension
+            contiguous, with 4 scales other strides and the address multiples of 16 bytes.
+        q_scale: Python number > 0 that multiplies e4m3 queries; else 1. A 16-bit q_pe is never multiplied.
         plan: from :func:`plan_decode` on the same metadata, shared by the layers of a step; None plans in the call.
         config: a KernelConfig when no plan is given; None takes the default.
         deterministic: accepted for compatibility; results never vary from run to run.
         batch_invariant: as :func:`plan_decode`; ignored when a plan is given.
 
     Returns:
-        (output [batch, H, 512] in the dtype of q_nope, lse [batch, H] float32), or output. A request of length 0
-        gives output 0 and lse -inf.
+        (output [batch, H, 512] in the dtype that `out` has or would have, lse [batch, H] float32), or output. A request
+        of length 0 gives output 0 and lse -inf.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it, what was expected and what it was. Nothing
             has been launched and out, lse and the caches are untouched.
         RuntimeError: a CUDA device that is not Hopper (compute capability 9.0).
+
+    FP8 caches (real value = stored value * scale; :mod:`mla_cute.quant` makes them):
+
+        format    ckv_cache        kpe_cache        scales
+        "tensor"  float8_e4m3fn    float8_e4m3fn    ckv_scale, kpe_scale
+        "token"   float8_e4m3fn    16-bit           ckv_scale_arr [num_pages, page_size, 1]
+        "group"   float8_e4m3fn    16-bit           ckv_scale_arr [num_pages, page_size, 4]
+
+    A 16-bit kpe_cache has the dtype of q_pe. A plan says nothing of the cache: one serves 16-bit and FP8 calls.
 
     Runs on the tensors' device and torch's current stream and can be captured in a CUDA graph. CPU tensors are
     computed in float32 by torch. Page ids and lengths are not read on the host: ids outside the cache or lengths
@@ -83,8 +105,9 @@ def mla_paged_decode(
     """
     del deterministic
     problem = check_decode(
-        q_nope, q_pe, ckv_cache, kpe_cache, kv_indptr, kv_indices, sm_scale, kv_last_page_len, out, lse, lse_base
-    )
+        q_nope, q_pe, ckv_cache, kpe_cache, kv_indptr, kv_indices, sm_scale, kv_last_page_len, out, lse, lse_base,
+        ckv_scale, kpe_scale, ckv_scale_arr, q_scale,
+    )  # fmt: skip
     if plan is not None:
         launch = plan.launcher(problem, False)
         verify = plan.verifies
@@ -96,6 +119,7 @@ def mla_paged_decode(
         result = reference.decode_reference(
             q_nope, q_pe, ckv_cache, kpe_cache, kv_indptr, kv_indices, sm_scale,
             kv_last_page_len=kv_last_page_len, lse_base=lse_base, out=out, lse=lse,
+            ckv_scale=ckv_scale, kpe_scale=kpe_scale, ckv_scale_arr=ckv_scale_arr, q_scale=q_scale,
         )  # fmt: skip
         return result if return_lse else result[0]
     if plan is None:
@@ -110,8 +134,9 @@ def mla_paged_decode(
         )
         launch = plan.launcher(problem, False)
     return launch_step(
-        launch, problem, plan, q_nope, q_pe, ckv_cache, kpe_cache, kv_indices, sm_scale, out, lse, lse_base, return_lse
-    )
+        launch, problem, plan, q_nope, q_pe, ckv_cache, kpe_cache, kv_indices, sm_scale, out, lse, lse_base, return_lse,
+        ckv_scale, kpe_scale, ckv_scale_arr, q_scale,
+    )  # fmt: skip
 
 
 def mla_paged_decode_block_table(
@@ -127,6 +152,10 @@ def mla_paged_decode_block_table(
     lse: torch.Tensor | None = None,
     lse_base: int | str = 2,
     return_lse: bool = True,
+    ckv_scale: float = UNSCALED,
+    kpe_scale: float = UNSCALED,
+    ckv_scale_arr: torch.Tensor | None = None,
+    q_scale: float = UNSCALED,
     plan: DecodePlan | None = None,
     config: KernelConfig | None = None,
     deterministic: bool = True,
@@ -145,8 +174,9 @@ def mla_paged_decode_block_table(
     """
     del deterministic
     problem = check_decode_block_table(
-        q_nope, q_pe, ckv_cache, kpe_cache, block_table, seq_lens, sm_scale, out, lse, lse_base
-    )
+        q_nope, q_pe, ckv_cache, kpe_cache, block_table, seq_lens, sm_scale, out, lse, lse_base,
+        ckv_scale, kpe_scale, ckv_scale_arr, q_scale,
+    )  # fmt: skip
     if plan is not None:
         launch = plan.launcher(problem, True)
         verify = plan.verifies
@@ -156,8 +186,9 @@ def mla_paged_decode_block_table(
         verify_block_table_on_device(problem, block_table, seq_lens)
     if not q_nope.is_cuda:
         result = reference.decode_reference_block_table(
-            q_nope, q_pe, ckv_cache, kpe_cache, block_table, seq_lens, sm_scale, lse_base=lse_base, out=out, lse=lse
-        )
+            q_nope, q_pe, ckv_cache, kpe_cache, block_table, seq_lens, sm_scale, lse_base=lse_base, out=out, lse=lse,
+            ckv_scale=ckv_scale, kpe_scale=kpe_scale, ckv_scale_arr=ckv_scale_arr, q_scale=q_scale,
+        )  # fmt: skip
         return result if return_lse else result[0]
     if plan is None:
         plan = plan_decode_block_table(
@@ -172,8 +203,9 @@ def mla_paged_decode_block_table(
         launch = plan.launcher(problem, True)
     flat = flat_table(block_table, plan)
     return launch_step(
-        launch, problem, plan, q_nope, q_pe, ckv_cache, kpe_cache, flat, sm_scale, out, lse, lse_base, return_lse
-    )
+        launch, problem, plan, q_nope, q_pe, ckv_cache, kpe_cache, flat, sm_scale, out, lse, lse_base, return_lse,
+        ckv_scale, kpe_scale, ckv_scale_arr, q_scale,
+    )  # fmt: skip
 
 
 def table_stride(block_table: torch.Tensor) -> int:
@@ -196,6 +228,8 @@ def flat_table(block_table: torch.Tensor, plan: Plan) -> torch.Tensor:
 def _tma_strides(x: torch.Tensor) -> torch.Tensor:
     """The same elements with packed strides where a dimension has size 1: TMA checks strides it never takes."""
     size, stride = list(x.shape), list(x.stride())
+    if size[-1] == 1:
+        stride[-1] = 1
     for d in range(x.dim() - 2, -1, -1):
         if size[d] == 1:
             stride[d] = size[d + 1] * stride[d + 1]
@@ -223,7 +257,16 @@ def launch_step(
     lse: torch.Tensor | None,
     lse_base: int | str,
     return_lse: bool,
+    ckv_scale: float,
+    kpe_scale: float,
+    ckv_scale_arr: torch.Tensor | None,
+    q_scale: float,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    if problem.kv_format:
+        return _launch_fp8(
+            launch, problem, plan, q_nope, q_pe, ckv_cache, kpe_cache, kv_indices, sm_scale, out, lse, lse_base,
+            return_lse, ckv_scale, kpe_scale, ckv_scale_arr, q_scale,
+        )  # fmt: skip
     if out is None:
         out = torch.empty_like(q_nope, memory_format=torch.contiguous_format)
     if lse is None:
@@ -245,6 +288,67 @@ def launch_step(
             lse,
             *plan.grid,
             sm_scale * _LOG2_E,
+            1.0 if lse_base == 2 else _LN_2,
+        )
+    return (out, lse) if return_lse else out
+
+
+def _launch_fp8(
+    launch: Callable[..., None],
+    problem: DecodeProblem | PrefillProblem,
+    plan: Plan,
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    ckv_cache: torch.Tensor,
+    kpe_cache: torch.Tensor,
+    kv_indices: torch.Tensor,
+    sm_scale: float,
+    out: torch.Tensor | None,
+    lse: torch.Tensor | None,
+    lse_base: int | str,
+    return_lse: bool,
+    ckv_scale: float,
+    kpe_scale: float,
+    ckv_scale_arr: torch.Tensor | None,
+    q_scale: float,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """`launch_step` for an FP8 cache: e4m3 tensors go in as bytes, scales of tensors as factors of score and output."""
+    if out is None:
+        out = torch.empty((problem.total_q, problem.num_heads, CKV_DIM), dtype=problem.dtype, device=problem.device)
+    if lse is None:
+        lse = torch.empty((problem.total_q, problem.num_heads), dtype=torch.float32, device=problem.device)
+    if plan.has_work:
+        per_tensor = problem.kv_format == "tensor"
+        ckv_cache = ckv_cache.view(torch.uint8)
+        if per_tensor:
+            kpe_cache = kpe_cache.view(torch.uint8)
+        rope_scale = sm_scale * _LOG2_E * kpe_scale
+        if problem.q_fp8:
+            q_nope = q_nope.view(torch.uint8)
+            if per_tensor:
+                q_pe = q_pe.view(torch.uint8)
+                rope_scale *= q_scale
+        # the step wants a tensor of three dimensions here, and with scales of tensors does not read it
+        scales = lse.unsqueeze(-1) if ckv_scale_arr is None else ckv_scale_arr
+        if problem.odd_strides:
+            q_nope, q_pe, ckv_cache, kpe_cache, scales = map(_tma_strides, (q_nope, q_pe, ckv_cache, kpe_cache, scales))
+        if plan.packs_rows:
+            q_nope, q_pe = _even_rows(q_nope), _even_rows(q_pe)
+        launch(
+            q_nope,
+            q_pe,
+            ckv_cache,
+            kpe_cache,
+            scales,
+            kv_indices,
+            plan.table,
+            plan.part,
+            out,
+            lse,
+            *plan.grid,
+            float(sm_scale * _LOG2_E * ckv_scale * q_scale),
+            float(rope_scale),
+            float(ckv_scale),
             1.0 if lse_base == 2 else _LN_2,
         )
     return (out, lse) if return_lse else out

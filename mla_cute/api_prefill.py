@@ -9,6 +9,7 @@ from .api import flat_table, launch_step, table_stride
 from .config import KernelConfig
 from .plan import check_enabled
 from .plan_prefill import PrefillPlan, plan_prefill, plan_prefill_block_table
+from .problem import UNSCALED
 from .problem_prefill import (
     check_prefill,
     check_prefill_block_table,
@@ -33,6 +34,10 @@ def mla_paged_prefill(
     lse: torch.Tensor | None = None,
     lse_base: int | str = 2,
     return_lse: bool = True,
+    ckv_scale: float = UNSCALED,
+    kpe_scale: float = UNSCALED,
+    ckv_scale_arr: torch.Tensor | None = None,
+    q_scale: float = UNSCALED,
     plan: PrefillPlan | None = None,
     config: KernelConfig | None = None,
     deterministic: bool = True,
@@ -44,9 +49,8 @@ def mla_paged_prefill(
     aligned at the bottom right: query i of a request's n sees keys 0 .. kv_len - n + i.
 
     Args:
-        q_nope: [total_q, H, 512] bfloat16 or float16, H in 1..128, the tokens of all requests one after another; last
-            dimension contiguous, other strides multiples of 8 elements. Copied in the call unless stride(0) is
-            H * stride(1).
+        q_nope: [total_q, H, 512], dtypes and alignment as :func:`~mla_cute.mla_paged_decode`, H in 1..128, the tokens
+            of all requests one after another. Copied in the call unless stride(0) is H * stride(1).
         q_pe: [total_q, H, 64], likewise.
         ckv_cache, kpe_cache: as :func:`~mla_cute.mla_paged_decode`.
         qo_indptr: [batch + 1] int32, qo_indptr[0] == 0, non-decreasing, qo_indptr[-1] <= total_q; request b owns the
@@ -55,10 +59,11 @@ def mla_paged_prefill(
         kv_indices, sm_scale: as :func:`~mla_cute.mla_paged_decode`.
         causal: False lets every query see all keys of its request.
         kv_last_page_len: [batch] int32, tokens in each request's last page; None: last pages are full.
-        out: [total_q, H, 512] to write to, dtype of q_nope; None allocates.
+        out: [total_q, H, 512] to write to, dtype as :func:`~mla_cute.mla_paged_decode`; None allocates.
         lse: [total_q, H] float32 to write to; None allocates.
         lse_base: 2 (default) or "e", base of the log-sum-exp.
         return_lse: False returns the output alone.
+        ckv_scale, kpe_scale, ckv_scale_arr, q_scale: of FP8 caches and queries, as :func:`~mla_cute.mla_paged_decode`.
         plan: from :func:`~mla_cute.plan_prefill` on the same metadata, shared by the layers of a step; None plans in
             the call.
         config: a KernelConfig when no plan is given; None takes the default.
@@ -66,8 +71,8 @@ def mla_paged_prefill(
         batch_invariant: as :func:`~mla_cute.plan_prefill`; ignored when a plan is given.
 
     Returns:
-        (output [total_q, H, 512] in the dtype of q_nope, lse [total_q, H] float32), or output. A query that sees no key
-        gives output 0 and lse -inf. Rows from qo_indptr[-1] on are never written.
+        (output [total_q, H, 512] in the dtype that `out` has or would have, lse [total_q, H] float32), or output. A
+        query that sees no key gives output 0 and lse -inf. Rows from qo_indptr[-1] on are never written.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it, what was expected and what it was. Nothing
@@ -80,7 +85,7 @@ def mla_paged_prefill(
     del deterministic
     problem = check_prefill(
         q_nope, q_pe, ckv_cache, kpe_cache, qo_indptr, kv_indptr, kv_indices, sm_scale,
-        causal, kv_last_page_len, out, lse, lse_base,
+        causal, kv_last_page_len, out, lse, lse_base, ckv_scale, kpe_scale, ckv_scale_arr, q_scale,
     )  # fmt: skip
     if plan is not None:
         launch = plan.launcher(problem, False)
@@ -93,6 +98,7 @@ def mla_paged_prefill(
         result = reference.prefill_reference(
             q_nope, q_pe, ckv_cache, kpe_cache, qo_indptr, kv_indptr, kv_indices, sm_scale,
             causal=causal, kv_last_page_len=kv_last_page_len, lse_base=lse_base, out=out, lse=lse,
+            ckv_scale=ckv_scale, kpe_scale=kpe_scale, ckv_scale_arr=ckv_scale_arr, q_scale=q_scale,
         )  # fmt: skip
         return result if return_lse else result[0]
     if plan is None:
@@ -110,8 +116,9 @@ def mla_paged_prefill(
         )
         launch = plan.launcher(problem, False)
     return launch_step(
-        launch, problem, plan, q_nope, q_pe, ckv_cache, kpe_cache, kv_indices, sm_scale, out, lse, lse_base, return_lse
-    )
+        launch, problem, plan, q_nope, q_pe, ckv_cache, kpe_cache, kv_indices, sm_scale, out, lse, lse_base, return_lse,
+        ckv_scale, kpe_scale, ckv_scale_arr, q_scale,
+    )  # fmt: skip
 
 
 def mla_paged_prefill_block_table(
@@ -129,6 +136,10 @@ def mla_paged_prefill_block_table(
     lse: torch.Tensor | None = None,
     lse_base: int | str = 2,
     return_lse: bool = True,
+    ckv_scale: float = UNSCALED,
+    kpe_scale: float = UNSCALED,
+    ckv_scale_arr: torch.Tensor | None = None,
+    q_scale: float = UNSCALED,
     plan: PrefillPlan | None = None,
     config: KernelConfig | None = None,
     deterministic: bool = True,
@@ -147,8 +158,9 @@ def mla_paged_prefill_block_table(
     """
     del deterministic
     problem = check_prefill_block_table(
-        q_nope, q_pe, ckv_cache, kpe_cache, qo_indptr, block_table, seq_lens, sm_scale, causal, out, lse, lse_base
-    )
+        q_nope, q_pe, ckv_cache, kpe_cache, qo_indptr, block_table, seq_lens, sm_scale, causal, out, lse, lse_base,
+        ckv_scale, kpe_scale, ckv_scale_arr, q_scale,
+    )  # fmt: skip
     if plan is not None:
         launch = plan.launcher(problem, True)
         verify = plan.verifies
@@ -160,6 +172,7 @@ def mla_paged_prefill_block_table(
         result = reference.prefill_reference_block_table(
             q_nope, q_pe, ckv_cache, kpe_cache, qo_indptr, block_table, seq_lens, sm_scale,
             causal=causal, lse_base=lse_base, out=out, lse=lse,
+            ckv_scale=ckv_scale, kpe_scale=kpe_scale, ckv_scale_arr=ckv_scale_arr, q_scale=q_scale,
         )  # fmt: skip
         return result if return_lse else result[0]
     if plan is None:
@@ -178,5 +191,6 @@ def mla_paged_prefill_block_table(
         launch = plan.launcher(problem, True)
     flat = flat_table(block_table, plan)
     return launch_step(
-        launch, problem, plan, q_nope, q_pe, ckv_cache, kpe_cache, flat, sm_scale, out, lse, lse_base, return_lse
-    )
+        launch, problem, plan, q_nope, q_pe, ckv_cache, kpe_cache, flat, sm_scale, out, lse, lse_base, return_lse,
+        ckv_scale, kpe_scale, ckv_scale_arr, q_scale,
+    )  # fmt: skip

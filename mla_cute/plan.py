@@ -15,6 +15,7 @@ from .jit import KernelRef
 from .kernels.registry import (
     BLOCK,
     DECODE,
+    DECODE_FP8,
     FIXED_MAX_PIECES,
     FIXED_MIN_BLOCKS,
     MAX_PARTS,
@@ -23,6 +24,7 @@ from .kernels.registry import (
     PLANNER,
     TILE_M,
     DecodeKey,
+    Fp8Key,
     PlannerKey,
     PrefillKey,
     box_rows_of,
@@ -68,11 +70,13 @@ class Plan:
         "table", "part", "num_parts", "merge_x", "merge_y", "grid", "has_work", "verifies",
     )  # fmt: skip
 
-    # The problems a plan is for, which of their facts have to be its own, and their step: kernel and static key.
+    # The problems a plan is for, which of their facts have to be its own, and their step: kernel and static key, and
+    # the kernel for FP8 caches. Lengths and sizes are cut alike for every kind of cache.
     _problem_type: ClassVar[type[DecodeProblem | PrefillProblem]]
     _facts: ClassVar[tuple[str, ...]] = ("batch", "num_heads", "page_size", "device")
     _step: ClassVar[KernelRef]
     _step_key: ClassVar[type[DecodeKey | PrefillKey]]
+    _fp8_step: ClassVar[KernelRef]
 
     # The step's row tiles run over (token, head) rows, which the queries' strides have to allow.
     packs_rows: ClassVar[bool] = False
@@ -172,8 +176,11 @@ class Plan:
                 raise ValueError(f"plan: expected a plan for {name} {called}, got one for {name} {planned}")
         if self.device.type == "cpu":
             return _no_kernel
-        key = self._step_key(_DTYPE_NAMES[problem.dtype], box_rows_of(problem.page_size))
-        return jit.get(self._step, key, self.config.launch())
+        dtype, box_rows = _DTYPE_NAMES[problem.dtype], box_rows_of(problem.page_size)
+        if problem.kv_format:
+            fp8_key = Fp8Key(dtype, box_rows, problem.kv_format, problem.q_fp8)
+            return jit.get(self._fp8_step, fp8_key, self.config.launch())
+        return jit.get(self._step, self._step_key(dtype, box_rows), self.config.launch())
 
 
 class DecodePlan(Plan):
@@ -197,6 +204,7 @@ class DecodePlan(Plan):
     _problem_type = DecodeProblem
     _step = DECODE
     _step_key = DecodeKey
+    _fp8_step = DECODE_FP8
 
     def __init__(
         self,

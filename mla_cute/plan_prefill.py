@@ -12,6 +12,7 @@ from .kernels.registry import (
     FIXED_MIN_BLOCKS,
     MAX_PARTS,
     PREFILL,
+    PREFILL_FP8,
     PREFILL_PLANNER,
     TAIL_ITEMS_PER_PART,
     TILE_M,
@@ -47,6 +48,7 @@ class PrefillPlan(Plan):
     _facts = (*Plan._facts, "total_q", "causal")
     _step = PREFILL
     _step_key = PrefillKey
+    _fp8_step = PREFILL_FP8
     packs_rows = True
 
     def __init__(

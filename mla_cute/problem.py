@@ -4,7 +4,8 @@
 no synchronisation. Each first asks one early-exit question, "is everything as it usually is?", made of the cheapest
 attribute reads torch has (a call costs 2 to 3.5 us). Only when the answer is no does `_explain_*` look again, argument
 by argument, and raise for the first one that is wrong. The explanation is the authority: what it lets pass is legal (an
-odd stride of a dimension of size 1, for example), and what the early exit accepts is a subset of that.
+odd stride of a dimension of size 1, for example), and what the early exit accepts is a subset of that. FP8 caches have
+an early exit of their own kind (`_usual_fp8`), which 16-bit calls pay one comparison for.
 
 `verify_on_device` and `verify_block_table_on_device` check what only the device can see, with one synchronisation; they
 run when MLA_CUTE_CHECK=1.
@@ -27,15 +28,26 @@ CKV_DIM = 512
 KPE_DIM = 64
 MAX_HEADS = 128
 DTYPES = (torch.bfloat16, torch.float16)
+FP8 = torch.float8_e4m3fn
+_DTYPES_16BIT = " or ".join(map(str, DTYPES))
+# Channels of ckv that share a scale in the format "group" (quant.py), and scales per token of the formats that have an
+# array of them.
+GROUP_DIM = 128
+_FORMAT_OF_SCALES = {1: "token", CKV_DIM // GROUP_DIM: "group"}
 LSE_BASES = (2, "e")
 
 # The kernels take sm_scale * log2(e) as a float32 and find a row's largest score before they scale it: the product has
 # to be positive, finite, and normal (0 * -inf of a masked score is NaN).
 _MIN_SCALE = 2.0**-126
 _MAX_SCALE = 2.0**126
-# TMA and 16-byte vector accesses: 16 bytes are 8 elements of bf16 or fp16.
+# TMA and 16-byte vector accesses: 16 bytes are 8 elements of bf16 or fp16, 16 of e4m3, 4 of float32.
 _ALIGN_BYTES = 16
 _ALIGN_ELEMENTS = 8
+
+# The default of the scales: the early exit knows this object from others that equal it without looking inside.
+UNSCALED = 1.0
+# out, lse, lse_base, ckv_scale, kpe_scale, ckv_scale_arr, q_scale
+Options = tuple["torch.Tensor | None", "torch.Tensor | None", "int | str", float, float, "torch.Tensor | None", float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +63,10 @@ class DecodeProblem:
     num_pages: int
     dtype: torch.dtype
     device: torch.device
+    # The FP8 format of the caches (quant.py), "" for 16-bit ones, and whether q_nope is e4m3 (q_pe is too with format
+    # "tensor"). `dtype` is the output's.
+    kv_format: str = ""
+    q_fp8: bool = False
     # Dimensions of size 1 may have strides that TMA would refuse (the early exit accepts none of those).
     odd_strides: bool = field(default=False, compare=False)
 
@@ -76,17 +92,25 @@ def check_decode(
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
     lse_base: int | str = 2,
+    ckv_scale: float = UNSCALED,
+    kpe_scale: float = UNSCALED,
+    ckv_scale_arr: torch.Tensor | None = None,
+    q_scale: float = UNSCALED,
 ) -> DecodeProblem:
     """Check a decode call with CSR page lists; raise TypeError or ValueError for the first wrong argument."""
     try:
-        problem = _usual(q_nope, q_pe, ckv_cache, kpe_cache, sm_scale, out, lse, lse_base)
+        problem = _usual(
+            q_nope, q_pe, ckv_cache, kpe_cache, sm_scale, out, lse, lse_base,
+            ckv_scale, kpe_scale, ckv_scale_arr, q_scale,
+        )  # fmt: skip
         if problem is not None and _usual_csr(problem.batch, problem.device, kv_indptr, kv_indices, kv_last_page_len):
             return problem
     except (AttributeError, TypeError, ValueError):
         pass  # an argument is no tensor or has another rank; which one is the explanation's job
-    problem = _explain(q_nope, q_pe, ckv_cache, kpe_cache)
+    options = (out, lse, lse_base, ckv_scale, kpe_scale, ckv_scale_arr, q_scale)
+    problem = _explain(q_nope, q_pe, ckv_cache, kpe_cache, options)
     _explain_csr(problem.batch, problem.device, kv_indptr, kv_indices, kv_last_page_len)
-    _explain_rest(problem, q_nope, sm_scale, out, lse, lse_base)
+    _explain_rest(problem, q_nope, q_pe, sm_scale, options)
     return problem
 
 
@@ -101,17 +125,25 @@ def check_decode_block_table(
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
     lse_base: int | str = 2,
+    ckv_scale: float = UNSCALED,
+    kpe_scale: float = UNSCALED,
+    ckv_scale_arr: torch.Tensor | None = None,
+    q_scale: float = UNSCALED,
 ) -> DecodeProblem:
     """Check a decode call with a padded block table; raise TypeError or ValueError for the first wrong argument."""
     try:
-        problem = _usual(q_nope, q_pe, ckv_cache, kpe_cache, sm_scale, out, lse, lse_base)
+        problem = _usual(
+            q_nope, q_pe, ckv_cache, kpe_cache, sm_scale, out, lse, lse_base,
+            ckv_scale, kpe_scale, ckv_scale_arr, q_scale,
+        )  # fmt: skip
         if problem is not None and _usual_block_table(problem.batch, problem.device, block_table, seq_lens):
             return problem
     except (AttributeError, TypeError, ValueError):
         pass  # an argument is no tensor or has another rank; which one is the explanation's job
-    problem = _explain(q_nope, q_pe, ckv_cache, kpe_cache)
+    options = (out, lse, lse_base, ckv_scale, kpe_scale, ckv_scale_arr, q_scale)
+    problem = _explain(q_nope, q_pe, ckv_cache, kpe_cache, options)
     _explain_block_table(problem.batch, problem.device, block_table, seq_lens)
-    _explain_rest(problem, q_nope, sm_scale, out, lse, lse_base)
+    _explain_rest(problem, q_nope, q_pe, sm_scale, options)
     return problem
 
 
@@ -127,12 +159,17 @@ def _usual(
     out: torch.Tensor | None,
     lse: torch.Tensor | None,
     lse_base: int | str,
+    ckv_scale: float,
+    kpe_scale: float,
+    ckv_scale_arr: torch.Tensor | None,
+    q_scale: float,
 ) -> DecodeProblem | None:
     """The problem, or None when anything is unusual (which need not be wrong)."""
     batch, num_heads, ckv_dim = q_nope.shape
     num_pages, page_size, cache_dim = ckv_cache.shape
     dtype = q_nope.dtype
     device = q_nope.device
+    cache_dtype = ckv_cache.dtype
     if not (
         ckv_dim == CKV_DIM
         and cache_dim == CKV_DIM
@@ -141,16 +178,28 @@ def _usual(
         and num_pages >= 1
         and q_pe.shape == (batch, num_heads, KPE_DIM)
         and kpe_cache.shape == (num_pages, page_size, KPE_DIM)
-        and dtype in DTYPES
-        and q_pe.dtype is dtype
-        and ckv_cache.dtype is dtype
-        and kpe_cache.dtype is dtype
         and q_pe.device == device
         and ckv_cache.device == device
         and kpe_cache.device == device
         and type(sm_scale) is float
         and _MIN_SCALE <= sm_scale <= _MAX_SCALE
         and ((type(lse_base) is int and lse_base == 2) or (type(lse_base) is str and lse_base == "e"))
+    ):
+        return None
+    if cache_dtype is FP8:
+        found = _usual_fp8(
+            q_nope, q_pe, ckv_cache, kpe_cache, sm_scale, out, ckv_scale, kpe_scale, ckv_scale_arr, q_scale
+        )
+        if found is None:
+            return None
+        dtype, kv_format, q_fp8 = found
+    elif not (
+        cache_dtype is dtype
+        and dtype in DTYPES
+        and q_pe.dtype is dtype
+        and kpe_cache.dtype is dtype
+        and ckv_scale_arr is None
+        and (ckv_scale is kpe_scale is q_scale is UNSCALED or _are_one(ckv_scale, kpe_scale, q_scale))
     ):
         return None
     if q_nope.is_cuda:
@@ -171,7 +220,72 @@ def _usual(
         lse.shape == (batch, num_heads) and lse.dtype is torch.float32 and lse.device == device and lse.is_contiguous()
     ):
         return None
+    if cache_dtype is FP8:
+        return _problem(batch, num_heads, page_size, num_pages, dtype, device, kv_format, q_fp8)
     return _problem(batch, num_heads, page_size, num_pages, dtype, device)
+
+
+def _are_one(*scales: float) -> bool:
+    """Of any objects: to compare a tensor would be to read it."""
+    return all(type(scale) is float and scale == 1.0 for scale in scales)
+
+
+def _usual_fp8(
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    ckv_cache: torch.Tensor,
+    kpe_cache: torch.Tensor,
+    sm_scale: float,
+    out: torch.Tensor | None,
+    ckv_scale: float,
+    kpe_scale: float,
+    ckv_scale_arr: torch.Tensor | None,
+    q_scale: float,
+) -> tuple[torch.dtype, str, bool] | None:
+    """(output dtype, format, whether q_nope is e4m3) of a call with an e4m3 ckv_cache; None when unusual.
+
+    `_usual` looks at what both kinds of cache have in common.
+    """
+    if not type(ckv_scale) is type(kpe_scale) is type(q_scale) is float:
+        return None
+    dtype, rope_dtype, kpe_dtype = q_nope.dtype, q_pe.dtype, kpe_cache.dtype
+    q_fp8 = dtype is FP8
+    if ckv_scale_arr is None:
+        if not (
+            kpe_dtype is FP8
+            and rope_dtype is dtype
+            and _MIN_SCALE <= ckv_scale <= _MAX_SCALE
+            and _MIN_SCALE <= kpe_scale <= _MAX_SCALE
+        ):
+            return None
+        kv_format = "tensor"
+        if q_fp8:
+            dtype = DTYPES[0] if out is None else out.dtype
+    else:
+        num_pages, page_size, num_scales = ckv_scale_arr.shape
+        if not (
+            kpe_dtype is rope_dtype
+            and (q_fp8 or rope_dtype is dtype)
+            and ckv_scale == kpe_scale == 1.0
+            and (num_pages, page_size) == ckv_cache.shape[:2]
+            and num_scales in _FORMAT_OF_SCALES
+            and ckv_scale_arr.dtype is torch.float32
+            and ckv_scale_arr.device == q_nope.device
+            and (not ckv_scale_arr.is_cuda or _is_aligned_to(4 * num_scales, ckv_scale_arr))
+        ):
+            return None
+        kv_format = _FORMAT_OF_SCALES[num_scales]
+        dtype = rope_dtype
+    if q_nope.is_cuda and not _is_aligned_to(_ALIGN_BYTES, q_nope, q_pe, ckv_cache, kpe_cache):
+        return None
+    if not (
+        dtype in DTYPES
+        and (_MIN_SCALE <= q_scale <= _MAX_SCALE if q_fp8 else q_scale == 1.0)
+        and _MIN_SCALE <= sm_scale * ckv_scale * q_scale <= _MAX_SCALE
+        and _MIN_SCALE <= sm_scale * kpe_scale * (q_scale if rope_dtype is FP8 else 1.0) <= _MAX_SCALE
+    ):
+        return None
+    return dtype, kv_format, q_fp8
 
 
 def _usual_csr(
@@ -217,40 +331,119 @@ def _usual_block_table(batch: int, device: torch.device, block_table: torch.Tens
 
 
 def _is_aligned(x: torch.Tensor) -> bool:
+    """16-bit operands."""
     stride0, stride1, stride2 = x.stride()
     return stride2 == 1 and (stride0 | stride1) % _ALIGN_ELEMENTS == 0 and x.data_ptr() % _ALIGN_BYTES == 0
+
+
+def _is_aligned_to(num_bytes: int, *operands: torch.Tensor) -> bool:
+    """Outer strides and addresses are multiples of `num_bytes`, a power of two."""
+    for x in operands:
+        stride0, stride1, stride2 = x.stride()
+        if stride2 != 1 or ((stride0 | stride1) * x.itemsize | x.data_ptr()) % num_bytes:
+            return False
+    return True
 
 
 # ------------------------------------------------------------------------------------------------ the explanation
 
 
 def _explain(
-    q_nope: torch.Tensor, q_pe: torch.Tensor, ckv_cache: torch.Tensor, kpe_cache: torch.Tensor, rows: str = "batch"
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    ckv_cache: torch.Tensor,
+    kpe_cache: torch.Tensor,
+    options: Options,
+    rows: str = "batch",
 ) -> DecodeProblem:
     """`rows` is the name of the queries' first dimension."""
+    out, _, _, _, _, ckv_scale_arr, _ = options
     _expect_tensor("q_nope", q_nope)
-    if q_nope.dtype not in DTYPES:
-        raise TypeError(f"q_nope: expected dtype torch.bfloat16 or torch.float16, got {q_nope.dtype}")
+    # what is no 16-bit cache is an FP8 one or refused below
+    cache_is_16bit = isinstance(ckv_cache, torch.Tensor) and ckv_cache.dtype in DTYPES
+    q_fp8 = q_nope.dtype is FP8
+    if q_fp8 and cache_is_16bit:
+        raise TypeError(f"q_nope: expected dtype {_DTYPES_16BIT} with a 16-bit ckv_cache, got {q_nope.dtype}")
+    if not q_fp8 and q_nope.dtype not in DTYPES:
+        raise TypeError(f"q_nope: expected dtype {_DTYPES_16BIT}, got {q_nope.dtype}")
     _expect_shape("q_nope", q_nope, (None, None, CKV_DIM), f"[{rows}, H, {CKV_DIM}]")
     batch, num_heads, _ = q_nope.shape
     if not 1 <= num_heads <= MAX_HEADS:
         raise ValueError(f"q_nope: expected 1 to {MAX_HEADS} heads (dimension 1), got {num_heads}")
-    dtype, device = q_nope.dtype, q_nope.device
+    device = q_nope.device
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"q_nope: expected a tensor on a cuda device or the cpu, got device {device}")
     _expect_aligned("q_nope", q_nope)
 
-    _expect_operand("q_pe", q_pe, (batch, num_heads, KPE_DIM), f"[{rows}, H, {KPE_DIM}]", dtype, device)
+    _expect_tensor("q_pe", q_pe)
+    if not q_fp8:
+        _expect_dtype("q_pe", q_pe, "q_nope", q_nope.dtype)
+    else:
+        kpe_dtype = kpe_cache.dtype if isinstance(kpe_cache, torch.Tensor) else None
+        if kpe_dtype is FP8:
+            _expect_dtype("q_pe", q_pe, "kpe_cache", FP8)
+        elif kpe_dtype in DTYPES and q_pe.dtype not in DTYPES:
+            raise TypeError(f"q_pe: expected dtype {_DTYPES_16BIT} with a 16-bit kpe_cache, got {q_pe.dtype}")
+        elif q_pe.dtype not in (FP8, *DTYPES):
+            raise TypeError(f"q_pe: expected dtype {_DTYPES_16BIT} or {FP8}, got {q_pe.dtype}")
+    _expect_operand("q_pe", q_pe, (batch, num_heads, KPE_DIM), f"[{rows}, H, {KPE_DIM}]", device)
+
+    _expect_tensor("ckv_cache", ckv_cache)
+    if ckv_cache.dtype is not FP8:
+        _expect_dtype("ckv_cache", ckv_cache, "q_nope", q_nope.dtype, "" if q_fp8 else f" or {FP8}")
     shape = f"[num_pages, page_size, {CKV_DIM}]"
-    _expect_operand("ckv_cache", ckv_cache, (None, None, CKV_DIM), shape, dtype, device)
+    _expect_operand("ckv_cache", ckv_cache, (None, None, CKV_DIM), shape, device)
     num_pages, page_size, _ = ckv_cache.shape
     if num_pages < 1:
         raise ValueError(f"ckv_cache: expected num_pages >= 1 (dimension 0), got {num_pages}")
     if page_size < 1:
         raise ValueError(f"ckv_cache: expected page_size >= 1 (dimension 1), got {page_size}")
+
+    _expect_tensor("kpe_cache", kpe_cache)
+    if cache_is_16bit:
+        _expect_dtype("kpe_cache", kpe_cache, "q_nope", q_nope.dtype)
+    elif kpe_cache.dtype is not FP8:
+        _expect_dtype("kpe_cache", kpe_cache, "q_pe", q_pe.dtype, "" if q_pe.dtype is FP8 else f" or {FP8}")
     shape = f"[num_pages, page_size, {KPE_DIM}]"
-    _expect_operand("kpe_cache", kpe_cache, (num_pages, page_size, KPE_DIM), shape, dtype, device)
-    return _problem(batch, num_heads, page_size, num_pages, dtype, device, True)
+    _expect_operand("kpe_cache", kpe_cache, (num_pages, page_size, KPE_DIM), shape, device)
+
+    kv_format = _explain_format(cache_is_16bit, kpe_cache, ckv_scale_arr, num_pages, page_size, device)
+    dtype = q_pe.dtype
+    if dtype is FP8:
+        dtype = out.dtype if isinstance(out, torch.Tensor) and out.dtype in DTYPES else DTYPES[0]
+    return _problem(batch, num_heads, page_size, num_pages, dtype, device, kv_format, q_fp8, True)
+
+
+def _explain_format(
+    cache_is_16bit: bool,
+    kpe_cache: torch.Tensor,
+    ckv_scale_arr: torch.Tensor | None,
+    num_pages: int,
+    page_size: int,
+    device: torch.device,
+) -> str:
+    """The format, after a check of `ckv_scale_arr`."""
+    if cache_is_16bit or kpe_cache.dtype is FP8:
+        if ckv_scale_arr is not None:
+            other = "a 16-bit ckv_cache" if cache_is_16bit else f"a kpe_cache of {FP8}"
+            raise ValueError(f"ckv_scale_arr: expected None with {other}, got {_describe(ckv_scale_arr)}")
+        return "" if cache_is_16bit else "tensor"
+    if ckv_scale_arr is None:
+        raise ValueError(
+            f"ckv_scale_arr: expected a tensor of scales with a ckv_cache of {FP8} and a kpe_cache of "
+            f"{kpe_cache.dtype}, got None"
+        )
+    name = "ckv_scale_arr"
+    _expect_tensor(name, ckv_scale_arr)
+    if ckv_scale_arr.dtype is not torch.float32:
+        raise TypeError(f"{name}: expected dtype torch.float32, got {ckv_scale_arr.dtype}")
+    shape = tuple(ckv_scale_arr.shape)
+    if shape[:-1] != (num_pages, page_size) or shape[-1] not in _FORMAT_OF_SCALES:
+        sizes = " or ".join(map(str, _FORMAT_OF_SCALES))
+        raise ValueError(f"{name}: expected shape [{num_pages}, {page_size}, {sizes}], got {list(shape)}")
+    _expect_device(name, ckv_scale_arr, device)
+    _expect_aligned(name, ckv_scale_arr, 4 * shape[-1])
+    return _FORMAT_OF_SCALES[shape[-1]]
 
 
 def _explain_csr(
@@ -274,23 +467,27 @@ def _explain_block_table(batch: int, device: torch.device, block_table: torch.Te
 def _explain_rest(
     problem: DecodeProblem,
     q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
     sm_scale: float,
-    out: torch.Tensor | None,
-    lse: torch.Tensor | None,
-    lse_base: int | str,
+    options: Options,
     rows: str = "batch",
 ) -> None:
+    out, lse, lse_base, ckv_scale, kpe_scale, _, q_scale = options
     batch, num_heads, device = problem.batch, problem.num_heads, problem.device
-    if isinstance(sm_scale, bool) or not isinstance(sm_scale, numbers.Real):
-        raise TypeError(f"sm_scale: expected a Python number, got {_describe(sm_scale)}")
-    if not _MIN_SCALE <= sm_scale <= _MAX_SCALE:
-        raise ValueError(f"sm_scale: expected a positive number from 2^-126 to 2^126, got {sm_scale}")
+    _expect_scale("sm_scale", sm_scale)
     if isinstance(lse_base, bool) or not isinstance(lse_base, (int, str)):
         raise TypeError(f"lse_base: expected 2 or 'e', got {_describe(lse_base)}")
     if lse_base not in LSE_BASES:
         raise ValueError(f"lse_base: expected 2 or 'e', got {lse_base!r}")
+    _explain_scales(problem, q_pe, sm_scale, ckv_scale, kpe_scale, q_scale)
     if out is not None:
-        _expect_operand("out", out, (batch, num_heads, CKV_DIM), f"[{rows}, H, {CKV_DIM}]", problem.dtype, device)
+        _expect_tensor("out", out)
+        if q_pe.dtype is FP8:
+            if out.dtype not in DTYPES:
+                raise TypeError(f"out: expected dtype {_DTYPES_16BIT}, got {out.dtype}")
+        else:
+            _expect_dtype("out", out, "q_pe" if problem.q_fp8 else "q_nope", problem.dtype)
+        _expect_operand("out", out, (batch, num_heads, CKV_DIM), f"[{rows}, H, {CKV_DIM}]", device)
         if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
             raise ValueError(
                 f"out: expected memory for every element, got an expanded tensor of strides {list(out.stride())}"
@@ -307,17 +504,55 @@ def _explain_rest(
             raise ValueError(f"lse: expected a contiguous tensor, got strides {list(lse.stride())}")
 
 
-def _expect_operand(
-    name: str,
-    x: torch.Tensor,
-    expected: tuple[int | None, ...],
-    form: str,
-    dtype: torch.dtype,
-    device: torch.device,
+def _explain_scales(
+    problem: DecodeProblem, q_pe: torch.Tensor, sm_scale: float, ckv_scale: float, kpe_scale: float, q_scale: float
 ) -> None:
-    _expect_tensor(name, x)
+    """The kernels multiply sm_scale by them, and the output by ckv_scale."""
+    if problem.kv_format == "tensor":
+        _expect_scale("ckv_scale", ckv_scale)
+        _expect_scale("kpe_scale", kpe_scale)
+    else:
+        with_what = "ckv_scale_arr" if problem.kv_format else "a 16-bit ckv_cache"
+        _expect_one("ckv_scale", ckv_scale, with_what)
+        _expect_one("kpe_scale", kpe_scale, with_what)
+    if problem.q_fp8:
+        _expect_scale("q_scale", q_scale)
+    else:
+        _expect_one("q_scale", q_scale, "16-bit queries")
+    if not problem.kv_format:
+        return
+    rope_q_scale = q_scale if q_pe.dtype is FP8 else 1.0
+    for name, scale, of_q in (("ckv_scale", ckv_scale, q_scale), ("kpe_scale", kpe_scale, rope_q_scale)):
+        product = float(sm_scale) * float(scale) * float(of_q)
+        if not _MIN_SCALE <= product <= _MAX_SCALE:
+            raise ValueError(
+                f"{name}: expected a product with sm_scale and q_scale from 2^-126 to 2^126, got {product}"
+            )
+
+
+def _expect_scale(name: str, x: float) -> None:
+    if isinstance(x, bool) or not isinstance(x, numbers.Real):
+        raise TypeError(f"{name}: expected a Python number, got {_describe(x)}")
+    if not _MIN_SCALE <= x <= _MAX_SCALE:
+        raise ValueError(f"{name}: expected a positive number from 2^-126 to 2^126, got {x}")
+
+
+def _expect_one(name: str, x: float, with_what: str) -> None:
+    if isinstance(x, bool) or not isinstance(x, numbers.Real):
+        raise TypeError(f"{name}: expected a Python number, got {_describe(x)}")
+    if x != 1:
+        raise ValueError(f"{name}: expected 1.0 with {with_what}, got {x}")
+
+
+def _expect_dtype(name: str, x: torch.Tensor, like: str, dtype: torch.dtype, others: str = "") -> None:
+    """`like` is the argument that has to have the same dtype; `others` names what else is legal."""
     if x.dtype is not dtype:
-        raise TypeError(f"{name}: expected dtype {dtype} (that of q_nope), got {x.dtype}")
+        raise TypeError(f"{name}: expected dtype {dtype} (that of {like}){others}, got {x.dtype}")
+
+
+def _expect_operand(
+    name: str, x: torch.Tensor, expected: tuple[int | None, ...], form: str, device: torch.device
+) -> None:
     _expect_shape(name, x, expected, form)
     _expect_device(name, x, device)
     _expect_aligned(name, x)
@@ -364,21 +599,22 @@ def _expect_device(name: str, x: torch.Tensor, device: torch.device) -> None:
         raise ValueError(f"{name}: expected device {device} (that of q_nope), got {x.device}")
 
 
-def _expect_aligned(name: str, x: torch.Tensor) -> None:
-    """Strides and base address the kernels can load from; a CPU tensor may have any."""
+def _expect_aligned(name: str, x: torch.Tensor, num_bytes: int = _ALIGN_BYTES) -> None:
+    """Strides and base address the kernels can load from in units of `num_bytes`; a CPU tensor may have any."""
     if not x.is_cuda or x.numel() == 0:
         return
     strides = list(x.stride())
-    if strides[-1] != 1:
+    if x.shape[-1] > 1 and strides[-1] != 1:
         raise ValueError(f"{name}: expected stride 1 in the last dimension, got strides {strides}")
-    if any(size > 1 and stride % _ALIGN_ELEMENTS for size, stride in zip(x.shape[:-1], strides[:-1], strict=True)):
+    elements = num_bytes // x.itemsize
+    if any(size > 1 and stride % elements for size, stride in zip(x.shape[:-1], strides[:-1], strict=True)):
         raise ValueError(
-            f"{name}: expected strides that are multiples of {_ALIGN_ELEMENTS} elements ({_ALIGN_BYTES} bytes), "
+            f"{name}: expected strides that are multiples of {elements} elements ({num_bytes} bytes), "
             f"got strides {strides}"
         )
-    if x.data_ptr() % _ALIGN_BYTES:
+    if x.data_ptr() % num_bytes:
         raise ValueError(
-            f"{name}: expected a base address that is a multiple of {_ALIGN_BYTES} bytes, got {x.data_ptr():#x}"
+            f"{name}: expected a base address that is a multiple of {num_bytes} bytes, got {x.data_ptr():#x}"
         )
 
 

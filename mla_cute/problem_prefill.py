@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from . import problem as shared
-from .problem import DecodeProblem
+from .problem import UNSCALED, DecodeProblem
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,8 @@ class PrefillProblem:
     dtype: torch.dtype
     device: torch.device
     # As DecodeProblem's.
+    kv_format: str = ""
+    q_fp8: bool = False
     odd_strides: bool = field(default=False, compare=False)
 
 
@@ -48,11 +50,18 @@ def check_prefill(
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
     lse_base: int | str = 2,
+    ckv_scale: float = UNSCALED,
+    kpe_scale: float = UNSCALED,
+    ckv_scale_arr: torch.Tensor | None = None,
+    q_scale: float = UNSCALED,
 ) -> PrefillProblem:
     """Check a prefill call with CSR page lists; raise TypeError or ValueError for the first wrong argument."""
     return _check(
-        (q_nope, q_pe, ckv_cache, kpe_cache), qo_indptr, sm_scale, causal, (out, lse, lse_base),
-        shared._usual_csr, shared._explain_csr, (kv_indptr, kv_indices, kv_last_page_len),
+        (
+            q_nope, q_pe, ckv_cache, kpe_cache, sm_scale, out, lse, lse_base,
+            ckv_scale, kpe_scale, ckv_scale_arr, q_scale,
+        ),
+        qo_indptr, causal, shared._usual_csr, shared._explain_csr, (kv_indptr, kv_indices, kv_last_page_len),
     )  # fmt: skip
 
 
@@ -69,27 +78,33 @@ def check_prefill_block_table(
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
     lse_base: int | str = 2,
+    ckv_scale: float = UNSCALED,
+    kpe_scale: float = UNSCALED,
+    ckv_scale_arr: torch.Tensor | None = None,
+    q_scale: float = UNSCALED,
 ) -> PrefillProblem:
     """Check a prefill call with a padded block table; raise TypeError or ValueError for the first wrong argument."""
     return _check(
-        (q_nope, q_pe, ckv_cache, kpe_cache), qo_indptr, sm_scale, causal, (out, lse, lse_base),
-        shared._usual_block_table, shared._explain_block_table, (block_table, seq_lens),
+        (
+            q_nope, q_pe, ckv_cache, kpe_cache, sm_scale, out, lse, lse_base,
+            ckv_scale, kpe_scale, ckv_scale_arr, q_scale,
+        ),
+        qo_indptr, causal, shared._usual_block_table, shared._explain_block_table, (block_table, seq_lens),
     )  # fmt: skip
 
 
 def _check(
-    operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    common: tuple[Any, ...],
     qo_indptr: torch.Tensor,
-    sm_scale: float,
     causal: bool,
-    results: tuple[torch.Tensor | None, torch.Tensor | None, int | str],
     usual_pages: Callable[..., bool],
     explain_pages: Callable[..., None],
     pages: tuple[torch.Tensor | None, ...],
 ) -> PrefillProblem:
-    """`usual_pages` and `explain_pages` are problem.py's for the form in which `pages` names pages and lengths."""
+    """`common` is what `problem._usual` takes; `usual_pages` and `explain_pages` are problem.py's for the form in which
+    `pages` names pages and lengths."""
     try:
-        queries = shared._usual(*operands, sm_scale, *results)
+        queries = shared._usual(*common)
         if queries is not None:
             (bounds,) = qo_indptr.shape
             batch = bounds - 1
@@ -97,10 +112,12 @@ def _check(
                 return _of(queries, batch, causal)
     except (AttributeError, TypeError, ValueError):
         pass  # an argument is no tensor or has another rank; which one is the explanation's job
-    queries = shared._explain(*operands, "total_q")
+    q_nope, q_pe, ckv_cache, kpe_cache, sm_scale = common[:5]
+    options: shared.Options = common[5:]
+    queries = shared._explain(q_nope, q_pe, ckv_cache, kpe_cache, options, "total_q")
     batch = shared.expect_indptr("qo_indptr", qo_indptr, queries.device)
     explain_pages(batch, queries.device, *pages)
-    shared._explain_rest(queries, operands[0], sm_scale, *results, "total_q")
+    shared._explain_rest(queries, q_nope, q_pe, sm_scale, options, "total_q")
     expect_bool("causal", causal)
     return _of(queries, batch, causal)
 
@@ -126,6 +143,8 @@ def _of(queries: DecodeProblem, batch: int, causal: bool) -> PrefillProblem:
         causal,
         queries.dtype,
         queries.device,
+        queries.kv_format,
+        queries.q_fp8,
         queries.odd_strides,
     )
 

@@ -8,7 +8,8 @@
 DeepSeek-V3.2 keeps the group format in rows of 656 bytes (512 e4m3, 4 float32, 64 bf16): `group_rows` has the three
 parts as views of such a uint8 pool. Leading dimensions are free: [tokens], or [num_pages, page_size] as in a cache.
 
-The attention kernels do not read these formats yet.
+`append_to_cache` writes new tokens in these formats. What is computed here does not depend on the device, the sign of a
+NaN excepted.
 """
 
 from __future__ import annotations
@@ -39,15 +40,22 @@ def _expect_scale(name: str, scale: float) -> float:
     return float(scale)
 
 
+def _divide(x: torch.Tensor, by: torch.Tensor | float) -> torch.Tensor:
+    """x / by in float32. A number becomes a tensor of x's device: torch multiplies a CUDA tensor by the reciprocal of a
+    number, which is another last bit than its division on the CPU."""
+    return x / (by if isinstance(by, torch.Tensor) else torch.full((), by, dtype=torch.float32, device=x.device))
+
+
 def to_e4m3(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
     """x / scale in float8_e4m3fn, round to nearest even; what exceeds 448 * scale saturates, NaN stays NaN."""
-    return (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return _divide(x.float(), scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
 def _scale_of(x: torch.Tensor) -> torch.Tensor:
-    """amax / 448 along the last dimension (kept), float32; 1 where all is zero, so that nothing divides by zero."""
+    """amax / 448 along the last dimension (kept), float32; 1 where all is zero, so that nothing divides by zero, and
+    where there is a NaN."""
     largest = x.float().abs().amax(dim=-1, keepdim=True)
-    return torch.where(largest > 0, largest / E4M3_MAX, torch.ones_like(largest))
+    return torch.where(largest > 0, _divide(largest, E4M3_MAX), torch.ones_like(largest))
 
 
 def tensor_scale(x: torch.Tensor) -> float:

@@ -65,6 +65,8 @@ class Fp8Consumer:
             rRef=cute.make_rmem_tensor((2,), Float32),
             rUnit=cute.make_rmem_tensor((1,), Float32),
             first=cute.make_rmem_tensor((1,), Int32),
+            sums=cute.make_rmem_tensor((2,), Float32),
+            leaves=cute.make_rmem_tensor((1,), Int32),
             S=wgmma.row_col_view(rS, 8),
             T=wgmma.row_col_view(rT, 8),
             stm=stm,
@@ -99,14 +101,13 @@ class Fp8Consumer:
             left = s.sItem[slot, 2] - s.sItem[slot, 1]
             num_pairs = (cute.ceil_div(s.sItem[slot, 2], TILE_N) - s.sItem[slot, 1] // TILE_N + 1) >> 1
             gap = self.rows.gap(p, s, slot)
-            if const_expr(self.ahead):
-                self._start_nope(p, s, f, tile + wg, 0)
+            self._start_first(p, s, f, tile, left, it % 4, gap, wg, True)
             # The last pair apart: tails, and nothing to start ahead, are only there.
             for _ in cutlass.range(num_pairs - 1, unroll=1):
-                self._pair(p, s, f, tile, left, it % 4, gap, wg, False)
+                self._pair(p, s, f, tile, left, it % 4, gap, wg, False, True)
                 tile += 2
                 left -= 2 * TILE_N
-            self._pair(p, s, f, tile, left, it % 4, gap, wg, True)
+            self._pair(p, s, f, tile, left, it % 4, gap, wg, True, True)
             tile += 2
             self._epilogue(p, s, f, it % 4, head0, wg)
             it += 1
@@ -200,7 +201,8 @@ class Fp8Consumer:
     # ---------------------------------------------------------------- tiles
 
     def _slot(self, tile):
-        return tile % self.num_stages
+        # Uniform: wgmma descriptors are made of it, in uniform registers then.
+        return cute.arch.make_warp_uniform(Int32(tile % self.num_stages))
 
     def _phase(self, tile):
         return tile // self.num_stages % 2
@@ -352,63 +354,111 @@ class Fp8Consumer:
             largest = cute.arch.fmax(largest, s.sScales[token, f.t // TILE_N + 2, slot])
         return (token < valid) & (largest > f.rUnit[0] * MAX_UNITS)
 
-    def _pair(self, p, s, f, tile, left, item_slot, gap, wg: int, last: bool):
-        """A pair of tiles whose first is `tile` of the stream; `left`: tokens of the item from it on."""
+    def _softmax(self, p, s, f, tile, left, item_slot, gap, wg: int, last: bool) -> None:
+        """Scores and P of this warpgroup's tile of the pair that begins with `tile`; P to shared memory. Leaves the sums
+        of the rows in f.sums, and in f.leaves whether the pair needs `_move`."""
+        own = tile + wg
+        slot, valid = self._slot(own), left - wg * TILE_N
+        if not self.ahead:
+            self._start_nope(p, s, f, own, 0)
+        self._scores(p, s, f, own)
+        if last or not self.rows.header_is_item:
+            self.rows.mask(p, s, f, item_slot, valid, gap)
+        totals = self._exp(s, f, slot, valid, last)
+        leaves = (totals[0] > MAX_P) | (totals[1] > MAX_P)
+        if self.num_scales > 0:
+            leaves = leaves | self._scale_leaves(s, f, slot, valid)
+        f.leaves[0] = Int32(leaves)
+        for r in range(2):
+            f.sums[r] = totals[r]
+        # The other warpgroup has drained its P V of the last tile of this P.
+        sync.sync(BAR_P_FREE0 + wg, NUM_CONSUMERS)
+        self._put_p(f, wg)
+
+    def _agree(self, s, f, tile, left, wg: int, last: bool) -> None:
+        """Both P tiles of the pair are in shared memory, relative to the references that f.rRef holds."""
         slots = [self._slot(tile + i) for i in range(2)]
         valid = [left, left - TILE_N]
-        own, other = wg, 1 - wg
-        if not self.ahead:
-            self._start_nope(p, s, f, tile + own, 0)
-        cute.arch.mbarrier_wait(s.mbar + MB_FULL + slots[other], self._phase(tile + other))
-        self._scores(p, s, f, tile + own)
-        if last or not self.rows.header_is_item:
-            self.rows.mask(p, s, f, item_slot, valid[own], gap)
-        totals = self._exp(s, f, slots[own], valid[own], last)
-        # The other warpgroup has drained its P V of the last pair, which read this one's P.
-        sync.sync(BAR_P_FREE0 + own, NUM_CONSUMERS)
-        sums = cute.make_rmem_tensor((2,), Float32)
-        for r in range(2):
-            sums[r] = totals[r]
-        self._put_p(f, wg)
+        other = tile + 1 - wg
+        cute.arch.mbarrier_wait(s.mbar + MB_FULL + self._slot(other), self._phase(other))
         if last:
             for i in range(2):
                 self._zero_v_tail(s, f, slots[i], wg, valid[i])
-        # The first tile of the pair first: its slot is refilled while the second is multiplied.
-        steps = [(i, m) for i in range(2) for m in range(4)]
-        if self.kv_format != "group":
-            # Before the wait for the other's P; scales of channel groups are counted in the unit, which may move there.
-            self._v_fragment(s, f, slots[0], 0, wg, 0, None)
-        leaves = (totals[0] > MAX_P) | (totals[1] > MAX_P) | (f.first[0] != 0)
-        if self.num_scales > 0:
-            leaves = leaves | self._scale_leaves(s, f, slots[own], valid[own])
-        self._move_if(s, f, slots, valid, sums, sync.sync_any(BAR_P, NUM_CONSUMERS, leaves), wg, last)
+        leaves = sync.sync_any(BAR_P, NUM_CONSUMERS, f.leaves[0] | f.first[0])
+        self._move_if(s, f, slots, valid, f.sums, leaves, wg, last)
         f.first[0] = Int32(0)
         for r in range(2):
-            f.rL[r] = f.rL[r] + sums[r]
+            f.rL[r] = f.rL[r] + f.sums[r]
+
+    def _pv(self, p, s, f, tile, left, tiles, wg: int, last: bool, hooks: dict) -> None:
+        """O^T += V^T P^T of the named tiles (0, 1) of the pair; drained. hooks[n] runs before step n, four per tile."""
+        slots = [self._slot(tile + i) for i in range(2)]
+        steps = [(i, m) for i in tiles for m in range(4)]
+        raw = [self._v_bytes(s, f, slots[i], m, wg) for i, m in steps[:2]]
         scales = None
-        if self.kv_format == "group":
-            scales = self._v_scales(s, f, slots[0], valid[0], wg * 2, last)
-            self._v_fragment(s, f, slots[0], 0, wg, 0, scales)
-        for n, (i, m) in enumerate(steps):
-            if self.ahead and not last and n == 4 * wg:
-                # Not in a branch and not left in flight over the loop's end: ptxas then waits behind every wgmma.
-                # wg 1 waits for the refill of the slot that the last pair released last.
-                self._start_nope(p, s, f, tile + 2 + own, 0)
-            warpgroup.fence()
-            wgmma.issue(p.mma_pv, f.rO[m], f.rV[n % 2], f.tOrP[None, None, None, i], [(k, k) for k in range(4)], False)
-            warpgroup.commit_group()
-            if n + 1 < len(steps):
-                if n >= 1:
-                    warpgroup.wait_group(1)
-                i, m = steps[n + 1]
-                if self.kv_format == "group" and m % 2 == 0:
-                    scales = self._v_scales(s, f, slots[i], valid[i], wg * 2 + m // 2, last)
-                self._v_fragment(s, f, slots[i], m, wg, (n + 1) % 2, scales)
-                if m == 3:
-                    # The last of this tile's V is in registers.
-                    sync.arrive_once_per_warp(s.mbar + MB_EMPTY + slots[i])
+        for n in range(-1, len(steps)):
+            if n >= 0:
+                i, m = steps[n]
+                if n in hooks:
+                    hooks[n]()
+                warpgroup.fence()
+                wgmma.issue(
+                    p.mma_pv, f.rO[m], f.rV[n % 2], f.tOrP[None, None, None, i], [(k, k) for k in range(4)], False
+                )
+                warpgroup.commit_group()
+            if n + 1 == len(steps):
+                break
+            # The bytes of V two steps ahead, its fragment one step ahead.
+            if 2 <= n + 2 < len(steps):
+                i, m = steps[n + 2]
+                raw.append(self._v_bytes(s, f, slots[i], m, wg))
+            if n >= 1:
+                warpgroup.wait_group(1)
+            i, m = steps[n + 1]
+            if self.kv_format == "group" and m % 2 == 0:
+                scales = self._v_scales(s, f, slots[i], left - i * TILE_N, wg * 2 + m // 2, last)
+            self._v_fragment(f, raw[n + 1], (n + 1) % 2, scales)
+            if m == 3:
+                # The last of this tile's V is in registers.
+                sync.arrive_once_per_warp(s.mbar + MB_EMPTY + slots[i])
+            if n == 4:
+                self._free_p(0, wg)
         warpgroup.wait_group(0)
-        sync.arrive(BAR_P_FREE0 + other, NUM_CONSUMERS)
+        for i in tiles[-1:]:
+            self._free_p(i, wg)
+
+    def _free_p(self, i: int, wg: int) -> None:
+        """This warpgroup's P V of tile i of the pair has drained: the other may write its next P there."""
+        if i != wg:
+            sync.arrive(BAR_P_FREE0 + i, NUM_CONSUMERS)
+
+    def _start_first(self, p, s, f, tile, left, item_slot, gap, wg: int, last: bool) -> None:
+        """What precedes the first pair of an item."""
+        if self.ahead:
+            self._start_nope(p, s, f, tile + wg, 0)
+        if self.ahead and wg == 0:
+            self._softmax(p, s, f, tile, left, item_slot, gap, 0, last)
+
+    def _pair(self, p, s, f, tile, left, item_slot, gap, wg: int, last: bool, next_last: bool) -> None:
+        """A pair of tiles whose first is `tile` of the stream; `left`: tokens of the item from it on.
+
+        The two warpgroups take turns: wg 0 makes P of its next tile between the two halves of its P V, wg 1 after them.
+        A tile's Q K^T is issued in front of the P V before its softmax; not in a branch and not left in flight over the
+        loop's end, since ptxas then waits behind every wgmma. wg 1 issues it half a pair later, because it waits for
+        the refill of the slot that the last pair released last.
+        """
+        if self.ahead and wg == 0:
+            self._agree(s, f, tile, left, 0, last)
+            start = {} if last else {0: lambda: self._start_nope(p, s, f, tile + 2, 0)}
+            self._pv(p, s, f, tile, left, (0,), 0, last, start)
+            if not last:
+                self._softmax(p, s, f, tile + 2, left - 2 * TILE_N, item_slot, gap, 0, next_last)
+            self._pv(p, s, f, tile, left, (1,), 0, last, {})
+        else:
+            self._softmax(p, s, f, tile, left, item_slot, gap, wg, last)
+            self._agree(s, f, tile, left, wg, last)
+            start = {4: lambda: self._start_nope(p, s, f, tile + 2 + wg, 0)} if self.ahead and not last else {}
+            self._pv(p, s, f, tile, left, (0, 1), wg, last, start)
 
     @cute.jit
     def _move_if(self, s, f, slots, valid, sums, leaves, wg: Constexpr, last: Constexpr):
@@ -436,25 +486,26 @@ class Fp8Consumer:
             sync.fence_smem_writes()
             sync.sync(BAR_FILL0 + wg, 128)
 
-    def _v_fragment(self, s, f, slot, m: int, wg: int, buffer: int, scales: list | None):
-        """A operand of O^T += V^T P^T: channels 64 m .. of this warpgroup's half, 64 tokens, as float16 in rV[buffer].
+    def _v_bytes(self, s, f, slot, m: int, wg: int) -> list:
+        """Channels 64 m .. of this warpgroup's half, 64 tokens: per word two channels of two tokens.
 
-        A transposing load gives a thread (two channels) x (two tokens); row g of a warp's 16 is channel 2 g, row g + 8
-        channel 2 g + 1.
+        Word j of the eight has tokens 8 j + 2 (lane % 4) and the next, channels 2 (lane / 4) and the next of the warp's
+        16.
         """
-        words = cute.recast_tensor(f.rV[buffer], Uint32)
         chunk = (m % 2) * 4 + f.t // 32
         address = Int32(s.sK.iterator.toint()) + slot * (4 * 8192) + f.lane * 128 + (chunk ^ (f.lane % 8)) * 16
-        for half in range(2):
-            x = fp8.ldmatrix_trans_x4(address, (wg * 2 + m // 2) * 8192 + half * 4096)
-            for j in range(4):
-                low, high = fp8.e4m3x4_to_f16(fp8.transpose_pairs(x[j]))
-                if scales:
-                    scale = scales[half * 4 + j]
-                    low, high = fp8.multiply_f16x2(low, scale), fp8.multiply_f16x2(high, scale)
-                at = (half * 2 + j // 2) * 4 + j % 2 * 2
-                words[at] = low
-                words[at + 1] = high
+        return [x for half in range(2) for x in fp8.ldmatrix_trans_x4(address, (wg * 2 + m // 2) * 8192 + half * 4096)]
+
+    def _v_fragment(self, f, raw: list, buffer: int, scales: list | None):
+        """A operand of O^T += V^T P^T from `_v_bytes`, as float16 in rV[buffer]: row g of a warp's 16 is channel 2 g,
+        row g + 8 channel 2 g + 1."""
+        words = cute.recast_tensor(f.rV[buffer], Uint32)
+        for j in range(8):
+            low, high = fp8.e4m3x4_to_f16(fp8.transpose_pairs(raw[j]))
+            if scales:
+                low, high = fp8.multiply_f16x2(low, scales[j]), fp8.multiply_f16x2(high, scales[j])
+            words[2 * j] = low
+            words[2 * j + 1] = high
 
     def _v_scales(self, s, f, slot, valid, group: int, last: bool) -> list:
         """Scales of this thread's two tokens of every eight for a channel group, in units, as pairs of float16."""

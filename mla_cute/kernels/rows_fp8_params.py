@@ -108,6 +108,8 @@ class Fp8Fragments:
     rRef: cute.Tensor  # reference maxima of the two rows
     rUnit: cute.Tensor  # what the channel scales in P V are counted in
     first: cute.Tensor  # 1 in the first pair of an item
+    sums: cute.Tensor  # row sums of the pair's P
+    leaves: cute.Tensor  # 1: some P or scale leaves its range
     S: cute.Tensor
     T: cute.Tensor
     stm: cute.TiledCopy

@@ -1,5 +1,6 @@
 """The public calls on CPU tensors: the float32 reference behind the same arguments, results and errors as on a GPU."""
 
+import inspect
 import math
 import subprocess
 import sys
@@ -140,6 +141,39 @@ def test_every_argument_is_named_as_documented():
     assert torch.equal(output, from_table)
     with pytest.raises(TypeError, match="positional"):
         mla_cute.mla_paged_decode(*case.csr_args, case.kv_last_page_len)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        mla_cute.mla_paged_decode,
+        mla_cute.mla_paged_decode_block_table,
+        mla_cute.mla_paged_prefill,
+        mla_cute.mla_paged_prefill_block_table,
+    ],
+)
+def test_every_call_has_the_scales_of_fp8_caches(call):
+    parameters = inspect.signature(call).parameters
+    names = list(parameters)
+    first = names.index("return_lse") + 1
+    assert names[first : first + 4] == ["ckv_scale", "kpe_scale", "ckv_scale_arr", "q_scale"]
+    for name in names[first : first + 4]:
+        assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
+        assert parameters[name].default == (None if name == "ckv_scale_arr" else 1.0)
+
+
+@ENTRIES
+def test_scales_are_refused_for_a_16_bit_cache(entry):
+    case = small_case()
+    want = decode(case, entry)
+    again = decode(case, entry, ckv_scale=float("1"), kpe_scale=1, q_scale=1.0, ckv_scale_arr=None)
+    assert all(map(torch.equal, again, want))
+    scales = {"ckv_scale": 2.0, "kpe_scale": 0.5, "q_scale": 3.0, "ckv_scale_arr": torch.ones(9, 8, 1)}
+    for name, value in scales.items():
+        with pytest.raises(ValueError, match=f"^{name}: expected "):
+            decode(case, entry, out=case.out, lse=case.lse, **{name: value})
+        assert case.guarded_out.untouched()
+        assert case.guarded_lse.untouched()
 
 
 # ------------------------------------------------------------------------------------------------ plans

@@ -14,6 +14,7 @@ from mla_cute.bench import peers as peers_module
 from mla_cute.bench import report, runner
 from mla_cute.bench.cases import BARS, PRESETS, PUBLIC_BEST_GPU, PUBLIC_BEST_US, Case
 from mla_cute.gpu import GpuFacts
+from mla_cute.problem import check_decode
 from mla_cute.reference import decode_reference, decode_reference_block_table, prefill_reference
 
 # The cells of the project's table of public kernels, written out here once more: bench.cases must not drift from it.
@@ -158,9 +159,10 @@ def test_rotation_moves_more_than_300_mb_before_a_page_comes_round_again(preset)
         assert case.num_slots * case.turnover > 300_000_000, case
         assert case.num_slots * case.turnover >= 8_000_000_000 or case.num_slots >= 64, case
         assert case.num_slots * case.bytes_moved < 12_000_000_000, case
-        assert case.kv_bytes == sum(kv for _, kv in case.requests) * 1152
+        bytes_per_token = {"": 1152, "tensor": 576, "token": 644, "group": 656}[case.kv_format]
+        assert case.kv_bytes == sum(kv for _, kv in case.requests) * bytes_per_token
         assert case.turnover == (case.kv_bytes if isinstance(case, Case) else case.bytes_moved)
-        assert case.pool_tokens * 1152 < 12_000_000_000, case
+        assert case.pool_bytes == case.pool_tokens * bytes_per_token < 12_000_000_000, case
         if case.kv_bytes > 150_000_000:  # where bandwidth is the limit, 60 MB of L2 are under 1 % of a pass
             assert 60e6 / (case.num_slots * case.turnover) < 0.01, case
 
@@ -197,8 +199,169 @@ def test_slots_are_disjoint_random_pages_of_the_pool(case, small_rotation):
 def test_separate_caches_do_not_overlap(small_rotation):
     case = Case(4, 2, 100, 16)
     pool = runner.KvPool(case.pool_tokens, torch.device("cpu"))
-    ckv, kpe, _ = pool.caches(case)
+    ckv, kpe, _, scales = pool.caches(case)
+    assert scales == {}
     assert ckv.data_ptr() + ckv.numel() * 2 <= kpe.data_ptr()
+
+
+FP8_CASES = [
+    Case(4, 2, 100, page_size, dtype, layout, kv_format, q_fp8)
+    for kv_format, page_size in (("tensor", 16), ("token", 1), ("group", 64))
+    for layout in ("separate", "fused")
+    for dtype, q_fp8 in (("bfloat16", False), ("bfloat16", True), ("float16", False))
+]
+
+
+def test_bytes_of_fp8_cases():
+    for q_fp8, q_bytes in ((False, 1152), (True, 576)):
+        case = Case(16, 128, 8192, kv_format="tensor", q_fp8=q_fp8)
+        assert case.kv_bytes == 128 * 8192 * 576
+        assert case.bytes_moved == case.kv_bytes + 128 * 16 * (q_bytes + 1024)
+        assert case.flop == Case(16, 128, 8192).flop
+    # the rope of e4m3 queries is 16-bit where that of the cache is
+    token = Case(16, 2, 100, kv_format="token", q_fp8=True)
+    assert token.bytes_moved == 200 * (512 + 128 + 4) + 2 * 16 * (512 + 128 + 1024)
+    assert Case(16, 2, 100, kv_format="group").kv_bytes == 200 * 656
+
+
+def test_fp8_presets_and_bars():
+    preset = PRESETS["fp8"]
+    assert len(set(preset)) == len(preset) == 27 * 2 + 2 * 9 * 2
+    for kv_format, lengths in (("tensor", (1024, 8192, 32768)), ("token", (8192,)), ("group", (8192,))):
+        expected = {
+            Case(h, b, n, kv_format=kv_format, q_fp8=q)
+            for h in (16, 64, 128)
+            for b in (1, 16, 128)
+            for n in lengths
+            for q in (False, True)
+        }
+        assert {case for case in preset if case.kv_format == kv_format} == expected
+    assert {(c.num_heads, c.groups, c.kv_format, c.q_fp8) for c in PRESETS["fp8_prefill"]} == {
+        (h, ((4, 2048, 8192),), f, q) for h in (16, 128) for f in ("tensor", "token", "group") for q in (False, True)
+    }
+    got = {(b.case.num_heads, b.case.batch, b.case.q_fp8): (b.kind, b.reach) for b in cases_module.FP8_BARS}
+    times = {(16, 128): 150, (64, 128): 185, (128, 128): 300, (16, 16): 27, (64, 16): 32, (128, 16): 48}
+    assert got == {(h, b, q): ("us", us) for (h, b), us in times.items() for q in (False, True)}
+    assert all(bar.case in preset and bar.case.kv_len == 8192 for bar in cases_module.FP8_BARS)
+    rows = [row_of(Case(16, 16, 8192, kv_format="tensor", q_fp8=q), us) for q, us in ((False, 27.5), (True, 26.5))]
+    assert [bar["met"] for bar in runner.judge_bars(rows, {})] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"kv_format": "row"}, "kv_format: expected one of tensor, token, group, got 'row'"), ({"q_fp8": True}, "q_fp8:")],
+)
+def test_wrong_fp8_cases(options, message):
+    with pytest.raises(ValueError, match=message):
+        Case(16, 1, 64, **options)
+
+
+@pytest.mark.parametrize("case", FP8_CASES, ids=lambda case: case.label)
+def test_fp8_pools_hold_random_data_of_the_format(case, small_rotation):
+    device = torch.device("cpu")
+    inputs = runner.make_inputs(case, runner.KvPool.of([case], device), device)
+    ckv, kpe, scales = inputs.ckv_cache, inputs.kpe_cache, inputs.scales
+    ids = inputs.kv_indices.flatten()
+    assert ids.unique().numel() == ids.numel() == case.num_slots * case.batch * case.pages[0]
+    assert ids.max() < ckv.shape[0]
+    dtype = cases_module.DTYPES[case.dtype]
+    rope_dtype = torch.float8_e4m3fn if case.kv_format == "tensor" else dtype
+    assert (ckv.dtype, kpe.dtype) == (torch.float8_e4m3fn, rope_dtype)
+    assert (inputs.q_nope.dtype is torch.float8_e4m3fn) is case.q_fp8
+    assert (inputs.q_pe.dtype is torch.float8_e4m3fn) is (case.q_fp8 and case.kv_format == "tensor")
+    assert inputs.out.dtype is dtype
+    strides = {"tensor": 576, "token": 640, "group": 656}
+    assert ckv.stride(1) == (strides[case.kv_format] if case.layout == "fused" else 512)
+    if case.kv_format == "tensor":
+        real = ckv.float() * scales["ckv_scale"]
+        assert 0.95 < (kpe.float() * scales["kpe_scale"]).std() < 1.05
+        assert 0.95 < real.std() < 1.05
+        parts = (ckv, kpe)
+    else:
+        array = scales["ckv_scale_arr"]
+        assert array.shape == (*ckv.shape[:2], {"token": 1, "group": 4}[case.kv_format])
+        assert 0.5 <= array.amin() * 64 < 0.6 < 1.4 < array.amax() * 64 <= 1.5
+        assert 0.9 < kpe.float().std() < 1.1
+        parts = (ckv, kpe, array)
+    assert (ckv.view(torch.uint8) & 0x7F == 0).float().mean() < 1e-3
+    assert 60 < ckv.float().std() < 68
+    used = [(x.data_ptr(), x.data_ptr() + x.numel() * x.element_size()) for x in parts]
+    if case.layout == "separate":
+        assert all(end <= begin for (_, end), (begin, _) in zip(used, used[1:], strict=False))
+    problem_scales = scales | {"out": inputs.out[0], "lse": inputs.lse[0]}
+    problem = check_decode(
+        inputs.q_nope[0], inputs.q_pe[0], ckv, kpe, inputs.kv_indptr, inputs.kv_indices[0], 0.07,
+        inputs.kv_last_page_len, **problem_scales,
+    )  # fmt: skip
+    assert (problem.kv_format, problem.q_fp8) == (case.kv_format, case.q_fp8)
+    for x in (ckv, kpe, *(() if case.kv_format == "tensor" else (array,))):
+        assert x.data_ptr() % 16 == 0 or x is not ckv
+
+
+def test_fp8_rows_are_checked_and_shown(small_rotation):
+    cases = [*FP8_CASES, SMALL[0]]
+    record = bench(cases)
+    assert record["failed"] == 0, report.summary(record)
+    rows = json.loads(json.dumps(record, allow_nan=False))["rows"]
+    assert {cases_module.case_of(row) for row in rows} == set(cases)
+    for row in rows:
+        case = Case(**row["case"])
+        assert row["check"]["ok"]
+        assert row["gbps"] == pytest.approx(case.bytes_moved / 103.6e-6 / 1e9)
+        assert row["rotation"]["bytes"] == case.num_slots * case.kv_bytes
+        assert "public_best_us" not in row
+    shown = {report.cells(row)[4] for row in rows}
+    assert {"tensor/bf16", "tensor/e4m3", "token/fp16", "group/bf16/fused", "group/e4m3/fused", "bf16"} <= shown
+    assert report._types(Case(4, 2, 100, dtype="float16", kv_format="token", q_fp8=True)) == "token/e4m3/fp16"
+    labels = [case.label for case in cases]
+    assert "H=4 B=2 L=100 page 64 bfloat16 fused group FP8, q e4m3" in labels
+    assert len(set(labels)) == len(labels)
+    assert any(text.startswith("host time of one call with an FP8 cache: 12.5") for text in report.summary(record))
+
+
+@pytest.mark.parametrize("case", [FP8_CASES[1], FP8_CASES[6], FP8_CASES[13]], ids=lambda case: case.label)
+@pytest.mark.parametrize("name", ["ckv_scale", "kpe_scale", "ckv_scale_arr", "q_scale"])
+def test_speed_of_a_kernel_that_forgets_a_scale_is_marked(case, name, small_rotation):
+    def forgets(*args, **options):
+        if options.get(name) is not None:
+            options[name] = torch.full_like(options[name], 1 / 64) if name == "ckv_scale_arr" else 1.0
+        return decode_reference(*args, **options)
+
+    [row] = bench([case], FakeLibrary.make(forgets))["rows"]
+    there = name in runner.make_inputs(case, runner.KvPool.of([case], torch.device("cpu")), torch.device("cpu")).scales
+    assert row["check"]["ok"] is not there
+
+
+def test_peers_leave_fp8_caches_out(small_rotation, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_mla", fake_flash_mla())
+    found, status = peers_module.installed()
+    [row] = bench([FP8_CASES[0]], peers=(found, status))["rows"]
+    assert row["peers"]["flash_mla"] == {"unsupported": "an FP8 cache: peers are timed on 16-bit ones"}
+
+
+def test_records_without_a_format_are_of_16_bit_caches():
+    case = {"num_heads": 16, "batch": 1, "kv_len": 8192, "page_size": 64, "dtype": "bfloat16", "layout": "separate"}
+    assert cases_module.case_of({"case": case}) == Case(16, 1, 8192)
+    groups = {"num_heads": 16, "groups": [[4, 2048, 8192]], "page_size": 64, "dtype": "bfloat16", "causal": True}
+    assert cases_module.case_of({"case": groups}) == cases_module.PrefillCase(16, ((4, 2048, 8192),))
+
+
+def test_select_fp8_cases():
+    options = {"kv_format": "group", "q_fp8": True}
+    assert command.select_cases([], heads=[8], batches=[2], kv_lens=[64], **options) == [Case(8, 2, 64, **options)]
+    assert all(case.kv_format == "group" and case.q_fp8 for case in command.select_cases(["quick"], **options))
+    assert command.select_cases(["fp8"]) == list(PRESETS["fp8"])
+
+
+def test_fp8_prefill_rows(small_rotation):
+    cases = [
+        cases_module.PrefillCase(4, ((2, 5, 100),), 16, kv_format=kv_format, q_fp8=q_fp8)
+        for kv_format in ("tensor", "token", "group")
+        for q_fp8 in (False, True)
+    ]
+    record = bench(cases, cublas=lambda timer: 700.0)
+    assert record["failed"] == 0, report.summary(record)
+    assert {cases_module.case_of(row) for row in json.loads(json.dumps(record))["rows"]} == set(cases)
 
 
 def test_record_rows_and_arithmetic(small_rotation):
@@ -445,12 +608,14 @@ def test_select_cases():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["nonsense"], "preset: expected one of table, bars, pages, prefill, quick, got 'nonsense'"),
+        (["nonsense"], "preset: expected one of table, bars, pages, prefill, fp8, fp8_prefill, quick, got 'nonsense'"),
         (["--heads", "129"], "num_heads: expected 1..128, got 129"),
         (["--heads", "16,x"], "expected integers separated by commas, got '16,x'"),
         (["--page-size", "0", "--heads", "16"], "page_size: expected at least 1, got 0"),
         (["--dtype", "fp8"], "got 'fp8'"),
         (["--config", '{"speed": 11}'], "config: unknown fields ['speed']"),
+        (["--kv-format", "row"], "invalid choice: 'row'"),
+        (["--q-fp8"], "q_fp8: expected a kv_format beside e4m3 queries, got none"),
     ],
 )
 def test_bad_arguments_are_usage_errors(argv, message, capsys):

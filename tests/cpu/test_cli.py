@@ -18,6 +18,7 @@ from mla_cute import gpu as gpu_facts
 from mla_cute.bench import runner as bench_runner
 from mla_cute.cli import app as app_module
 from mla_cute.cli import check as checking
+from mla_cute.cli import check_fp8 as checking_fp8
 from mla_cute.cli import demo as showing
 from mla_cute.cli import info as facts
 from mla_cute.cli import screen
@@ -194,6 +195,105 @@ def test_quick_specs_meet_both_dtypes_and_many_pages_and_heads():
     assert {spec.seed for spec in full}.isdisjoint({spec.seed for spec in checking.specs(False, 1, True)})
 
 
+@pytest.fixture
+def short_fp8_check(monkeypatch):
+    """Four of the specs, short requests: a second instead of twenty."""
+    chosen = [spec for spec in checking_fp8.specs() if spec.num_heads == 16 and spec.kv_format != "group"][:4]
+    monkeypatch.setattr(checking_fp8, "specs", lambda: chosen)
+    monkeypatch.setattr(checking_fp8, "CPU_LENGTHS", (300, 64, 1))
+    return chosen
+
+
+def test_check_fp8_meets_every_format_query_data_and_head_count():
+    specs = checking_fp8.specs()
+    assert len(set(map(str, specs))) == len(specs) == 3 * 3 * 2 * 2
+    assert {spec.kv_format for spec in specs} == {"tensor", "token", "group"}
+    assert {spec.num_heads for spec in specs} == {16, 128}
+    assert {spec.q for spec in specs} == {"bf16", "e4m3"}
+
+
+def test_check_fp8_prints_both_errors_and_writes_the_record(short_fp8_check, tmp_path):
+    path = tmp_path / "fp8.json"
+    result = run("check", "--fp8", "--json", str(path))
+    assert result.exit_code == 0, result.output
+    assert "FP8 caches on the CPU (there is no GPU in this test)" in result.output
+    assert "what runs is the float32 reference" in result.output
+    assert "kernel: rel err" in result.output
+    assert result.output.rstrip().endswith("all correct")
+    record = json.loads(path.read_text())
+    assert record["kind"] == "mla_cute.check.fp8"
+    assert record["computed_by"] == "float32 reference on the CPU: there is no GPU in this test"
+    assert record["versions"]["torch"] == torch.__version__
+    assert len(record["source_sha256"]) == 64
+    assert (record["failed"], len(record["rows"])) == (0, 4)
+    assert record["lengths"] == [300, 64, 1]
+    for row in record["rows"]:
+        kernel, format_ = row["kernel_error"], row["format_error"]
+        # rounding the output to bf16, and e4m3 with 3 bits of mantissa
+        assert 5e-4 < kernel["rel_err"] < 3e-3
+        assert kernel["lse_err"] < 1e-5
+        assert 1e-2 < format_["rel_err"] < 6e-2
+        assert 1e-3 < format_["lse_err"] < 1
+        assert format_["cosine"] < kernel["cosine"] <= 1 + 1e-12
+        assert format_["max_err"] > kernel["max_err"] > 0
+        name = (row["data"], row["kv_format"], row["q"], str(row["num_heads"]))
+        shown = [tuple(cell.strip() for cell in text.split("│")[1:5]) for text in result.output.splitlines()]
+        assert shown.count(name) == 1
+
+
+def test_check_fp8_on_outliers_large_rope_and_128_heads():
+    lengths = (300, 1)
+    found = {}
+    for data, kv_format in (("normal", "group"), ("6 channels x 50", "tensor"), ("6 channels x 50", "group")):
+        spec = checking_fp8.Spec(data, kv_format, False, 128)
+        case, fp8 = checking_fp8.make(spec, torch.device("cpu"), lengths, 0)
+        assert (case.ckv_cache.nan_to_num()[..., 77].abs().amax() > 50) == (data != "normal")
+        ours, theirs = fp8.real().ckv_cache.nan_to_num(), case.ckv_cache.float().nan_to_num()
+        small = [c for c in range(512) if c not in checking_fp8.OUTLIER_CHANNELS]
+        found[data, kv_format] = float((ours - theirs)[..., small].norm() / theirs[..., small].norm())
+    # an outlier costs the channels that share its scale their subnormals
+    assert found["6 channels x 50", "tensor"] > found["6 channels x 50", "group"] > found["normal", "group"]
+    case, _ = checking_fp8.make(checking_fp8.Spec("rope to 1000", "token", False, 16), torch.device("cpu"), (2000,), 0)
+    largest = float(case.kpe_cache.nan_to_num().abs().amax())
+    assert 500 < largest <= 1000
+
+
+def test_check_fp8_fails_on_a_wrong_result(short_fp8_check, monkeypatch):
+    def forgets_the_scale(*args, kpe_scale=1.0, **options):
+        return reference.decode_reference(*args, **options, kpe_scale=1.0)
+
+    monkeypatch.setattr(mla_cute, "mla_paged_decode", forgets_the_scale)
+    result = run("check", "--fp8")
+    assert result.exit_code == 1
+    assert "FAILED normal, tensor, bf16, 16 heads: output: error norm" in result.output
+    assert "FAILED normal, token" not in result.output
+    assert "all correct" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--fp8", "--quick"], "--quick: the FP8 check has one size"), (["--json", "x"], "--json: only the FP8 check")],
+)
+def test_check_fp8_usage_errors(arguments, message):
+    result = run("check", *arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_figures_of_what_is_not_finite_are_none():
+    x = torch.ones(1, 2, 512)
+    lse = torch.zeros(1, 2)
+    found = checking_fp8.figures(x * 1.5, lse + 0.25, x, lse)
+    assert found == pytest.approx({"rel_err": 0.5, "max_err": 0.5, "cosine": 1.0, "lse_err": 0.25})
+    found = checking_fp8.figures(x * torch.nan, lse, x, lse)
+    assert found == {"rel_err": None, "max_err": None, "cosine": None, "lse_err": 0.0}
+    row = {"data": "d", "kv_format": "f", "q": "q", "num_heads": 1, "failures": ["NaN"]}
+    cells = checking_fp8.cells(row | {"kernel_error": found, "format_error": found})
+    assert len(cells) == len(checking_fp8.COLUMNS)
+    assert cells[4:8] == ("nan", "nan", "nan", "0.0e+00")
+    assert cells[-1] == "FAILED"
+
+
 def test_the_cpu_sweep_is_the_full_one_without_the_longest_requests():
     gpu, cpu = checking.specs(False, 0, True), checking.specs(False, 0, False)
     assert len(gpu) == len(cpu)
@@ -270,10 +370,13 @@ def test_bench_without_a_gpu_says_so():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nonsense"], "preset: expected one of table, bars, pages, prefill, quick, got 'nonsense'"),
+        (["nonsense"], "preset: expected one of table, bars, pages, prefill, fp8, fp8_prefill, quick, got 'nonsense'"),
         (["--heads", "16,x"], "--heads: expected integers separated by commas, got '16,x'"),
         (["--dtype", "fp8"], "--dtype: expected some of bfloat16"),
         (["--layout", "heap"], "layout: expected separate or fused, got 'heap'"),
+        (["--kv-format", "row"], "kv_format: expected one of tensor, token, group, got 'row'"),
+        (["--kv-format", ""], "kv_format: expected one of tensor, token, group, got ''"),
+        (["--q-fp8"], "q_fp8: expected a kv_format beside e4m3 queries, got none"),
         (["--config", '{"speed": 11}'], "config: unknown fields ['speed']"),
         (["--config", "{"], "Expecting property name"),
         (["--compare", "none.json", "none.json"], "none.json"),
@@ -313,6 +416,15 @@ def test_bench_prints_a_table_and_writes_the_record(hopper, tmp_path):
     assert [row["case"]["dtype"] for row in record["rows"]] == ["bfloat16", "float16"]
     assert record["gpu"]["name"] == "NVIDIA H200"
     assert record["complete"] is True
+
+
+def test_bench_of_an_fp8_grid(hopper, tmp_path):
+    out = tmp_path / "record.json"
+    result = run("bench", *GRID, "--kv-format", "token", "--q-fp8", "--out", str(out))
+    assert result.exit_code == 0, result.output
+    assert "token/e4m3" in result.output
+    case = json.loads(out.read_text())["rows"][0]["case"]
+    assert (case["kv_format"], case["q_fp8"]) == ("token", True)
 
 
 def test_bench_of_a_wrong_kernel_exits_with_1(hopper, monkeypatch):

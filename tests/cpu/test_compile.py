@@ -14,6 +14,7 @@ MAX_REGISTERS_PER_SM = 65536
 VARIANTS = registry.variants()
 STEPS = [v for v in VARIANTS if v[0] in (registry.DECODE, registry.PREFILL)]
 PLANNERS = [v for v in VARIANTS if v[0] in (registry.PLANNER, registry.PREFILL_PLANNER)]
+APPENDS = registry.append_variants()
 
 
 def name(variant):
@@ -47,7 +48,7 @@ def test_registry_is_complete():
     assert len({repr(v) for v in VARIANTS}) == len(VARIANTS), "keys with equal repr would share a cache entry"
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=name)
+@pytest.mark.parametrize("variant", [*VARIANTS, *APPENDS], ids=name)
 def test_resources(variant, caplog):
     facts, opcodes = compiled(variant)
     assert facts["spill_bytes"] == 0
@@ -89,3 +90,33 @@ def test_planner_uses_no_tensor_core(variant):
     mnemonics = sass.instruction_counts_of(opcodes)
     assert mnemonics["HGMMA"] == mnemonics["HMMA"] == mnemonics["UTMALDG"] == 0
     assert mnemonics["total"] > 100
+
+
+def test_append_is_complete():
+    keys = [key for _, key, _ in APPENDS]
+    assert len(set(keys)) == len({repr(key) for key in keys}) == len(keys) == 2 * 4 * 2
+    assert registry.append_variants(["float16"], ["group"]) == [
+        (registry.APPEND, registry.AppendKey("float16", "group", slots), None) for slots in ("int32", "int64")
+    ]
+    with pytest.raises(ValueError, match="kv_formats: expected"):
+        registry.append_variants(kv_formats=["block"])
+
+
+@pytest.mark.parametrize("variant", APPENDS, ids=name)
+def test_append_instructions(variant):
+    facts, opcodes = compiled(variant)
+    key = variant[1]
+    assert facts["registers"] <= 64, "fewer than 32 warps would fit an SM"
+    assert facts["threads"] == 128
+    memory = {o: n for o, n in opcodes.items() if o.split(".")[0] in ("LDG", "STG", "LD", "ST", "LDS", "STS")}
+    scales = {"STG.E": 1} if key.kv_format in ("token", "group") else {}
+    stores = {"": {"STG.E.128": 3}, "tensor": {"STG.E.128": 1, "STG.E.64": 1}}.get(key.kv_format, {"STG.E.128": 2})
+    slot = {"LDG.E.64" if key.slots == "int64" else "LDG.E": 1}
+    assert memory == {"LDG.E.128": 3, **slot, **stores, **scales}
+    conversions = {o: n for o, n in opcodes.items() if "E4M3" in o}
+    values = {"": 0, "tensor": 16 + 8}.get(key.kv_format, 16)
+    assert sum(conversions.values()) == values // 2
+    assert all("SATFINITE" in o for o in conversions)
+    # division and not multiplication by a reciprocal: one check for operands out of the short form's range per quotient
+    assert opcodes["FCHK"] == values + len(scales)
+    assert opcodes["SHFL.BFLY"] == {"token": 5, "group": 3}.get(key.kv_format, 0)

@@ -45,7 +45,23 @@ BAD_BOTH = [
     ("q_pe", zeros(14, 16, 64), ValueError, "expected shape [15, 16, 64], got [14, 16, 64]"),
     ("q_pe", zeros(4, 16, 64), ValueError, "expected shape [15, 16, 64], got [4, 16, 64]"),
     ("ckv_cache", zeros(160, 512), ValueError, "expected shape [num_pages, page_size, 512], got [160, 512]"),
-    ("ckv_cache", zeros(20, 8, 512).to(torch.float8_e4m3fn), TypeError, "got torch.float8_e4m3fn"),
+    (
+        "q_nope",
+        zeros(15, 16, 512).to(torch.float8_e4m3fn),
+        TypeError,
+        "with a 16-bit ckv_cache, got torch.float8_e4m3fn",
+    ),
+    ("ckv_cache", zeros(20, 8, 512).to(torch.float8_e5m2), TypeError, "got torch.float8_e5m2"),
+    (
+        "kpe_cache",
+        zeros(9, 8, 64).to(torch.float8_e4m3fn),
+        TypeError,
+        "torch.bfloat16 (that of q_nope), got torch.float8",
+    ),
+    ("ckv_scale", 2.0, ValueError, "expected 1.0 with a 16-bit ckv_cache, got 2.0"),
+    ("kpe_scale", torch.ones(()), TypeError, "expected a Python number, got a torch.Tensor of torch.float32"),
+    ("q_scale", 0.5, ValueError, "expected 1.0 with 16-bit queries, got 0.5"),
+    ("ckv_scale_arr", zeros(9, 8, 4, dtype=torch.float32), ValueError, "expected None with a 16-bit ckv_cache, got a"),
     ("kpe_cache", lambda case: case.caches.kpe_cache[1:], ValueError, "expected shape [9, 8, 64], got [8, 8, 64]"),
     ("qo_indptr", [0, 4, 6, 6, 15], TypeError, "expected a torch.Tensor, got list"),
     ("qo_indptr", None, TypeError, "expected a torch.Tensor, got NoneType"),
@@ -394,5 +410,7 @@ def test_variants_by_op():
         },
     }
     assert len(registry.variants(dtypes=("bfloat16",), page_sizes=(64, 1), ops=("prefill",))) == 2 + 6
+    with pytest.raises(ValueError, match=r"^kv_formats: expected names from \('', 'tensor', .*got \['block'\]"):
+        registry.variants(kv_formats=("block",))
     with pytest.raises(ValueError, match=r"^ops: expected names from \('decode', 'prefill'\), got \['append'\]"):
         registry.variants(ops=("decode", "append"))

@@ -64,7 +64,30 @@ BAD_BOTH = [
     ("q_pe", zeros(4, 16, 64, device="meta"), ValueError, "expected device cpu (that of q_nope), got meta"),
     ("ckv_cache", "cache", TypeError, "expected a torch.Tensor, got str"),
     ("ckv_cache", zeros(20, 8, 512, dtype=torch.float16), TypeError, "expected dtype torch.bfloat16"),
-    ("ckv_cache", zeros(20, 8, 512).to(torch.float8_e4m3fn), TypeError, "got torch.float8_e4m3fn"),
+    (
+        "q_nope",
+        zeros(4, 16, 512).to(torch.float8_e4m3fn),
+        TypeError,
+        "with a 16-bit ckv_cache, got torch.float8_e4m3fn",
+    ),
+    (
+        "q_pe",
+        zeros(4, 16, 64).to(torch.float8_e4m3fn),
+        TypeError,
+        "expected dtype torch.bfloat16 (that of q_nope), got",
+    ),
+    (
+        "ckv_cache",
+        zeros(20, 8, 512).to(torch.float8_e5m2),
+        TypeError,
+        "torch.bfloat16 (that of q_nope) or torch.float8_e4",
+    ),
+    (
+        "kpe_cache",
+        zeros(9, 8, 64).to(torch.float8_e4m3fn),
+        TypeError,
+        "torch.bfloat16 (that of q_nope), got torch.float8",
+    ),
     ("ckv_cache", zeros(160, 512), ValueError, "expected shape [num_pages, page_size, 512], got [160, 512]"),
     ("ckv_cache", zeros(20, 8, 1, 512), ValueError, "got [20, 8, 1, 512]"),
     ("ckv_cache", zeros(20, 8, 576), ValueError, "expected shape [num_pages, page_size, 512], got [20, 8, 576]"),
@@ -111,6 +134,22 @@ BAD_BOTH = [
     ("lse", zeros(16, 4, dtype=torch.float32).T, ValueError, "expected a contiguous tensor, got strides [1, 4]"),
     ("lse", zeros(4, 16, dtype=torch.float32, device="meta"), ValueError, "expected device cpu (that of q_nope)"),
 ]
+# A 16-bit cache and 16-bit queries have no scales.
+BAD_SCALES = [
+    ("ckv_scale", 2.0, ValueError, "expected 1.0 with a 16-bit ckv_cache, got 2.0"),
+    ("ckv_scale", float("nan"), ValueError, "expected 1.0 with a 16-bit ckv_cache, got nan"),
+    ("ckv_scale", torch.tensor(1.0), TypeError, "expected a Python number, got a torch.Tensor of torch.float32"),
+    ("ckv_scale", None, TypeError, "expected a Python number, got NoneType"),
+    ("ckv_scale", True, TypeError, "expected a Python number, got bool True"),
+    ("kpe_scale", 0.5, ValueError, "expected 1.0 with a 16-bit ckv_cache, got 0.5"),
+    ("kpe_scale", torch.ones(()), TypeError, "expected a Python number, got a torch.Tensor of torch.float32"),
+    ("q_scale", 3, ValueError, "expected 1.0 with 16-bit queries, got 3"),
+    ("q_scale", "1", TypeError, "expected a Python number, got str '1'"),
+    ("q_scale", torch.ones(1), TypeError, "expected a Python number, got a torch.Tensor of torch.float32"),
+    ("ckv_scale_arr", zeros(9, 8, 1, dtype=torch.float32), ValueError, "expected None with a 16-bit ckv_cache, got a"),
+    ("ckv_scale_arr", 1.0, ValueError, "expected None with a 16-bit ckv_cache, got float 1.0"),
+]
+BAD_BOTH += BAD_SCALES
 BAD_CSR = [
     ("kv_indptr", [0, 1, 2, 3, 4], TypeError, "expected a torch.Tensor, got list"),
     ("kv_indptr", ints(5, dtype=torch.int64), TypeError, "expected dtype torch.int32, got torch.int64"),
@@ -210,6 +249,26 @@ def test_numpy_scalar_is_a_number():
     case = small_case()
     for scale in (numpy.float32(0.1), numpy.float64(0.1)):
         assert check_decode(**csr_call(case) | {"sm_scale": scale}).batch == BATCH
+
+
+@pytest.mark.parametrize("early_exit", [True, False])
+def test_scales_of_one_are_legal_for_a_16_bit_cache(monkeypatch, early_exit):
+    if not early_exit:
+        monkeypatch.setattr(problem_module, "_usual", lambda *arguments: None)
+    case = small_case()
+    for one in (float("1"), 1, fractions.Fraction(1)):
+        for names in (("ckv_scale",), ("kpe_scale", "q_scale"), ("ckv_scale", "kpe_scale", "q_scale")):
+            ones = dict.fromkeys(names, one) | {"ckv_scale_arr": None}
+            assert check_decode(**csr_call(case) | ones) == check_decode(**csr_call(case))
+            assert check_decode_block_table(**block_table_call(case) | ones) == check_decode(**csr_call(case))
+
+
+def test_a_scale_of_one_is_usual_whichever_object_it_is():
+    call = csr_call(small_case())
+    usual = check_decode(**call)
+    assert not usual.odd_strides
+    assert check_decode(**call, ckv_scale=float("1"), kpe_scale=float("1"), q_scale=float("1")) is usual
+    assert check_decode(**call, kpe_scale=float("1")) is usual
 
 
 @pytest.mark.parametrize("num_heads", [1, 2, 127, 128])

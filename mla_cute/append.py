@@ -1,0 +1,314 @@
+"""Append new tokens to a paged latent cache, quantised where the cache is FP8: one kernel, a warp per token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from . import jit, quant
+from . import problem as shared
+from .kernels.registry import APPEND, AppendKey
+from .plan import check_enabled, num_sms
+from .problem import _MAX_SCALE, _MIN_SCALE, CKV_DIM, DTYPES, FP8, KPE_DIM, UNSCALED
+
+_SLOT_NAMES = {torch.int32: "int32", torch.int64: "int64"}
+_DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def append_to_cache(
+    ckv: torch.Tensor,
+    kpe: torch.Tensor,
+    ckv_cache: torch.Tensor,
+    kpe_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    ckv_scale: float = UNSCALED,
+    kpe_scale: float = UNSCALED,
+    ckv_scale_arr: torch.Tensor | None = None,
+) -> None:
+    """Write n new tokens into their slots of a paged cache, in the cache's format.
+
+    Args:
+        ckv: [n, 512] bfloat16 or float16; last dimension contiguous, rows and address multiples of 16 bytes.
+        kpe: [n, 64], dtype of ckv, likewise.
+        ckv_cache: [num_pages, page_size, 512], dtype of ckv or float8_e4m3fn; as for :func:`mla_paged_decode`.
+        kpe_cache: [num_pages, page_size, 64], likewise.
+        slot_mapping: [n] int32 or int64: page * page_size + row of each token; negative: the token is padding and is
+            skipped.
+        ckv_scale, kpe_scale: Python numbers > 0, the scales of format "tensor"; else 1.
+        ckv_scale_arr: float32 [num_pages, page_size, 1] (format "token") or [num_pages, page_size, 4] (format "group"),
+            written with the scales computed here: amax / 448 of the token or of 128 of its channels, 1 where that is 0
+            or NaN. None otherwise.
+
+        format    ckv_cache        kpe_cache        what is stored
+        (16 bit)  dtype of ckv     dtype of ckv     a copy
+        "tensor"  float8_e4m3fn    float8_e4m3fn    ckv / ckv_scale, kpe / kpe_scale
+        "token"   float8_e4m3fn    dtype of ckv     ckv / scale of the token, a copy of kpe
+        "group"   float8_e4m3fn    dtype of ckv     ckv / scale of the group, a copy of kpe
+
+        Stored e4m3 values are rounded to nearest even, saturate at +-448 and keep NaN: bit for bit (the sign of a NaN
+        excepted) what :mod:`mla_cute.quant` makes of the same tokens.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it, what was expected and what it was. Nothing
+            has been written.
+        RuntimeError: a CUDA device that is not Hopper (compute capability 9.0).
+
+    Runs on torch's current stream and can be captured in a CUDA graph. CPU tensors are written by torch. Of two tokens
+    with one slot, which wins is undefined, as is what slots beyond num_pages * page_size do on CUDA, except with
+    MLA_CUTE_CHECK=1, which looks at the slots, synchronising, and raises ValueError.
+    """
+    kv_format = _check(ckv, kpe, ckv_cache, kpe_cache, slot_mapping, ckv_scale, kpe_scale, ckv_scale_arr)
+    if slot_mapping.shape[0] == 0:
+        return
+    on_gpu = ckv.is_cuda
+    if not on_gpu or check_enabled():
+        _verify_slots(slot_mapping, ckv_cache.shape[0] * ckv_cache.shape[1])
+    if not on_gpu:
+        append_reference(
+            ckv, kpe, ckv_cache, kpe_cache, slot_mapping, kv_format, float(ckv_scale), float(kpe_scale), ckv_scale_arr
+        )
+        return
+    num_sms(ckv.device)
+    if kv_format:
+        ckv_cache = ckv_cache.view(torch.uint8)
+        if kv_format == "tensor":
+            kpe_cache = kpe_cache.view(torch.uint8)
+    append = jit.get(APPEND, AppendKey(_DTYPE_NAMES[ckv.dtype], kv_format, _SLOT_NAMES[slot_mapping.dtype]), None)
+    append(
+        ckv,
+        kpe,
+        ckv_cache,
+        kpe_cache,
+        # without scales the kernel takes any tensor here
+        slot_mapping if ckv_scale_arr is None else ckv_scale_arr,
+        slot_mapping,
+        float(ckv_scale),
+        float(kpe_scale),
+    )
+
+
+@torch.no_grad()
+def append_reference(
+    ckv: torch.Tensor,
+    kpe: torch.Tensor,
+    ckv_cache: torch.Tensor,
+    kpe_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    kv_format: str,
+    ckv_scale: float = UNSCALED,
+    kpe_scale: float = UNSCALED,
+    ckv_scale_arr: torch.Tensor | None = None,
+) -> None:
+    """`append_to_cache` in torch, of arguments that passed its checks; `kv_format` as in :mod:`mla_cute.quant`."""
+    kept = (slot_mapping >= 0).nonzero().squeeze(1)
+    slots = slot_mapping[kept].long()
+    page_size = ckv_cache.shape[1]
+    where = (slots // page_size, slots % page_size)
+    ckv, kpe = ckv[kept], kpe[kept]
+    if kv_format == "tensor":
+        ckv, kpe = quant.quantize_tensor(ckv, kpe, ckv_scale, kpe_scale)
+    elif kv_format:
+        assert ckv_scale_arr is not None
+        quantize = quant.quantize_token if kv_format == "token" else quant.quantize_group
+        ckv, ckv_scale_arr[where] = quantize(ckv)
+    for cache, rows in ((ckv_cache, ckv), (kpe_cache, kpe)):
+        as_bits: Any = torch.uint8 if cache.dtype is FP8 else torch.int16  # a copy of bits, NaN included
+        cache.view(as_bits)[where] = rows.view(as_bits)
+
+
+def _check(
+    ckv: torch.Tensor,
+    kpe: torch.Tensor,
+    ckv_cache: torch.Tensor,
+    kpe_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    ckv_scale: float,
+    kpe_scale: float,
+    ckv_scale_arr: torch.Tensor | None,
+) -> str:
+    """The format of the caches; TypeError or ValueError for the first wrong argument. As in problem.py: one cheap
+    question whether everything is as usual, and the explanation, which is the authority, only when it is not."""
+    try:
+        kv_format = _usual(ckv, kpe, ckv_cache, kpe_cache, slot_mapping, ckv_scale, kpe_scale, ckv_scale_arr)
+        if kv_format is not None:
+            return kv_format
+    except (AttributeError, TypeError, ValueError):
+        pass  # an argument is no tensor or has another rank; which one is the explanation's job
+    return _explain(ckv, kpe, ckv_cache, kpe_cache, slot_mapping, ckv_scale, kpe_scale, ckv_scale_arr)
+
+
+def _usual(
+    ckv: torch.Tensor,
+    kpe: torch.Tensor,
+    ckv_cache: torch.Tensor,
+    kpe_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    ckv_scale: float,
+    kpe_scale: float,
+    ckv_scale_arr: torch.Tensor | None,
+) -> str | None:
+    """The format, or None when anything is unusual (which need not be wrong)."""
+    n, ckv_dim = ckv.shape
+    num_pages, page_size, cache_dim = ckv_cache.shape
+    dtype, device, kpe_dtype = ckv.dtype, ckv.device, kpe_cache.dtype
+    on_gpu = ckv.is_cuda
+    if not (
+        ckv_dim == CKV_DIM
+        and cache_dim == CKV_DIM
+        and num_pages >= 1
+        and page_size >= 1
+        and dtype in DTYPES
+        and kpe.dtype is dtype
+        and slot_mapping.dtype in _SLOT_NAMES
+        and kpe.shape == (n, KPE_DIM)
+        and kpe_cache.shape == (num_pages, page_size, KPE_DIM)
+        and slot_mapping.shape == (n,)
+        and kpe.device == device
+        and ckv_cache.device == device
+        and kpe_cache.device == device
+        and slot_mapping.device == device
+        and (on_gpu or ckv.is_cpu)
+        and type(ckv_scale) is type(kpe_scale) is float
+        and _is_aligned_to(16, on_gpu, ckv, kpe)
+        and _is_aligned_to(16, on_gpu, ckv_cache, kpe_cache)
+    ):
+        return None
+    kv_format = "tensor"
+    if ckv_scale_arr is not None:
+        _, _, num_scales = ckv_scale_arr.shape
+        if not (
+            num_scales in shared._FORMAT_OF_SCALES
+            and ckv_scale_arr.shape == (num_pages, page_size, num_scales)
+            and ckv_scale_arr.dtype is torch.float32
+            and ckv_scale_arr.device == device
+            and ckv_cache.dtype is FP8
+            and kpe_dtype is dtype
+            and _is_aligned_to(4 * num_scales, on_gpu, ckv_scale_arr)
+        ):
+            return None
+        kv_format = shared._FORMAT_OF_SCALES[num_scales]
+    elif ckv_cache.dtype is dtype and kpe_dtype is dtype:
+        kv_format = ""
+    elif not (ckv_cache.dtype is FP8 and kpe_dtype is FP8):
+        return None
+    if kv_format == "tensor":
+        usual = _MIN_SCALE <= ckv_scale <= _MAX_SCALE and _MIN_SCALE <= kpe_scale <= _MAX_SCALE
+    else:
+        usual = ckv_scale == kpe_scale == 1.0
+    return kv_format if usual else None
+
+
+def _is_aligned_to(num_bytes: int, on_gpu: bool, *operands: torch.Tensor) -> bool:
+    """No stride is 0, the last is 1; on a GPU, the others and the address are multiples of `num_bytes`."""
+    for x in operands:
+        *outer, last = x.stride()
+        if last != 1 or 0 in outer:
+            return False
+        if on_gpu:
+            bits = x.data_ptr()
+            for stride in outer:
+                bits |= stride * x.itemsize
+            if bits % num_bytes:
+                return False
+    return True
+
+
+def _explain(
+    ckv: torch.Tensor,
+    kpe: torch.Tensor,
+    ckv_cache: torch.Tensor,
+    kpe_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    ckv_scale: float,
+    kpe_scale: float,
+    ckv_scale_arr: torch.Tensor | None,
+) -> str:
+    shared._expect_tensor("ckv", ckv)
+    dtype, device = ckv.dtype, ckv.device
+    if dtype not in DTYPES:
+        raise TypeError(f"ckv: expected dtype {' or '.join(map(str, DTYPES))}, got {dtype}")
+    shared._expect_shape("ckv", ckv, (None, CKV_DIM), f"[n, {CKV_DIM}]")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"ckv: expected a tensor on a cuda device or the cpu, got device {device}")
+    shared._expect_aligned("ckv", ckv)
+    n = ckv.shape[0]
+
+    shared._expect_tensor("kpe", kpe)
+    shared._expect_dtype("kpe", kpe, "ckv", dtype)
+    shared._expect_shape("kpe", kpe, (n, KPE_DIM), f"[n, {KPE_DIM}]")
+    _expect_device("kpe", kpe, device)
+    shared._expect_aligned("kpe", kpe)
+
+    shared._expect_tensor("ckv_cache", ckv_cache)
+    if ckv_cache.dtype is not FP8:
+        shared._expect_dtype("ckv_cache", ckv_cache, "ckv", dtype, f" or {FP8}")
+    shared._expect_shape("ckv_cache", ckv_cache, (None, None, CKV_DIM), f"[num_pages, page_size, {CKV_DIM}]")
+    num_pages, page_size, _ = ckv_cache.shape
+    if num_pages < 1:
+        raise ValueError(f"ckv_cache: expected num_pages >= 1 (dimension 0), got {num_pages}")
+    if page_size < 1:
+        raise ValueError(f"ckv_cache: expected page_size >= 1 (dimension 1), got {page_size}")
+    _expect_target("ckv_cache", ckv_cache, device)
+
+    shared._expect_tensor("kpe_cache", kpe_cache)
+    is_16bit = ckv_cache.dtype is not FP8
+    if is_16bit:
+        shared._expect_dtype("kpe_cache", kpe_cache, "ckv_cache", dtype)
+    elif kpe_cache.dtype is not FP8:
+        shared._expect_dtype("kpe_cache", kpe_cache, "kpe", dtype, f" or {FP8}")
+    shared._expect_shape("kpe_cache", kpe_cache, (num_pages, page_size, KPE_DIM), "")
+    _expect_target("kpe_cache", kpe_cache, device)
+
+    shared._expect_tensor("slot_mapping", slot_mapping)
+    if slot_mapping.dtype not in _SLOT_NAMES:
+        raise TypeError(f"slot_mapping: expected dtype torch.int32 or torch.int64, got {slot_mapping.dtype}")
+    shared._expect_shape("slot_mapping", slot_mapping, (n,), "")
+    _expect_device("slot_mapping", slot_mapping, device)
+
+    if isinstance(ckv_scale_arr, torch.Tensor):
+        _expect_device("ckv_scale_arr", ckv_scale_arr, device)
+    kv_format = shared._explain_format(is_16bit, kpe_cache, ckv_scale_arr, num_pages, page_size, device)
+    if ckv_scale_arr is not None:
+        _expect_own_memory("ckv_scale_arr", ckv_scale_arr)
+    if kv_format == "tensor":
+        shared._expect_scale("ckv_scale", ckv_scale)
+        shared._expect_scale("kpe_scale", kpe_scale)
+    else:
+        with_what = "ckv_scale_arr" if kv_format else "a 16-bit ckv_cache"
+        shared._expect_one("ckv_scale", ckv_scale, with_what)
+        shared._expect_one("kpe_scale", kpe_scale, with_what)
+    return kv_format
+
+
+def _expect_target(name: str, x: torch.Tensor, device: torch.device) -> None:
+    _expect_device(name, x, device)
+    shared._expect_aligned(name, x)
+    _expect_own_memory(name, x)
+
+
+def _expect_device(name: str, x: torch.Tensor, device: torch.device) -> None:
+    if x.device != device:
+        raise ValueError(f"{name}: expected device {device} (that of ckv), got {x.device}")
+
+
+def _expect_own_memory(name: str, x: torch.Tensor) -> None:
+    if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
+        raise ValueError(
+            f"{name}: expected memory for every element, got an expanded tensor of strides {list(x.stride())}"
+        )
+
+
+def _verify_slots(slot_mapping: torch.Tensor, num_slots: int) -> None:
+    shared._raise_first(
+        [
+            (
+                shared._first(slot_mapping >= num_slots, slot_mapping),
+                lambda at, value: (
+                    f"slot_mapping: expected values below {num_slots} (num_pages * page_size), got {value} "
+                    f"at position {at}"
+                ),
+            )
+        ]
+    )
