@@ -5,6 +5,7 @@ import functools
 from typing import Any
 
 KERNELS = ("rows",)
+FP8_KERNELS = ("auto", "rows", "few_rows")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +22,8 @@ class KernelConfig:
     """One point of the tuning space of the decode path.
 
     kernel            which main kernel runs: "rows" (64 packed rows per tile, two KV tiles in flight)
+    fp8_kernel        the same for FP8 caches: "rows", "few_rows" (decode with at most 16 heads), or "auto": few_rows
+                      where it can run
     evict_first       KV loads carry the L2 evict-first hint
     use_pdl           launch planner, main and merge kernels with programmatic dependent launch
     min_blocks        64-token blocks below which a piece of a request is not split further (even)
@@ -30,6 +33,7 @@ class KernelConfig:
     """
 
     kernel: str = "rows"
+    fp8_kernel: str = "auto"
     evict_first: bool = True
     use_pdl: bool = True
     min_blocks: int = 2
@@ -65,6 +69,8 @@ def why_infeasible(config: KernelConfig) -> str | None:
     """The one feasibility rule: None, or the reason why `config` cannot run."""
     if config.kernel not in KERNELS:
         return f"kernel: expected one of {KERNELS}, got {config.kernel!r}"
+    if config.fp8_kernel not in FP8_KERNELS:
+        return f"fp8_kernel: expected one of {FP8_KERNELS}, got {config.fp8_kernel!r}"
     if config.min_blocks < 2 or config.min_blocks % 2:
         return f"min_blocks: expected an even number >= 2, got {config.min_blocks}"
     if config.item_overhead < 0:

@@ -15,7 +15,9 @@ from .jit import KernelRef
 from .kernels.registry import (
     BLOCK,
     DECODE,
+    DECODE_FEW_FP8,
     DECODE_FP8,
+    FEW_ROWS,
     FIXED_MAX_PIECES,
     FIXED_MIN_BLOCKS,
     MAX_PARTS,
@@ -179,8 +181,12 @@ class Plan:
         dtype, box_rows = _DTYPE_NAMES[problem.dtype], box_rows_of(problem.page_size)
         if problem.kv_format:
             fp8_key = Fp8Key(dtype, box_rows, problem.kv_format, problem.q_fp8)
-            return jit.get(self._fp8_step, fp8_key, self.config.launch())
+            return jit.get(self._fp8_step_of(problem), fp8_key, self.config.launch())
         return jit.get(self._step, self._step_key(dtype, box_rows), self.config.launch())
+
+
+    def _fp8_step_of(self, problem: DecodeProblem | PrefillProblem) -> KernelRef:
+        return self._fp8_step
 
 
 class DecodePlan(Plan):
@@ -205,6 +211,14 @@ class DecodePlan(Plan):
     _step = DECODE
     _step_key = DecodeKey
     _fp8_step = DECODE_FP8
+
+    def _fp8_step_of(self, problem: DecodeProblem | PrefillProblem) -> KernelRef:
+        choice, fits = self.config.fp8_kernel, problem.num_heads <= FEW_ROWS
+        if choice == "few_rows" and not fits:
+            raise ValueError(
+                f"config: fp8_kernel 'few_rows' runs at most {FEW_ROWS} heads, the call has {problem.num_heads}"
+            )
+        return DECODE_FEW_FP8 if fits and choice != "rows" else DECODE_FP8
 
     def __init__(
         self,

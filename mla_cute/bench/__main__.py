@@ -12,7 +12,7 @@ from typing import Any
 from .. import gpu as gpu_facts
 from ..config import KernelConfig
 from . import peers, report
-from .cases import DTYPES, PRESETS, Case, PrefillCase
+from .cases import DTYPES, PRESETS, TOKEN_BYTES, Case, PrefillCase
 from .runner import Library, run, write_json
 from .timing import CudaTimer
 
@@ -43,12 +43,17 @@ def select_cases(
     page_sizes: list[int] | None = None,
     dtype_names: list[str] | None = None,
     layout: str = "separate",
+    kv_format: str | None = None,
+    q_fp8: bool = False,
 ) -> list[Case | PrefillCase]:
     """Cases of the presets and of the grid, each once, in the order given.
 
-    With a preset, `page_sizes`, `dtype_names` and `layout` replace those of its cases. Raises ValueError for an unknown
-    preset and for values a case cannot have.
+    With a preset, `page_sizes`, `dtype_names` and `layout` replace those of its cases, and with `kv_format` it and
+    `q_fp8` do. Raises ValueError for an unknown preset and for values a case cannot have.
     """
+    if q_fp8 and kv_format is None:
+        raise ValueError("q_fp8: expected a kv_format beside e4m3 queries, got none")
+    fp8: dict[str, Any] = {} if kv_format is None else {"kv_format": kv_format, "q_fp8": q_fp8}
     cases: list[Case | PrefillCase] = []
     if not presets and heads is None and batches is None and kv_lens is None:
         presets = ["quick"]
@@ -58,7 +63,7 @@ def select_cases(
         for case in PRESETS[name]:
             sizes, names = page_sizes or [case.page_size], dtype_names or [case.dtype]
             cases += [
-                dataclasses.replace(case, page_size=size, dtype=dtype, layout=layout)
+                dataclasses.replace(case, page_size=size, dtype=dtype, layout=layout, **fp8)
                 for size, dtype in itertools.product(sizes, names)
             ]
     if not presets or heads or batches or kv_lens:
@@ -69,7 +74,7 @@ def select_cases(
             page_sizes or [64],
             dtype_names or ["bfloat16"],
         )
-        cases += [Case(*point, layout) for point in itertools.product(*grid)]
+        cases += [Case(*point, layout, **fp8) for point in itertools.product(*grid)]
     return list(dict.fromkeys(cases))
 
 
@@ -85,6 +90,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--layout", choices=("separate", "fused"), default="separate", help="caches apart, or one 576-wide buffer"
     )
+    formats = [name for name in TOKEN_BYTES if name]
+    p.add_argument("--kv-format", choices=formats, help="FP8 cache; grid, or instead of the preset's caches")
+    p.add_argument("--q-fp8", action="store_true", help="e4m3 queries, with --kv-format")
     p.add_argument("--config", type=json.loads, metavar="JSON", help="KernelConfig to time instead of the default")
     p.add_argument("--batch-invariant", action="store_true", help="time the batch-invariant mode")
     p.add_argument("--no-peers", action="store_true", help="leave FlashInfer and FlashMLA out")
@@ -117,7 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         grid = (args.heads, args.batch, args.kv_len, args.page_size, args.dtype)
-        cases = select_cases(args.presets, *grid, layout=args.layout)
+        fp8 = {"kv_format": args.kv_format, "q_fp8": args.q_fp8}
+        cases = select_cases(args.presets, *grid, layout=args.layout, **fp8)
         config = KernelConfig.from_dict(args.config) if args.config is not None else None
     except (TypeError, ValueError) as error:
         p.error(str(error))

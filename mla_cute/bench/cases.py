@@ -17,6 +17,8 @@ ROTATION_SLOTS = 64
 
 HEAD_DIM_CKV, HEAD_DIM_KPE = 512, 64
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+# Bytes of a cached token per format (quant.py has them), its scales included; "" is a 16-bit cache.
+TOKEN_BYTES = {"": 1152, "tensor": 576, "token": 644, "group": 656}
 
 # Best of the public kernels (FlashMLA, FlashInfer) per (H, B, L): bf16, page 64, CUDA-graph replays over cold caches,
 # all in one run on the GPU named. Their planning is left out.
@@ -46,6 +48,8 @@ class Shape(abc.ABC):
     page_size: int
     dtype: str
     layout: str
+    kv_format: str
+    q_fp8: bool
 
     @property
     @abc.abstractmethod
@@ -71,6 +75,12 @@ class Shape(abc.ABC):
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.layout not in ("separate", "fused"):
             raise ValueError(f"layout: expected separate or fused, got {self.layout!r}")
+        if self.kv_format not in TOKEN_BYTES:
+            raise ValueError(
+                f"kv_format: expected one of {', '.join(filter(None, TOKEN_BYTES))}, got {self.kv_format!r}"
+            )
+        if self.q_fp8 and not self.kv_format:
+            raise ValueError("q_fp8: expected a kv_format beside e4m3 queries, got a 16-bit cache")
 
     @property
     def total_q(self) -> int:
@@ -83,11 +93,21 @@ class Shape(abc.ABC):
 
     @property
     def kv_bytes(self) -> int:
-        return sum(kv for _, kv in self.requests) * (HEAD_DIM_CKV + HEAD_DIM_KPE) * 2
+        return sum(kv for _, kv in self.requests) * TOKEN_BYTES[self.kv_format]
+
+    @property
+    def rope_is_fp8(self) -> bool:
+        return self.kv_format == "tensor"
+
+    @property
+    def q_bytes(self) -> int:
+        """Of a row (query token, head)."""
+        pe_fp8 = self.q_fp8 and self.rope_is_fp8
+        return HEAD_DIM_CKV * (1 if self.q_fp8 else 2) + HEAD_DIM_KPE * (1 if pe_fp8 else 2)
 
     @property
     def bytes_moved(self) -> int:
-        return self.kv_bytes + self.total_q * self.num_heads * (2 * HEAD_DIM_CKV + HEAD_DIM_KPE) * 2
+        return self.kv_bytes + self.total_q * self.num_heads * (self.q_bytes + HEAD_DIM_CKV * 2)
 
     @property
     def flop(self) -> int:
@@ -104,10 +124,15 @@ class Shape(abc.ABC):
         return self.num_slots * sum(self.pages) * self.page_size
 
     @property
+    def pool_bytes(self) -> int:
+        return self.pool_tokens * TOKEN_BYTES[self.kv_format]
+
+    @property
     def tail(self) -> str:
         """The end of a label."""
         fused = "" if self.layout == "separate" else f" {self.layout}"
-        return f"page {self.page_size} {self.dtype}{fused}"
+        fp8 = f" {self.kv_format} FP8, q {'e4m3' if self.q_fp8 else '16 bit'}" if self.kv_format else ""
+        return f"page {self.page_size} {self.dtype}{fused}{fp8}"
 
     @property
     @abc.abstractmethod
@@ -123,7 +148,9 @@ class Case(Shape):
     kv_len: int
     page_size: int = 64
     dtype: str = "bfloat16"
-    layout: str = "separate"  # "fused": ckv and kpe are views of one [num_pages, page_size, 576] buffer
+    layout: str = "separate"  # "fused": ckv and kpe are views of one [num_pages, page_size, 576] buffer, or of FP8 rows
+    kv_format: str = ""  # of an FP8 cache; dtype is then that of the output, and of what is 16-bit
+    q_fp8: bool = False
 
     def __post_init__(self) -> None:
         self._check()
@@ -158,6 +185,8 @@ class PrefillCase(Shape):
     dtype: str = "bfloat16"
     layout: str = "separate"  # as of a decode case
     causal: bool = True
+    kv_format: str = ""
+    q_fp8: bool = False
 
     def __post_init__(self) -> None:
         # lists where the case comes out of a JSON record
@@ -244,6 +273,21 @@ MIXED_STEPS = tuple(
 )
 MIXED_BAR = 1.0  # time together over the sum apart
 
+FP8_HEADS, FP8_BATCHES, FP8_LENGTHS = (16, 64, 128), (1, 16, 128), (1024, 8192, 32768)
+
+
+def _fp8(num_heads: int, batch: int, kv_len: int, kv_format: str = "tensor") -> tuple[Case, ...]:
+    """With 16-bit queries and with e4m3 ones."""
+    return tuple(Case(num_heads, batch, kv_len, kv_format=kv_format, q_fp8=q_fp8) for q_fp8 in (False, True))
+
+
+FP8_BARS = tuple(
+    Bar(case, "us", us)
+    for batch, times in ((128, (150.0, 185.0, 300.0)), (16, (27.0, 32.0, 48.0)))
+    for num_heads, us in zip(FP8_HEADS, times, strict=True)
+    for case in _fp8(num_heads, batch, 8192)
+)
+
 PRESETS: dict[str, tuple[Case | PrefillCase, ...]] = {
     "table": tuple(Case(h, b, length) for h, b, length in PUBLIC_BEST_US),
     "bars": (*(bar.case for bar in BARS), Case(16, 128, 8192, page_size=1), Case(128, 64, 8192, page_size=1)),
@@ -252,6 +296,16 @@ PRESETS: dict[str, tuple[Case | PrefillCase, ...]] = {
         *(bar.case for bar in PREFILL_BARS),
         *(PrefillCase(h, ((4, 2048, 8192),), page_size=1) for h in PREFILL_HEADS),
         *(case for mixed in MIXED_STEPS for case in (mixed.together, *mixed.apart)),
+    ),
+    "fp8": (
+        *(case for h in FP8_HEADS for b in FP8_BATCHES for n in FP8_LENGTHS for case in _fp8(h, b, n)),
+        *(case for f in ("token", "group") for h in FP8_HEADS for b in FP8_BATCHES for case in _fp8(h, b, 8192, f)),
+    ),
+    "fp8_prefill": tuple(
+        PrefillCase(h, ((4, 2048, 8192),), kv_format=kv_format, q_fp8=q_fp8)
+        for h in PREFILL_HEADS
+        for kv_format in ("tensor", "token", "group")
+        for q_fp8 in (False, True)
     ),
     "quick": (Case(16, 1, 8192), Case(16, 16, 8192), Case(16, 128, 8192), Case(128, 64, 8192), Case(16, 16, 8192, 1)),
 }

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Unsupported(Exception):
-    """The peer does not offer this case: a page size, a dtype."""
+    """The peer does not offer this case: a page size, a cache format."""
 
 
 class Peer(ABC):

@@ -23,8 +23,7 @@ def columns(peers: Sequence[str] = ()) -> tuple[str, ...]:
 def cells(row: dict[str, Any], peers: Sequence[str] = ()) -> tuple[str, ...]:
     """One row of the record as strings, in the order of `columns(peers)`."""
     case = case_of(row)
-    dtype = _SHORT_DTYPE[case.dtype] + ("" if case.layout == "separate" else "/fused")
-    head = (str(case.num_heads), *_batch_and_length(case), str(case.page_size), dtype)
+    head = (str(case.num_heads), *_batch_and_length(case), str(case.page_size), _types(case))
     if "error" in row:
         return (*head, "error", *[""] * (len(columns(peers)) - len(head) - 1))
     ratio = row.get("public_best_ratio")
@@ -43,6 +42,16 @@ def cells(row: dict[str, Any], peers: Sequence[str] = ()) -> tuple[str, ...]:
         ("nan" if error is None else f"{error:.1e}") + ("" if row_ok(row) else " WRONG"),
         *(_peer_cell(row, name) for name in peers),
     )
+
+
+def _types(case: Case | PrefillCase) -> str:
+    """bf16; of an FP8 cache its format, the queries, and the 16-bit dtype if it is not theirs and not bf16:
+    tensor/bf16, token/e4m3, group/e4m3/fp16."""
+    dtype = _SHORT_DTYPE[case.dtype]
+    if case.kv_format:
+        queries = dtype if not case.q_fp8 else "e4m3" if case.dtype == "bfloat16" else f"e4m3/{dtype}"
+        dtype = f"{case.kv_format}/{queries}"
+    return dtype + ("" if case.layout == "separate" else "/fused")
 
 
 def _batch_and_length(case: Case | PrefillCase) -> tuple[str, str]:
@@ -93,11 +102,12 @@ def summary(record: dict[str, Any]) -> list[str]:
             f"host time of one call: {host['call_us']:.1f} us with a plan, "
             f"{host['call_without_plan_us']:.1f} us without"
         )
-        if "prefill_call_us" in host:
-            lines.append(
-                f"host time of one prefill call: {host['prefill_call_us']:.1f} us with a plan, "
-                f"{host['prefill_call_without_plan_us']:.1f} us without"
-            )
+        for prefix, what in (("prefill", "prefill call"), ("fp8", "call with an FP8 cache")):
+            if f"{prefix}_call_us" in host:
+                lines.append(
+                    f"host time of one {what}: {host[f'{prefix}_call_us']:.1f} us with a plan, "
+                    f"{host[f'{prefix}_call_without_plan_us']:.1f} us without"
+                )
     elif "error" in host:
         lines.append(f"FAILED host time of one call: {host['error']}")
     for name, peer in record["peers"].items():

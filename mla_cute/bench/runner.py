@@ -19,10 +19,12 @@ from typing import Any
 import torch
 
 from .. import gpu as gpu_facts
+from .. import quant
 from ..config import KernelConfig
 from .cases import (
     BARS,
     DTYPES,
+    FP8_BARS,
     HEAD_DIM_CKV,
     HEAD_DIM_KPE,
     HOST_BAR,
@@ -33,6 +35,7 @@ from .cases import (
     PUBLIC_BEST_GPU,
     PUBLIC_BEST_US,
     ROTATION_BYTES,
+    TOKEN_BYTES,
     Case,
     PrefillCase,
     case_of,
@@ -49,6 +52,12 @@ SM_SCALE = 192**-0.5  # DeepSeek-V3: 128 + 64 dimensions per head before absorpt
 # 2^-9 / sqrt(3) (bf16) or 2^-12 / sqrt(3); a wrong page or a lost token is 1e-1 and more at the lengths timed here.
 REL_ERR_LIMIT = {"bfloat16": 8e-3, "float16": 1.5e-3}
 LSE_ERR_LIMIT = 5e-3
+# Of FP8 caches: against float32 on the dequantised cache. Beside the rounding above, e4m3 products leave 1e-3 of the
+# output and move a score by a few 1e-3.
+FP8_REL_ERR_LIMIT = {"bfloat16": 8e-3, "float16": 5e-3}
+FP8_LSE_ERR_LIMIT = 2e-2
+# The scale of e4m3 numbers in the pool and of e4m3 queries, both made from standard normal data: 448 is 7 units.
+FP8_SCALE = 1 / 64
 
 METHOD = {
     "us": "median of CUDA-graph replays, one call with a plan per graph (main kernel and merge), each replay between "
@@ -59,7 +68,9 @@ METHOD = {
     "rotation": f"disjoint page sets, queries and outputs per slot; one pass over the slots reads (prefill: reads and "
     f"writes) the bytes each row names, more than {ROTATION_BYTES}; random page order over the whole pool; standard "
     "normal data",
-    "bytes": "KV once + queries + outputs",
+    "bytes": "KV once, as it is stored and with its scales, + queries + outputs",
+    "fp8": "standard normal data in e4m3; formats token and group with scales of 0.5 to 1.5 times that of the data; "
+    "checked against float32 on the dequantised cache and the queries given",
     "flop": "2 * H * (576 + 512) per (query token, key) pair that the mask lets through",
     "ceilings": "measured in this run at its start and end, the larger is used: maximum over 4 GB of random words "
     "(read), torch.mm of bf16 8192^3 on random data (cuBLAS), medians",
@@ -70,31 +81,88 @@ METHOD = {
 }
 
 
+def _filling(case: Case | PrefillCase) -> tuple[str, ...]:
+    """What the pool has to be filled as for a case: as its parts lie, where those are of several types."""
+    return (case.dtype,) if not case.kv_format else (case.dtype, case.kv_format, case.layout)
+
+
 class KvPool:
-    """One allocation that every case carves its pages from: [tokens, 576] elements of standard normal data."""
+    """One allocation that every case carves its pages from: standard normal data in rows of 576 16-bit elements, or in
+    an FP8 format."""
 
     def __init__(self, num_tokens: int, device: torch.device, seed: int = 0):
+        """`num_tokens` of a 16-bit cache; 1.76 to 2 times as many of an FP8 one."""
         self.num_tokens = num_tokens
         self._words = torch.empty(num_tokens * (HEAD_DIM_CKV + HEAD_DIM_KPE), dtype=torch.bfloat16, device=device)
-        self._filled_as: torch.dtype | None = None
+        self._filled_as: tuple[str, ...] | None = None
         self._generator = torch.Generator(device=device).manual_seed(seed)
 
-    def caches(self, case: Case | PrefillCase) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """ckv [num_pages, page_size, 512], kpe [num_pages, page_size, 64] and the pool as one fused buffer."""
-        dtype = DTYPES[case.dtype]
-        flat = self._words.view(dtype)
-        if self._filled_as != dtype:
+    @classmethod
+    def of(cls, cases: Iterable[Case | PrefillCase], device: torch.device) -> "KvPool":
+        """Large enough for each of the cases."""
+        return cls(max([64, *(-(-case.pool_bytes // TOKEN_BYTES[""]) for case in cases)]), device)
+
+    def caches(self, case: Case | PrefillCase) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]]:
+        """ckv [num_pages, page_size, 512], kpe [num_pages, page_size, 64], the pool as one fused buffer, and the scale
+        keywords of a call. Of an FP8 cache the fused buffer is the bytes of its rows, if they are fused."""
+        if case.kv_format:
+            return self._fp8_caches(case)
+        flat = self._words.view(DTYPES[case.dtype])
+        if self._filled_as != _filling(case):
             for part in flat.split(1 << 28):
                 part.normal_(generator=self._generator)
-            self._filled_as = dtype
+            self._filled_as = _filling(case)
         pages, size = self.num_tokens // case.page_size, case.page_size
         tokens = pages * size
         fused = flat[: tokens * (HEAD_DIM_CKV + HEAD_DIM_KPE)].view(pages, size, HEAD_DIM_CKV + HEAD_DIM_KPE)
         if case.layout == "fused":
-            return fused[..., :HEAD_DIM_CKV], fused[..., HEAD_DIM_CKV:], fused
+            return fused[..., :HEAD_DIM_CKV], fused[..., HEAD_DIM_CKV:], fused, {}
         ckv = flat[: tokens * HEAD_DIM_CKV].view(pages, size, HEAD_DIM_CKV)
         kpe = flat[self.num_tokens * HEAD_DIM_CKV :][: tokens * HEAD_DIM_KPE].view(pages, size, HEAD_DIM_KPE)
-        return ckv, kpe, fused
+        return ckv, kpe, fused, {}
+
+    def _fp8_caches(self, case: Case | PrefillCase) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]]:
+        tokens = self.num_tokens * TOKEN_BYTES[""] // TOKEN_BYTES[case.kv_format]
+        rope_dtype = torch.float8_e4m3fn if case.rope_is_fp8 else DTYPES[case.dtype]
+        rope_bytes = HEAD_DIM_KPE * rope_dtype.itemsize
+        num_scales = {"tensor": 0, "token": 1, "group": 4}[case.kv_format]
+        data = self._words.view(torch.uint8)
+        fused = case.layout == "fused"
+        # Where the parts begin; rows of 656 bytes have their scales between ckv and rope, and of 640 not in them.
+        with_scales = fused and case.kv_format == "group"
+        scale_bytes = 4 * num_scales
+        at_rope = HEAD_DIM_CKV + (scale_bytes if with_scales else 0)
+        row = at_rope + rope_bytes
+        at_scales = tokens * row
+        if fused:
+            rows = data[: tokens * row].view(tokens, row)
+            ckv, kpe = rows[:, :HEAD_DIM_CKV], rows[:, at_rope:]
+        else:
+            rows = data[:0]
+            ckv = data[: tokens * HEAD_DIM_CKV].view(tokens, HEAD_DIM_CKV)
+            kpe = data[tokens * HEAD_DIM_CKV : at_scales].view(tokens, rope_bytes)
+        if with_scales:
+            scales = rows[:, HEAD_DIM_CKV:at_rope].view(torch.float32)
+        else:
+            scales = data[at_scales : at_scales + tokens * scale_bytes].view(torch.float32).view(tokens, num_scales)
+        ckv, kpe = ckv.view(torch.float8_e4m3fn), kpe.view(rope_dtype)
+        if self._filled_as != _filling(case):
+            for x, unit in ((ckv, FP8_SCALE), (kpe, FP8_SCALE if case.rope_is_fp8 else 1.0)):
+                for part in x.split(1 << 19):
+                    values = torch.empty(part.shape, device=part.device).normal_(generator=self._generator)
+                    part.copy_(quant.to_e4m3(values, unit) if part.dtype is torch.float8_e4m3fn else values)
+            scales.uniform_(0.5 * FP8_SCALE, 1.5 * FP8_SCALE, generator=self._generator)
+            self._filled_as = _filling(case)
+        size = case.page_size
+        pages = tokens // size
+
+        def paged(x: torch.Tensor) -> torch.Tensor:
+            return x[: pages * size].unflatten(0, (pages, size))
+
+        keywords: dict[str, Any] = {"ckv_scale_arr": paged(scales)}
+        if case.rope_is_fp8:
+            keywords = {"ckv_scale": FP8_SCALE, "kpe_scale": FP8_SCALE}
+        return paged(ckv), paged(kpe), paged(rows) if fused else rows, keywords
 
 
 @dataclass
@@ -114,6 +182,7 @@ class Inputs:
     kv_last_page_len: torch.Tensor | None
     out: torch.Tensor
     lse: torch.Tensor
+    scales: dict[str, Any]
     sm_scale: float = SM_SCALE
 
     @property
@@ -125,7 +194,9 @@ def make_inputs(case: Case | PrefillCase, pool: KvPool, device: torch.device, se
     generator = torch.Generator(device=device).manual_seed(seed)
     dtype = DTYPES[case.dtype]
     slots, rows = case.num_slots, (case.num_slots, case.total_q, case.num_heads)
-    ckv, kpe, fused = pool.caches(case)
+    ckv, kpe, fused, scales = pool.caches(case)
+    if case.q_fp8:
+        scales = scales | {"q_scale": FP8_SCALE}
     pages, size = case.pages, case.page_size
     order = torch.randperm(ckv.shape[0], generator=generator, device=device)[: slots * sum(pages)]
     last = [kv - (n - 1) * size for (_, kv), n in zip(case.requests, pages, strict=True)]
@@ -133,13 +204,18 @@ def make_inputs(case: Case | PrefillCase, pool: KvPool, device: torch.device, se
     def int32(values: Iterable[int]) -> torch.Tensor:
         return torch.tensor(list(values), dtype=torch.int32, device=device)
 
-    def normal(width: int) -> torch.Tensor:
-        return torch.empty(*rows, width, dtype=dtype, device=device).normal_(generator=generator)
+    def normal(width: int, fp8: bool) -> torch.Tensor:
+        if not fp8:
+            return torch.empty(*rows, width, dtype=dtype, device=device).normal_(generator=generator)
+        stored = torch.empty(*rows, width, dtype=torch.float8_e4m3fn, device=device)
+        for part in stored:
+            part.copy_(quant.to_e4m3(torch.empty(part.shape, device=device).normal_(generator=generator), FP8_SCALE))
+        return stored
 
     return Inputs(
         case=case,
-        q_nope=normal(HEAD_DIM_CKV),
-        q_pe=normal(HEAD_DIM_KPE),
+        q_nope=normal(HEAD_DIM_CKV, case.q_fp8),
+        q_pe=normal(HEAD_DIM_KPE, case.q_fp8 and case.rope_is_fp8),
         ckv_cache=ckv,
         kpe_cache=kpe,
         fused_cache=fused,
@@ -150,6 +226,7 @@ def make_inputs(case: Case | PrefillCase, pool: KvPool, device: torch.device, se
         kv_last_page_len=None if all(n == size for n in last) else int32(last),
         out=torch.full((*rows, HEAD_DIM_CKV), float("nan"), dtype=dtype, device=device),
         lse=torch.full(rows, float("nan"), dtype=torch.float32, device=device),
+        scales=scales,
     )
 
 
@@ -209,6 +286,7 @@ class Library:
                 "plan": plan,
                 "config": self.config,
                 "batch_invariant": self.batch_invariant,
+                **inputs.scales,
             }
             return lambda: function(*args, **options)
 
@@ -240,14 +318,16 @@ def spot_check(
             inputs.sm_scale,
             causal=not isinstance(case, PrefillCase) or case.causal,
             kv_last_page_len=None if inputs.kv_last_page_len is None else inputs.kv_last_page_len[b : b + 1],
+            **inputs.scales,
         )
         want, got = want.float(), out(slot)[tokens].float()
         rel_errs.append(((got - want).norm() / want.norm()).item())
         if lse is not None:
             lse_errs.append((lse(slot)[tokens] - want_lse).abs().max().item())
-    limit = REL_ERR_LIMIT[case.dtype]
+    limit = (FP8_REL_ERR_LIMIT if case.kv_format else REL_ERR_LIMIT)[case.dtype]
+    lse_limit = FP8_LSE_ERR_LIMIT if case.kv_format else LSE_ERR_LIMIT
     # `max` passes over a NaN that is not first; `all` of comparisons does not.
-    ok = all(err <= limit for err in rel_errs) and all(err <= LSE_ERR_LIMIT for err in lse_errs)
+    ok = all(err <= limit for err in rel_errs) and all(err <= lse_limit for err in lse_errs)
     return {
         "ok": ok,
         "rel_err": _finite_max(rel_errs),
@@ -312,6 +392,8 @@ def run_case(
 
 def _time_peer(peer: Peer, inputs: Inputs, timer: Timer) -> dict[str, Any]:
     try:
+        if inputs.case.kv_format:
+            raise Unsupported("an FP8 cache: peers are timed on 16-bit ones")
         calls = peer.calls(inputs)
         calls[0]()
         timer.synchronize()
@@ -365,7 +447,7 @@ def judge_bars(rows: Sequence[dict[str, Any]], host: dict[str, Any]) -> list[dic
         met = measured <= reach if less_is_better else measured >= reach
         judged.append({"what": what, "measured": measured, "reach": reach, "beyond": beyond, "met": met})
 
-    for bar in (*BARS, *PREFILL_BARS):
+    for bar in (*BARS, *PREFILL_BARS, *FP8_BARS):
         if bar.case in by_case:
             key, unit = {
                 "read": ("read_share", "share of read bandwidth"),
@@ -435,19 +517,24 @@ def run(
     say(0, total, "ceilings: read bandwidth, cuBLAS")
     start = ceilings(timer)
     record["ceilings"] = {"start": start, "end": None, "used": dict(start)}
-    pool = KvPool(max([64, *(case.pool_tokens for case in cases)]), timer.device)
+    host_cases: dict[str, Case | PrefillCase] = {"": Case(16, 1, 64)}
+    if any_prefill:
+        host_cases["prefill_"] = PrefillCase(16, ((1, 2, 64),))
+    if any(case.kv_format for case in cases):
+        host_cases["fp8_"] = Case(16, 1, 64, kv_format="tensor")
+    pool = KvPool.of([*cases, *host_cases.values()], timer.device)
     with contextlib.suppress(KeyboardInterrupt):
         say(1, total, "host time of a call")
         record["ceilings"]["empty_graph_us"] = empty_graph_us(timer)
         try:
-            record["host"] = measure_host(Case(num_heads=16, batch=1, kv_len=64), pool, timer, library)
-            if any_prefill:
-                prefill = measure_host(PrefillCase(16, ((1, 2, 64),)), pool, timer, library)
-                record["host"] |= {f"prefill_{key}": value for key, value in prefill.items()}
+            record["host"] = {}
+            for prefix, case in host_cases.items():
+                host = measure_host(case, pool, timer, library)
+                record["host"] |= {f"{prefix}{key}": value for key, value in host.items()}
         except Exception as error:  # as for a case below
             record["host"] = {"error": f"{type(error).__name__}: {error}"}
-        # The pool is refilled when the dtype changes.
-        for done, case in enumerate(sorted(cases, key=lambda case: case.dtype)):
+        # The pool is refilled when its types change.
+        for done, case in enumerate(sorted(cases, key=_filling)):
             say(done + 1, total, case.label)
             try:
                 row = run_case(case, pool, timer, library, peers[0])

@@ -13,10 +13,11 @@ import typer
 from .. import gpu as gpu_facts
 from ..bench import report, runner
 from ..bench.__main__ import dtypes, find_peers, numbers, select_cases
-from ..bench.cases import PRESETS, Case, PrefillCase
+from ..bench.cases import PRESETS, TOKEN_BYTES, Case, PrefillCase
 from ..bench.timing import CudaTimer
 from ..config import KernelConfig
 from . import check as checking
+from . import check_fp8 as checking_fp8
 from . import demo as showing
 from . import info as facts
 from .screen import Watchdog, console, progress, table
@@ -97,8 +98,17 @@ def check(
     quick: Annotated[bool, typer.Option("--quick", help="a seventh of the cases, without long requests")] = False,
     seed: Annotated[int, typer.Option(help="other random numbers, same shapes")] = 0,
     timeout: Annotated[float, typer.Option(help="seconds one case may take on the GPU before it counts as hung")] = 180,
+    fp8: Annotated[bool, typer.Option("--fp8", help="accuracy with FP8 caches instead, of kernel and format")] = False,
+    as_json: Annotated[pathlib.Path | None, typer.Option("--json", help="with --fp8: write the record as JSON")] = None,
 ) -> None:
     """Run the correctness sweep: on the GPU if it is a Hopper one, else the CPU path. Exit status 1 on a failure."""
+    if fp8:
+        if quick:
+            _usage_error("--quick: the FP8 check has one size")
+        _check_fp8(seed, timeout, as_json)
+        return
+    if as_json is not None:
+        _usage_error("--json: only the FP8 check writes a record, add --fp8")
     screen, why = console(), gpu_facts.why_not_hopper()
     device = torch.device("cpu") if why else torch.device("cuda", torch.cuda.current_device())
     if why:
@@ -127,6 +137,42 @@ def check(
     if len(failures) > 20:
         screen.print(f"... and {len(failures) - 20} more")
     if failures:
+        raise typer.Exit(1)
+    screen.print("all correct")
+
+
+def _check_fp8(seed: int, timeout: float, path: pathlib.Path | None) -> None:
+    screen, why = console(), gpu_facts.why_not_hopper()
+    device = torch.device("cpu") if why else torch.device("cuda", torch.cuda.current_device())
+    if why:
+        screen.print(
+            f"FP8 caches on the CPU ({why}): what runs is the float32 reference. Its own error is the rounding of the "
+            "output; that of the formats is what it would be on a GPU, the kernels' aside.",
+            highlight=False,
+        )
+    else:
+        screen.print(f"FP8 caches on {torch.cuda.get_device_name(device)} against the float32 reference.")
+    found, total = [], len(checking_fp8.specs())
+    with progress("checking") as step, Watchdog(timeout, enabled=device.type == "cuda") as watchdog:
+        watchdog.feed("the first case")
+        for spec, row in checking_fp8.rows(device, seed):
+            found.append(row)
+            step(len(found), total, str(spec))
+            watchdog.feed(f"the case after {spec}")
+    title = "error of the kernel (on the dequantised cache) and of kernel and format (on the data before)"
+    screen.print(table(title, checking_fp8.COLUMNS, [checking_fp8.cells(row) for row in found], text_columns=3))
+    record = checking_fp8.record(found, device, seed, why)
+    if path is not None:
+        runner.write_json(path, record)
+        screen.print(f"record: {path}", highlight=False)
+    _print_lines(
+        [
+            f"FAILED {row['data']}, {row['kv_format']}, {row['q']}, {row['num_heads']} heads: {failure}"
+            for row in found
+            for failure in row["failures"]
+        ]
+    )
+    if record["failed"]:
         raise typer.Exit(1)
     screen.print("all correct")
 
@@ -217,6 +263,8 @@ def bench(
     page_size: Annotated[str | None, typer.Option(help="grid, or instead of the preset's page sizes")] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16; grid, or instead of the preset's")] = None,
     layout: Annotated[str, typer.Option(help="separate caches, or one fused 576-wide buffer")] = "separate",
+    kv_format: Annotated[str | None, typer.Option(help="FP8 cache: tensor, token or group")] = None,
+    q_fp8: Annotated[bool, typer.Option("--q-fp8", help="e4m3 queries, with --kv-format")] = False,
     config: Annotated[str | None, typer.Option(help="KernelConfig as JSON, instead of the default")] = None,
     batch_invariant: Annotated[bool, typer.Option("--batch-invariant", help="time the batch-invariant mode")] = False,
     no_peers: Annotated[bool, typer.Option("--no-peers", help="leave FlashInfer and FlashMLA out")] = False,
@@ -237,7 +285,9 @@ def bench(
         _parsed(dtypes, "--dtype", dtype),
     )
     try:
-        cases = select_cases(presets or [], *grid, layout=layout)
+        if kv_format is not None and not (kv_format and kv_format in TOKEN_BYTES):
+            raise ValueError(f"kv_format: expected one of tensor, token, group, got {kv_format!r}")
+        cases = select_cases(presets or [], *grid, layout=layout, kv_format=kv_format, q_fp8=q_fp8)
         kernel_config = KernelConfig.from_dict(json.loads(config)) if config is not None else None
     except (TypeError, ValueError) as error:
         _usage_error(error)

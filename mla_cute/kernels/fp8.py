@@ -1,6 +1,5 @@
 """Device helpers of the FP8 kernels: e4m3 conversions, transposing fragment loads, raw shared-memory accesses."""
 
-import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T
@@ -21,18 +20,16 @@ def _asm(result, num_results: int, operands, text: str, constraints: str, side_e
     return [llvm.extractvalue(result, pack, [i]) for i in range(num_results)]
 
 
-def ldmatrix_trans_x4(address, offset: int) -> list:
-    """Four transposed 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8."""
-    text = f"ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {{$0,$1,$2,$3}}, [$4+{offset}];"
+def ldmatrix_x4(address, offset: int, transposed: bool) -> list:
+    """Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8."""
+    trans = ".trans" if transposed else ""
+    text = f"ldmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 {{$0,$1,$2,$3}}, [$4+{offset}];"
     return [Uint32(x) for x in _asm(T.i32(), 4, [address], text, "=r,=r,=r,=r,r,~{memory}", True)]
 
 
 def e4m3x4_to_f16(x) -> tuple:
     """(bytes 0 and 1, bytes 2 and 3) as pairs of float16: exact."""
-    text = (
-        "{ .reg .b16 lo, hi; mov.b32 {lo, hi}, $2;"
-        " cvt.rn.f16x2.e4m3x2 $0, lo; cvt.rn.f16x2.e4m3x2 $1, hi; }"
-    )
+    text = "{ .reg .b16 lo, hi; mov.b32 {lo, hi}, $2; cvt.rn.f16x2.e4m3x2 $0, lo; cvt.rn.f16x2.e4m3x2 $1, hi; }"
     low, high = _asm(T.i32(), 2, [x], text, "=r,=r,r", False)
     return Uint32(low), Uint32(high)
 
@@ -112,6 +109,37 @@ def store_shared(address, words: list, offset: int = 0) -> None:
     _asm(None, 0, [address, *words], text, ",".join(["r"] * (n + 1)) + ",~{memory}", True)
 
 
+def load_global_words(address, num_words: int, offset: int = 0) -> list:
+    """1 or 2 words."""
+    names = ",".join(f"${i}" for i in range(num_words))
+    vector = f".v{num_words}" if num_words > 1 else ""
+    body = f"{{{names}}}" if num_words > 1 else names
+    text = f"ld.global{vector}.b32 {body}, [${num_words}+{offset}];"
+    loaded = _asm(T.i32(), num_words, [address], text, ",".join(["=r"] * num_words + ["l", "~{memory}"]), True)
+    return [Uint32(x) for x in loaded]
+
+
+def load_shared_16(address, offset: int = 0) -> list:
+    """16 bytes as four words."""
+    text = f"ld.shared.v4.b32 {{$0,$1,$2,$3}}, [$4+{offset}];"
+    return [Uint32(x) for x in _asm(T.i32(), 4, [address], text, "=r,=r,=r,=r,r,~{memory}", True)]
+
+
+def mma_m16n8k16(acc: list, a: list, b, dtype: str) -> list:
+    """acc + A B, four float32 of a 16 x 8 tile; A four words, B two, of `dtype` ("f16" or "bf16") pairs."""
+    text = (
+        f"mma.sync.aligned.m16n8k16.row.col.f32.{dtype}.{dtype}.f32"
+        " {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
+    )
+    constraints = "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f"
+    return [Float32(x) for x in _asm(T.f32(), 4, [*a, *b, *acc], text, constraints, False)]
+
+
+def store_global_words(address, words: list) -> None:
+    """2 words."""
+    _asm(None, 0, [address, *words], "st.global.v2.b32 [$0], {$1,$2};", "l,r,r,~{memory}", True)
+
+
 def load_shared_f32x2(address, offset: int = 0) -> list:
     """Two float32 from an 8-byte aligned address."""
     text = f"ld.shared.v2.f32 {{$0,$1}}, [$2+{offset}];"
@@ -122,7 +150,9 @@ def store_global_word(address, word) -> None:
     _asm(None, 0, [address, word], "st.global.b32 [$0], $1;", "l,r,~{memory}", True)
 
 
-def cp_async_small(smem_address, gmem_address, num_bytes: int, valid, smem_offset: int = 0, gmem_offset: int = 0) -> None:
+def cp_async_small(
+    smem_address, gmem_address, num_bytes: int, valid, smem_offset: int = 0, gmem_offset: int = 0
+) -> None:
     """4 or 16 bytes to shared memory; where `valid` is 0 it writes zeros and reads nothing."""
     cache = "cg" if num_bytes == 16 else "ca"
     text = (
@@ -130,5 +160,3 @@ def cp_async_small(smem_address, gmem_address, num_bytes: int, valid, smem_offse
         f" cp.async.{cache}.shared.global [$0+{smem_offset}], [$1+{gmem_offset}], {num_bytes}, p; }}"
     )
     _asm(None, 0, [smem_address, gmem_address, Int32(valid)], text, "r,l,r,~{memory}", True)
-
-

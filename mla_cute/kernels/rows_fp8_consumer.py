@@ -58,9 +58,7 @@ class Fp8Consumer:
             rS=rS,
             rT=rT,
             rP=rP,
-            rV=tuple(
-                cute.make_rmem_tensor(thr_pv.partition_shape_A((64, TILE_N)), cutlass.Float16) for _ in range(2)
-            ),
+            rV=tuple(cute.make_rmem_tensor(thr_pv.partition_shape_A((64, TILE_N)), cutlass.Float16) for _ in range(2)),
             rL=cute.make_rmem_tensor((2,), Float32),
             rRef=cute.make_rmem_tensor((2,), Float32),
             rUnit=cute.make_rmem_tensor((1,), Float32),
@@ -494,7 +492,7 @@ class Fp8Consumer:
         """
         chunk = (m % 2) * 4 + f.t // 32
         address = Int32(s.sK.iterator.toint()) + slot * (4 * 8192) + f.lane * 128 + (chunk ^ (f.lane % 8)) * 16
-        return [x for half in range(2) for x in fp8.ldmatrix_trans_x4(address, (wg * 2 + m // 2) * 8192 + half * 4096)]
+        return [x for half in range(2) for x in fp8.ldmatrix_x4(address, (wg * 2 + m // 2) * 8192 + half * 4096, True)]
 
     def _v_fragment(self, f, raw: list, buffer: int, scales: list | None):
         """A operand of O^T += V^T P^T from `_v_bytes`, as float16 in rV[buffer]: row g of a warp's 16 is channel 2 g,

@@ -99,5 +99,3 @@ def put_addresses(p, s, f, part_row, partial, token, head):
     if partial:
         at = p.mPart.iterator.toint() + Int64(part_row + f.t) * Int64(4 * p.mPart.stride[0])
     s.sAddress[f.t] = at
-
-

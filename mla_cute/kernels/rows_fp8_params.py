@@ -10,7 +10,8 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 
 BAR_MAX, BAR_P, BAR_Q, BAR_EPI, BAR_FILL0, BAR_FILL1, BAR_P_FREE0, BAR_P_FREE1 = range(1, 9)
-MAX_STAGES = 4
+# Slots of the ring of K tiles that any FP8 kernel may have.
+MAX_STAGES = 6
 MB_FULL, MB_EMPTY, MB_TOTAL = 0, MAX_STAGES, 2 * MAX_STAGES
 NUM_CONSUMERS = 256
 

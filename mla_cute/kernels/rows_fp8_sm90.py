@@ -43,7 +43,7 @@ from .paged_kv import TILE_N
 from .registry import TILE_M
 from .row_map import HeadRows, PackedRows
 from .rows_fp8_consumer import Fp8Consumer
-from .rows_fp8_params import MAX_STAGES, MB_EMPTY, MB_FULL, MB_TOTAL, Fp8Params, Fp8Smem
+from .rows_fp8_params import MB_EMPTY, MB_FULL, MB_TOTAL, Fp8Params, Fp8Smem
 from .rows_fp8_producer import Fp8Producer, GatherFp8Loader, TmaFp8Loader
 from .rows_params import DTYPES, HEAD_DIM_ROPE, HEAD_DIM_V
 
@@ -73,7 +73,7 @@ class RowsFp8Sm90(Fp8Producer, Fp8Consumer):
         self.rope_terms = self.q_terms if self.rope_fp8 else 1
         # Q K^T is added up in float32 after that many parts of its depth.
         self.score_chunks = max(1, self.num_scales)
-        self.num_stages = MAX_STAGES if q_fp8 else 3
+        self.num_stages = 4 if q_fp8 else 3
         # The next pair's Q K^T is issued before this pair's P V; with three slots its tile may be waiting for them.
         self.ahead = self.num_stages >= 4
         rope_row_bytes = 64 * self.rope_dtype.width // 8
@@ -230,9 +230,7 @@ class RowsFp8Sm90(Fp8Producer, Fp8Consumer):
             sK_sub=view(st.sK, p.lay_sub, Uint8),
             sR=sR,
             sR_tma=view(st.sR, p.lay_r, Uint8) if const_expr(self.rope_fp8) else sR,
-            sScales=st.sScales.get_tensor(
-                cute.make_layout((TILE_N, max(1, self.num_scales), self.num_stages))
-            ),
+            sScales=st.sScales.get_tensor(cute.make_layout((TILE_N, max(1, self.num_scales), self.num_stages))),
             sMax=st.sMax.get_tensor(cute.make_layout((2, TILE_M), stride=(TILE_M, 1))),
             sMove=plain(st.sMove, TILE_M),
             sL=st.sL.get_tensor(cute.make_layout((2, TILE_M), stride=(TILE_M, 1))),

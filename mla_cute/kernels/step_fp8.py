@@ -6,14 +6,15 @@ from cutlass.cute.runtime import make_fake_stream
 
 from ..config import LaunchConfig
 from .fake import fake_tensor, sym64
+from .few_rows_sm90 import FewRowsSm90
 from .merge import Merge
-from .registry import DECODE_FP8, PART_ROW, PREFILL_FP8, Fp8Key
+from .registry import DECODE_FEW_FP8, DECODE_FP8, PART_ROW, PREFILL_FP8, Fp8Key
 from .row_map import HeadRows, PackedRows
 from .rows_fp8_sm90 import NUM_SCALES, RowsFp8Sm90
 from .rows_params import HEAD_DIM_ROPE, HEAD_DIM_V
 
 
-def _fake_tensors(main: RowsFp8Sm90) -> tuple:
+def _fake_tensors(main: RowsFp8Sm90 | FewRowsSm90) -> tuple:
     """q_nope, q_pe, ckv_cache, kpe_cache, scales, kv_indices, table, part, out and lse."""
     tokens, heads, pages, page = (cute.sym_int() for _ in range(4))
     rope = Uint8 if main.rope_fp8 else main.dtype
@@ -43,7 +44,7 @@ def _fake_tensors(main: RowsFp8Sm90) -> tuple:
 
 
 class _Step:
-    rows: RowsFp8Sm90
+    rows: RowsFp8Sm90 | FewRowsSm90
     num_sizes: int
 
     def compile_args(self) -> tuple:
@@ -89,6 +90,45 @@ class DecodeFp8(_Step):
     ):
         self.rows(
             q_nope, q_pe, ckv_cache, kpe_cache, scales, kv_indices, table, out, lse, part, num_parts, Int32(0),
+            nope_scale_log2, rope_scale_log2, out_scale, lse_scale, stream,
+        )  # fmt: skip
+        self.merge(table, part, out, lse, num_parts, merge_x, merge_y, lse_scale, stream)
+
+
+class DecodeFewFp8(_Step):
+    """As DecodeFp8, with FewRowsSm90: at most 16 heads."""
+
+    name = DECODE_FEW_FP8.name
+    num_sizes = 3
+
+    def __init__(self, key: Fp8Key, config: LaunchConfig):
+        self.rows = FewRowsSm90(key.dtype, key.box_rows, key.kv_format, key.q_fp8, config)
+        self.merge = Merge(key.dtype, False, config)
+
+    @cute.jit
+    def __call__(
+        self,
+        q_nope: cute.Tensor,
+        q_pe: cute.Tensor,
+        ckv_cache: cute.Tensor,
+        kpe_cache: cute.Tensor,
+        scales: cute.Tensor,
+        kv_indices: cute.Tensor,
+        table: cute.Tensor,
+        part: cute.Tensor,
+        out: cute.Tensor,
+        lse: cute.Tensor,
+        num_parts: Int32,
+        merge_x: Int32,
+        merge_y: Int32,
+        nope_scale_log2: Float32,
+        rope_scale_log2: Float32,
+        out_scale: Float32,
+        lse_scale: Float32,
+        stream,
+    ):
+        self.rows(
+            q_nope, q_pe, ckv_cache, kpe_cache, scales, kv_indices, table, out, lse, part, num_parts,
             nope_scale_log2, rope_scale_log2, out_scale, lse_scale, stream,
         )  # fmt: skip
         self.merge(table, part, out, lse, num_parts, merge_x, merge_y, lse_scale, stream)

@@ -1,0 +1,88 @@
+"""What the few-rows kernel's roles share: barriers, kernel arguments, shared memory, one consumer thread's registers."""
+
+import dataclasses
+from typing import Any
+
+import cutlass.cute as cute
+from cutlass import Float32, Int32
+
+from .rows_fp8_params import MAX_STAGES
+
+NUM_WARPS = 8
+ROWS = 16
+BAR_MOVE, BAR_EPI = 1, 2
+MB_P = 2 * MAX_STAGES
+MB_TOTAL = MB_P + 2
+# P of a tile in mma's A fragments: four steps of 16 tokens, 32 lanes, four words.
+P_WORDS = 4 * 32 * 4
+
+
+@dataclasses.dataclass(frozen=True)
+class FewParams:
+    """Everything the device side reads, as one kernel argument. Names as in Fp8Params."""
+
+    mQ: cute.Tensor
+    mQpe: cute.Tensor
+    tma_ckv: Any
+    mCkv: cute.Tensor
+    tma_kpe: Any
+    mKpe: cute.Tensor
+    mScales: cute.Tensor
+    mIndices: cute.Tensor
+    mTable: cute.Tensor
+    mO: cute.Tensor
+    mLse: cute.Tensor
+    mPart: cute.Tensor
+    num_heads: Int32
+    page_size: Int32
+    ckv_unit: Int32
+    ckv_page_units: Int32
+    ckv_row_units: Int32
+    kpe_unit: Int32
+    kpe_page_units: Int32
+    kpe_row_units: Int32
+    nope_scale_log2: Float32
+    rope_scale_log2: Float32
+    out_scale: Float32
+    lse_scale: Float32
+    lay_sub: cute.ComposedLayout
+    lay_r: cute.ComposedLayout
+
+
+@dataclasses.dataclass(frozen=True)
+class FewSmem:
+    """Views of one CTA's shared memory; the last five are byte addresses."""
+
+    mbar: Any
+    sK_sub: cute.Tensor
+    sR_tma: cute.Tensor
+    sScales: cute.Tensor
+    k_address: Int32
+    r_address: Int32
+    p_address: Int32
+    scale_address: Int32
+    sFlags: cute.Tensor  # (warp, parity)
+    sMax: cute.Tensor  # (row, warp); in the epilogue the row sums, then the rows' largest elements
+    sBig: cute.Tensor  # (warp,)
+
+
+@dataclasses.dataclass(frozen=True)
+class FewFragments:
+    """Registers of one consumer thread. It has rows `row` and `row + 8`: of S, tokens 8 w + 2 l4 and the next; of O,
+    channels 64 w + 16 c + 4 l4 .. + 3."""
+
+    w: Int32
+    lane: Int32
+    row: Int32
+    l4: Int32
+    rQ: cute.Tensor  # 36 steps of 16 channels, four words of two: A fragments
+    rO: cute.Tensor  # 8 accumulator tiles; channel block c: tiles 2 c (even channels) and 2 c + 1
+    rS: cute.Tensor  # scores of the tile at hand, in log2 units: row 0 two tokens, row 1 two tokens
+    rNext: cute.Tensor  # of the next tile
+    rA: cute.Tensor  # what a score of Q K^T is worth, per row
+    rB: cute.Tensor  # of the rope's
+    rL: cute.Tensor
+    rSums: cute.Tensor
+    rRef: cute.Tensor
+    rUnit: cute.Tensor
+    first: cute.Tensor

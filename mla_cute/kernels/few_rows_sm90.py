@@ -1,0 +1,201 @@
+"""Few-rows MLA over an FP8 cache for Hopper: up to 16 query rows (heads of one token) on mma.sync, nothing padded.
+
+    S = Q K^T, O += P V on m16n8k16, float16 inputs (rope in its own 16-bit type), float32 accumulators
+
+wgmma would pad 16 heads to its 64 rows and take longer than the loads. e4m3 is converted to float16 exactly, in
+registers; Q (under a power of two per row) and P are float16, so nothing is lost beyond the cache's own rounding.
+
+One CTA per SM, persistent over the planner's work items: 8 consumer warps and the FP8 row-tile kernel's producer warps
+with its ring of K tiles (rows_fp8_producer.py).
+
+    warp w      QK: S[16 rows, tokens 8 w .. 8 w + 7] over all 576 channels; Q in registers for the whole item.
+                K by ldmatrix: a thread gets 4 channels of a token, in whose order Q was loaded
+                PV: O[16 rows, channels 64 w .. 64 w + 63]; V by transposing ldmatrix and a byte permute
+    P           goes to the other warps through shared memory, in the order of mma's A fragments
+
+    per tile i  softmax(i), QK(i + 1), PV(i): the exchange of P hides behind QK
+
+    mbarrier         count            filled by / waited for by
+    full, empty      as in rows_fp8_sm90.py; empty by a warp after its PV
+    p[parity]        8 warps          a warp's P of tile i is in shared memory; every warp before PV(i)
+
+Row maxima are not exchanged: P is made relative to the references that hold so far, and only when some P (or scale) of
+a tile leaves its range, and in the first tile of an item, all warps together move references and unit (`_move`).
+Registers: 240 / 24 (gather 232 / 40). Shared memory: five or six tiles of 36 to 41 KiB.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Int64, Uint8, Uint32, const_expr, memory
+from cutlass.cute.nvgpu import cpasync, warpgroup
+
+from ..config import LaunchConfig
+from . import paged_kv
+from .few_rows_consumer import FewRowsConsumer
+from .few_rows_params import MB_P, MB_TOTAL, NUM_WARPS, P_WORDS, FewParams, FewSmem
+from .paged_kv import TILE_N
+from .row_map import HeadRows
+from .rows_fp8_params import MB_EMPTY, MB_FULL
+from .rows_fp8_producer import Fp8Producer, GatherFp8Loader, TmaFp8Loader
+from .rows_params import DTYPES, HEAD_DIM_ROPE, HEAD_DIM_V
+
+NUM_THREADS = 384
+NUM_SCALES = {"tensor": 0, "token": 1, "group": 4}
+
+
+class FewRowsSm90(Fp8Producer, FewRowsConsumer):
+    """Main kernel of decode with at most 16 heads over FP8 caches. See the module docstring."""
+
+    def __init__(self, dtype: str, box_rows: int, kv_format: str, q_fp8: bool, config: LaunchConfig):
+        self.dtype = DTYPES[dtype]
+        self.rows = HeadRows()
+        self.kv_format, self.q_fp8 = kv_format, q_fp8
+        self.num_scales = NUM_SCALES[kv_format]
+        self.rope_fp8 = kv_format == "tensor"
+        # P times the scales of each channel group.
+        self.p_tiles = max(1, self.num_scales)
+        self.num_stages = 6 if self.rope_fp8 else 5
+        rope_row_bytes = 64 if self.rope_fp8 else 128
+        self.by_tma = box_rows > 0
+        self.box_rows = box_rows
+        if self.by_tma:
+            self.loader = TmaFp8Loader(box_rows, config.evict_first, rope_row_bytes, self.num_scales)
+        else:
+            self.loader = GatherFp8Loader(rope_row_bytes, self.num_scales)
+        self.use_pdl = config.use_pdl
+        self.regs_consumer, self.regs_producer = (240, 24) if box_rows > 8 else (232, 40)
+
+    # ------------------------------------------------------------------ host
+
+    @cute.jit
+    def __call__(
+        self,
+        q_nope: cute.Tensor,  # (tokens, H, 512); e4m3 as bytes here and below
+        q_pe: cute.Tensor,  # (tokens, H, 64)
+        ckv: cute.Tensor,  # (pages, page_size, 512) bytes
+        kpe: cute.Tensor,  # (pages, page_size, 64)
+        scales: cute.Tensor,  # (pages, page_size, 1 or 4) float32; format "tensor": not read
+        kv_indices: cute.Tensor,  # (n,) page ids
+        table: cute.Tensor,  # (rows, 8): the plan, see planner.py
+        out: cute.Tensor,  # (tokens, H, 512)
+        lse: cute.Tensor,  # (tokens, H) float32
+        part: cute.Tensor,  # (rows, PART_ROW) 32-bit words, see registry.py
+        num_parts: Int32,
+        nope_scale_log2: Float32,  # what q_nope . ckv is worth in log2 units
+        rope_scale_log2: Float32,  # likewise q_pe . kpe
+        out_scale: Float32,  # what a stored ckv is worth in the output
+        lse_scale: Float32,  # 1 for base 2, ln 2 for base e
+        stream,
+    ):
+        Kind = warpgroup.SmemLayoutAtomKind
+
+        def layout(kind, dtype, shape):
+            atom = warpgroup.make_smem_layout_atom(kind, dtype)
+            return cute.tile_to_shape(atom, shape, order=tuple(range(len(shape))))
+
+        rope_kind = Kind.K_SW64 if self.rope_fp8 else Kind.K_SW128
+        rope_dtype = Uint8 if self.rope_fp8 else self.dtype
+        if const_expr(self.by_tma):
+            op = cpasync.CopyBulkTensorTileG2SOp()
+            box, rope_box = (self.box_rows, 128), (self.box_rows, 64)
+            ckv_view = cute.make_tensor(ckv.iterator, cute.select(ckv.layout, mode=[1, 2, 0]))
+            kpe_view = cute.make_tensor(kpe.iterator, cute.select(kpe.layout, mode=[1, 2, 0]))
+            tma_ckv, mCkv = cpasync.make_tiled_tma_atom(op, ckv_view, layout(Kind.K_SW128, Uint8, box), box)
+            tma_kpe, mKpe = cpasync.make_tiled_tma_atom(op, kpe_view, layout(rope_kind, rope_dtype, rope_box), rope_box)
+        else:
+            tma_ckv, mCkv, tma_kpe, mKpe = None, ckv, None, kpe
+        ckv_unit, kpe_unit = (paged_kv.row_unit(x.stride[0], x.stride[1]) for x in (ckv, kpe))
+        params = FewParams(
+            mQ=q_nope,
+            mQpe=q_pe,
+            tma_ckv=tma_ckv,
+            mCkv=mCkv,
+            tma_kpe=tma_kpe,
+            mKpe=mKpe,
+            mScales=scales,
+            mIndices=kv_indices,
+            mTable=table,
+            mO=out,
+            mLse=lse,
+            mPart=part,
+            num_heads=Int32(cute.size(q_nope, mode=[1])),
+            page_size=Int32(cute.size(ckv, mode=[1])),
+            ckv_unit=ckv_unit,
+            ckv_page_units=Int32(ckv.stride[0] // ckv_unit),
+            ckv_row_units=Int32(ckv.stride[1] // ckv_unit),
+            kpe_unit=kpe_unit * (rope_dtype.width // 8),
+            kpe_page_units=Int32(kpe.stride[0] // kpe_unit),
+            kpe_row_units=Int32(kpe.stride[1] // kpe_unit),
+            nope_scale_log2=nope_scale_log2,
+            rope_scale_log2=rope_scale_log2,
+            out_scale=out_scale,
+            lse_scale=lse_scale,
+            lay_sub=layout(Kind.K_SW128, Uint8, (TILE_N, 128, 4 * self.num_stages)),
+            lay_r=layout(rope_kind, rope_dtype, (TILE_N, HEAD_DIM_ROPE, self.num_stages)),
+        )
+        self.kernel(params).launch(
+            grid=[num_parts, 1, 1],
+            block=[NUM_THREADS, 1, 1],
+            stream=stream,
+            min_blocks_per_mp=1,
+            use_pdl=self.use_pdl,
+        )
+
+    # ---------------------------------------------------------------- device
+
+    def _smem(self, p):
+        rope_dtype = Uint8 if self.rope_fp8 else self.dtype
+        scales = max(1, self.num_scales)
+
+        @cute.struct
+        class Storage:
+            mbar: cute.struct.MemRange[Int64, MB_TOTAL]
+            sFlags: cute.struct.MemRange[Int32, 2 * NUM_WARPS]
+            sMax: cute.struct.MemRange[Float32, 16 * NUM_WARPS]
+            sBig: cute.struct.MemRange[Float32, NUM_WARPS]
+            sScales: cute.struct.Align[cute.struct.MemRange[Float32, scales * TILE_N * self.num_stages], 16]
+            sP: cute.struct.Align[cute.struct.MemRange[Uint32, 2 * self.p_tiles * P_WORDS], 16]
+            sK: cute.struct.Align[cute.struct.MemRange[Uint8, self.num_stages * TILE_N * HEAD_DIM_V], 1024]
+            sR: cute.struct.Align[cute.struct.MemRange[rope_dtype, self.num_stages * TILE_N * HEAD_DIM_ROPE], 1024]
+
+        st = memory.SmemAllocator().allocate(Storage)
+        return FewSmem(
+            mbar=st.mbar.data_ptr(),
+            sK_sub=st.sK.get_tensor(p.lay_sub.outer, swizzle=p.lay_sub.inner),
+            sR_tma=st.sR.get_tensor(p.lay_r.outer, swizzle=p.lay_r.inner),
+            sScales=st.sScales.get_tensor(cute.make_layout((TILE_N, scales, self.num_stages))),
+            k_address=Int32(st.sK.data_ptr().toint()),
+            r_address=Int32(st.sR.data_ptr().toint()),
+            p_address=Int32(st.sP.data_ptr().toint()),
+            scale_address=Int32(st.sScales.data_ptr().toint()),
+            sFlags=st.sFlags.get_tensor(cute.make_layout((NUM_WARPS, 2))),
+            sMax=st.sMax.get_tensor(cute.make_layout((16, NUM_WARPS), stride=(NUM_WARPS, 1))),
+            sBig=st.sBig.get_tensor(cute.make_layout(NUM_WARPS)),
+        )
+
+    @cute.kernel
+    def kernel(self, p: FewParams):
+        part, _, _ = cute.arch.block_idx()
+        warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        s = self._smem(p)
+        if warp_idx == 0:
+            if const_expr(self.by_tma):
+                cpasync.prefetch_descriptor(p.tma_ckv)
+                cpasync.prefetch_descriptor(p.tma_kpe)
+            with cute.arch.elect_one():
+                for i in cutlass.range_constexpr(self.num_stages):
+                    cute.arch.mbarrier_init(s.mbar + MB_FULL + i, self.loader.full_arrivals)
+                    cute.arch.mbarrier_init(s.mbar + MB_EMPTY + i, NUM_WARPS)
+                for i in cutlass.range_constexpr(2):
+                    cute.arch.mbarrier_init(s.mbar + MB_P + i, NUM_WARPS)
+        cute.arch.mbarrier_init_fence()
+        if const_expr(self.use_pdl):
+            cute.arch.griddepcontrol_wait()
+            cute.arch.griddepcontrol_launch_dependents()
+        cute.arch.sync_threads()
+        if warp_idx >= NUM_WARPS:
+            cute.arch.setmaxregister_decrease(self.regs_producer)
+            self._produce(p, s, part, warp_idx - NUM_WARPS, cute.arch.lane_idx())
+        else:
+            cute.arch.setmaxregister_increase(self.regs_consumer)
+            self._consume(p, s, part, warp_idx, cute.arch.lane_idx())
