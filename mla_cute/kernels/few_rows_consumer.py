@@ -5,10 +5,19 @@ import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr
 
 from . import fp8, softmax, sync
-from .few_rows_params import BAR_EPI, BAR_MOVE, MB_P, NUM_WARPS, P_WORDS, FewFragments
+from .few_rows_params import (
+    BAR_EPI,
+    BAR_MOVE,
+    MB_P,
+    NUM_WARPS,
+    P_WORDS,
+    Q_TOTAL_STEPS,
+    STEP_BYTES,
+    FewFragments,
+)
 from .paged_kv import TILE_N
 from .registry import INT16_BIAS, INT16_MAX, PART_LSE
-from .rows_fp8_consumer import MAX_P, MAX_UNITS
+from .rows_fp8_consumer import MAX_P, MAX_SCALED_P, MAX_UNITS
 from .rows_fp8_params import MB_EMPTY, MB_FULL
 
 TILE_BYTES = TILE_N * 512
@@ -29,12 +38,10 @@ class FewRowsConsumer:
             lane=lane,
             row=lane // 4,
             l4=lane % 4,
-            rQ=registers(36 * 4, Uint32),
+            rQ=registers(self.q_steps * 4, Uint32),
             rO=registers(32),
             rS=registers(4),
             rNext=registers(4),
-            rA=registers(2),
-            rB=registers(2),
             rL=registers(2),
             rSums=registers(2),
             rRef=registers(2),
@@ -45,22 +52,25 @@ class FewRowsConsumer:
     @cute.jit
     def _consume(self, p, s, part, w, lane):
         f = self._fragments(w, lane)
-        num_items = self.rows.num_items(p, part)
-        first_row = self._first_row(p, part)
+        # What outlives a tile's work waits in words of shared memory that each warp writes and reads for itself.
+        s.sLoop[0, w] = self.rows.num_items(p, part)
+        s.sLoop[1, w] = self._first_row(p, part)
         slot = Int32(0)
         phase = Int32(0)
         parity = Int32(0)  # of the tile's number in the stream
         p_phase = Int32(0)
-        for it in cutlass.range(num_items, unroll=1):
-            table_row = first_row + it
-            request = p.mTable[table_row, 0]
+        it = Int32(0)
+        while it < s.sLoop[0, w]:
+            table_row = s.sLoop[1, w] + it
             kv_begin = p.mTable[table_row, 1]
             kv_end = p.mTable[table_row, 2]
-            part_row = p.mTable[table_row, 4]
+            request = p.mTable[table_row, 0]
+            s.sLoop[2, w] = request
+            s.sLoop[3, w] = p.mTable[table_row, 4]
             # Tiles come in pairs, as the planner cuts and the producer fills them.
             num_tiles = (cute.ceil_div(kv_end, TILE_N) - kv_begin // TILE_N + 1) // 2 * 2
             left = kv_end - kv_begin
-            self._load_q(p, f, request)
+            self._load_q(p, s, f, request)
             f.rO.fill(0.0)
             f.rL.fill(0.0)
             f.rRef.fill(0.0)
@@ -93,64 +103,89 @@ class FewRowsConsumer:
             parity ^= 1
             if parity == 0:
                 p_phase ^= 1
-            self._epilogue(p, s, f, request, part_row)
+            self._epilogue(p, s, f, s.sLoop[2, w], s.sLoop[3, w])
+            it += 1
 
     # -------------------------------------------------------------------- Q
 
     @cute.jit
-    def _load_q(self, p, f, request):
-        """Q's rows as A fragments in the order in which K's bytes arrive: float16 under a power of two per row, a 16-bit
-        rope as it is. Rows past H repeat the last one."""
-        for r in cutlass.range_constexpr(2):
-            head = cutlass.min(f.row + 8 * r, p.num_heads - 1)
-            scale = Float32(1.0)
-            rope_scale = Float32(1.0)
-            nope = self._row_address(p.mQ, request, head)
-            rope = self._row_address(p.mQpe, request, head)
-            if const_expr(self.q_fp8):
-                for c in cutlass.range_constexpr(32):
-                    self._put_q(f, c, r, fp8.e4m3x4_to_f16(fp8.load_global_words(nope + Int64(f.l4 * 4), 1, 16 * c)[0]))
-            else:
-                scale = self._put_q_scaled(f, nope + Int64(f.l4 * 8), r, 0, 32)
-            if const_expr(self.rope_fp8):
-                if const_expr(self.q_fp8):
-                    for c in cutlass.range_constexpr(4):
-                        word = fp8.load_global_words(rope + Int64(f.l4 * 4), 1, 16 * c)[0]
-                        self._put_q(f, 32 + c, r, fp8.e4m3x4_to_f16(word))
-                else:
-                    rope_scale = self._put_q_scaled(f, rope + Int64(f.l4 * 8), r, 32, 4)
-            else:
-                # A 16-bit K fragment has channels 2 l4 and the next of a chunk of 8 in each register.
-                for c in cutlass.range_constexpr(4):
-                    words = [fp8.load_global_words(rope + Int64(f.l4 * 4), 1, 32 * c + 16 * i)[0] for i in range(2)]
-                    self._put_q(f, 32 + c, r, words)
-            f.rA[r] = scale * p.nope_scale_log2
-            f.rB[r] = rope_scale * p.rope_scale_log2
+    def _load_q(self, p, s, f, request):
+        """Q as A fragments, in the order in which K's bytes arrive: float16 under a power of two per row, a 16-bit rope
+        as it is. Sixteen threads a row make them in shared memory; every warp reads the first q_steps, whose place P
+        takes then. Rows past H repeat the last one."""
+        t = fp8.thread_index()
+        row = t // 16
+        q16 = t % 16
+        head = cutlass.min(row, p.num_heads - 1)
+        nope = self._row_address(p.mQ, request, head) + Int64(q16 * 16)
+        rope = self._row_address(p.mQpe, request, head) + Int64(q16 * 16)
+        # The word of lane 4 (row % 8) that begins a step.
+        at = s.q_address + (row % 8) * 64 + row // 8 * 4
+        scale = Float32(1.0)
+        rope_scale = Float32(1.0)
+        if const_expr(self.q_fp8):
+            for i in cutlass.range_constexpr(2):
+                self._put_e4m3(at, fp8.load_global_16(nope, 256 * i), q16 + 16 * i)
+        else:
+            scale = self._put_scaled(at, [fp8.load_global_16(nope, 256 * i) for i in range(4)], q16, 0)
+        if const_expr(self.rope_fp8 and self.q_fp8):
+            if q16 < 4:
+                self._put_e4m3(at, fp8.load_global_16(rope), 32 + q16)
+        elif const_expr(self.rope_fp8):
+            words = cute.make_rmem_tensor((4,), Uint32)
+            words.fill(0)
+            if q16 < 8:
+                for i, word in enumerate(fp8.load_global_16(rope)):
+                    words[i] = word
+            # Of the sixteen threads eight have a chunk; the others' zeros go to the steps behind the last one.
+            rope_scale = self._put_scaled(at, [[words[i] for i in range(4)]], q16, 32)
+        else:
+            # A 16-bit K fragment has channels 2 l4 and the next of a chunk of 8 in each register.
+            if q16 < 8:
+                for i, word in enumerate(fp8.load_global_16(rope)):
+                    fp8.store_shared(at + self._step_offset(32 + q16 // 2) + q16 % 2 * 8, [word], 16 * i)
+        if q16 == 0:
+            s.sRow[row, 0] = scale * p.nope_scale_log2
+            s.sRow[row, 1] = rope_scale * p.rope_scale_log2
+        sync.sync(BAR_EPI, NUM_THREADS)
+        for step in cutlass.range_constexpr(self.q_steps):
+            for i, word in enumerate(fp8.load_shared_16(s.p_address + t % 32 * 16, step * STEP_BYTES)):
+                f.rQ[step * 4 + i] = word
+        sync.sync(BAR_EPI, NUM_THREADS)
+
+    def _step_offset(self, step):
+        """Of a step of Q in shared memory: those that stay there come first."""
+        return (step + (Q_TOTAL_STEPS - self.q_steps)) % Q_TOTAL_STEPS * STEP_BYTES
 
     def _row_address(self, q, token, head):
         size = q.element_type.width // 8
         return q.iterator.toint() + (Int64(token) * q.stride[0] + Int64(head) * q.stride[1]) * size
 
-    def _put_q(self, f, step: int, r: int, words) -> None:
-        f.rQ[step * 4 + r] = words[0]
-        f.rQ[step * 4 + 2 + r] = words[1]
+    def _put_e4m3(self, at, words: list, step) -> None:
+        """16 e4m3 of a row, a whole step."""
+        for i, word in enumerate(words):
+            for pair, value in enumerate(fp8.e4m3x4_to_f16(word)):
+                fp8.store_shared(at + self._step_offset(step), [value], 16 * i + 8 * pair)
 
-    def _put_q_scaled(self, f, address, r: int, first: int, steps: int):
-        """Steps `first` .. of row r from 16-bit values; returns what they are to be multiplied by again."""
+    def _put_scaled(self, at, chunks: list, q16, first: int):
+        """Chunks q16, q16 + 16, .. of eight 16-bit values of a row, from step `first` on; returns what they are to be
+        multiplied by again."""
         pair = Uint32(0)
-        loaded = [fp8.load_global_words(address, 2, 32 * c) for c in range(steps)]
-        for words in loaded:
+        for words in chunks:
             for word in words:
                 pair = fp8.max_abs_16bit(pair, word, self.dtype)
-        largest = softmax.quad_max(cute.arch.fmax(*fp8.unpack_16bit(pair, self.dtype)))
+        largest = cute.arch.fmax(*fp8.unpack_16bit(pair, self.dtype))
+        for offset in (1, 2, 4, 8):
+            largest = cute.arch.fmax(largest, cute.arch.shuffle_sync_bfly(largest, offset=offset))
         # 2^-e, 2^e with 2^e <= largest < 2^(e + 1): exact, and float16 keeps what is 2^-14 of it or more in full.
-        bits = cutlass.max(
-            cutlass.min(largest.bitcast(Int32) & Int32(0x7F800000), Int32(0x7E000000)), Int32(0x01000000)
-        )
+        bits = cutlass.min(largest.bitcast(Int32) & Int32(0x7F800000), Int32(0x7E000000))
+        bits = cutlass.max(bits, Int32(0x01000000))
         inverse = (Int32(0x7F000000) - bits).bitcast(Float32)
-        for c, words in enumerate(loaded):
-            pairs = [[v * inverse for v in fp8.unpack_16bit(word, self.dtype)] for word in words]
-            self._put_q(f, first + c, r, [fp8.to_f16x2(*pair) for pair in pairs])
+        for i, words in enumerate(chunks):
+            to = at + self._step_offset(first + 8 * i + q16 // 2) + q16 % 2 * 32
+            for j, word in enumerate(words):
+                x = [v * inverse for v in fp8.unpack_16bit(word, self.dtype)]
+                fp8.store_shared(to, [fp8.to_f16x2(*x)], j // 2 * 16 + j % 2 * 8)
         return bits.bitcast(Float32)
 
     # ---------------------------------------------------------------- tiles
@@ -178,26 +213,31 @@ class FewRowsConsumer:
             for m in cutlass.range_constexpr(4):
                 for sub in cutlass.range_constexpr(4):
                     step = sub * 8 + half * 4 + m
-                    acc[sub] = self._multiply_q(f, acc[sub], step, fp8.e4m3x4_to_f16(x[sub][m]), "f16")
+                    acc[sub] = self._multiply_q(s, f, acc[sub], step, fp8.e4m3x4_to_f16(x[sub][m]), "f16")
         if const_expr(self.rope_fp8):
             at = s.r_address + slot * (TILE_N * 64) + rows * 64 + (chunk ^ (r8 // 2)) * 16
             x = fp8.ldmatrix_x4(at, 0, False)
             for m in cutlass.range_constexpr(4):
-                acc[4] = self._multiply_q(f, acc[4], 32 + m, fp8.e4m3x4_to_f16(x[m]), "f16")
+                acc[4] = self._multiply_q(s, f, acc[4], 32 + m, fp8.e4m3x4_to_f16(x[m]), "f16")
         else:
             at = s.r_address + slot * (TILE_N * 128) + rows * 128
             x = [word for half in range(2) for word in fp8.ldmatrix_x4(at + ((chunk + 4 * half) ^ r8) * 16, 0, False)]
             name = "bf16" if self.dtype.__name__ == "BFloat16" else "f16"
             for m in cutlass.range_constexpr(4):
-                acc[4] = self._multiply_q(f, acc[4], 32 + m, (x[2 * m], x[2 * m + 1]), name)
+                acc[4] = self._multiply_q(s, f, acc[4], 32 + m, (x[2 * m], x[2 * m + 1]), name)
         nope = self._combine(s, f, slot, acc)
         token = f.w * 8 + f.l4 * 2
         for j in cutlass.range_constexpr(4):
-            score = nope[j] * f.rA[j // 2] + acc[4][j] * f.rB[j // 2]
+            row = f.row + 8 * (j // 2)
+            score = nope[j] * s.sRow[row, 0] + acc[4][j] * s.sRow[row, 1]
             f.rNext[j] = score if token + j % 2 < left else -Float32.inf
 
-    def _multiply_q(self, f, acc, step: int, b, dtype: str):
-        return fp8.mma_m16n8k16(acc, [f.rQ[step * 4 + j] for j in range(4)], b, dtype)
+    def _multiply_q(self, s, f, acc, step: int, b, dtype: str):
+        if step < self.q_steps:
+            a = [f.rQ[step * 4 + j] for j in range(4)]
+        else:
+            a = fp8.load_shared_16(s.q_address + f.lane * 16, (step - self.q_steps) * STEP_BYTES)
+        return fp8.mma_m16n8k16(acc, a, b, dtype)
 
     def _combine(self, s, f, slot, acc):
         """Sum over the four 128-channel accumulators, times their scales."""
@@ -221,7 +261,8 @@ class FewRowsConsumer:
         e = [softmax.exp2(f.rS[j] - f.rRef[j // 2]) for j in range(4)]
         for r in range(2):
             f.rSums[r] = e[2 * r] + e[2 * r + 1]
-        leaves = (f.rSums[0] > MAX_P) | (f.rSums[1] > MAX_P)
+        most = MAX_SCALED_P if self.num_scales else MAX_P
+        leaves = (f.rSums[0] > most) | (f.rSums[1] > most)
         at = self._p_address(s, f, parity)
         inverse = cute.arch.rcp_approx(f.rUnit[0])
         token = f.w * 8 + f.l4 * 2
@@ -281,7 +322,7 @@ class FewRowsConsumer:
             mx = s.sMax[f.row + 8 * r, 0]
             for w in cutlass.range_constexpr(NUM_WARPS - 1):
                 mx = cute.arch.fmax(mx, s.sMax[f.row + 8 * r, w + 1])
-            ref = softmax.lazy_max(f.rRef[r], mx)
+            ref = cute.arch.fmax(f.rRef[r], mx)
             if f.first[0] != 0:
                 # Down, too; a row that sees nothing keeps 0.
                 ref = f.rRef[r]
@@ -316,8 +357,9 @@ class FewRowsConsumer:
         tile = s.k_address + slot * TILE_BYTES + f.w // 2 * SUB_BYTES
         if left < TILE_N:
             # Rows past kv_end may hold NaN: zero this warp's 64 channels of them.
-            chunk = f.w % 2 * 4 + f.l4
-            first = cutlass.max(left, Int32(0)) + f.row
+            lane = fp8.thread_index() % 32
+            chunk = f.w % 2 * 4 + lane % 4
+            first = cutlass.max(left, Int32(0)) + lane // 4
             for row in cutlass.range(first, TILE_N, 8, unroll=1):
                 zero = Uint32(0)
                 fp8.store_shared(tile + row * 128 + (chunk ^ (row % 8)) * 16, [zero, zero, zero, zero])

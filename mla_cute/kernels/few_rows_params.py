@@ -1,4 +1,4 @@
-"""What the few-rows kernel's roles share: barriers, kernel arguments, shared memory, one consumer thread's registers."""
+"""What the few-rows kernel's roles share: barriers, arguments, shared memory, a consumer thread's registers."""
 
 import dataclasses
 from typing import Any
@@ -15,6 +15,11 @@ MB_P = 2 * MAX_STAGES
 MB_TOTAL = MB_P + 2
 # P of a tile in mma's A fragments: four steps of 16 tokens, 32 lanes, four words.
 P_WORDS = 4 * 32 * 4
+# Q in A fragments: 32 steps of 16 channels, the rope's four, and four that take zeros; a step is 32 lanes of four
+# words. The warps keep the first `q_steps` in registers, and P takes their place in shared memory; the others stay
+# there, in front of them.
+Q_TOTAL_STEPS = 40
+STEP_BYTES = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +56,7 @@ class FewParams:
 
 @dataclasses.dataclass(frozen=True)
 class FewSmem:
-    """Views of one CTA's shared memory; the last five are byte addresses."""
+    """Views of one CTA's shared memory; the addresses are in bytes."""
 
     mbar: Any
     sK_sub: cute.Tensor
@@ -59,8 +64,12 @@ class FewSmem:
     sScales: cute.Tensor
     k_address: Int32
     r_address: Int32
+    q_address: Int32
     p_address: Int32
     scale_address: Int32
+    sProduce: cute.Tensor  # (word, producer warp)
+    sLoop: cute.Tensor  # (word, consumer warp): number of items, table row of the first, request, partial row
+    sRow: cute.Tensor  # (row, 2): what a score of Q K^T is worth, of the rope's
     sFlags: cute.Tensor  # (warp, parity)
     sMax: cute.Tensor  # (row, warp); in the epilogue the row sums, then the rows' largest elements
     sBig: cute.Tensor  # (warp,)
@@ -75,12 +84,10 @@ class FewFragments:
     lane: Int32
     row: Int32
     l4: Int32
-    rQ: cute.Tensor  # 36 steps of 16 channels, four words of two: A fragments
+    rQ: cute.Tensor  # A fragments of the first steps, four words of two channels each
     rO: cute.Tensor  # 8 accumulator tiles; channel block c: tiles 2 c (even channels) and 2 c + 1
     rS: cute.Tensor  # scores of the tile at hand, in log2 units: row 0 two tokens, row 1 two tokens
     rNext: cute.Tensor  # of the next tile
-    rA: cute.Tensor  # what a score of Q K^T is worth, per row
-    rB: cute.Tensor  # of the rope's
     rL: cute.Tensor
     rSums: cute.Tensor
     rRef: cute.Tensor

@@ -21,18 +21,18 @@ with its ring of K tiles (rows_fp8_producer.py).
 
 Row maxima are not exchanged: P is made relative to the references that hold so far, and only when some P (or scale) of
 a tile leaves its range, and in the first tile of an item, all warps together move references and unit (`_move`).
-Registers: 240 / 24 (gather 232 / 40). Shared memory: five or six tiles of 36 to 41 KiB.
+Registers: 240 / 24 (small pages 232 / 40). Shared memory: five (format "group": four) tiles of 36 to 41 KiB.
 """
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, Uint8, Uint32, const_expr, memory
+from cutlass import Float32, Int32, Int64, Uint8, const_expr, memory
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from ..config import LaunchConfig
 from . import paged_kv
 from .few_rows_consumer import FewRowsConsumer
-from .few_rows_params import MB_P, MB_TOTAL, NUM_WARPS, P_WORDS, FewParams, FewSmem
+from .few_rows_params import MB_P, MB_TOTAL, NUM_WARPS, P_WORDS, Q_TOTAL_STEPS, STEP_BYTES, FewParams, FewSmem
 from .paged_kv import TILE_N
 from .row_map import HeadRows
 from .rows_fp8_params import MB_EMPTY, MB_FULL
@@ -54,16 +54,18 @@ class FewRowsSm90(Fp8Producer, FewRowsConsumer):
         self.rope_fp8 = kv_format == "tensor"
         # P times the scales of each channel group.
         self.p_tiles = max(1, self.num_scales)
-        self.num_stages = 6 if self.rope_fp8 else 5
+        self.q_steps = 8 if kv_format == "group" else 24
+        self.num_stages = 4 if kv_format == "group" else 5
         rope_row_bytes = 64 if self.rope_fp8 else 128
-        self.by_tma = box_rows > 0
+        # With eight boxes and scales a tile the TMA producer spills.
+        self.by_tma = box_rows > (8 if kv_format == "group" else 0)
         self.box_rows = box_rows
         if self.by_tma:
             self.loader = TmaFp8Loader(box_rows, config.evict_first, rope_row_bytes, self.num_scales)
         else:
             self.loader = GatherFp8Loader(rope_row_bytes, self.num_scales)
         self.use_pdl = config.use_pdl
-        self.regs_consumer, self.regs_producer = (240, 24) if box_rows > 8 else (232, 40)
+        self.regs_consumer, self.regs_producer = (240, 24) if box_rows > 16 else (232, 40)
 
     # ------------------------------------------------------------------ host
 
@@ -146,15 +148,20 @@ class FewRowsSm90(Fp8Producer, FewRowsConsumer):
     def _smem(self, p):
         rope_dtype = Uint8 if self.rope_fp8 else self.dtype
         scales = max(1, self.num_scales)
+        kept = (Q_TOTAL_STEPS - self.q_steps) * STEP_BYTES
+        transient = max(self.q_steps * STEP_BYTES, 2 * self.p_tiles * P_WORDS * 4)
 
         @cute.struct
         class Storage:
             mbar: cute.struct.MemRange[Int64, MB_TOTAL]
+            sProduce: cute.struct.MemRange[Int32, 32]
+            sLoop: cute.struct.MemRange[Int32, 4 * NUM_WARPS]
+            sRow: cute.struct.MemRange[Float32, 32]
             sFlags: cute.struct.MemRange[Int32, 2 * NUM_WARPS]
             sMax: cute.struct.MemRange[Float32, 16 * NUM_WARPS]
             sBig: cute.struct.MemRange[Float32, NUM_WARPS]
             sScales: cute.struct.Align[cute.struct.MemRange[Float32, scales * TILE_N * self.num_stages], 16]
-            sP: cute.struct.Align[cute.struct.MemRange[Uint32, 2 * self.p_tiles * P_WORDS], 16]
+            sQP: cute.struct.Align[cute.struct.MemRange[Uint8, kept + transient], 16]
             sK: cute.struct.Align[cute.struct.MemRange[Uint8, self.num_stages * TILE_N * HEAD_DIM_V], 1024]
             sR: cute.struct.Align[cute.struct.MemRange[rope_dtype, self.num_stages * TILE_N * HEAD_DIM_ROPE], 1024]
 
@@ -166,8 +173,12 @@ class FewRowsSm90(Fp8Producer, FewRowsConsumer):
             sScales=st.sScales.get_tensor(cute.make_layout((TILE_N, scales, self.num_stages))),
             k_address=Int32(st.sK.data_ptr().toint()),
             r_address=Int32(st.sR.data_ptr().toint()),
-            p_address=Int32(st.sP.data_ptr().toint()),
+            q_address=Int32(st.sQP.data_ptr().toint()),
+            p_address=Int32(st.sQP.data_ptr().toint()) + kept,
             scale_address=Int32(st.sScales.data_ptr().toint()),
+            sProduce=st.sProduce.get_tensor(cute.make_layout((8, 4))),
+            sLoop=st.sLoop.get_tensor(cute.make_layout((4, NUM_WARPS))),
+            sRow=st.sRow.get_tensor(cute.make_layout((16, 2))),
             sFlags=st.sFlags.get_tensor(cute.make_layout((NUM_WARPS, 2))),
             sMax=st.sMax.get_tensor(cute.make_layout((16, NUM_WARPS), stride=(NUM_WARPS, 1))),
             sBig=st.sBig.get_tensor(cute.make_layout(NUM_WARPS)),

@@ -86,6 +86,11 @@ def unpack_16bit(x, dtype) -> tuple:
     return Float32(low), Float32(high)
 
 
+def thread_index():
+    """threadIdx.x, asked for again: what an item's beginning makes of it is not kept in registers over all items."""
+    return Int32(_asm(T.i32(), 1, [], "mov.u32 $0, %tid.x;", "=r", True)[0])
+
+
 def max_abs_16bit(a, b, dtype):
     """Per half: the larger of a and |b|, two 16-bit floats in a word; NaN is ignored."""
     name = "bf16x2" if dtype.__name__ == "BFloat16" else "f16x2"

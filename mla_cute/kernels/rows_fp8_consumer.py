@@ -27,6 +27,8 @@ NOPE_STEPS = 16
 # A thread's part of a row sum beyond which the reference moves: far above a P of 2^8, where it would be moved eagerly,
 # and within float16, so that a pair needs no row maxima.
 MAX_P = 2.0**14
+# The same where P is multiplied by scales of up to MAX_UNITS.
+MAX_SCALED_P = 2.0**9
 # Scales of V are counted in a unit that is moved when one exceeds so many: 2^6 * 2^9 (an e4m3) fits float16.
 MAX_UNITS = 64.0
 
@@ -62,9 +64,6 @@ class Fp8Consumer:
             rL=cute.make_rmem_tensor((2,), Float32),
             rRef=cute.make_rmem_tensor((2,), Float32),
             rUnit=cute.make_rmem_tensor((1,), Float32),
-            first=cute.make_rmem_tensor((1,), Int32),
-            sums=cute.make_rmem_tensor((2,), Float32),
-            leaves=cute.make_rmem_tensor((1,), Int32),
             S=wgmma.row_col_view(rS, 8),
             T=wgmma.row_col_view(rT, 8),
             stm=stm,
@@ -76,48 +75,50 @@ class Fp8Consumer:
         # What the loop over items needs waits in shared memory: every thread writes and reads it for itself.
         s.sLoop[0] = self.rows.num_items(p, part)
         s.sLoop[1] = self._first_row(p, part)
-        self._consume_items(p, s, self._fragments(p, s, t), part, head0, wg)
+        s.sLoop[2] = head0
+        s.sLoop[3] = part
+        self._consume_items(p, s, self._fragments(p, s, t), wg)
 
     @cute.jit
-    def _consume_items(self, p, s, f, part, head0, wg: Constexpr):
+    def _consume_items(self, p, s, f, wg: Constexpr):
         sync.arrive(BAR_P_FREE0 + 1 - wg, NUM_CONSUMERS)
         tile = Uint32(0)  # index of the pair's first tile in the stream of all tiles
         it = Int32(0)
-        self._fetch_item(p, s, f, part, it, wg)
+        self._fetch_item(p, s, f, it, wg)
         while it < s.sLoop[0]:
             self._await_item(f, wg)
             sync.sync(BAR_EPI, NUM_CONSUMERS)
             slot = it % 4
-            self._fetch_item(p, s, f, part, it + 1, wg)
-            self._load_q(p, s, f, slot, head0, wg)
+            self._fetch_item(p, s, f, it + 1, wg)
+            self._load_q(p, s, f, slot, s.sLoop[2], wg)
             for m in cutlass.range_constexpr(4):
                 f.rO[m].fill(0.0)
             f.rL.fill(0.0)
             f.rRef.fill(0.0)
-            f.first[0] = Int32(1)
             f.rUnit[0] = Float32(2.0**-100)
             left = s.sItem[slot, 2] - s.sItem[slot, 1]
             num_pairs = (cute.ceil_div(s.sItem[slot, 2], TILE_N) - s.sItem[slot, 1] // TILE_N + 1) >> 1
             gap = self.rows.gap(p, s, slot)
-            self._start_first(p, s, f, tile, left, it % 4, gap, wg, True)
+            if const_expr(self.ahead):
+                self._start_nope(p, s, f, tile + wg, 0)
             # The last pair apart: tails, and nothing to start ahead, are only there.
             for _ in cutlass.range(num_pairs - 1, unroll=1):
-                self._pair(p, s, f, tile, left, it % 4, gap, wg, False, True)
+                self._pair(p, s, f, tile, left, it % 4, gap, wg, False)
                 tile += 2
                 left -= 2 * TILE_N
-            self._pair(p, s, f, tile, left, it % 4, gap, wg, True, True)
+            self._pair(p, s, f, tile, left, it % 4, gap, wg, True)
             tile += 2
-            self._epilogue(p, s, f, it % 4, head0, wg)
+            self._epilogue(p, s, f, it % 4, s.sLoop[2], wg)
             it += 1
 
     # ---------------------------------------------------------------- items
 
     @cute.jit
-    def _fetch_item(self, p, s, f, part, it, wg: Constexpr):
+    def _fetch_item(self, p, s, f, it, wg: Constexpr):
         """Start the copy of item `it`, if there is one, to s.sItem[it % 4]; `_await_item` ends it."""
         if const_expr(wg == 0):
             if (f.t < 2) & (it < s.sLoop[0]):
-                table_row = self.rows.item_row(p, part, s.sLoop[1], it)
+                table_row = self.rows.item_row(p, s.sLoop[3], s.sLoop[1], it)
                 slot = it % 4
                 src = p.mTable.iterator.toint() + Int64(table_row) * 32 + Int64(f.t * 16)
                 dst = Int32(s.sItem.iterator.toint()) + slot * 32 + f.t * 16
@@ -133,7 +134,7 @@ class Fp8Consumer:
     @cute.jit
     def _load_q(self, p, s, f, slot, head0, wg: Constexpr):
         """Q of the item to shared memory, as e4m3: four threads a row. Rows past the tile's repeat its last one."""
-        t = f.t + 128 * wg
+        t = fp8.thread_index()
         row = t // 4
         q4 = t % 4
         last = self.rows.num_rows(p, s, slot, head0) - 1
@@ -237,18 +238,18 @@ class Fp8Consumer:
         for chunk in range(self.score_chunks):
             if chunk > 0:
                 self._start_nope(p, s, f, tile, chunk)
-            scales = self._column_scales(s, f, slot, chunk) if self.num_scales else None
             if chunk > 0:
                 warpgroup.wait_group(0)
-            for n in range(16):
-                for r in range(2):
-                    base = f.S[r, n] * b[r] - f.rRef[r] if chunk == 0 else f.S[r, n]
-                    f.S[r, n] = base + f.T[r, n] * (a[r] * scales[n] if scales else a[r])
+            for j in range(8):
+                scales = self._column_scales(s, f, slot, chunk, j)
+                for n in (2 * j, 2 * j + 1):
+                    for r in range(2):
+                        base = f.S[r, n] * b[r] - f.rRef[r] if chunk == 0 else f.S[r, n]
+                        f.S[r, n] = base + f.T[r, n] * (a[r] * scales[n % 2] if self.num_scales else a[r])
 
-    def _column_scales(self, s, f, slot, group: int) -> list:
-        """Scales of the 16 tokens of this thread's columns of S."""
-        at = self._scale_address(s, f, slot, group)
-        return [x for j in range(8) for x in fp8.load_shared_f32x2(at, 32 * j)]
+    def _column_scales(self, s, f, slot, group: int, j: int) -> list:
+        """Scales of this thread's two of tokens 8 j .. 8 j + 7."""
+        return fp8.load_shared_f32x2(self._scale_address(s, f, slot, group), 32 * j) if self.num_scales else []
 
     def _scale_address(self, s, f, slot, group):
         """Of the scale of token 2 (lane % 4)."""
@@ -256,23 +257,18 @@ class Fp8Consumer:
 
     def _exp(self, s, f, slot, valid, last: bool) -> list:
         """P of S as float16 in rP, times the token's scale in format "token"; returns the sums of the two rows."""
-        totals = []
+        totals = [Float32(0.0), Float32(0.0)]
         words = cute.recast_tensor(f.rP, Uint32)
-        scales = [None] * 16
-        if self.kv_format == "token":
-            inverse = cute.arch.rcp_approx(f.rUnit[0])
-            for n, x in enumerate(self._column_scales(s, f, slot, 0)):
-                col = (n // 2) * 8 + (f.lane % 4) * 2 + n % 2
-                scales[n] = cutlass.select_(col < valid, x * inverse, Float32(0.0)) if last else x * inverse
-        for r in range(2):
-            total = Float32(0.0)
-            for n in range(0, 16, 2):
-                e = [softmax.exp2(f.S[r, n + i]) for i in range(2)]
-                total = total + (e[0] + e[1])
-                if self.kv_format == "token":
-                    e = [e[i] * scales[n + i] for i in range(2)]
-                words[n + r] = fp8.to_f16x2(*e)
-            totals.append(total)
+        inverse = cute.arch.rcp_approx(f.rUnit[0])
+        for j in range(8):
+            scales = [x * inverse for x in self._column_scales(s, f, slot, 0, j)] if self.kv_format == "token" else []
+            if scales and last:
+                token = 8 * j + f.lane % 4 * 2
+                scales = [cutlass.select_(token + i < valid, scales[i], Float32(0.0)) for i in range(2)]
+            for r in range(2):
+                e = [softmax.exp2(f.S[r, 2 * j + i]) for i in range(2)]
+                totals[r] = totals[r] + (e[0] + e[1])
+                words[2 * j + r] = fp8.to_f16x2(*([e[i] * scales[i] for i in range(2)] if scales else e))
         return totals
 
     def _put_p(self, f, wg: int):
@@ -280,7 +276,7 @@ class Fp8Consumer:
         sync.fence_smem_writes()
 
     @cute.jit
-    def _move(self, s, f, slots, valid, totals, wg: Constexpr, last: Constexpr):
+    def _move(self, s, f, slots, valid, totals, first, wg: Constexpr, last: Constexpr):
         """The rare part of a pair, by all consumers together: move the references, and the unit of P V, to what the
         pair holds; P and the row sums again; O to the new references. In the first pair of an item, and when P would
         leave the range of float16."""
@@ -291,10 +287,10 @@ class Fp8Consumer:
         sync.sync(BAR_MAX, NUM_CONSUMERS)
         keep = self._move_unit(s, f, slots, valid)
         for r in cutlass.range_constexpr(2):
-            # Relative to the old reference, as S is.
-            up = softmax.lazy_max(Float32(0.0), cute.arch.fmax(mx[r], s.sMax[1 - wg, rows[r]]))
-            if f.first[0] != 0:
-                both = cute.arch.fmax(mx[r], s.sMax[1 - wg, rows[r]])
+            # Relative to the old reference, as S is. Down only in the first pair; a row that sees nothing keeps 0.
+            both = cute.arch.fmax(mx[r], s.sMax[1 - wg, rows[r]])
+            up = cute.arch.fmax(both, Float32(0.0))
+            if first:
                 up = Float32(0.0)
                 if both > softmax.NEG_BIG:
                     up = both
@@ -320,7 +316,7 @@ class Fp8Consumer:
 
     @cute.jit
     def _move_unit(self, s, f, slots, valid):
-        """Formats with scales: raise the unit of P V when a scale exceeds 2^6 of it; returns what O is multiplied by."""
+        """Formats with scales: raise the unit of P V when a scale exceeds it 2^6-fold; returns O's factor."""
         keep = Float32(1.0)
         if const_expr(self.num_scales > 0):
             largest = self._largest_scale(s, f, slots, valid)
@@ -344,6 +340,10 @@ class Fp8Consumer:
                     largest = cute.arch.fmax(largest, x if token < valid[i] else Float32(0.0))
         return largest
 
+    def _is_first(self, s, item_slot, left):
+        """The pair from which `left` tokens of the item are left is its first."""
+        return left == s.sItem[item_slot, 2] - s.sItem[item_slot, 1]
+
     def _scale_leaves(self, s, f, slot, valid):
         """One of this thread's scales of its warpgroup's own tile exceeds what the unit allows."""
         token = f.t % TILE_N
@@ -352,116 +352,69 @@ class Fp8Consumer:
             largest = cute.arch.fmax(largest, s.sScales[token, f.t // TILE_N + 2, slot])
         return (token < valid) & (largest > f.rUnit[0] * MAX_UNITS)
 
-    def _softmax(self, p, s, f, tile, left, item_slot, gap, wg: int, last: bool) -> None:
-        """Scores and P of this warpgroup's tile of the pair that begins with `tile`; P to shared memory. Leaves the sums
-        of the rows in f.sums, and in f.leaves whether the pair needs `_move`."""
-        own = tile + wg
-        slot, valid = self._slot(own), left - wg * TILE_N
-        if not self.ahead:
-            self._start_nope(p, s, f, own, 0)
-        self._scores(p, s, f, own)
-        if last or not self.rows.header_is_item:
-            self.rows.mask(p, s, f, item_slot, valid, gap)
-        totals = self._exp(s, f, slot, valid, last)
-        leaves = (totals[0] > MAX_P) | (totals[1] > MAX_P)
-        if self.num_scales > 0:
-            leaves = leaves | self._scale_leaves(s, f, slot, valid)
-        f.leaves[0] = Int32(leaves)
-        for r in range(2):
-            f.sums[r] = totals[r]
-        # The other warpgroup has drained its P V of the last tile of this P.
-        sync.sync(BAR_P_FREE0 + wg, NUM_CONSUMERS)
-        self._put_p(f, wg)
-
-    def _agree(self, s, f, tile, left, wg: int, last: bool) -> None:
-        """Both P tiles of the pair are in shared memory, relative to the references that f.rRef holds."""
+    def _pair(self, p, s, f, tile, left, item_slot, gap, wg: int, last: bool):
+        """A pair of tiles whose first is `tile` of the stream; `left`: tokens of the item from it on."""
         slots = [self._slot(tile + i) for i in range(2)]
         valid = [left, left - TILE_N]
-        other = tile + 1 - wg
-        cute.arch.mbarrier_wait(s.mbar + MB_FULL + self._slot(other), self._phase(other))
+        own, other = wg, 1 - wg
+        if not self.ahead:
+            self._start_nope(p, s, f, tile + own, 0)
+        cute.arch.mbarrier_wait(s.mbar + MB_FULL + slots[other], self._phase(tile + other))
+        self._scores(p, s, f, tile + own)
+        if last or not self.rows.header_is_item:
+            self.rows.mask(p, s, f, item_slot, valid[own], gap)
+        totals = self._exp(s, f, slots[own], valid[own], last)
+        # The other warpgroup has drained its P V of the last pair, which read this one's P.
+        sync.sync(BAR_P_FREE0 + own, NUM_CONSUMERS)
+        sums = cute.make_rmem_tensor((2,), Float32)
+        for r in range(2):
+            sums[r] = totals[r]
+        self._put_p(f, wg)
         if last:
             for i in range(2):
                 self._zero_v_tail(s, f, slots[i], wg, valid[i])
-        leaves = sync.sync_any(BAR_P, NUM_CONSUMERS, f.leaves[0] | f.first[0])
-        self._move_if(s, f, slots, valid, f.sums, leaves, wg, last)
-        f.first[0] = Int32(0)
+        # The first tile of the pair first: its slot is refilled while the second is multiplied.
+        steps = [(i, m) for i in range(2) for m in range(4)]
+        if not self.num_scales:
+            # Before the wait for the other's P; with scales there are no registers left for it.
+            self._v_fragment(s, f, slots[0], 0, wg, 0, None)
+        most = MAX_SCALED_P if self.kv_format == "token" else MAX_P
+        leaves = (totals[0] > most) | (totals[1] > most) | self._is_first(s, item_slot, left)
+        if self.num_scales > 0:
+            leaves = leaves | self._scale_leaves(s, f, slots[own], valid[own])
+        self._move_if(s, f, slots, valid, sums, sync.sync_any(BAR_P, NUM_CONSUMERS, leaves), item_slot, wg, last)
         for r in range(2):
-            f.rL[r] = f.rL[r] + f.sums[r]
-
-    def _pv(self, p, s, f, tile, left, tiles, wg: int, last: bool, hooks: dict) -> None:
-        """O^T += V^T P^T of the named tiles (0, 1) of the pair; drained. hooks[n] runs before step n, four per tile."""
-        slots = [self._slot(tile + i) for i in range(2)]
-        steps = [(i, m) for i in tiles for m in range(4)]
-        raw = [self._v_bytes(s, f, slots[i], m, wg) for i, m in steps[:2]]
+            f.rL[r] = f.rL[r] + sums[r]
         scales = None
-        for n in range(-1, len(steps)):
-            if n >= 0:
-                i, m = steps[n]
-                if n in hooks:
-                    hooks[n]()
-                warpgroup.fence()
-                wgmma.issue(
-                    p.mma_pv, f.rO[m], f.rV[n % 2], f.tOrP[None, None, None, i], [(k, k) for k in range(4)], False
-                )
-                warpgroup.commit_group()
-            if n + 1 == len(steps):
-                break
-            # The bytes of V two steps ahead, its fragment one step ahead.
-            if 2 <= n + 2 < len(steps):
-                i, m = steps[n + 2]
-                raw.append(self._v_bytes(s, f, slots[i], m, wg))
-            if n >= 1:
-                warpgroup.wait_group(1)
-            i, m = steps[n + 1]
-            if self.kv_format == "group" and m % 2 == 0:
-                scales = self._v_scales(s, f, slots[i], left - i * TILE_N, wg * 2 + m // 2, last)
-            self._v_fragment(f, raw[n + 1], (n + 1) % 2, scales)
-            if m == 3:
-                # The last of this tile's V is in registers.
-                sync.arrive_once_per_warp(s.mbar + MB_EMPTY + slots[i])
-            if n == 4:
-                self._free_p(0, wg)
+        if self.num_scales:
+            if self.kv_format == "group":
+                scales = self._v_scales(s, f, slots[0], valid[0], wg * 2, last)
+            self._v_fragment(s, f, slots[0], 0, wg, 0, scales)
+        for n, (i, m) in enumerate(steps):
+            if self.ahead and not last and n == 4 * wg:
+                # Not in a branch and not left in flight over the loop's end: ptxas then waits behind every wgmma.
+                # wg 1 waits for the refill of the slot that the last pair released last.
+                self._start_nope(p, s, f, tile + 2 + own, 0)
+            warpgroup.fence()
+            wgmma.issue(p.mma_pv, f.rO[m], f.rV[n % 2], f.tOrP[None, None, None, i], [(k, k) for k in range(4)], False)
+            warpgroup.commit_group()
+            if n + 1 < len(steps):
+                if n >= 1:
+                    warpgroup.wait_group(1)
+                i, m = steps[n + 1]
+                if self.kv_format == "group" and m % 2 == 0:
+                    scales = self._v_scales(s, f, slots[i], valid[i], wg * 2 + m // 2, last)
+                self._v_fragment(s, f, slots[i], m, wg, (n + 1) % 2, scales)
+                if m == 3:
+                    # The last of this tile's V is in registers.
+                    sync.arrive_once_per_warp(s.mbar + MB_EMPTY + slots[i])
         warpgroup.wait_group(0)
-        for i in tiles[-1:]:
-            self._free_p(i, wg)
-
-    def _free_p(self, i: int, wg: int) -> None:
-        """This warpgroup's P V of tile i of the pair has drained: the other may write its next P there."""
-        if i != wg:
-            sync.arrive(BAR_P_FREE0 + i, NUM_CONSUMERS)
-
-    def _start_first(self, p, s, f, tile, left, item_slot, gap, wg: int, last: bool) -> None:
-        """What precedes the first pair of an item."""
-        if self.ahead:
-            self._start_nope(p, s, f, tile + wg, 0)
-        if self.ahead and wg == 0:
-            self._softmax(p, s, f, tile, left, item_slot, gap, 0, last)
-
-    def _pair(self, p, s, f, tile, left, item_slot, gap, wg: int, last: bool, next_last: bool) -> None:
-        """A pair of tiles whose first is `tile` of the stream; `left`: tokens of the item from it on.
-
-        The two warpgroups take turns: wg 0 makes P of its next tile between the two halves of its P V, wg 1 after them.
-        A tile's Q K^T is issued in front of the P V before its softmax; not in a branch and not left in flight over the
-        loop's end, since ptxas then waits behind every wgmma. wg 1 issues it half a pair later, because it waits for
-        the refill of the slot that the last pair released last.
-        """
-        if self.ahead and wg == 0:
-            self._agree(s, f, tile, left, 0, last)
-            start = {} if last else {0: lambda: self._start_nope(p, s, f, tile + 2, 0)}
-            self._pv(p, s, f, tile, left, (0,), 0, last, start)
-            if not last:
-                self._softmax(p, s, f, tile + 2, left - 2 * TILE_N, item_slot, gap, 0, next_last)
-            self._pv(p, s, f, tile, left, (1,), 0, last, {})
-        else:
-            self._softmax(p, s, f, tile, left, item_slot, gap, wg, last)
-            self._agree(s, f, tile, left, wg, last)
-            start = {4: lambda: self._start_nope(p, s, f, tile + 2 + wg, 0)} if self.ahead and not last else {}
-            self._pv(p, s, f, tile, left, (0, 1), wg, last, start)
+        sync.arrive(BAR_P_FREE0 + other, NUM_CONSUMERS)
 
     @cute.jit
-    def _move_if(self, s, f, slots, valid, sums, leaves, wg: Constexpr, last: Constexpr):
+    def _move_if(self, s, f, slots, valid, sums, leaves, item_slot, wg: Constexpr, last: Constexpr):
         if leaves != 0:
-            self._move(s, f, slots, valid, sums, wg, last)
+            self._move(s, f, slots, valid, sums, self._is_first(s, item_slot, valid[0]), wg, last)
 
     @cute.jit
     def _put_row(self, f, column, row, value):
@@ -476,34 +429,34 @@ class Fp8Consumer:
     def _zero_v_tail(self, s, f, slot, wg: Constexpr, valid):
         """Zero V rows >= valid of this warpgroup's half: 0 * NaN is NaN, and rows past kv_end may hold anything."""
         if valid < TILE_N:
-            first = cutlass.max(valid, Int32(0)) + f.t // 32
+            t = fp8.thread_index() % 128
+            first = cutlass.max(valid, Int32(0)) + t // 32
             # 256 bytes of a row are 32 words in two sub-tiles; the swizzle permutes within a row of a sub-tile.
-            base = (slot * 4 + wg * 2 + f.lane // 16) * 1024 + f.lane % 16
+            base = (slot * 4 + wg * 2 + t % 32 // 16) * 1024 + t % 16
             for row in cutlass.range(first, TILE_N, 4, unroll=1):
                 s.k_words[base + row * 16] = Int64(0)
             sync.fence_smem_writes()
             sync.sync(BAR_FILL0 + wg, 128)
 
-    def _v_bytes(self, s, f, slot, m: int, wg: int) -> list:
-        """Channels 64 m .. of this warpgroup's half, 64 tokens: per word two channels of two tokens.
+    def _v_fragment(self, s, f, slot, m: int, wg: int, buffer: int, scales: list | None):
+        """A operand of O^T += V^T P^T: channels 64 m .. of this warpgroup's half, 64 tokens, as float16 in rV[buffer].
 
-        Word j of the eight has tokens 8 j + 2 (lane % 4) and the next, channels 2 (lane / 4) and the next of the warp's
-        16.
+        A transposing load gives a thread (two channels) x (two tokens); row g of a warp's 16 is channel 2 g, row g + 8
+        channel 2 g + 1.
         """
+        words = cute.recast_tensor(f.rV[buffer], Uint32)
         chunk = (m % 2) * 4 + f.t // 32
         address = Int32(s.sK.iterator.toint()) + slot * (4 * 8192) + f.lane * 128 + (chunk ^ (f.lane % 8)) * 16
-        return [x for half in range(2) for x in fp8.ldmatrix_x4(address, (wg * 2 + m // 2) * 8192 + half * 4096, True)]
-
-    def _v_fragment(self, f, raw: list, buffer: int, scales: list | None):
-        """A operand of O^T += V^T P^T from `_v_bytes`, as float16 in rV[buffer]: row g of a warp's 16 is channel 2 g,
-        row g + 8 channel 2 g + 1."""
-        words = cute.recast_tensor(f.rV[buffer], Uint32)
-        for j in range(8):
-            low, high = fp8.e4m3x4_to_f16(fp8.transpose_pairs(raw[j]))
-            if scales:
-                low, high = fp8.multiply_f16x2(low, scales[j]), fp8.multiply_f16x2(high, scales[j])
-            words[2 * j] = low
-            words[2 * j + 1] = high
+        for half in range(2):
+            x = fp8.ldmatrix_x4(address, (wg * 2 + m // 2) * 8192 + half * 4096, True)
+            for j in range(4):
+                low, high = fp8.e4m3x4_to_f16(fp8.transpose_pairs(x[j]))
+                if scales:
+                    scale = scales[half * 4 + j]
+                    low, high = fp8.multiply_f16x2(low, scale), fp8.multiply_f16x2(high, scale)
+                at = (half * 2 + j // 2) * 4 + j % 2 * 2
+                words[at] = low
+                words[at + 1] = high
 
     def _v_scales(self, s, f, slot, valid, group: int, last: bool) -> list:
         """Scales of this thread's two tokens of every eight for a channel group, in units, as pairs of float16."""

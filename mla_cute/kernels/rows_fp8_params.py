@@ -1,4 +1,4 @@
-"""What the FP8 row-tile kernel's roles share: barriers, kernel arguments, shared memory, one consumer thread's registers.
+"""What the FP8 row-tile kernel's roles share: barriers, arguments, shared memory, a consumer thread's registers.
 
 All frozen: a mutable object would be carried through every staged branch and loop.
 """
@@ -79,7 +79,8 @@ class Fp8Smem:
     sAddress: cute.Tensor
     scratch: cute.Tensor  # of the epilogue, in sP
     sItem: cute.Tensor
-    sLoop: cute.Tensor  # number of items, table row of the first
+    sProduce: cute.Tensor  # (word, producer warp)
+    sLoop: cute.Tensor  # number of items, table row of the first, head0, part
     k_words: cute.Tensor
 
 
@@ -108,9 +109,6 @@ class Fp8Fragments:
     rL: cute.Tensor
     rRef: cute.Tensor  # reference maxima of the two rows
     rUnit: cute.Tensor  # what the channel scales in P V are counted in
-    first: cute.Tensor  # 1 in the first pair of an item
-    sums: cute.Tensor  # row sums of the pair's P
-    leaves: cute.Tensor  # 1: some P or scale leaves its range
     S: cute.Tensor
     T: cute.Tensor
     stm: cute.TiledCopy

@@ -56,10 +56,6 @@ class TmaFp8Loader(TmaLoader):
     def fill(self, p, s, page, row, block, kv_end, slot, phase, w, lane):
         """Tile `block` to `slot`; (page, row) is what `look_up` found for it."""
         uniform = cute.arch.make_warp_uniform
-        where = tuple(
-            (uniform(cute.arch.shuffle_sync(page, i)), uniform(cute.arch.shuffle_sync(row, i)))
-            for i in range(self.num_boxes)
-        )
         valid_rows = rows_of_block(block, kv_end)
         boxes = uniform((valid_rows + self.box_rows - 1) // self.box_rows)
         full = s.mbar + MB_FULL + slot
@@ -87,11 +83,12 @@ class TmaFp8Loader(TmaLoader):
             row_bytes = Int32(128 + self.rope_row_bytes)
         sync.expect_tx(full, boxes * self.box_rows * row_bytes)
         for i in cutlass.range_constexpr(self.num_boxes):
-            page, row = where[i]
+            # Not before the wait: eight boxes' would take 16 registers.
+            box_page, box_row = (uniform(cute.arch.shuffle_sync(x, i)) for x in (page, row))
             if i < boxes:
-                self._copy(p.tma_ckv, tKg[None, row, w, page], tKs[None, i, 0, slot * 4 + w], full)
+                self._copy(p.tma_ckv, tKg[None, box_row, w, box_page], tKs[None, i, 0, slot * 4 + w], full)
                 if w == 0:
-                    self._copy(p.tma_kpe, tRg[None, row, page], tRs[None, i, 0, slot], full)
+                    self._copy(p.tma_kpe, tRg[None, box_row, box_page], tRs[None, i, 0, slot], full)
 
 
 class GatherFp8Loader:
@@ -119,15 +116,13 @@ class GatherFp8Loader:
         lanes = self.rope_row_bytes // 16
         rope_rows = 32 // lanes
         sub_row, rope_chunk = lane // lanes, lane % lanes
-        ckv_rows = [cute.arch.shuffle_sync(ckv, i) for i in range(16)]
-        kpe_rows = [cute.arch.shuffle_sync(kpe, rope_rows * i + sub_row) for i in range(16 // rope_rows)]
         cute.arch.mbarrier_wait(s.mbar + MB_EMPTY + slot, phase)
         # Swizzle: the 16-byte chunk index is xored with row % 8.
         chunk = lane % 8
         dst = Int32(s.sK_sub.iterator.toint()) + slot * (4 * SUB_BYTES) + lane // 8 * SUB_BYTES + w * 2048
         src = p.mCkv.iterator.toint() + Int64(lane * 16)
         for i in cutlass.range_constexpr(16):
-            from_row = src + Int64(Uint32(ckv_rows[i])) * Int64(Uint32(p.ckv_unit))
+            from_row = src + Int64(Uint32(cute.arch.shuffle_sync(ckv, i))) * Int64(Uint32(p.ckv_unit))
             cp_async_16(dst + (chunk ^ (i % 8)) * 16, from_row, num_rows, i, i * 128, 0)
         dst = Int32(s.sR_tma.iterator.toint()) + slot * (TILE_N * self.rope_row_bytes) + w * 16 * self.rope_row_bytes
         src = p.mKpe.iterator.toint() + Int64(rope_chunk * 16)
@@ -135,7 +130,8 @@ class GatherFp8Loader:
         for i in cutlass.range_constexpr(16 // rope_rows):
             r = sub_row + i * rope_rows
             mixed = rope_chunk ^ (r % 8) if const_expr(lanes == 8) else rope_chunk ^ (r // 2 % 4)
-            from_row = src + Int64(Uint32(kpe_rows[i])) * Int64(Uint32(p.kpe_unit))
+            own = cute.arch.shuffle_sync(kpe, rope_rows * i + sub_row)
+            from_row = src + Int64(Uint32(own)) * Int64(Uint32(p.kpe_unit))
             cp_async_16(dst + r * self.rope_row_bytes + mixed * 16, from_row, left, i * rope_rows, 0, 0)
         if const_expr(self.num_scales > 0):
             if lane < 16:
@@ -156,23 +152,29 @@ class Fp8Producer:
     def _produce(self, p, s, part, w, lane):
         """Tiles of all items of the part, an even number per item: a pair's second tile may hold no token."""
         item = cute.make_rmem_tensor(8, Int32)
-        num_items = self.rows.num_items(p, part)
-        first_row = self._first_row(p, part)
+        # The loop over items keeps these in words of shared memory that each warp writes and reads for itself.
+        s.sProduce[0, w] = self.rows.num_items(p, part)
+        s.sProduce[1, w] = self._first_row(p, part)
         slot = Int32(0)
         phase = Int32(1)
-        for it in cutlass.range(num_items, unroll=1):
-            load_item(p.mTable, self.rows.item_row(p, part, first_row, it), item)
-            kv_end = item[2]
-            index_base = item[3]
-            first = item[1] // TILE_N
-            num_blocks = (cute.ceil_div(kv_end, TILE_N) - first + 1) // 2 * 2
-            page, row = self.loader.look_up(p, index_base, first, kv_end, w, lane)
-            for block in cutlass.range(first, first + num_blocks, unroll=1):
+        s.sProduce[5, w] = Int32(0)
+        while s.sProduce[5, w] < s.sProduce[0, w]:
+            it = s.sProduce[5, w]
+            s.sProduce[5, w] = it + 1
+            load_item(p.mTable, self.rows.item_row(p, part, s.sProduce[1, w], it), item)
+            s.sProduce[2, w] = item[3]
+            s.sProduce[3, w] = item[2]
+            block = item[1] // TILE_N
+            s.sProduce[4, w] = block + (cute.ceil_div(item[2], TILE_N) - block + 1) // 2 * 2
+            page, row = self.loader.look_up(p, item[3], block, item[2], w, lane)
+            while block < s.sProduce[4, w]:
+                kv_end = s.sProduce[3, w]
                 # A look-up ahead: its latency would add to the time from a slot's release to its refill.
-                next_page, next_row = self.loader.look_up(p, index_base, block + 1, kv_end, w, lane)
+                next_page, next_row = self.loader.look_up(p, s.sProduce[2, w], block + 1, kv_end, w, lane)
                 self.loader.fill(p, s, page, row, block, kv_end, slot, phase, w, lane)
                 page = next_page
                 row = next_row
+                block += 1
                 slot += 1
                 if slot == self.num_stages:
                     slot = Int32(0)

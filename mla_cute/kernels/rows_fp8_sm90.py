@@ -84,7 +84,7 @@ class RowsFp8Sm90(Fp8Producer, Fp8Consumer):
         else:
             self.loader = GatherFp8Loader(rope_row_bytes, self.num_scales)
         self.use_pdl = config.use_pdl
-        self.regs_consumer, self.regs_producer = (240, 24) if box_rows > 8 else (232, 40)
+        self.regs_consumer, self.regs_producer = 240, 24
 
     # ------------------------------------------------------------------ host
 
@@ -197,7 +197,8 @@ class RowsFp8Sm90(Fp8Producer, Fp8Consumer):
             sL: cute.struct.MemRange[Float32, 2 * TILE_M]
             sQScale: cute.struct.MemRange[Float32, 2 * TILE_M]
             sAddress: cute.struct.MemRange[Int64, TILE_M]
-            sLoop: cute.struct.MemRange[Int32, 2]
+            sProduce: cute.struct.MemRange[Int32, 32]
+            sLoop: cute.struct.MemRange[Int32, 4]
             sItem: cute.struct.Align[cute.struct.MemRange[Int32, 32], 16]
             sScales: cute.struct.Align[
                 cute.struct.MemRange[Float32, max(1, self.num_scales) * TILE_N * self.num_stages], 16
@@ -240,7 +241,8 @@ class RowsFp8Sm90(Fp8Producer, Fp8Consumer):
                 cute.recast_ptr(st.sP.data_ptr(), dtype=Float32), cute.make_layout((TILE_M, 4, 2))
             ),
             sItem=st.sItem.get_tensor(cute.make_layout((4, 8), stride=(8, 1))),
-            sLoop=plain(st.sLoop, 2),
+            sProduce=plain(st.sProduce, 8, 4),
+            sLoop=plain(st.sLoop, 4),
             # Raw words of K for zeroing tails: whole 128-byte rows, which the swizzle permutes within themselves.
             k_words=cute.make_tensor(
                 cute.recast_ptr(st.sK.data_ptr(), dtype=Int64),
