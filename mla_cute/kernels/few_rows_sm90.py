@@ -58,7 +58,7 @@ class FewRowsSm90(Fp8Producer, FewRowsConsumer):
         self.num_stages = 4 if kv_format == "group" else 5
         rope_row_bytes = 64 if self.rope_fp8 else 128
         # With eight boxes and scales a tile the TMA producer spills.
-        self.by_tma = box_rows > (8 if kv_format == "group" else 0)
+        self.by_tma = box_rows > (8 if self.num_scales else 0)
         self.box_rows = box_rows
         if self.by_tma:
             self.loader = TmaFp8Loader(box_rows, config.evict_first, rope_row_bytes, self.num_scales)

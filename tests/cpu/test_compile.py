@@ -15,6 +15,23 @@ VARIANTS = registry.variants()
 STEPS = [v for v in VARIANTS if v[0] in (registry.DECODE, registry.PREFILL)]
 PLANNERS = [v for v in VARIANTS if v[0] in (registry.PLANNER, registry.PREFILL_PLANNER)]
 APPENDS = registry.append_variants()
+FP8_STEPS = [
+    v
+    for v in registry.variants(kv_formats=registry.KV_FORMATS)
+    if v[0] in (registry.DECODE_FP8, registry.DECODE_FEW_FP8, registry.PREFILL_FP8)
+]
+
+
+def _covers(variant) -> bool:
+    """A third of the 180 FP8 variants, 6 s each: all of bfloat16 decode, prefill and float16 at the page classes whose
+    producers differ most."""
+    kernel, key, _ = variant
+    if kernel is registry.PREFILL_FP8:
+        return key.dtype == "bfloat16" and key.box_rows in (64, 8, 0) and key.q_fp8 == (key.box_rows == 64)
+    return key.dtype == "bfloat16" or (key.box_rows == 16 and not key.q_fp8)
+
+
+COVERED_FP8 = [v for v in FP8_STEPS if _covers(v)]
 
 
 def name(variant):
@@ -48,7 +65,7 @@ def test_registry_is_complete():
     assert len({repr(v) for v in VARIANTS}) == len(VARIANTS), "keys with equal repr would share a cache entry"
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, *APPENDS], ids=name)
+@pytest.mark.parametrize("variant", [*VARIANTS, *APPENDS, *COVERED_FP8], ids=name)
 def test_resources(variant, caplog):
     facts, opcodes = compiled(variant)
     assert facts["spill_bytes"] == 0
@@ -82,6 +99,34 @@ def test_step_instructions(variant):
         assert mnemonics["LDGSTS"] == 0
         # per K tile 9 sub-tiles of 64 columns; each needs 64 / box_rows boxes
         assert mnemonics["UTMALDG"] >= 64 // key.box_rows
+
+
+def test_fp8_registry_is_complete():
+    for kernel in (registry.DECODE_FP8, registry.DECODE_FEW_FP8, registry.PREFILL_FP8):
+        keys = [v[1] for v in FP8_STEPS if v[0] == kernel]
+        assert len(set(keys)) == len({repr(key) for key in keys}) == len(keys) == 2 * 5 * 3 * 2
+    assert len(COVERED_FP8) == 2 * (5 * 3 * 2 + 3) + 3 * 3
+
+
+@pytest.mark.parametrize("variant", COVERED_FP8, ids=name)
+def test_fp8_step_instructions(variant):
+    """Row tiles: e4m3 QK and float16 PV on wgmma; few rows: all on mma.sync, and no padding of rows."""
+    kernel, key, _ = variant
+    _, opcodes = compiled(variant)
+    mnemonics = sass.instruction_counts_of(opcodes)
+    if kernel is registry.DECODE_FEW_FP8:
+        assert mnemonics["HGMMA"] == mnemonics["QGMMA"] == 0
+        assert mnemonics["HMMA"] > 0
+    else:
+        assert mnemonics["HMMA"] == 0
+        assert any(o.startswith("QGMMA.64x64x32.F32.E4M3.E4M3") for o in opcodes)
+        assert any(o.startswith("HGMMA.64x64x16.F32") for o in opcodes)
+    assert mnemonics["LDSM"] > 0, "V^T comes through a transposing ldmatrix"
+    assert mnemonics["USETMAXREG"] >= 2
+    gathers = key.box_rows == 0 or (
+        kernel is registry.DECODE_FEW_FP8 and key.box_rows == 8 and key.kv_format != "tensor"
+    )
+    assert (mnemonics["UTMALDG"] == 0) == gathers
 
 
 @pytest.mark.parametrize("variant", PLANNERS, ids=name)
