@@ -315,7 +315,7 @@ class FewRowsConsumer:
             for w in cutlass.range_constexpr(NUM_WARPS - 1):
                 largest = cute.arch.fmax(largest, s.sBig[w + 1])
             if largest > f.rUnit[0] * MAX_UNITS:
-                unit = Int32(largest.bitcast(Int32) & Int32(0x7F800000)).bitcast(Float32)
+                unit = fp8.unit_below(largest)
                 keep = f.rUnit[0] / unit
                 f.rUnit[0] = unit
         for r in cutlass.range_constexpr(2):

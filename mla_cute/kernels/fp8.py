@@ -86,6 +86,12 @@ def unpack_16bit(x, dtype) -> tuple:
     return Float32(low), Float32(high)
 
 
+def unit_below(largest):
+    """What scales of up to `largest` are counted in: a power of two, `largest` is 16 to 32 of it. Far from 1, so that
+    float16 still holds small values under scales 1e-4 of the largest."""
+    return Int32(largest.bitcast(Int32) & Int32(0x7F800000)).bitcast(Float32) * Float32(1.0 / 16.0)
+
+
 def thread_index():
     """threadIdx.x, asked for again: what an item's beginning makes of it is not kept in registers over all items."""
     return Int32(_asm(T.i32(), 1, [], "mov.u32 $0, %tid.x;", "=r", True)[0])

@@ -323,7 +323,7 @@ class Fp8Consumer:
             for offset in cutlass.range_constexpr(5):
                 largest = cute.arch.fmax(largest, cute.arch.shuffle_sync_bfly(largest, offset=1 << offset))
             if largest > f.rUnit[0] * MAX_UNITS:
-                unit = Int32(largest.bitcast(Int32) & Int32(0x7F800000)).bitcast(Float32)
+                unit = fp8.unit_below(largest)
                 keep = f.rUnit[0] / unit
                 f.rUnit[0] = unit
         return keep
