@@ -237,6 +237,7 @@ def warmup(
     page_sizes: Sequence[int] = (1, 64),
     *,
     ops: Sequence[str] = ("decode", "prefill"),
+    kv_formats: Sequence[str] = ("",),
     variants: Sequence[tuple[Any, Any, Any]] | None = None,
     num_workers: int | None = None,
     progress: bool | Callable[..., None] | None = None,
@@ -247,6 +248,8 @@ def warmup(
         dtypes: names of the query and cache dtypes, `"bfloat16"`, `"float16"`.
         page_sizes: tokens per page; sizes that share a kernel are compiled once.
         ops: the calls a server makes, `"decode"`, `"prefill"`.
+        kv_formats: its caches: `""` for 16 bits, `"tensor"`, `"token"`, `"group"` for FP8 (each for 16-bit and for e4m3
+            queries).
         variants: (kernel, key, config) triples to compile instead of what the arguments above select.
         num_workers: compiling processes at a time, default one per CPU core that this process may use, at most 16.
         progress: None shows a bar on a terminal (with rich installed) and otherwise one line per kernel on standard
@@ -264,7 +267,7 @@ def warmup(
     if variants is None:
         from .kernels import registry
 
-        variants = registry.variants(dtypes=dtypes, page_sizes=page_sizes, ops=ops)
+        variants = registry.variants(dtypes=dtypes, page_sizes=page_sizes, ops=ops, kv_formats=kv_formats)
     return _warmup.warmup(variants, num_workers=num_workers, progress=progress)
 
 
