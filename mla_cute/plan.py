@@ -184,7 +184,6 @@ class Plan:
             return jit.get(self._fp8_step_of(problem), fp8_key, self.config.launch())
         return jit.get(self._step, self._step_key(dtype, box_rows), self.config.launch())
 
-
     def _fp8_step_of(self, problem: DecodeProblem | PrefillProblem) -> KernelRef:
         return self._fp8_step
 

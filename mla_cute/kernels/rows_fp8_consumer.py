@@ -24,8 +24,8 @@ from .rows_fp8_params import (
 
 # Steps of 32 e4m3 in a ckv row.
 NOPE_STEPS = 16
-# A thread's part of a row sum beyond which the reference moves: far above a P of 2^8, where it would be moved eagerly,
-# and within float16, so that a pair needs no row maxima.
+# A thread's part of a row sum (of P relative to the reference) beyond which the reference moves: within float16, and so
+# far above 1 that it is rare. So a pair needs no row maxima.
 MAX_P = 2.0**14
 # The same where P is multiplied by scales of up to MAX_UNITS.
 MAX_SCALED_P = 2.0**9
@@ -238,7 +238,6 @@ class Fp8Consumer:
         for chunk in range(self.score_chunks):
             if chunk > 0:
                 self._start_nope(p, s, f, tile, chunk)
-            if chunk > 0:
                 warpgroup.wait_group(0)
             for j in range(8):
                 scales = self._column_scales(s, f, slot, chunk, j)

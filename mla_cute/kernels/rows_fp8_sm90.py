@@ -11,22 +11,25 @@ One CTA of three warpgroups per SM, persistent over the planner's work items. KV
 each consumer owns half of the channels of O^T.
 
     role        warps  regs     does, per pair of tiles
-    wg 0, 1     0-7    240      S = Q K^T of its own tile, softmax, P to shared memory,
+    wg 0, 1     0-7    240      S = Q K^T of its own tile, P to shared memory, Q K^T of its next tile started,
                                 O^T[its 256 channels] += V^T P^T of both tiles
-    producer    8-11   24       K tiles through a ring of `num_stages` slots (gather: 232 / 40 registers)
+    producer    8-11   24       K tiles through a ring of `num_stages` slots
 
     mbarrier         count            filled by / waited for by
     full[slot]       4 (+32 / 128)    producer warps (+ the lanes that copy scales / gather: all lanes); both consumers
     empty[slot]      8 warps          a consumer when the last of its V fragments is in registers; producer
 
-    named barrier    of the 256 consumer threads
-    MAX              row maxima of both tiles are published: one reference for both
-    P                both P tiles, and what O is rescaled by, are in shared memory
-    Q, EPI           Q is in shared memory; row sums and addresses are
+    named barrier    arrive -> wait
+    P                both consumers: P of both tiles is in shared memory; and a vote whether the pair needs `_move`
+    P_FREE0, 1       wg 1 (0) has drained its P V of a pair -> wg 0 (1), before it writes its next P
+    MAX              inside `_move`: the row maxima of both tiles are published
+    Q, EPI           both consumers: Q is in shared memory; the item's record, row sums and addresses are
+    FILL0, 1         inside one consumer
 
-Moving the reference is lazy (softmax.py), so O is rarely rescaled. Channel scales per token enter S as column factors
-and P V through P (format "token") or through V's fragments (format "group"), counted in a unit that follows the largest
-scale so that float16 holds them.
+P is relative to a reference per row that holds for the item: both consumers together move it in an item's first pair
+and when a P leaves float16's range (`_move`); so a pair exchanges no row maxima. Channel scales per token enter S as
+column factors and P V through P (format "token") or through V's fragments (format "group"), counted in a unit that
+follows the largest scale so that float16 holds them.
 
 Shared memory: Q 64 (e4m3: 32) KiB + its rope 8 or less, P 16, three (e4m3 Q: four) tiles of 36 to 41 KiB.
 """
