@@ -605,7 +605,7 @@ def test_one_plan_asks_for_the_step_of_each_cache(steps, page_size):
     prefill = mla_cute.plan_prefill(indptr, indptr, **sizes, total_q=15)
     box = registry.box_rows_of(page_size)
     for made, kernels, facts in (
-        (decode, (registry.DECODE, registry.DECODE_FP8), (4, 16, page_size, 9)),
+        (decode, (registry.DECODE, registry.DECODE_FEW_FP8), (4, 16, page_size, 9)),
         (prefill, (registry.PREFILL, registry.PREFILL_FP8), (4, 15, 16, page_size, 9, True)),
     ):
         kind = DecodeProblem if made is decode else PrefillProblem
@@ -622,6 +622,40 @@ def test_one_plan_asks_for_the_step_of_each_cache(steps, page_size):
             assert steps == [(kernel, key)]
             made.launcher(problem, False)
             assert len(steps) == 1, "the same problem asks once"
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "fp8_kernel", "kernel"),
+    [
+        (16, "auto", registry.DECODE_FEW_FP8),
+        (16, "few_rows", registry.DECODE_FEW_FP8),
+        (16, "rows", registry.DECODE_FP8),
+        (17, "auto", registry.DECODE_FP8),
+        (17, "rows", registry.DECODE_FP8),
+    ],
+)
+def test_the_config_chooses_the_kernel_of_few_rows(steps, num_heads, fp8_kernel, kernel):
+    meta = torch.device("meta")
+    indptr = torch.zeros(5, dtype=torch.int32, device=meta)
+    config = mla_cute.KernelConfig(fp8_kernel=fp8_kernel)
+    made = mla_cute.plan_decode(indptr, num_heads=num_heads, page_size=64, config=config)
+    steps.clear()
+    made.launcher(DecodeProblem(4, num_heads, 64, 9, BF16, meta, "group", True), False)
+    assert steps == [(kernel, registry.Fp8Key("bfloat16", 64, "group", True))]
+    steps.clear()
+    made.launcher(DecodeProblem(4, num_heads, 64, 9, BF16, meta), False)
+    assert steps == [(registry.DECODE, registry.DecodeKey("bfloat16", 64))]
+
+
+def test_the_config_cannot_ask_few_rows_of_many(steps):
+    meta = torch.device("meta")
+    indptr = torch.zeros(5, dtype=torch.int32, device=meta)
+    config = mla_cute.KernelConfig(fp8_kernel="few_rows")
+    made = mla_cute.plan_decode(indptr, num_heads=17, page_size=64, config=config)
+    with pytest.raises(ValueError, match="config: fp8_kernel 'few_rows' runs at most 16 heads, the call has 17"):
+        made.launcher(DecodeProblem(4, 17, 64, 9, BF16, meta, "tensor", False), False)
+    with pytest.raises(ValueError, match="config: fp8_kernel: expected one of .*, got 'few'"):
+        mla_cute.plan_decode(indptr, num_heads=16, page_size=64, config=mla_cute.KernelConfig(fp8_kernel="few"))
 
 
 def launched(call: Call, packs_rows: bool = False, **change) -> tuple:
@@ -741,7 +775,7 @@ def test_variants_of_fp8_caches():
     assert registry.variants(kv_formats=("",)) == registry.variants()
     everything = registry.variants(kv_formats=("", *registry.KV_FORMATS))
     assert [v for v in everything if not isinstance(v[1], registry.Fp8Key)] == registry.variants()
-    for kernel in (registry.DECODE_FP8, registry.PREFILL_FP8):
+    for kernel in (registry.DECODE_FP8, registry.DECODE_FEW_FP8, registry.PREFILL_FP8):
         keys = [key for of_kernel, key, _ in everything if of_kernel is kernel]
         assert len(keys) == len(set(keys)) == 3 * 2 * 2 * 5
         assert set(keys) == {
@@ -753,6 +787,8 @@ def test_variants_of_fp8_caches():
         }
     only = registry.variants(("bfloat16",), (64,), ops=("decode",), kv_formats=("group",))
     assert [(kernel, key) for kernel, key, _ in only if kernel is not registry.PLANNER] == [
-        (registry.DECODE_FP8, registry.Fp8Key("bfloat16", 64, "group", q_fp8)) for q_fp8 in (False, True)
+        (kernel, registry.Fp8Key("bfloat16", 64, "group", q_fp8))
+        for kernel in (registry.DECODE_FP8, registry.DECODE_FEW_FP8)
+        for q_fp8 in (False, True)
     ]
-    assert len(only) == 2 + 6, "planners are needed for any cache"
+    assert len(only) == 4 + 6, "planners are needed for any cache"
