@@ -654,7 +654,7 @@ def test_the_config_cannot_ask_few_rows_of_many(steps):
     made = mla_cute.plan_decode(indptr, num_heads=17, page_size=64, config=config)
     with pytest.raises(ValueError, match="config: fp8_kernel 'few_rows' runs at most 16 heads, the call has 17"):
         made.launcher(DecodeProblem(4, 17, 64, 9, BF16, meta, "tensor", False), False)
-    with pytest.raises(ValueError, match="config: fp8_kernel: expected one of .*, got 'few'"):
+    with pytest.raises(ValueError, match=r"config: fp8_kernel: expected one of .*, got 'few'"):
         mla_cute.plan_decode(indptr, num_heads=16, page_size=64, config=mla_cute.KernelConfig(fp8_kernel="few"))
 
 
