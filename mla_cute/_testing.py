@@ -572,21 +572,32 @@ def run_case(
     case.guarded_lse.reset()
     output, lse = case.call(entry, out=case.out, lse=case.lse, lse_base=lse_base, **kwargs)
     verdict = judge(case, expected_of(case, lse_base=lse_base) if expected is None else expected)
-    failures = []
-    if output.data_ptr() != case.out.data_ptr() or output.stride() != case.out.stride():
-        failures.append("output: expected the tensor given as out")
-    if lse.data_ptr() != case.lse.data_ptr():
-        failures.append("lse: expected the tensor given as lse")
-    return replace(verdict, failures=(*failures, *verdict.failures))
+    return replace(verdict, failures=(*not_as_given(case, output, lse), *verdict.failures))
 
 
 def judge(case: DecodeCase, expected: Expected) -> Verdict:
     """Judge what is in the case's guarded outputs now, and that nothing else was written."""
     rows = case.queries[-1]
     verdict = compare(case.out[:rows], case.lse[:rows], expected)
+    return replace(verdict, failures=(*guard_failures(case), *verdict.failures))
+
+
+def not_as_given(case: DecodeCase, output: torch.Tensor, lse: torch.Tensor) -> list[str]:
+    """What the call returned, if it is not the case's outputs."""
+    failures = []
+    if output.data_ptr() != case.out.data_ptr() or output.stride() != case.out.stride():
+        failures.append("output: expected the tensor given as out")
+    if lse.data_ptr() != case.lse.data_ptr():
+        failures.append("lse: expected the tensor given as lse")
+    return failures
+
+
+def guard_failures(case: DecodeCase) -> list[str]:
+    """What was written beside the rows of the case's outputs that requests own."""
+    rows = case.queries[-1]
     failures = []
     if not case.guarded_out.intact(rows):
         failures.append("output: memory around out, or a row that no request owns, was written")
     if not case.guarded_lse.intact(rows):
         failures.append("lse: memory around lse, or a row that no request owns, was written")
-    return replace(verdict, failures=(*failures, *verdict.failures))
+    return failures

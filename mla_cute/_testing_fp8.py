@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from . import quant, reference
-from ._testing import DecodeCase, Expected, Verdict, _kind, _over, _worst
+from ._testing import DecodeCase, Expected, Verdict, _kind, _over, _worst, guard_failures, not_as_given
 from ._testing_prefill import PrefillCase
 from .problem import CKV_DIM
 
@@ -314,11 +314,7 @@ def run_fp8(
     case = fp8.case
     output, lse = fp8.call(entry, out=case.out, lse=case.lse, lse_base=lse_base, **kwargs)
     verdict = judge_fp8(fp8, expected_fp8(fp8, lse_base=lse_base) if expected is None else expected)
-    failures = []
-    if output.data_ptr() != case.out.data_ptr() or output.stride() != case.out.stride():
-        failures.append("output: expected the tensor given as out")
-    if lse.data_ptr() != case.lse.data_ptr():
-        failures.append("lse: expected the tensor given as lse")
+    failures = not_as_given(case, output, lse)
     return dataclasses.replace(verdict, failures=(*failures, *verdict.failures))
 
 
@@ -326,9 +322,4 @@ def judge_fp8(fp8: Fp8Case, expected: Fp8Expected) -> Verdict:
     """Judge what is in the case's guarded outputs now, and that nothing else was written."""
     case, rows = fp8.case, fp8.case.queries[-1]
     verdict = compare_fp8(case.out[:rows], case.lse[:rows], expected)
-    failures = []
-    if not case.guarded_out.intact(rows):
-        failures.append("output: memory around out, or a row that no request owns, was written")
-    if not case.guarded_lse.intact(rows):
-        failures.append("lse: memory around lse, or a row that no request owns, was written")
-    return dataclasses.replace(verdict, failures=(*failures, *verdict.failures))
+    return dataclasses.replace(verdict, failures=(*guard_failures(case), *verdict.failures))

@@ -15,12 +15,11 @@ Loads do not wait for the slot, so that the chain is two round trips to memory a
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint8, Uint32, Uint64, const_expr
-from cutlass._mlir.dialects import llvm
 from cutlass.cute.runtime import make_fake_stream
 from cutlass.cutlass_dsl import T
 
 from .fake import fake_tensor, sym64
-from .fp8 import E4M3_MAX, load_global_16, unpack_16bit
+from .fp8 import E4M3_MAX, asm, load_global_16, store_global, to_e4m3x4, unpack_16bit
 from .registry import APPEND, AppendKey
 from .rows_params import DTYPES, HEAD_DIM_ROPE, HEAD_DIM_V
 
@@ -28,45 +27,13 @@ NUM_WARPS = 4
 LANES_PER_GROUP = {"token": 32, "group": 8}
 
 
-def _asm(result, operands, text: str, constraints: str, side_effects: bool = False):
-    return llvm.inline_asm(
-        result,
-        [x.ir_value() for x in operands],
-        text,
-        constraints,
-        has_side_effects=side_effects,
-        is_align_stack=False,
-        asm_dialect=llvm.AsmDialect.AD_ATT,
-    )
-
-
 def divide(a, b):
     """IEEE division with subnormals, whatever the compiler's options."""
-    return Float32(_asm(T.f32(), [a, b], "div.rn.f32 $0, $1, $2;", "=f,f,f"))
+    return Float32(asm(T.f32(), 1, [a, b], "div.rn.f32 $0, $1, $2;", "=f,f,f", False)[0])
 
 
 def max_u16x2(a, b):
-    return Uint32(_asm(T.i32(), [a, b], "max.u16x2 $0, $1, $2;", "=r,r,r"))
-
-
-def to_e4m3x4(x: list):
-    """Four float32 as a word of e4m3: to nearest even, beyond 448 saturated, NaN 0x7f. prmt: see fp8.split_e4m3."""
-    text = (
-        "{ .reg .b16 h, z; .reg .b32 a, b; mov.b16 z, 0;"
-        " cvt.rn.satfinite.e4m3x2.f32 h, $2, $1; mov.b32 a, {h, z};"
-        " cvt.rn.satfinite.e4m3x2.f32 h, $4, $3; mov.b32 b, {h, z};"
-        " prmt.b32 $0, a, b, 0x5410; }"
-    )
-    return Uint32(_asm(T.i32(), x, text, "=r,f,f,f,f"))
-
-
-def store_global(address, words: list) -> None:
-    """1, 2 or 4 words, aligned to their size."""
-    n = len(words)
-    vector = f".v{n}" if n > 1 else ""
-    names = ", ".join(f"${i + 1}" for i in range(n))
-    text = f"st.global{vector}.b32 [$0], {{{names}}};" if n > 1 else "st.global.b32 [$0], $1;"
-    _asm(None, [address, *words], text, ",".join(["l"] + ["r"] * n) + ",~{memory}", True)
+    return Uint32(asm(T.i32(), 1, [a, b], "max.u16x2 $0, $1, $2;", "=r,r,r", False)[0])
 
 
 class Append:

@@ -431,7 +431,7 @@ class FewRowsConsumer:
 
     def _store_quad(self, f, row_at, c: int, x: list) -> None:
         words = [fp8.to_16bit_pair(x[2 * i], x[2 * i + 1], self.dtype) for i in range(2)]
-        fp8.store_global_words(row_at + Int64(f.w * 128 + c * 32 + f.l4 * 8), words)
+        fp8.store_global(row_at + Int64(f.w * 128 + c * 32 + f.l4 * 8), words)
 
     @cute.jit
     def _store_partial(self, p, s, f, r: Constexpr, part_row, inverse):
@@ -463,4 +463,4 @@ class FewRowsConsumer:
     def _store_integers(self, f, row_at, c: int, x: list, to_int) -> None:
         bits = [(v * to_int + Float32(INT16_BIAS)).bitcast(Int32) for v in x]
         words = [Uint32(cute.arch.prmt(bits[2 * i], bits[2 * i + 1], 0x5410)) for i in range(2)]
-        fp8.store_global_words(row_at + Int64(f.w * 128 + c * 32 + f.l4 * 8), words)
+        fp8.store_global(row_at + Int64(f.w * 128 + c * 32 + f.l4 * 8), words)

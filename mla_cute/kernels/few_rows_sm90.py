@@ -35,12 +35,11 @@ from .few_rows_consumer import FewRowsConsumer
 from .few_rows_params import MB_P, MB_TOTAL, NUM_WARPS, P_WORDS, Q_TOTAL_STEPS, STEP_BYTES, FewParams, FewSmem
 from .paged_kv import TILE_N
 from .row_map import HeadRows
-from .rows_fp8_params import MB_EMPTY, MB_FULL
+from .rows_fp8_params import MB_EMPTY, MB_FULL, NUM_SCALES
 from .rows_fp8_producer import Fp8Producer, GatherFp8Loader, TmaFp8Loader
 from .rows_params import DTYPES, HEAD_DIM_ROPE, HEAD_DIM_V
 
 NUM_THREADS = 384
-NUM_SCALES = {"tensor": 0, "token": 1, "group": 4}
 
 
 class FewRowsSm90(Fp8Producer, FewRowsConsumer):
@@ -83,6 +82,7 @@ class FewRowsSm90(Fp8Producer, FewRowsConsumer):
         lse: cute.Tensor,  # (tokens, H) float32
         part: cute.Tensor,  # (rows, PART_ROW) 32-bit words, see registry.py
         num_parts: Int32,
+        item_row0: Int32,  # as RowsFp8Sm90's; of no use in decode
         nope_scale_log2: Float32,  # what q_nope . ckv is worth in log2 units
         rope_scale_log2: Float32,  # likewise q_pe . kpe
         out_scale: Float32,  # what a stored ckv is worth in the output

@@ -1,4 +1,4 @@
-"""Device helpers of the FP8 kernels: e4m3 conversions, transposing fragment loads, raw shared-memory accesses."""
+"""Device helpers of the FP8 kernels: inline PTX, e4m3 conversions, transposing loads, raw shared-memory accesses."""
 
 from cutlass import Float32, Int32, Uint32
 from cutlass._mlir.dialects import llvm
@@ -7,7 +7,7 @@ from cutlass.cutlass_dsl import T
 E4M3_MAX = 448.0
 
 
-def _asm(result, num_results: int, operands, text: str, constraints: str, side_effects: bool) -> list:
+def asm(result, num_results: int, operands, text: str, constraints: str, side_effects: bool) -> list:
     """Inline PTX with `num_results` results of one IR type."""
     kwargs = {"has_side_effects": side_effects, "is_align_stack": False, "asm_dialect": llvm.AsmDialect.AD_ATT}
     values = [x.ir_value() for x in operands]
@@ -24,57 +24,63 @@ def ldmatrix_x4(address, offset: int, transposed: bool) -> list:
     """Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8."""
     trans = ".trans" if transposed else ""
     text = f"ldmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 {{$0,$1,$2,$3}}, [$4+{offset}];"
-    return [Uint32(x) for x in _asm(T.i32(), 4, [address], text, "=r,=r,=r,=r,r,~{memory}", True)]
+    return [Uint32(x) for x in asm(T.i32(), 4, [address], text, "=r,=r,=r,=r,r,~{memory}", True)]
 
 
 def e4m3x4_to_f16(x) -> tuple:
     """(bytes 0 and 1, bytes 2 and 3) as pairs of float16: exact."""
     text = "{ .reg .b16 lo, hi; mov.b32 {lo, hi}, $2; cvt.rn.f16x2.e4m3x2 $0, lo; cvt.rn.f16x2.e4m3x2 $1, hi; }"
-    low, high = _asm(T.i32(), 2, [x], text, "=r,=r,r", False)
+    low, high = asm(T.i32(), 2, [x], text, "=r,=r,r", False)
     return Uint32(low), Uint32(high)
 
 
 def transpose_pairs(x):
     """Bytes (a0 b0 a1 b1) -> (a0 a1 b0 b1)."""
-    return Uint32(_asm(T.i32(), 1, [x], "prmt.b32 $0, $1, $1, 0x3120;", "=r,r", False)[0])
+    return Uint32(asm(T.i32(), 1, [x], "prmt.b32 $0, $1, $1, 0x3120;", "=r,r", False)[0])
 
 
 def multiply_f16x2(a, b):
-    return Uint32(_asm(T.i32(), 1, [a, b], "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", False)[0])
+    return Uint32(asm(T.i32(), 1, [a, b], "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", False)[0])
 
 
 def to_f16x2(low, high):
-    return Uint32(_asm(T.i32(), 1, [low, high], "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", False)[0])
+    return Uint32(asm(T.i32(), 1, [low, high], "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", False)[0])
 
 
 def to_16bit_pair(low, high, dtype):
     """Two float32 as a word of two bfloat16 or float16."""
     name = "bf16x2" if dtype.width == 16 and dtype.__name__ == "BFloat16" else "f16x2"
-    return Uint32(_asm(T.i32(), 1, [low, high], f"cvt.rn.{name}.f32 $0, $2, $1;", "=r,f,f", False)[0])
+    return Uint32(asm(T.i32(), 1, [low, high], f"cvt.rn.{name}.f32 $0, $2, $1;", "=r,f,f", False)[0])
+
+
+def to_e4m3x4(x: list):
+    """Four float32 as a word of e4m3: to nearest even, beyond 448 saturated, NaN 0x7f.
+
+    The pairs are joined by prmt: from a `mov.b32 {pair, pair}` ptxas 13.1 makes a packing conversion that merges, and
+    where a pair is converted back it reads it before it is made.
+    """
+    text = (
+        "{ .reg .b16 h, z; .reg .b32 a, b; mov.b16 z, 0;"
+        " cvt.rn.satfinite.e4m3x2.f32 h, $2, $1; mov.b32 a, {h, z};"
+        " cvt.rn.satfinite.e4m3x2.f32 h, $4, $3; mov.b32 b, {h, z};"
+        " prmt.b32 $0, a, b, 0x5410; }"
+    )
+    return Uint32(asm(T.i32(), 1, x, text, "=r,f,f,f,f", False)[0])
 
 
 def split_e4m3(x: list) -> tuple:
     """Four float32 within +-448 as (high, low) words of four e4m3: x = high + low to 8 significant bits.
 
-    low keeps what rounding x to high lost, in steps of at least 2^-9. The pairs are joined by prmt: from a
-    `mov.b32 {pair, pair}` ptxas 13.1 makes a packing conversion that merges, and reads one of the pairs back before it
-    is made.
+    low keeps what rounding x to high lost, in steps of at least 2^-9.
     """
-    text = (
-        "{ .reg .b16 h, z; .reg .b32 p, a, b; mov.b16 z, 0;"
-        " cvt.rn.satfinite.e4m3x2.f32 h, $2, $1; mov.b32 a, {h, z};"
-        " cvt.rn.satfinite.e4m3x2.f32 h, $4, $3; mov.b32 b, {h, z};"
-        " prmt.b32 $0, a, b, 0x5410; }"
-    )
-    high = Uint32(_asm(T.i32(), 1, x, text, "=r,f,f,f,f", False)[0])
+    high = to_e4m3x4(x)
     rounded = [v for pair in e4m3x4_to_f16(high) for v in _f16_to_f32(pair)]
-    rest = [a - b for a, b in zip(x, rounded, strict=True)]
-    return high, Uint32(_asm(T.i32(), 1, rest, text, "=r,f,f,f,f", False)[0])
+    return high, to_e4m3x4([a - b for a, b in zip(x, rounded, strict=True)])
 
 
 def _f16_to_f32(pair) -> list:
     text = "{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; }"
-    return [Float32(v) for v in _asm(T.f32(), 2, [pair], text, "=f,=f,r", False)]
+    return [Float32(v) for v in asm(T.f32(), 2, [pair], text, "=f,=f,r", False)]
 
 
 def unpack_16bit(x, dtype) -> tuple:
@@ -82,7 +88,7 @@ def unpack_16bit(x, dtype) -> tuple:
     if dtype.__name__ != "BFloat16":
         return tuple(_f16_to_f32(x))
     text = "{ .reg .b32 a, b; shl.b32 a, $2, 16; and.b32 b, $2, 0xffff0000; mov.b32 $0, a; mov.b32 $1, b; }"
-    low, high = _asm(T.f32(), 2, [x], text, "=f,=f,r", False)
+    low, high = asm(T.f32(), 2, [x], text, "=f,=f,r", False)
     return Float32(low), Float32(high)
 
 
@@ -94,46 +100,44 @@ def unit_below(largest):
 
 def thread_index():
     """threadIdx.x, asked for again: what an item's beginning makes of it is not kept in registers over all items."""
-    return Int32(_asm(T.i32(), 1, [], "mov.u32 $0, %tid.x;", "=r", True)[0])
+    return Int32(asm(T.i32(), 1, [], "mov.u32 $0, %tid.x;", "=r", True)[0])
 
 
 def max_abs_16bit(a, b, dtype):
     """Per half: the larger of a and |b|, two 16-bit floats in a word; NaN is ignored."""
     name = "bf16x2" if dtype.__name__ == "BFloat16" else "f16x2"
     text = f"{{ .reg .b32 x; and.b32 x, $2, 0x7fff7fff; max.{name} $0, $1, x; }}"
-    return Uint32(_asm(T.i32(), 1, [a, b], text, "=r,r,r", False)[0])
+    return Uint32(asm(T.i32(), 1, [a, b], text, "=r,r,r", False)[0])
 
 
 def load_global_16(address, offset: int = 0) -> list:
     """16 bytes as four words."""
     text = f"ld.global.v4.b32 {{$0,$1,$2,$3}}, [$4+{offset}];"
-    return [Uint32(x) for x in _asm(T.i32(), 4, [address], text, "=r,=r,=r,=r,l,~{memory}", True)]
+    return [Uint32(x) for x in asm(T.i32(), 4, [address], text, "=r,=r,=r,=r,l,~{memory}", True)]
 
 
 def store_shared(address, words: list, offset: int = 0) -> None:
-    """1, 2 or 4 words."""
+    """1, 2 or 4 words, aligned to their size."""
+    _store("shared", "r", address, words, offset)
+
+
+def store_global(address, words: list) -> None:
+    """1, 2 or 4 words, aligned to their size."""
+    _store("global", "l", address, words, 0)
+
+
+def _store(space: str, pointer: str, address, words: list, offset: int) -> None:
     n = len(words)
     names = ",".join(f"${i + 1}" for i in range(n))
-    vector = f".v{n}" if n > 1 else ""
-    body = f"{{{names}}}" if n > 1 else names
-    text = f"st.shared{vector}.b32 [$0+{offset}], {body};"
-    _asm(None, 0, [address, *words], text, ",".join(["r"] * (n + 1)) + ",~{memory}", True)
-
-
-def load_global_words(address, num_words: int, offset: int = 0) -> list:
-    """1 or 2 words."""
-    names = ",".join(f"${i}" for i in range(num_words))
-    vector = f".v{num_words}" if num_words > 1 else ""
-    body = f"{{{names}}}" if num_words > 1 else names
-    text = f"ld.global{vector}.b32 {body}, [${num_words}+{offset}];"
-    loaded = _asm(T.i32(), num_words, [address], text, ",".join(["=r"] * num_words + ["l", "~{memory}"]), True)
-    return [Uint32(x) for x in loaded]
+    vector, body = (f".v{n}", f"{{{names}}}") if n > 1 else ("", names)
+    text = f"st.{space}{vector}.b32 [$0+{offset}], {body};"
+    asm(None, 0, [address, *words], text, ",".join([pointer] + ["r"] * n) + ",~{memory}", True)
 
 
 def load_shared_16(address, offset: int = 0) -> list:
     """16 bytes as four words."""
     text = f"ld.shared.v4.b32 {{$0,$1,$2,$3}}, [$4+{offset}];"
-    return [Uint32(x) for x in _asm(T.i32(), 4, [address], text, "=r,=r,=r,=r,r,~{memory}", True)]
+    return [Uint32(x) for x in asm(T.i32(), 4, [address], text, "=r,=r,=r,=r,r,~{memory}", True)]
 
 
 def mma_m16n8k16(acc: list, a: list, b, dtype: str) -> list:
@@ -143,22 +147,13 @@ def mma_m16n8k16(acc: list, a: list, b, dtype: str) -> list:
         " {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
     )
     constraints = "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f"
-    return [Float32(x) for x in _asm(T.f32(), 4, [*a, *b, *acc], text, constraints, False)]
-
-
-def store_global_words(address, words: list) -> None:
-    """2 words."""
-    _asm(None, 0, [address, *words], "st.global.v2.b32 [$0], {$1,$2};", "l,r,r,~{memory}", True)
+    return [Float32(x) for x in asm(T.f32(), 4, [*a, *b, *acc], text, constraints, False)]
 
 
 def load_shared_f32x2(address, offset: int = 0) -> list:
     """Two float32 from an 8-byte aligned address."""
     text = f"ld.shared.v2.f32 {{$0,$1}}, [$2+{offset}];"
-    return [Float32(x) for x in _asm(T.f32(), 2, [address], text, "=f,=f,r,~{memory}", True)]
-
-
-def store_global_word(address, word) -> None:
-    _asm(None, 0, [address, word], "st.global.b32 [$0], $1;", "l,r,~{memory}", True)
+    return [Float32(x) for x in asm(T.f32(), 2, [address], text, "=f,=f,r,~{memory}", True)]
 
 
 def cp_async_small(
@@ -170,4 +165,4 @@ def cp_async_small(
         "{ .reg .pred p; setp.eq.s32 p, $2, 0;"
         f" cp.async.{cache}.shared.global [$0+{smem_offset}], [$1+{gmem_offset}], {num_bytes}, p; }}"
     )
-    _asm(None, 0, [smem_address, gmem_address, Int32(valid)], text, "r,l,r,~{memory}", True)
+    asm(None, 0, [smem_address, gmem_address, Int32(valid)], text, "r,l,r,~{memory}", True)

@@ -57,7 +57,7 @@ def store_output(s, f, rows, scale, dtype: Constexpr, wg: Constexpr):
             if row < rows:
                 at = s.sAddress[row] + _first_word(f, wg)
                 for m in cutlass.range_constexpr(4):
-                    fp8.store_global_word(at + 128 * m, words[m])
+                    fp8.store_global(at + 128 * m, [words[m]])
 
 
 @cute.jit
@@ -86,7 +86,7 @@ def store_partial(p, s, f, part_row, rows, scale, wg: Constexpr):
             if row < rows:
                 at = s.sAddress[row] + _first_word(f, wg)
                 for m in cutlass.range_constexpr(4):
-                    fp8.store_global_word(at + 128 * m, words[m])
+                    fp8.store_global(at + 128 * m, [words[m]])
                 if (f.lane < 4) & (f.t < 32):
                     worth = largest * _inverse_sum(s, row) * scale * Float32(1.0 / _TO_INT)
                     p.mPart[part_row + row, PART_LSE + 1 + wg] = worth

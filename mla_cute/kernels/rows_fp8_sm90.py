@@ -46,12 +46,11 @@ from .paged_kv import TILE_N
 from .registry import TILE_M
 from .row_map import HeadRows, PackedRows
 from .rows_fp8_consumer import Fp8Consumer
-from .rows_fp8_params import MB_EMPTY, MB_FULL, MB_TOTAL, Fp8Params, Fp8Smem
+from .rows_fp8_params import MB_EMPTY, MB_FULL, MB_TOTAL, NUM_SCALES, Fp8Params, Fp8Smem
 from .rows_fp8_producer import Fp8Producer, GatherFp8Loader, TmaFp8Loader
 from .rows_params import DTYPES, HEAD_DIM_ROPE, HEAD_DIM_V
 
 NUM_THREADS = 384
-NUM_SCALES = {"tensor": 0, "token": 1, "group": 4}
 
 
 class RowsFp8Sm90(Fp8Producer, Fp8Consumer):

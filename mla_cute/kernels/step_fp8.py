@@ -10,7 +10,8 @@ from .few_rows_sm90 import FewRowsSm90
 from .merge import Merge
 from .registry import DECODE_FEW_FP8, DECODE_FP8, PART_ROW, PREFILL_FP8, Fp8Key
 from .row_map import HeadRows, PackedRows
-from .rows_fp8_sm90 import NUM_SCALES, RowsFp8Sm90
+from .rows_fp8_params import NUM_SCALES
+from .rows_fp8_sm90 import RowsFp8Sm90
 from .rows_params import HEAD_DIM_ROPE, HEAD_DIM_V
 
 
@@ -95,43 +96,14 @@ class DecodeFp8(_Step):
         self.merge(table, part, out, lse, num_parts, merge_x, merge_y, lse_scale, stream)
 
 
-class DecodeFewFp8(_Step):
+class DecodeFewFp8(DecodeFp8):
     """As DecodeFp8, with FewRowsSm90: at most 16 heads."""
 
     name = DECODE_FEW_FP8.name
-    num_sizes = 3
 
     def __init__(self, key: Fp8Key, config: LaunchConfig):
         self.rows = FewRowsSm90(key.dtype, key.box_rows, key.kv_format, key.q_fp8, config)
         self.merge = Merge(key.dtype, False, config)
-
-    @cute.jit
-    def __call__(
-        self,
-        q_nope: cute.Tensor,
-        q_pe: cute.Tensor,
-        ckv_cache: cute.Tensor,
-        kpe_cache: cute.Tensor,
-        scales: cute.Tensor,
-        kv_indices: cute.Tensor,
-        table: cute.Tensor,
-        part: cute.Tensor,
-        out: cute.Tensor,
-        lse: cute.Tensor,
-        num_parts: Int32,
-        merge_x: Int32,
-        merge_y: Int32,
-        nope_scale_log2: Float32,
-        rope_scale_log2: Float32,
-        out_scale: Float32,
-        lse_scale: Float32,
-        stream,
-    ):
-        self.rows(
-            q_nope, q_pe, ckv_cache, kpe_cache, scales, kv_indices, table, out, lse, part, num_parts,
-            nope_scale_log2, rope_scale_log2, out_scale, lse_scale, stream,
-        )  # fmt: skip
-        self.merge(table, part, out, lse, num_parts, merge_x, merge_y, lse_scale, stream)
 
 
 class PrefillFp8(_Step):
