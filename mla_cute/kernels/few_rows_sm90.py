@@ -30,13 +30,12 @@ from cutlass import Float32, Int32, Int64, Uint8, const_expr, memory
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from ..config import LaunchConfig
-from . import paged_kv
 from .few_rows_consumer import FewRowsConsumer
 from .few_rows_params import MB_P, MB_TOTAL, NUM_WARPS, P_WORDS, Q_TOTAL_STEPS, STEP_BYTES, FewParams, FewSmem
 from .paged_kv import TILE_N
 from .row_map import HeadRows
-from .rows_fp8_params import MB_EMPTY, MB_FULL, NUM_SCALES
-from .rows_fp8_producer import Fp8Producer, GatherFp8Loader, TmaFp8Loader
+from .rows_fp8_params import MB_EMPTY, MB_FULL
+from .rows_fp8_producer import Fp8Producer, smem_layout
 from .rows_params import DTYPES, HEAD_DIM_ROPE, HEAD_DIM_V
 
 NUM_THREADS = 384
@@ -48,21 +47,13 @@ class FewRowsSm90(Fp8Producer, FewRowsConsumer):
     def __init__(self, dtype: str, box_rows: int, kv_format: str, q_fp8: bool, config: LaunchConfig):
         self.dtype = DTYPES[dtype]
         self.rows = HeadRows()
-        self.kv_format, self.q_fp8 = kv_format, q_fp8
-        self.num_scales = NUM_SCALES[kv_format]
-        self.rope_fp8 = kv_format == "tensor"
+        self.q_fp8 = q_fp8
+        # With eight boxes and scales a tile the TMA producer spills.
+        self._set_cache(box_rows, box_rows > (0 if kv_format == "tensor" else 8), config.evict_first, kv_format)
         # P times the scales of each channel group.
         self.p_tiles = max(1, self.num_scales)
         self.q_steps = 8 if kv_format == "group" else 24
         self.num_stages = 4 if kv_format == "group" else 5
-        rope_row_bytes = 64 if self.rope_fp8 else 128
-        # With eight boxes and scales a tile the TMA producer spills.
-        self.by_tma = box_rows > (8 if self.num_scales else 0)
-        self.box_rows = box_rows
-        if self.by_tma:
-            self.loader = TmaFp8Loader(box_rows, config.evict_first, rope_row_bytes, self.num_scales)
-        else:
-            self.loader = GatherFp8Loader(rope_row_bytes, self.num_scales)
         self.use_pdl = config.use_pdl
         self.regs_consumer, self.regs_producer = (240, 24) if box_rows > 16 else (232, 40)
 
@@ -91,29 +82,12 @@ class FewRowsSm90(Fp8Producer, FewRowsConsumer):
     ):
         Kind = warpgroup.SmemLayoutAtomKind
 
-        def layout(kind, dtype, shape):
-            atom = warpgroup.make_smem_layout_atom(kind, dtype)
-            return cute.tile_to_shape(atom, shape, order=tuple(range(len(shape))))
-
         rope_kind = Kind.K_SW64 if self.rope_fp8 else Kind.K_SW128
         rope_dtype = Uint8 if self.rope_fp8 else self.dtype
-        if const_expr(self.by_tma):
-            op = cpasync.CopyBulkTensorTileG2SOp()
-            box, rope_box = (self.box_rows, 128), (self.box_rows, 64)
-            ckv_view = cute.make_tensor(ckv.iterator, cute.select(ckv.layout, mode=[1, 2, 0]))
-            kpe_view = cute.make_tensor(kpe.iterator, cute.select(kpe.layout, mode=[1, 2, 0]))
-            tma_ckv, mCkv = cpasync.make_tiled_tma_atom(op, ckv_view, layout(Kind.K_SW128, Uint8, box), box)
-            tma_kpe, mKpe = cpasync.make_tiled_tma_atom(op, kpe_view, layout(rope_kind, rope_dtype, rope_box), rope_box)
-        else:
-            tma_ckv, mCkv, tma_kpe, mKpe = None, ckv, None, kpe
-        ckv_unit, kpe_unit = (paged_kv.row_unit(x.stride[0], x.stride[1]) for x in (ckv, kpe))
         params = FewParams(
+            **self._cache_params(ckv, kpe),
             mQ=q_nope,
             mQpe=q_pe,
-            tma_ckv=tma_ckv,
-            mCkv=mCkv,
-            tma_kpe=tma_kpe,
-            mKpe=mKpe,
             mScales=scales,
             mIndices=kv_indices,
             mTable=table,
@@ -121,19 +95,11 @@ class FewRowsSm90(Fp8Producer, FewRowsConsumer):
             mLse=lse,
             mPart=part,
             num_heads=Int32(cute.size(q_nope, mode=[1])),
-            page_size=Int32(cute.size(ckv, mode=[1])),
-            ckv_unit=ckv_unit,
-            ckv_page_units=Int32(ckv.stride[0] // ckv_unit),
-            ckv_row_units=Int32(ckv.stride[1] // ckv_unit),
-            kpe_unit=kpe_unit * (rope_dtype.width // 8),
-            kpe_page_units=Int32(kpe.stride[0] // kpe_unit),
-            kpe_row_units=Int32(kpe.stride[1] // kpe_unit),
             nope_scale_log2=nope_scale_log2,
             rope_scale_log2=rope_scale_log2,
             out_scale=out_scale,
             lse_scale=lse_scale,
-            lay_sub=layout(Kind.K_SW128, Uint8, (TILE_N, 128, 4 * self.num_stages)),
-            lay_r=layout(rope_kind, rope_dtype, (TILE_N, HEAD_DIM_ROPE, self.num_stages)),
+            lay_r=smem_layout(rope_kind, rope_dtype, (TILE_N, HEAD_DIM_ROPE, self.num_stages)),
         )
         self.kernel(params).launch(
             grid=[num_parts, 1, 1],

@@ -8,16 +8,22 @@ always gathered, by cp.async of 4 bytes, to [group][token]: a [.., 1] row is no 
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Int32, Int64, Uint32, const_expr
-from cutlass.cute.nvgpu import cpasync
+from cutlass import Constexpr, Int32, Int64, Uint8, Uint32, const_expr
+from cutlass.cute.nvgpu import cpasync, warpgroup
 
-from . import sync
+from . import paged_kv, sync
 from .fp8 import cp_async_small
 from .paged_kv import TILE_N, TmaLoader, cp_async_16, rows_of_block
-from .rows_fp8_params import MB_EMPTY, MB_FULL
+from .rows_fp8_params import MB_EMPTY, MB_FULL, NUM_SCALES
 from .rows_params import load_item
 
 SUB_BYTES = 64 * 128
+
+
+def smem_layout(kind, dtype, shape: tuple):
+    """Host side: swizzled, K-major, rows first."""
+    atom = warpgroup.make_smem_layout_atom(kind, dtype)
+    return cute.tile_to_shape(atom, shape, order=tuple(range(len(shape))))
 
 
 @cute.jit
@@ -143,7 +149,49 @@ class GatherFp8Loader:
 
 
 class Fp8Producer:
-    """Methods of RowsFp8Sm90."""
+    """Methods of RowsFp8Sm90 and FewRowsSm90."""
+
+    def _set_cache(self, box_rows: int, by_tma: bool, evict_first: bool, kv_format: str) -> None:
+        """Facts of the cache, and what loads it."""
+        self.kv_format = kv_format
+        self.num_scales = NUM_SCALES[kv_format]
+        self.rope_fp8 = kv_format == "tensor"
+        self.box_rows, self.by_tma = box_rows, by_tma
+        rope_row_bytes = 64 if self.rope_fp8 else 128
+        if by_tma:
+            self.loader = TmaFp8Loader(box_rows, evict_first, rope_row_bytes, self.num_scales)
+        else:
+            self.loader = GatherFp8Loader(rope_row_bytes, self.num_scales)
+
+    def _cache_params(self, ckv, kpe) -> dict:
+        """Host side: what the loaders read of the caches, as fields of the kernel's parameters."""
+        Kind = warpgroup.SmemLayoutAtomKind
+        rope_kind, rope_dtype = (Kind.K_SW64, Uint8) if self.rope_fp8 else (Kind.K_SW128, self.dtype)
+        tma_ckv, mCkv, tma_kpe, mKpe = None, ckv, None, kpe
+        if self.by_tma:
+            op = cpasync.CopyBulkTensorTileG2SOp()
+            box, rope_box = (self.box_rows, 128), (self.box_rows, 64)
+            ckv_view = cute.make_tensor(ckv.iterator, cute.select(ckv.layout, mode=[1, 2, 0]))
+            kpe_view = cute.make_tensor(kpe.iterator, cute.select(kpe.layout, mode=[1, 2, 0]))
+            tma_ckv, mCkv = cpasync.make_tiled_tma_atom(op, ckv_view, smem_layout(Kind.K_SW128, Uint8, box), box)
+            tma_kpe, mKpe = cpasync.make_tiled_tma_atom(
+                op, kpe_view, smem_layout(rope_kind, rope_dtype, rope_box), rope_box
+            )
+        ckv_unit, kpe_unit = (paged_kv.row_unit(x.stride[0], x.stride[1]) for x in (ckv, kpe))
+        return {
+            "tma_ckv": tma_ckv,
+            "mCkv": mCkv,
+            "tma_kpe": tma_kpe,
+            "mKpe": mKpe,
+            "page_size": Int32(cute.size(ckv, mode=[1])),
+            "ckv_unit": ckv_unit,
+            "ckv_page_units": Int32(ckv.stride[0] // ckv_unit),
+            "ckv_row_units": Int32(ckv.stride[1] // ckv_unit),
+            "kpe_unit": kpe_unit * (rope_dtype.width // 8),
+            "kpe_page_units": Int32(kpe.stride[0] // kpe_unit),
+            "kpe_row_units": Int32(kpe.stride[1] // kpe_unit),
+            "lay_sub": smem_layout(Kind.K_SW128, Uint8, (TILE_N, 128, 4 * self.num_stages)),
+        }
 
     def _first_row(self, p, part):
         return p.mTable[part, 5] if const_expr(self.rows.header_is_item) else Int32(0)

@@ -41,13 +41,12 @@ from cutlass import Float8E4M3FN, Float16, Float32, Int32, Int64, Uint8, const_e
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 
 from ..config import LaunchConfig
-from . import paged_kv
 from .paged_kv import TILE_N
 from .registry import TILE_M
 from .row_map import HeadRows, PackedRows
 from .rows_fp8_consumer import Fp8Consumer
-from .rows_fp8_params import MB_EMPTY, MB_FULL, MB_TOTAL, NUM_SCALES, Fp8Params, Fp8Smem
-from .rows_fp8_producer import Fp8Producer, GatherFp8Loader, TmaFp8Loader
+from .rows_fp8_params import MB_EMPTY, MB_FULL, MB_TOTAL, Fp8Params, Fp8Smem
+from .rows_fp8_producer import Fp8Producer, smem_layout
 from .rows_params import DTYPES, HEAD_DIM_ROPE, HEAD_DIM_V
 
 NUM_THREADS = 384
@@ -67,9 +66,8 @@ class RowsFp8Sm90(Fp8Producer, Fp8Consumer):
     ):
         self.dtype = DTYPES[dtype]
         self.rows = rows
-        self.kv_format, self.q_fp8 = kv_format, q_fp8
-        self.num_scales = NUM_SCALES[kv_format]
-        self.rope_fp8 = kv_format == "tensor"
+        self.q_fp8 = q_fp8
+        self._set_cache(box_rows, box_rows > 0, config.evict_first, kv_format)
         self.rope_dtype = Float8E4M3FN if self.rope_fp8 else self.dtype
         self.q_terms = 1 if q_fp8 else 2
         self.rope_terms = self.q_terms if self.rope_fp8 else 1
@@ -78,13 +76,6 @@ class RowsFp8Sm90(Fp8Producer, Fp8Consumer):
         self.num_stages = 4 if q_fp8 else 3
         # The next pair's Q K^T is issued before this pair's P V; with three slots its tile may be waiting for them.
         self.ahead = self.num_stages >= 4
-        rope_row_bytes = 64 * self.rope_dtype.width // 8
-        self.by_tma = box_rows > 0
-        self.box_rows = box_rows
-        if self.by_tma:
-            self.loader = TmaFp8Loader(box_rows, config.evict_first, rope_row_bytes, self.num_scales)
-        else:
-            self.loader = GatherFp8Loader(rope_row_bytes, self.num_scales)
         self.use_pdl = config.use_pdl
         self.regs_consumer, self.regs_producer = 240, 24
 
@@ -120,36 +111,15 @@ class RowsFp8Sm90(Fp8Producer, Fp8Consumer):
         def mma(dtype, a_source):
             return sm90.make_trivial_tiled_mma(dtype, dtype, K, K, Float32, (1, 1, 1), (64, 64), a_source)
 
-        def layout(kind, dtype, shape):
-            atom = warpgroup.make_smem_layout_atom(kind, dtype)
-            return cute.tile_to_shape(atom, shape, order=tuple(range(len(shape))))
-
         rope_kind = Kind.K_SW64 if self.rope_fp8 else Kind.K_SW128
-        rope_bytes_dtype = Uint8 if self.rope_fp8 else self.dtype
-        if const_expr(self.by_tma):
-            op = cpasync.CopyBulkTensorTileG2SOp()
-            box, rope_box = (self.box_rows, 128), (self.box_rows, 64)
-            ckv_view = cute.make_tensor(ckv.iterator, cute.select(ckv.layout, mode=[1, 2, 0]))
-            kpe_view = cute.make_tensor(kpe.iterator, cute.select(kpe.layout, mode=[1, 2, 0]))
-            tma_ckv, mCkv = cpasync.make_tiled_tma_atom(op, ckv_view, layout(Kind.K_SW128, Uint8, box), box)
-            tma_kpe, mKpe = cpasync.make_tiled_tma_atom(
-                op, kpe_view, layout(rope_kind, rope_bytes_dtype, rope_box), rope_box
-            )
-        else:
-            tma_ckv, mCkv, tma_kpe, mKpe = None, ckv, None, kpe
-
-        ckv_unit, kpe_unit = (paged_kv.row_unit(x.stride[0], x.stride[1]) for x in (ckv, kpe))
         params = Fp8Params(
+            **self._cache_params(ckv, kpe),
             mma_nope=mma(Float8E4M3FN, SS),
             mma_rope=mma(self.rope_dtype, SS),
             mma_pv=mma(Float16, RS),
             mma_p=mma(Float16, SS),
             mQ=q_nope,
             mQpe=q_pe,
-            tma_ckv=tma_ckv,
-            mCkv=mCkv,
-            tma_kpe=tma_kpe,
-            mKpe=mKpe,
             mScales=scales,
             mIndices=kv_indices,
             mTable=table,
@@ -157,26 +127,18 @@ class RowsFp8Sm90(Fp8Producer, Fp8Consumer):
             mLse=lse,
             mPart=part,
             num_heads=num_heads,
-            page_size=Int32(cute.size(ckv, mode=[1])),
             num_tiles=num_tiles,
             num_parts=num_parts,
             item_row0=item_row0,
-            ckv_unit=ckv_unit,
-            ckv_page_units=Int32(ckv.stride[0] // ckv_unit),
-            ckv_row_units=Int32(ckv.stride[1] // ckv_unit),
-            kpe_unit=kpe_unit * (self.rope_dtype.width // 8),
-            kpe_page_units=Int32(kpe.stride[0] // kpe_unit),
-            kpe_row_units=Int32(kpe.stride[1] // kpe_unit),
             nope_scale_log2=nope_scale_log2,
             rope_scale_log2=rope_scale_log2,
             out_scale=out_scale,
             lse_scale=lse_scale,
-            lay_q=layout(Kind.K_SW128, Float8E4M3FN, (TILE_M, HEAD_DIM_V, self.q_terms)),
-            lay_qr=layout(rope_kind, self.rope_dtype, (TILE_M, HEAD_DIM_ROPE, self.rope_terms)),
-            lay_k=layout(Kind.K_SW128, Float8E4M3FN, (TILE_N, HEAD_DIM_V, self.num_stages)),
-            lay_sub=layout(Kind.K_SW128, Uint8, (TILE_N, 128, 4 * self.num_stages)),
-            lay_r=layout(rope_kind, self.rope_dtype, (TILE_N, HEAD_DIM_ROPE, self.num_stages)),
-            lay_p=layout(Kind.K_SW128, Float16, (TILE_M, TILE_N, 2)),
+            lay_q=smem_layout(Kind.K_SW128, Float8E4M3FN, (TILE_M, HEAD_DIM_V, self.q_terms)),
+            lay_qr=smem_layout(rope_kind, self.rope_dtype, (TILE_M, HEAD_DIM_ROPE, self.rope_terms)),
+            lay_k=smem_layout(Kind.K_SW128, Float8E4M3FN, (TILE_N, HEAD_DIM_V, self.num_stages)),
+            lay_r=smem_layout(rope_kind, self.rope_dtype, (TILE_N, HEAD_DIM_ROPE, self.num_stages)),
+            lay_p=smem_layout(Kind.K_SW128, Float16, (TILE_M, TILE_N, 2)),
         )
         self.kernel(params).launch(
             grid=[num_parts * num_tiles, 1, 1],
