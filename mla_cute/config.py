@@ -6,6 +6,7 @@ from typing import Any
 
 KERNELS = ("rows",)
 FP8_KERNELS = ("auto", "rows", "few_rows")
+ACCURACIES = ("native", "high")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,6 +16,7 @@ class LaunchConfig:
     kernel: str
     evict_first: bool
     use_pdl: bool
+    accuracy: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -24,6 +26,9 @@ class KernelConfig:
     kernel            which main kernel runs: "rows" (64 packed rows per tile, two KV tiles in flight)
     fp8_kernel        the same for FP8 caches: "rows", "few_rows" (decode with at most 16 heads), or "auto": few_rows
                       where it can run
+    accuracy          of "rows" on FP8 caches in formats tensor and token. e4m3 wgmma adds products up with about 14
+                      bits: "native" lets it add all 512 channels, "high" each 128, and those in float32, as format
+                      group always does. For few_rows and 16-bit caches both are the same
     evict_first       KV loads carry the L2 evict-first hint
     use_pdl           launch planner, main and merge kernels with programmatic dependent launch
     min_blocks        64-token blocks below which a piece of a request is not split further (even)
@@ -34,6 +39,7 @@ class KernelConfig:
 
     kernel: str = "rows"
     fp8_kernel: str = "auto"
+    accuracy: str = "native"
     evict_first: bool = True
     use_pdl: bool = True
     min_blocks: int = 2
@@ -42,7 +48,7 @@ class KernelConfig:
 
     @functools.lru_cache(maxsize=256)  # noqa: B019 -- values, few and small; a call without a plan asks every time
     def launch(self) -> LaunchConfig:
-        return LaunchConfig(self.kernel, self.evict_first, self.use_pdl)
+        return LaunchConfig(self.kernel, self.evict_first, self.use_pdl, self.accuracy)
 
     @functools.lru_cache(maxsize=256)  # noqa: B019
     def planner_launch(self) -> LaunchConfig:
@@ -71,6 +77,8 @@ def why_infeasible(config: KernelConfig) -> str | None:
         return f"kernel: expected one of {KERNELS}, got {config.kernel!r}"
     if config.fp8_kernel not in FP8_KERNELS:
         return f"fp8_kernel: expected one of {FP8_KERNELS}, got {config.fp8_kernel!r}"
+    if config.accuracy not in ACCURACIES:
+        return f"accuracy: expected one of {ACCURACIES}, got {config.accuracy!r}"
     if config.min_blocks < 2 or config.min_blocks % 2:
         return f"min_blocks: expected an even number >= 2, got {config.min_blocks}"
     if config.item_overhead < 0:

@@ -167,8 +167,8 @@ def _check_fp8(seed: int, timeout: float, path: pathlib.Path | None) -> None:
         screen.print(f"record: {path}", highlight=False)
     _print_lines(
         [
-            f"FAILED {row['data']}, {row['kv_format']}, {row['q']}, {row['num_heads']} heads: {failure}"
-            for row in found
+            f"FAILED {spec}: {failure}"
+            for spec, row in zip(checking_fp8.specs(), found, strict=True)
             for failure in row["failures"]
         ]
     )

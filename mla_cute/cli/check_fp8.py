@@ -19,6 +19,8 @@ from .. import quant
 from .._testing import DecodeCase, make_case
 from .._testing_fp8 import Fp8Case, compare_fp8, expected_fp8, make_fp8
 from ..bench.runner import source_digest
+from ..config import ACCURACIES, KernelConfig
+from ..kernels.registry import FEW_ROWS
 from ..reference import decode_reference
 
 SCHEMA = 1
@@ -38,6 +40,7 @@ COLUMNS = (
     "format",
     "q",
     "H",
+    "accuracy",
     "kernel: rel err",
     "max err",
     "1 - cos",
@@ -81,9 +84,11 @@ class Spec:
     kv_format: str
     q_fp8: bool
     num_heads: int
+    accuracy: str = "native"
 
     def __str__(self) -> str:
-        return f"{self.data}, {self.kv_format}, {self.q}, {self.num_heads} heads"
+        high = "" if self.accuracy == "native" else f", accuracy {self.accuracy}"
+        return f"{self.data}, {self.kv_format}, {self.q}, {self.num_heads} heads{high}"
 
     @property
     def q(self) -> str:
@@ -91,7 +96,12 @@ class Spec:
 
 
 def specs() -> list[Spec]:
-    return [Spec(*facts) for facts in itertools.product(DATA, FORMATS, (False, True), HEADS)]
+    """Accuracy "high" where it is another kernel (config.py)."""
+    return [
+        Spec(*facts, accuracy)
+        for facts in itertools.product(DATA, FORMATS, (False, True), HEADS)
+        for accuracy in (ACCURACIES if facts[1] != "group" and facts[3] > FEW_ROWS else ("native",))
+    ]
 
 
 def make(spec: Spec, device: torch.device, lengths: Sequence[int], seed: int) -> tuple[DecodeCase, Fp8Case]:
@@ -130,7 +140,8 @@ def rows(
     for spec in specs():
         case, fp8 = make(spec, device, lengths, seed)
         expected = expected_fp8(fp8)
-        output, lse = fp8.call()
+        options = {} if spec.accuracy == "native" else {"config": KernelConfig(accuracy=spec.accuracy)}
+        output, lse = fp8.call(**options)
         verdict = compare_fp8(output, lse, expected)
         names = ("q_nope", "q_pe", "ckv_cache", "kpe_cache")
         before = dataclasses.replace(case, **{name: getattr(case, name).float() for name in names})
@@ -140,6 +151,7 @@ def rows(
             "kv_format": spec.kv_format,
             "q": spec.q,
             "num_heads": spec.num_heads,
+            "accuracy": spec.accuracy,
             "kernel_error": figures(output, lse, expected.output, expected.lse),
             "format_error": figures(output, lse, data, data_lse),
             "failures": list(verdict.failures),
@@ -149,7 +161,7 @@ def rows(
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
     """A row of the record as strings, in the order of COLUMNS."""
-    head = (row["data"], row["kv_format"], row["q"], str(row["num_heads"]))
+    head = (row["data"], row["kv_format"], row["q"], str(row["num_heads"]), row["accuracy"])
     errors = []
     for which in ("kernel_error", "format_error"):
         found = dict(row[which])

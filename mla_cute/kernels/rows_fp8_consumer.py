@@ -240,7 +240,7 @@ class Fp8Consumer:
                 self._start_nope(p, s, f, tile, chunk)
                 warpgroup.wait_group(0)
             for j in range(8):
-                scales = self._column_scales(s, f, slot, chunk, j)
+                scales = self._column_scales(s, f, slot, chunk if self.num_scales == 4 else 0, j)
                 for n in (2 * j, 2 * j + 1):
                     for r in range(2):
                         base = f.S[r, n] * b[r] - f.rRef[r] if chunk == 0 else f.S[r, n]

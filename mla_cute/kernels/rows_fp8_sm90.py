@@ -71,8 +71,8 @@ class RowsFp8Sm90(Fp8Producer, Fp8Consumer):
         self.rope_dtype = Float8E4M3FN if self.rope_fp8 else self.dtype
         self.q_terms = 1 if q_fp8 else 2
         self.rope_terms = self.q_terms if self.rope_fp8 else 1
-        # Q K^T is added up in float32 after that many parts of its depth.
-        self.score_chunks = max(1, self.num_scales)
+        # Q K^T is added up in float32 after each of that many parts of its depth.
+        self.score_chunks = 4 if kv_format == "group" or config.accuracy == "high" else 1
         self.num_stages = 4 if q_fp8 else 3
         # The next pair's Q K^T is issued before this pair's P V; with three slots its tile may be waiting for them.
         self.ahead = self.num_stages >= 4

@@ -1,5 +1,6 @@
 """The bench without a GPU: grid, rotation, arithmetic, record, comparison, command line; the timer is a fake."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -496,14 +497,30 @@ def test_speed_of_a_wrong_kernel_is_marked(decode, small_rotation):
     json.dumps(record, allow_nan=False)
 
 
-def test_wrong_lse_alone_is_caught(small_rotation):
+@pytest.mark.parametrize("kv_format", ["", "token"])
+def test_wrong_lse_alone_is_caught(kv_format, small_rotation):
     def natural_log(*args, **options):
         return decode_reference(*args, **options, lse_base="e")
 
-    check = bench(SMALL[:1], FakeLibrary.make(natural_log))["rows"][0]["check"]
+    case = dataclasses.replace(SMALL[0], kv_format=kv_format)
+    check = bench([case], FakeLibrary.make(natural_log))["rows"][0]["check"]
     assert not check["ok"]
     assert check["rel_err"] < 1e-3
     assert check["lse_err"] > 0.1
+
+
+@pytest.mark.parametrize(
+    ("kv_format", "share", "ok"), [("tensor", 0.9, True), ("tensor", 1.1, False), ("", 0.9, False)]
+)
+def test_e4m3_noise_of_a_large_lse_is_allowed(kv_format, share, ok, small_rotation):
+    def off(*args, lse, **options):
+        decode_reference(*args, lse=lse, **options)
+        lse.mul_(1 + share * 3 * runner.E4M3_NOISE)
+
+    case = dataclasses.replace(SMALL[0], kv_len=1024, kv_format=kv_format)
+    check = bench([case], FakeLibrary.make(off))["rows"][0]["check"]
+    assert check["ok"] == ok
+    assert check["lse_err"] > runner.FP8_LSE_ERR_LIMIT
 
 
 def test_a_failing_case_keeps_the_others(small_rotation):

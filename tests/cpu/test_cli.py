@@ -206,7 +206,10 @@ def short_fp8_check(monkeypatch):
 
 def test_check_fp8_meets_every_format_query_data_and_head_count():
     specs = checking_fp8.specs()
-    assert len(set(map(str, specs))) == len(specs) == 3 * 3 * 2 * 2
+    high = [spec for spec in specs if spec.accuracy == "high"]
+    assert len(set(map(str, specs))) == len(specs) == 3 * 3 * 2 * 2 + len(high)
+    assert {(spec.kv_format, spec.num_heads) for spec in high} == {("tensor", 128), ("token", 128)}
+    assert len(high) == 3 * 2 * 2
     assert {spec.kv_format for spec in specs} == {"tensor", "token", "group"}
     assert {spec.num_heads for spec in specs} == {16, 128}
     assert {spec.q for spec in specs} == {"bf16", "e4m3"}
@@ -236,8 +239,8 @@ def test_check_fp8_prints_both_errors_and_writes_the_record(short_fp8_check, tmp
         assert 1e-3 < format_["lse_err"] < 1
         assert format_["cosine"] < kernel["cosine"] <= 1 + 1e-12
         assert format_["max_err"] > kernel["max_err"] > 0
-        name = (row["data"], row["kv_format"], row["q"], str(row["num_heads"]))
-        shown = [tuple(cell.strip() for cell in text.split("│")[1:5]) for text in result.output.splitlines()]
+        name = (row["data"], row["kv_format"], row["q"], str(row["num_heads"]), row["accuracy"])
+        shown = [tuple(cell.strip() for cell in text.split("│")[1:6]) for text in result.output.splitlines()]
         assert shown.count(name) == 1
 
 

@@ -6,6 +6,7 @@ import functools
 import pytest
 
 from mla_cute import jit, sass
+from mla_cute.config import KernelConfig
 from mla_cute.kernels import registry
 
 MAX_SMEM_BYTES = 232448  # shared memory a CTA can opt in to on sm_90
@@ -34,11 +35,22 @@ def _covers(variant) -> bool:
 
 
 COVERED_FP8 = [v for v in FP8_STEPS if _covers(v)]
+# Accuracy "high" is other code in row tiles, where the format does not sum the depth in parts anyway.
+HIGH_FP8 = [
+    (kernel, registry.Fp8Key("bfloat16", 64, kv_format, q_fp8), KernelConfig(accuracy="high").launch())
+    for kernel, kv_format, q_fp8 in (
+        (registry.DECODE_FP8, "tensor", True),
+        (registry.DECODE_FP8, "token", False),
+        (registry.PREFILL_FP8, "tensor", False),
+        (registry.PREFILL_FP8, "token", True),
+    )
+]
 
 
 def name(variant):
     kernel, key, config = variant
-    return "-".join([kernel.name, *(str(value) for value in vars(key).values())])
+    high = ["high"] if config is not None and config.accuracy == "high" else []
+    return "-".join([kernel.name, *(str(value) for value in vars(key).values()), *high])
 
 
 @functools.cache
@@ -67,7 +79,7 @@ def test_registry_is_complete():
     assert len({repr(v) for v in VARIANTS}) == len(VARIANTS), "keys with equal repr would share a cache entry"
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, *APPENDS, *COVERED_FP8], ids=name)
+@pytest.mark.parametrize("variant", [*VARIANTS, *APPENDS, *COVERED_FP8, *HIGH_FP8], ids=name)
 def test_resources(variant, caplog):
     facts, opcodes = compiled(variant)
     assert facts["spill_bytes"] == 0
@@ -129,6 +141,20 @@ def test_fp8_step_instructions(variant):
         kernel is registry.DECODE_FEW_FP8 and key.box_rows == 8 and key.kv_format != "tensor"
     )
     assert (mnemonics["UTMALDG"] == 0) == gathers
+
+
+@pytest.mark.parametrize("variant", HIGH_FP8, ids=name)
+def test_high_accuracy_sums_the_depth_in_parts(variant):
+    """A wait and a float32 addition for each part, of the same products."""
+    kernel, key, _ = variant
+    native = next(v for v in FP8_STEPS if v[:2] == (kernel, key))
+    few, many = (compiled(v)[1] for v in (native, variant))
+    multiplied, added = (
+        [sum(n for o, n in opcodes.items() if o.split(".")[0] == name) for opcodes in (few, many)]
+        for name in ("QGMMA", "FFMA")
+    )
+    assert multiplied[0] == multiplied[1]
+    assert added[1] > added[0]
 
 
 @pytest.mark.parametrize("variant", PLANNERS, ids=name)
