@@ -7,6 +7,7 @@
 """
 
 from . import quant
+from ._explain import explain
 from .api import mla_paged_decode, mla_paged_decode_block_table
 from .api_prefill import mla_paged_prefill, mla_paged_prefill_block_table
 from .append import append_to_cache
@@ -22,6 +23,7 @@ __all__ = [
     "PrefillPlan",
     "append_to_cache",
     "cache_dir",
+    "explain",
     "mla_paged_decode",
     "mla_paged_decode_block_table",
     "mla_paged_prefill",

@@ -76,7 +76,7 @@ def mla_paged_decode(
             contiguous, with 4 scales other strides and the address multiples of 16 bytes.
         q_scale: Python number > 0 that multiplies e4m3 queries; else 1. A 16-bit q_pe is never multiplied.
         plan: from :func:`plan_decode` on the same metadata, shared by the layers of a step; None plans in the call.
-        config: a KernelConfig when no plan is given; None takes the default.
+        config: a KernelConfig when no plan is given; None as :func:`plan_decode`.
         deterministic: accepted for compatibility; results never vary from run to run.
         batch_invariant: as :func:`plan_decode`; ignored when a plan is given.
 
@@ -96,7 +96,8 @@ def mla_paged_decode(
         "token"   float8_e4m3fn    16-bit           ckv_scale_arr [num_pages, page_size, 1]
         "group"   float8_e4m3fn    16-bit           ckv_scale_arr [num_pages, page_size, 4]
 
-    A 16-bit kpe_cache has the dtype of q_pe. A plan says nothing of the cache: one serves 16-bit and FP8 calls.
+    A 16-bit kpe_cache has the dtype of q_pe. One plan serves 16-bit and FP8 calls; only its configuration is chosen by
+    the format that :func:`plan_decode` was told.
 
     Runs on the tensors' device and torch's current stream and can be captured in a CUDA graph. CPU tensors are
     computed in float32 by torch. Page ids and lengths are not read on the host: ids outside the cache or lengths
@@ -131,6 +132,8 @@ def mla_paged_decode(
             num_kv_indices=kv_indices.shape[0],
             config=config,
             batch_invariant=batch_invariant,
+            kv_format=problem.kv_format,
+            q_fp8=problem.q_fp8,
         )
         launch = plan.launcher(problem, False)
     return launch_step(
@@ -199,6 +202,8 @@ def mla_paged_decode_block_table(
             table_stride=table_stride(block_table),
             config=config,
             batch_invariant=batch_invariant,
+            kv_format=problem.kv_format,
+            q_fp8=problem.q_fp8,
         )
         launch = plan.launcher(problem, True)
     flat = flat_table(block_table, plan)

@@ -66,7 +66,7 @@ def mla_paged_prefill(
         ckv_scale, kpe_scale, ckv_scale_arr, q_scale: of FP8 caches and queries, as :func:`~mla_cute.mla_paged_decode`.
         plan: from :func:`~mla_cute.plan_prefill` on the same metadata, shared by the layers of a step; None plans in
             the call.
-        config: a KernelConfig when no plan is given; None takes the default.
+        config: a KernelConfig when no plan is given; None as :func:`~mla_cute.plan_prefill`.
         deterministic: accepted for compatibility; results never vary from run to run.
         batch_invariant: as :func:`~mla_cute.plan_prefill`; ignored when a plan is given.
 
@@ -113,6 +113,8 @@ def mla_paged_prefill(
             num_kv_indices=kv_indices.shape[0],
             config=config,
             batch_invariant=batch_invariant,
+            kv_format=problem.kv_format,
+            q_fp8=problem.q_fp8,
         )
         launch = plan.launcher(problem, False)
     return launch_step(
@@ -187,6 +189,8 @@ def mla_paged_prefill_block_table(
             causal=causal,
             config=config,
             batch_invariant=batch_invariant,
+            kv_format=problem.kv_format,
+            q_fp8=problem.q_fp8,
         )
         launch = plan.launcher(problem, True)
     flat = flat_table(block_table, plan)

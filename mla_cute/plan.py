@@ -9,17 +9,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from . import jit
-from .config import KernelConfig, default_config, why_infeasible
+from . import jit, shape_log, tuned
+from .config import KernelConfig, why_infeasible
 from .jit import KernelRef
 from .kernels.registry import (
     BLOCK,
-    DECODE,
-    DECODE_FEW_FP8,
-    DECODE_FP8,
-    FEW_ROWS,
     FIXED_MAX_PIECES,
     FIXED_MIN_BLOCKS,
+    KV_FORMATS,
     MAX_PARTS,
     MERGE_COL_TILES,
     PART_ROW,
@@ -32,7 +29,8 @@ from .kernels.registry import (
     box_rows_of,
 )
 from .problem import MAX_HEADS, DecodeProblem, expect_indptr, expect_metadata
-from .problem_prefill import PrefillProblem
+from .problem_prefill import PrefillProblem, expect_bool
+from .steps import step_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -68,17 +66,16 @@ class Plan:
 
     __slots__ = (
         "_planner", "_planner_args", "_scratch", "_table_stride", "_problem", "_launch", "_block_table",
-        "batch", "num_heads", "page_size", "device", "config", "batch_invariant",
+        "batch", "num_heads", "page_size", "device", "config", "selection", "batch_invariant",
         "table", "part", "num_parts", "merge_x", "merge_y", "grid", "has_work", "verifies",
     )  # fmt: skip
 
-    # The problems a plan is for, which of their facts have to be its own, and their step: kernel and static key, and
-    # the kernel for FP8 caches. Lengths and sizes are cut alike for every kind of cache.
+    # What a plan is for, which facts of its problems have to be its own, and the static key of their step over a 16-bit
+    # cache. Lengths and sizes are cut alike for every kind of cache.
+    _op: ClassVar[str]
     _problem_type: ClassVar[type[DecodeProblem | PrefillProblem]]
     _facts: ClassVar[tuple[str, ...]] = ("batch", "num_heads", "page_size", "device")
-    _step: ClassVar[KernelRef]
     _step_key: ClassVar[type[DecodeKey | PrefillKey]]
-    _fp8_step: ClassVar[KernelRef]
 
     # The step's row tiles run over (token, head) rows, which the queries' strides have to allow.
     packs_rows: ClassVar[bool] = False
@@ -101,6 +98,7 @@ class Plan:
     ):
         self.batch, self.num_heads, self.page_size, self.device = batch, num_heads, page_size, device
         self.batch_invariant = batch_invariant
+        self.selection: tuned.Selection | None = None
         self._table_stride, self._block_table = table_stride, block_table
         self.verifies = check_enabled()
         self.has_work = self.device.type == "cuda" and batch > 0
@@ -108,12 +106,23 @@ class Plan:
         self._problem: DecodeProblem | PrefillProblem | None = None
         self._launch: Callable[..., None] = _no_kernel
 
-    def _choose_config(self, config: KernelConfig | None, rows_per_entry: int) -> int:
-        """Sets the configuration; returns the SMs of the device. `rows_per_entry`: rows that a merge entry may have."""
+    def _choose_config(
+        self, config: KernelConfig | None, q_len: int, kv_format: str, q_fp8: bool, kv_len: int | None
+    ) -> int:
+        """Sets the configuration; returns the SMs of the device. `kv_len`: no request has more keys (None: unknown)."""
         sms = num_sms(self.device)
-        self.config = config or default_config(rows_per_entry, self.page_size, self.batch, sms)
-        if reason := why_infeasible(self.config):
+        # A batch of none is one of 1 here.
+        batch, q_len, kv_len = self.batch or 1, q_len or 1, 1 if kv_len == 0 else kv_len
+        facts = (self._op, kv_format, q_fp8, self.num_heads, self.page_size, q_len, batch, kv_len)
+        if shape_log.recorder is not None:
+            shape_log.recorder.saw(facts)
+        if config is None:
+            self.selection = tuned.choose(*facts, self.device, self.batch_invariant)
+            self.config = self.selection.config
+        elif reason := why_infeasible(config):
             raise ValueError(f"config: {reason}")
+        else:
+            self.config = config
         return sms
 
     def _allocate(
@@ -179,13 +188,10 @@ class Plan:
         if self.device.type == "cpu":
             return _no_kernel
         dtype, box_rows = _DTYPE_NAMES[problem.dtype], box_rows_of(problem.page_size)
+        step = step_of(self._op, problem.kv_format, problem.num_heads, self.config)
         if problem.kv_format:
-            fp8_key = Fp8Key(dtype, box_rows, problem.kv_format, problem.q_fp8)
-            return jit.get(self._fp8_step_of(problem), fp8_key, self.config.launch())
-        return jit.get(self._step, self._step_key(dtype, box_rows), self.config.launch())
-
-    def _fp8_step_of(self, problem: DecodeProblem | PrefillProblem) -> KernelRef:
-        return self._fp8_step
+            return jit.get(step, Fp8Key(dtype, box_rows, problem.kv_format, problem.q_fp8), self.config.launch())
+        return jit.get(step, self._step_key(dtype, box_rows), self.config.launch())
 
 
 class DecodePlan(Plan):
@@ -199,6 +205,7 @@ class DecodePlan(Plan):
     Attributes:
         batch, num_heads, page_size: what the plan is for.
         config: the :class:`~mla_cute.config.KernelConfig` the calls will run with.
+        selection: the :class:`~mla_cute.tuned.Selection` that config is from; None when it was given, and on the CPU.
         batch_invariant: whether a request is cut by its own length alone.
         workspace_bytes: device memory the plan holds.
         verifies: calls with this plan check page ids and lengths on the device (MLA_CUTE_CHECK=1 when it was made).
@@ -206,18 +213,9 @@ class DecodePlan(Plan):
 
     __slots__ = ()
 
+    _op = "decode"
     _problem_type = DecodeProblem
-    _step = DECODE
     _step_key = DecodeKey
-    _fp8_step = DECODE_FP8
-
-    def _fp8_step_of(self, problem: DecodeProblem | PrefillProblem) -> KernelRef:
-        choice, fits = self.config.fp8_kernel, problem.num_heads <= FEW_ROWS
-        if choice == "few_rows" and not fits:
-            raise ValueError(
-                f"config: fp8_kernel 'few_rows' runs at most {FEW_ROWS} heads, the call has {problem.num_heads}"
-            )
-        return DECODE_FEW_FP8 if fits and choice != "rows" else DECODE_FP8
 
     def __init__(
         self,
@@ -231,6 +229,9 @@ class DecodePlan(Plan):
         max_tokens: int | None,
         table_stride: int,
         config: KernelConfig | None,
+        kv_format: str,
+        q_fp8: bool,
+        max_kv_len: int | None,
     ):
         super().__init__(
             lengths.device,
@@ -244,7 +245,7 @@ class DecodePlan(Plan):
         if self.device.type == "cpu":
             self.config = config or KernelConfig()
             return
-        sms = self._choose_config(config, num_heads)
+        sms = self._choose_config(config, 1, kv_format, q_fp8, max_kv_len)
         parts = max(1, min(MAX_PARTS, sms // -(-num_heads // TILE_M)))
         if key.batch_invariant:
             max_items = batch * FIXED_MAX_PIECES
@@ -287,6 +288,21 @@ def expect_int(name: str, value: object, least: int, most: int | None = None) ->
         raise ValueError(f"{name}: expected {f'>= {least}' if most is None else f'{least} to {most}'}, got {value}")
 
 
+def expect_hints(kv_format: str, q_fp8: bool, max_kv_len: int | None) -> None:
+    if not kv_format == "" and kv_format not in KV_FORMATS:
+        raise ValueError(f"kv_format: expected one of {('', *KV_FORMATS)}, got {kv_format!r}")
+    expect_bool("q_fp8", q_fp8)
+    if q_fp8 and not kv_format:
+        raise ValueError("q_fp8: expected False with a 16-bit cache (kv_format ''), got True")
+    if max_kv_len is not None:
+        expect_int("max_kv_len", max_kv_len, 0)
+
+
+def bounded(max_kv_len: int | None, room: int) -> int:
+    """Tokens that no request has more of, where a block table has room for `room`."""
+    return room if max_kv_len is None else min(max_kv_len, room)
+
+
 def plan_decode(
     kv_indptr: torch.Tensor,
     *,
@@ -296,6 +312,9 @@ def plan_decode(
     num_kv_indices: int | None = None,
     config: KernelConfig | None = None,
     batch_invariant: bool = False,
+    kv_format: str = "",
+    q_fp8: bool = False,
+    max_kv_len: int | None = None,
 ) -> DecodePlan:
     """Plan a decode step from CSR page lists; one plan serves every layer of the step.
 
@@ -305,15 +324,20 @@ def plan_decode(
         page_size: tokens per page, >= 1.
         kv_last_page_len: [batch] int32, tokens in each request's last page; None: last pages are full.
         num_kv_indices: upper bound of kv_indptr[-1]; only bounds the workspace of batch-invariant plans.
-        config: a KernelConfig; None chooses the default for the device.
+        config: a KernelConfig; None takes the tuned one of the nearest shape (:mod:`mla_cute.tuned`), else a default.
         batch_invariant: cut each request by its own length alone, so that its result has the same bits whatever else
-            is in the batch.
+            is in the batch. Without `config` takes the default, not a tuned one.
+        kv_format, q_fp8: what the choice of a configuration goes by: "" for a 16-bit cache, else "tensor", "token" or
+            "group", and whether queries are e4m3. The plan serves other calls as well.
+        max_kv_len: likewise: tokens that no request has more of, as far as the host knows; None: not known. Longer
+            requests are computed correctly.
 
     Raises:
         TypeError, ValueError: naming the argument. RuntimeError: the device is not Hopper.
     """
     expect_int("num_heads", num_heads, 1, MAX_HEADS)
     expect_int("page_size", page_size, 1)
+    expect_hints(kv_format, q_fp8, max_kv_len)
     batch = expect_indptr("kv_indptr", kv_indptr, None)
     if kv_last_page_len is not None:
         expect_metadata("kv_last_page_len", kv_last_page_len, (batch,), "[batch]", kv_indptr.device)
@@ -328,6 +352,9 @@ def plan_decode(
         max_tokens=None if num_kv_indices is None else num_kv_indices * page_size,
         table_stride=0,
         config=config,
+        kv_format=kv_format,
+        q_fp8=q_fp8,
+        max_kv_len=max_kv_len,
     ).update()
 
 
@@ -340,14 +367,18 @@ def plan_decode_block_table(
     table_stride: int | None = None,
     config: KernelConfig | None = None,
     batch_invariant: bool = False,
+    kv_format: str = "",
+    q_fp8: bool = False,
+    max_kv_len: int | None = None,
 ) -> DecodePlan:
     """Plan a decode step of an engine that carries `block_table [batch, max_pages]` and `seq_lens [batch]`.
 
     Args:
         seq_lens: [batch] int32, tokens per request, on the device of the calls.
-        num_heads, page_size, config, batch_invariant: as :func:`plan_decode`.
+        num_heads, page_size, config, batch_invariant, kv_format, q_fp8: as :func:`plan_decode`.
         max_pages: columns of the block table.
         table_stride: elements between its rows; None: max_pages.
+        max_kv_len: as :func:`plan_decode`; None: max_pages * page_size.
 
     Raises:
         TypeError, ValueError: naming the argument. RuntimeError: the device is not Hopper.
@@ -356,6 +387,7 @@ def plan_decode_block_table(
     expect_int("page_size", page_size, 1)
     expect_metadata("seq_lens", seq_lens, (None,), "[batch]", None)
     expect_int("max_pages", max_pages, 0)
+    expect_hints(kv_format, q_fp8, max_kv_len)
     batch = seq_lens.shape[0]
     return DecodePlan(
         PlannerKey("seq_lens", bool(batch_invariant)),
@@ -367,4 +399,7 @@ def plan_decode_block_table(
         max_tokens=batch * max_pages * page_size,
         table_stride=max_pages if table_stride is None else table_stride,
         config=config,
+        kv_format=kv_format,
+        q_fp8=q_fp8,
+        max_kv_len=bounded(max_kv_len, max_pages * page_size),
     ).update()

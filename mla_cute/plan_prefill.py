@@ -11,15 +11,13 @@ from .kernels.registry import (
     FIXED_MAX_PIECES,
     FIXED_MIN_BLOCKS,
     MAX_PARTS,
-    PREFILL,
-    PREFILL_FP8,
     PREFILL_PLANNER,
     TAIL_ITEMS_PER_PART,
     TILE_M,
     PrefillKey,
     PrefillPlannerKey,
 )
-from .plan import Plan, expect_int
+from .plan import Plan, bounded, expect_hints, expect_int
 from .problem import MAX_HEADS, expect_indptr, expect_metadata
 from .problem_prefill import PrefillProblem, expect_bool
 
@@ -35,6 +33,7 @@ class PrefillPlan(Plan):
     Attributes:
         batch, total_q, num_heads, page_size, causal: what the plan is for.
         config: the :class:`~mla_cute.config.KernelConfig` the calls will run with.
+        selection: the :class:`~mla_cute.tuned.Selection` that config is from; None when it was given, and on the CPU.
         batch_invariant: whether a request is cut by its own lengths alone.
         max_tiles: row tiles the plan has room for.
         workspace_bytes: device memory the plan holds.
@@ -44,11 +43,10 @@ class PrefillPlan(Plan):
 
     __slots__ = ("total_q", "causal", "max_tiles")
 
+    _op = "prefill"
     _problem_type = PrefillProblem
     _facts = (*Plan._facts, "total_q", "causal")
-    _step = PREFILL
     _step_key = PrefillKey
-    _fp8_step = PREFILL_FP8
     packs_rows = True
 
     def __init__(
@@ -63,9 +61,12 @@ class PrefillPlan(Plan):
         page_size: int,
         total_q: int,
         causal: bool,
-        max_kv_len: int | None,
+        max_room: int | None,
         table_stride: int,
         config: KernelConfig | None,
+        kv_format: str,
+        q_fp8: bool,
+        max_kv_len: int | None,
     ):
         super().__init__(
             lengths.device,
@@ -82,10 +83,10 @@ class PrefillPlan(Plan):
         if self.device.type == "cpu":
             self.config = config or KernelConfig()
             return
-        sms = self._choose_config(config, TILE_M)
+        sms = self._choose_config(config, -(-total_q // max(batch, 1)), kv_format, q_fp8, max_kv_len)
         parts = min(MAX_PARTS, sms)
         if key.batch_invariant:
-            max_items, part_rows = _invariant_bounds(batch, num_heads, total_q, self.max_tiles, max_kv_len)
+            max_items, part_rows = _invariant_bounds(batch, num_heads, total_q, self.max_tiles, max_room)
             entries_at_once = self.max_tiles
         else:
             max_items = self.max_tiles + TAIL_ITEMS_PER_PART * parts
@@ -121,16 +122,16 @@ class PrefillPlan(Plan):
 
 
 def _invariant_bounds(
-    batch: int, num_heads: int, total_q: int, max_tiles: int, max_kv_len: int | None
+    batch: int, num_heads: int, total_q: int, max_tiles: int, max_room: int | None
 ) -> tuple[int, int]:
-    """Items and partial rows of a batch-invariant plan, at most.
+    """Items and partial rows of a batch-invariant plan, at most. `max_room`: keys that page lists have room for.
 
     A request of t tiles cuts each into at most FIXED_MAX_ITEMS // t pieces (one, if that is none), of FIXED_MIN_BLOCKS
     blocks or more: it has t items, or at most FIXED_MAX_ITEMS of them, and only these may be pieces.
     """
     pieces = FIXED_MAX_PIECES
-    if max_kv_len is not None:
-        pieces = max(1, min(pieces, -(-max_kv_len // (FIXED_MIN_BLOCKS * BLOCK))))
+    if max_room is not None:
+        pieces = max(1, min(pieces, -(-max_room // (FIXED_MIN_BLOCKS * BLOCK))))
     max_items = min(pieces * max_tiles, max_tiles + FIXED_MAX_ITEMS * batch)
     part_rows = min(FIXED_MAX_ITEMS * batch * TILE_M, pieces * total_q * num_heads) if pieces > 1 else 0
     return max_items, max(1, part_rows)
@@ -148,6 +149,9 @@ def plan_prefill(
     num_kv_indices: int | None = None,
     config: KernelConfig | None = None,
     batch_invariant: bool = False,
+    kv_format: str = "",
+    q_fp8: bool = False,
+    max_kv_len: int | None = None,
 ) -> PrefillPlan:
     """Plan a prefill step from CSR page lists; one plan serves every layer of the step.
 
@@ -161,14 +165,16 @@ def plan_prefill(
         causal: what the calls will say.
         kv_last_page_len: [batch] int32, tokens in each request's last page; None: last pages are full.
         num_kv_indices: upper bound of kv_indptr[-1]; only bounds the workspace of batch-invariant plans.
-        config: a KernelConfig; None chooses the default for the device.
+        config: a KernelConfig; None takes the tuned one of the nearest shape (:mod:`mla_cute.tuned`), else a default.
         batch_invariant: cut each request by its own lengths alone, so that its result has the same bits whatever else
-            is in the batch.
+            is in the batch. Without `config` takes the default, not a tuned one.
+        kv_format, q_fp8, max_kv_len: what the choice of a configuration goes by, as :func:`~mla_cute.plan_decode`.
 
     Raises:
         TypeError, ValueError: naming the argument. RuntimeError: the device is not Hopper.
     """
     batch = _expect_common(qo_indptr, num_heads, page_size, total_q, causal)
+    expect_hints(kv_format, q_fp8, max_kv_len)
     expect_metadata("kv_indptr", kv_indptr, (batch + 1,), "[batch + 1]", qo_indptr.device)
     if kv_last_page_len is not None:
         expect_metadata("kv_last_page_len", kv_last_page_len, (batch,), "[batch]", qo_indptr.device)
@@ -182,9 +188,12 @@ def plan_prefill(
         page_size=page_size,
         total_q=total_q,
         causal=causal,
-        max_kv_len=None if num_kv_indices is None else num_kv_indices * page_size,
+        max_room=None if num_kv_indices is None else num_kv_indices * page_size,
         table_stride=0,
         config=config,
+        kv_format=kv_format,
+        q_fp8=q_fp8,
+        max_kv_len=max_kv_len,
     ).update()
 
 
@@ -200,19 +209,25 @@ def plan_prefill_block_table(
     causal: bool = True,
     config: KernelConfig | None = None,
     batch_invariant: bool = False,
+    kv_format: str = "",
+    q_fp8: bool = False,
+    max_kv_len: int | None = None,
 ) -> PrefillPlan:
     """Plan a prefill step of an engine that carries `block_table [batch, max_pages]` and `seq_lens [batch]`.
 
     Args:
-        qo_indptr, num_heads, page_size, total_q, causal, config, batch_invariant: as :func:`plan_prefill`.
+        qo_indptr, num_heads, page_size, total_q, causal, config, batch_invariant, kv_format, q_fp8: as
+            :func:`plan_prefill`.
         seq_lens: [batch] int32, keys per request (those of its query tokens included), on the device of qo_indptr.
         max_pages: columns of the block table.
         table_stride: elements between its rows; None: max_pages.
+        max_kv_len: as :func:`~mla_cute.plan_decode`; None: max_pages * page_size.
 
     Raises:
         TypeError, ValueError: naming the argument. RuntimeError: the device is not Hopper.
     """
     batch = _expect_common(qo_indptr, num_heads, page_size, total_q, causal)
+    expect_hints(kv_format, q_fp8, max_kv_len)
     expect_metadata("seq_lens", seq_lens, (batch,), "[batch]", qo_indptr.device)
     expect_int("max_pages", max_pages, 0)
     return PrefillPlan(
@@ -225,9 +240,12 @@ def plan_prefill_block_table(
         page_size=page_size,
         total_q=total_q,
         causal=causal,
-        max_kv_len=max_pages * page_size,
+        max_room=max_pages * page_size,
         table_stride=max_pages if table_stride is None else table_stride,
         config=config,
+        kv_format=kv_format,
+        q_fp8=q_fp8,
+        max_kv_len=bounded(max_kv_len, max_pages * page_size),
     ).update()
 
 

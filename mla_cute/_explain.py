@@ -1,0 +1,108 @@
+"""`mla_cute.explain`: which configuration a call takes, from where, and the kernel that runs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from . import tuned
+from .config import KernelConfig
+from .plan import expect_hints, expect_int, num_sms
+from .problem import MAX_HEADS
+from .problem_prefill import expect_bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """`str` of it is a readable text.
+
+    selection   the :class:`~mla_cute.tuned.Selection` that a plan of this shape gets: config, source, entry, when
+    device      where the call would run
+    distance    between call and entry, the sum of |log2| of num_heads, q_len, batch and kv_len; None without an entry
+    kernel      name of the main kernel; "float32 reference" on the CPU
+    """
+
+    selection: tuned.Selection
+    device: torch.device
+    distance: float | None
+    kernel: str
+
+    @property
+    def config(self) -> KernelConfig:
+        return self.selection.config
+
+    def __str__(self) -> str:
+        selection, entry = self.selection, self.selection.entry
+        lines = [f"{selection.when}, on {self._device_name()}", f"  from      {selection.source}"]
+        if entry is not None:
+            runner_up = "" if entry.runner_up_us is None else f", next best {entry.runner_up_us:g} us"
+            lines += [
+                f"  timed     {entry.when}; distance {self.distance:.2f}",
+                f"            {entry.us:g} us, default {entry.default_us:g} us{runner_up}: "
+                f"{entry.default_us / entry.us:.3f}x",
+            ]
+        return "\n".join([*lines, f"  config    {selection.config}", f"  kernel    {self.kernel}"])
+
+    def _device_name(self) -> str:
+        gpu = tuned.gpu_of(self.device)
+        return str(self.device) if gpu is None else f"{gpu[0]} ({self.device}, {gpu[1]} SMs)"
+
+
+def explain(
+    op: str = "decode",
+    *,
+    num_heads: int,
+    page_size: int,
+    batch: int,
+    max_kv_len: int | None = None,
+    q_len: int = 1,
+    kv_format: str = "",
+    q_fp8: bool = False,
+    batch_invariant: bool = False,
+    device: torch.device | str | int | None = None,
+) -> Explanation:
+    """Which configuration a call or plan of this shape takes, and why. Runs nothing and reads no device memory.
+
+    Args:
+        op: "decode" or "prefill".
+        num_heads: query heads, 1..128.
+        page_size: tokens per page, >= 1.
+        batch: requests, >= 1.
+        max_kv_len: what the plan is told, of a call with a block table max_pages * page_size, else None.
+        q_len: query tokens per request: 1 for decode; of prefill ceil(total_q / batch).
+        kv_format, q_fp8: "" for a 16-bit cache, else "tensor", "token" or "group"; whether queries are e4m3.
+        batch_invariant: what the plan is told.
+        device: None is torch's current CUDA device, or the CPU where there is none.
+
+    Raises:
+        TypeError, ValueError: naming the argument, or the entry of a broken tuned file. RuntimeError: the device is a
+            GPU that is not Hopper.
+    """
+    if op not in ("decode", "prefill"):
+        raise ValueError(f"op: expected 'decode' or 'prefill', got {op!r}")
+    expect_int("num_heads", num_heads, 1, MAX_HEADS)
+    expect_int("page_size", page_size, 1)
+    expect_int("batch", batch, 1)
+    expect_int("q_len", q_len, 1)
+    if op == "decode" and q_len != 1:
+        raise ValueError(f"q_len: expected 1 for decode, got {q_len}")
+    expect_hints(kv_format, q_fp8, max_kv_len)
+    expect_bool("batch_invariant", batch_invariant)
+    where = _device(device)
+    if where.type == "cuda":
+        num_sms(where)
+    kv_len = 1 if max_kv_len == 0 else max_kv_len
+    when = tuned.When(op, kv_format, q_fp8, num_heads, page_size, q_len, batch, kv_len)
+    selection = tuned.select(when, where, batch_invariant)
+    apart = None if selection.entry is None else tuned.distance(when, selection.entry.when)
+    return Explanation(selection, where, apart, "float32 reference" if where.type == "cpu" else selection.kernel)
+
+
+def _device(device: torch.device | str | int | None) -> torch.device:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = torch.device(device)
+    if found.type == "cuda" and found.index is None:
+        found = torch.device("cuda", torch.cuda.current_device())
+    return found

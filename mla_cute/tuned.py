@@ -1,0 +1,293 @@
+"""Which configuration a call runs with: that of the nearest entry of the GPU's tuned file, else the default.
+
+The file is the first that exists, as a whole, of
+
+    $MLA_CUTE_TUNED_DIR/NVIDIA_H200.json            where the variable is set
+    <mla_cute.cache_dir()>/tuned/NVIDIA_H200.json   what `mla-cute tune` writes
+    mla_cute/tuned_data/NVIDIA_H200.json            shipped
+
+so files are not mixed: one of $MLA_CUTE_TUNED_DIR with a single entry hides the shipped ones. A broken file, or one
+that says it was made on a GPU of another name, is a ValueError at first use; one of the same name with another number
+of SMs is not used. MLA_CUTE_TUNED=0 turns files off.
+
+An entry can serve a call when
+
+* op, kv_format, q_fp8 and page class are the call's (page class: rows of a TMA box, or gathered,
+  `registry.box_rows_of`), and for decode the number of 64-row tiles of the heads, and over FP8 caches whether there are
+  at most 16 heads;
+* its configuration can run the call;
+* num_heads, q_len, batch and kv_len are each within a factor of 4 of the call's. A coordinate of the call beyond what
+  the entries of this class span counts as the span's end, if they span a factor of 4: a batch larger than the largest
+  one timed runs as that one does. From a single point nothing is extrapolated.
+
+Of these the one at the smallest distance, the sum of |log2| of the four ratios; of several the one with the nearest
+page_size, then the largest kv_len, then the first of a sorted file. A call that knows no kv_len leaves its ratio out.
+Batch-invariant plans take the default: an entry's kernel would depend on the batch, and results with it.
+
+MLA_CUTE_LOG=1 logs each new selection. Logger "mla_cute": without the variable selections are DEBUG and that there is
+no file is INFO, with it both are WARNING, which logging shows unless told otherwise. All three variables are read when
+a shape is seen for the first time; then a selection is a look-up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import math
+import os
+import pathlib
+from collections.abc import Sequence
+
+import torch
+
+from . import jit
+from .config import KernelConfig, default_config
+from .kernels.registry import FEW_ROWS, TILE_M, box_rows_of
+from .shape_log import read_shapes
+from .steps import step_of, why_unfit
+from .tuned_file import SCHEMA, Entry, TunedFile, When, dump, file_name, load, merge, parse, sort_key
+
+__all__ = [
+    "SCHEMA", "Entry", "Grid", "Selection", "TunedFile", "When", "choose", "clear", "default_for", "directories",
+    "distance", "dump", "file_name", "load", "merge", "parse", "read_shapes", "search_path", "select",
+]  # fmt: skip
+
+log = logging.getLogger("mla_cute")
+
+_SHIPPED = pathlib.Path(__file__).resolve().parent / "tuned_data"
+
+# Of log2 of a coordinate: how far an entry may be from a call, and what a class has to span to be continued. A factor
+# of 4 each, whatever the logarithms' last bits.
+_REACH = 2.0 + 1e-9
+_SPAN = 2.0 - 1e-9
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """The configuration of a call and where it is from: "shipped NVIDIA_H200.json entry 17", or "default: " and why.
+
+    `entry` is None for a default; `when` is the call's.
+    """
+
+    config: KernelConfig
+    source: str
+    entry: Entry | None
+    when: When
+
+    @property
+    def kernel(self) -> str:
+        """Name of the main kernel that runs."""
+        return step_of(self.when.op, self.when.kv_format, self.when.num_heads, self.config).name
+
+    def __str__(self) -> str:
+        """One line."""
+        taken = self.source
+        if self.entry is not None:
+            taken += (
+                f" at distance {distance(self.when, self.entry.when):.2f}, "
+                f"{self.entry.us:g} us there, the default {self.entry.default_us:g} us"
+            )
+        return f"{self.when}: {taken}; {self.config}; kernel {self.kernel}"
+
+
+# ------------------------------------------------------------------------------------------------------- selection
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(
+    op: str,
+    kv_format: str,
+    q_fp8: bool,
+    num_heads: int,
+    page_size: int,
+    q_len: int,
+    batch: int,
+    kv_len: int | None,
+    device: torch.device,
+    batch_invariant: bool = False,
+) -> Selection:
+    """:func:`select` of the fields of a `When`, for the call path."""
+    when = When(op, kv_format, q_fp8, num_heads, page_size, q_len, batch, kv_len)
+    selection = _select(when, device, batch_invariant)
+    log.log(logging.WARNING if _is_set("MLA_CUTE_LOG") else logging.DEBUG, "%s", selection)
+    return selection
+
+
+def select(when: When, device: torch.device, batch_invariant: bool = False) -> Selection:
+    """The configuration of a call on `device`. Touches no device memory and may run under CUDA-graph capture.
+
+    Raises ValueError, naming file and entry, when the GPU's tuned file is broken.
+    """
+    return choose(
+        when.op, when.kv_format, when.q_fp8, when.num_heads, when.page_size, when.q_len, when.batch, when.kv_len,
+        device, batch_invariant,
+    )  # fmt: skip
+
+
+def default_for(when: When, sm_count: int) -> KernelConfig:
+    """The configuration of a call that no entry serves."""
+    rows = when.num_heads if when.op == "decode" else TILE_M
+    return default_config(rows, when.page_size, when.batch, sm_count)
+
+
+def clear() -> None:
+    """Forget what was read and selected: the next call reads the environment and the files again."""
+    choose.cache_clear()
+    _grid.cache_clear()
+    _said.clear()
+
+
+@functools.lru_cache
+def gpu_of(device: torch.device) -> tuple[str, int] | None:
+    """Name and SMs of a GPU, None for other devices."""
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return properties.name, properties.multi_processor_count
+
+
+def _select(when: When, device: torch.device, batch_invariant: bool) -> Selection:
+    gpu = gpu_of(device)
+    if gpu is None:
+        return Selection(default_for(when, 0), f"default: {device} is no GPU", None, when)
+    name, sm_count = gpu
+    default = functools.partial(Selection, default_for(when, sm_count), entry=None, when=when)
+    if os.environ.get("MLA_CUTE_TUNED") == "0":
+        return default("default: MLA_CUTE_TUNED=0")
+    if batch_invariant:
+        return default("default: batch-invariant plans are not tuned")
+    found = next(((label, path) for label, path in search_path(name) if path.is_file()), None)
+    if found is None:
+        _say_once(
+            f"no tuned configurations for {name}, using the default; looked for "
+            f"{', '.join(str(path) for _, path in search_path(name))}; `mla-cute tune` makes them"
+        )
+        return default(f"default: no tuned file {file_name(name)}")
+    label, path = found
+    source = f"{label} {path.name}"
+    grid = _grid(path)
+    made_on = grid.file.gpu
+    if made_on["name"] != name:
+        raise ValueError(f"{path}: made on another GPU: expected gpu.name {name!r}, got {made_on['name']!r}")
+    if made_on["sm_count"] != sm_count:
+        _say_once(f"{path} is not used: made with {made_on['sm_count']} SMs, this {name} has {sm_count}")
+        return default(f"default: {source} was made with {made_on['sm_count']} SMs, this GPU has {sm_count}")
+    index = grid.nearest(when)
+    if index is None:
+        return default(f"default: no entry of {source} is near")
+    entry = grid.file.entries[index]
+    return Selection(entry.config, f"{source} entry {index}", entry, when)
+
+
+# ----------------------------------------------------------------------------------------------------------- files
+
+
+def directories() -> list[tuple[str, pathlib.Path]]:
+    """(label, directory) of tuned files in the order they are searched; they need not exist."""
+    found = []
+    if named := os.environ.get("MLA_CUTE_TUNED_DIR"):
+        found.append(("MLA_CUTE_TUNED_DIR", pathlib.Path(named).expanduser()))
+    with contextlib.suppress(RuntimeError):  # there is no home directory
+        found.append(("user", jit.cache_dir() / "tuned"))
+    found.append(("shipped", _SHIPPED))
+    return found
+
+
+def search_path(gpu_name: str) -> list[tuple[str, pathlib.Path]]:
+    """(label, path) of the files that may hold a GPU's configurations; the first that exists is used."""
+    name = file_name(gpu_name)
+    return [(label, directory / name) for label, directory in directories()]
+
+
+_said: set[str] = set()
+
+
+def _say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        log.log(logging.WARNING if _is_set("MLA_CUTE_LOG") else logging.INFO, message)
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "0") not in ("", "0")
+
+
+# ------------------------------------------------------------------------------------------------- the nearest entry
+
+
+def distance(call: When, entry: When) -> float:
+    """Sum of |log2| of the ratios of num_heads, q_len, batch and, where the call knows it, kv_len."""
+    return sum(abs(x - y) for x, y in zip(_coordinates(call), _coordinates(entry), strict=False))
+
+
+class Grid:
+    """The entries of a file, arranged for the search."""
+
+    def __init__(self, file: TunedFile):
+        self.file = file
+        classes: dict[tuple[object, ...], list[int]] = {}
+        for index, entry in enumerate(file.entries):
+            classes.setdefault(_class_of(entry.when), []).append(index)
+        self._classes = {key: _Class(file.entries, indices) for key, indices in classes.items()}
+
+    def nearest(self, when: When) -> int | None:
+        """Index of the entry that serves `when`; None if none does."""
+        found = self._classes.get(_class_of(when))
+        return found.nearest(when) if found is not None else None
+
+
+class _Class:
+    """Entries that differ in nothing but coordinates and configuration."""
+
+    def __init__(self, entries: Sequence[Entry], indices: Sequence[int]):
+        # The better of two at one distance comes first.
+        in_order = sorted(
+            indices, key=lambda index: (-(entries[index].when.kv_len or 0), sort_key(entries[index].when))
+        )
+        self._points = [
+            (index, entries[index].config, math.log2(entries[index].when.page_size), _coordinates(entries[index].when))
+            for index in in_order
+        ]
+        columns = zip(*(coordinates for *_, coordinates in self._points), strict=True)
+        self._spans = [(min(column), max(column)) for column in columns]
+
+    def nearest(self, when: When) -> int | None:
+        at = tuple(
+            x if high - low < _SPAN else min(max(x, low), high)
+            for x, (low, high) in zip(_coordinates(when), self._spans, strict=False)
+        )
+        page = math.log2(when.page_size)
+        best, best_key = None, (math.inf, math.inf)
+        for index, config, entry_page, point in self._points:
+            total = 0.0
+            for x, y in zip(at, point, strict=False):
+                step = x - y if x > y else y - x
+                if step > _REACH:
+                    break
+                total += step
+            else:
+                # Rounded: 6 is as far from 4 as from 9 on every host.
+                key = (round(total, 9), abs(page - entry_page))
+                if key < best_key and not why_unfit(when.op, when.num_heads, config):
+                    best, best_key = index, key
+        return best
+
+
+def _class_of(when: When) -> tuple[object, ...]:
+    rows: tuple[object, ...] = ()
+    if when.op == "decode":
+        rows = (-(-when.num_heads // TILE_M), bool(when.kv_format) and when.num_heads <= FEW_ROWS)
+    return (when.op, when.kv_format, when.q_fp8, box_rows_of(when.page_size), *rows)
+
+
+def _coordinates(when: When) -> tuple[float, ...]:
+    """Three where kv_len is not known."""
+    known = (when.num_heads, when.q_len, when.batch, *(() if when.kv_len is None else (when.kv_len,)))
+    return tuple(map(math.log2, known))
+
+
+@functools.lru_cache(maxsize=16)
+def _grid(path: pathlib.Path) -> Grid:
+    return Grid(load(path))

@@ -1,0 +1,115 @@
+"""`mla_cute.explain`: the answer is the one that plans get, and its text names every part of it."""
+
+import re
+
+import pytest
+import torch
+from tuned_case import FILE, META, NAME, SMS, Folders, entry, when, write
+
+import mla_cute
+from mla_cute import jit, plan, tuned
+from mla_cute.config import KernelConfig
+
+CONFIG = KernelConfig(fp8_kernel="rows", min_blocks=8)
+
+
+@pytest.fixture
+def folders(monkeypatch, tmp_path):
+    yield Folders(monkeypatch, tmp_path)
+    tuned.clear()
+
+
+def test_an_entry_is_explained(folders):
+    write(folders.user, entry(batch=4, kv_len=4096), entry(CONFIG, batch=32))
+    found = mla_cute.explain(num_heads=16, page_size=64, batch=64, max_kv_len=16384, device=META)
+    assert found.selection == tuned.select(when(batch=64, kv_len=16384), META)
+    assert (found.config, found.distance, found.kernel) == (CONFIG, 2.0, "decode_rows_sm90")
+    assert str(found).splitlines() == [
+        f"decode, 16 heads, page size 64, batch 64, length 16384, 16-bit cache, on {NAME} (meta, {SMS} SMs)",
+        f"  from      user {FILE} entry 1",
+        "  timed     decode, 16 heads, page size 64, batch 32, length 8192, 16-bit cache; distance 2.00",
+        "            40 us, default 44 us, next best 42.5 us: 1.100x",
+        f"  config    {CONFIG}",
+        "  kernel    decode_rows_sm90",
+    ]
+    again = mla_cute.explain(num_heads=16, page_size=64, batch=64, max_kv_len=16384, device=META)
+    assert again == found
+    assert str(again) == str(found)
+
+
+def test_a_default_is_explained(folders):
+    found = mla_cute.explain("prefill", num_heads=128, page_size=1, batch=3, q_len=100, device="meta")
+    assert (found.distance, found.selection.entry) == (None, None)
+    assert str(found).splitlines() == [
+        f"prefill, 128 heads, page size 1, batch 3, 100 query tokens, length not known, 16-bit cache, "
+        f"on {NAME} (meta, {SMS} SMs)",
+        f"  from      default: no tuned file {FILE}",
+        f"  config    {KernelConfig(split_penalty=6)}",
+        "  kernel    prefill_rows_sm90",
+    ]
+
+
+def test_the_cpu_runs_the_reference(folders):
+    found = mla_cute.explain(num_heads=16, page_size=64, batch=3, device="cpu")
+    assert found.kernel == "float32 reference"
+    assert "on cpu\n" in str(found)
+    if not torch.cuda.is_available():
+        assert mla_cute.explain(num_heads=16, page_size=64, batch=3) == found
+
+
+@pytest.mark.parametrize(
+    ("op", "num_heads", "fp8_kernel", "kernel"),
+    [
+        ("decode", 16, "auto", "decode_few_fp8_sm90"),
+        ("decode", 16, "few_rows", "decode_few_fp8_sm90"),
+        ("decode", 16, "rows", "decode_fp8_sm90"),
+        ("decode", 64, "auto", "decode_fp8_sm90"),
+        ("prefill", 16, "auto", "prefill_fp8_sm90"),
+    ],
+)
+def test_the_kernel_is_the_one_that_runs(folders, monkeypatch, op, num_heads, fp8_kernel, kernel):
+    asked = []
+    monkeypatch.setattr(plan, "num_sms", lambda device: SMS)
+    monkeypatch.setattr(jit, "get", lambda ref, key, config: asked.append(ref.name) or (lambda *arguments: None))
+    shape = {"kv_format": "token", "num_heads": num_heads}
+    write(folders.user, entry(KernelConfig(fp8_kernel=fp8_kernel), op=op, **shape))
+    found = mla_cute.explain(op, page_size=64, batch=8, device=META, **shape)
+    assert found.kernel == kernel
+    indptr = torch.zeros(9, dtype=torch.int32, device=META)
+    if op == "decode":
+        made = mla_cute.plan_decode(indptr, page_size=64, **shape)
+        problem = plan.DecodeProblem(8, num_heads, 64, 9, torch.bfloat16, META, "token", False)
+    else:
+        made = mla_cute.plan_prefill(indptr, indptr, page_size=64, total_q=8, **shape)
+        problem = plan.PrefillProblem(8, 8, num_heads, 64, 9, True, torch.bfloat16, META, "token", False)
+    assert made.selection == found.selection
+    asked.clear()
+    made.launcher(problem, False)
+    assert asked == [kernel]
+
+
+def test_batch_invariant_plans_are_explained(folders):
+    write(folders.user, entry(CONFIG))
+    shape = {"num_heads": 16, "page_size": 64, "batch": 8, "max_kv_len": 8192, "device": META}
+    assert mla_cute.explain(**shape).config == CONFIG
+    assert "default: batch-invariant plans are not tuned" in str(mla_cute.explain(**shape, batch_invariant=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"op": "append"}, ValueError, "op: expected 'decode' or 'prefill', got 'append'"),
+        ({"num_heads": 129}, ValueError, "num_heads: expected 1 to 128, got 129"),
+        ({"page_size": 0}, ValueError, "page_size: expected >= 1, got 0"),
+        ({"batch": 0}, ValueError, "batch: expected >= 1, got 0"),
+        ({"batch": None}, TypeError, "batch: expected an int, got None"),
+        ({"q_len": 2}, ValueError, "q_len: expected 1 for decode, got 2"),
+        ({"kv_format": "fp8"}, ValueError, "kv_format: expected one of"),
+        ({"q_fp8": True}, ValueError, "q_fp8: expected False with a 16-bit cache"),
+        ({"max_kv_len": -5}, ValueError, "max_kv_len: expected >= 0, got -5"),
+        ({"batch_invariant": 1}, TypeError, "batch_invariant: expected True or False, got int 1"),
+    ],
+)
+def test_wrong_arguments_are_named(change, error, message):
+    with pytest.raises(error, match="^" + re.escape(message)):
+        mla_cute.explain(**{"num_heads": 16, "page_size": 64, "batch": 8, "device": "cpu"} | change)

@@ -1,0 +1,539 @@
+"""Tuned configurations: their files, and which entry serves a call."""
+
+import dataclasses
+import json
+import logging
+import math
+import multiprocessing
+import pathlib
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tuned_case import FILE, META, NAME, SMS, Folders, entry, tuned_file, values_of, when, write
+
+import mla_cute
+from mla_cute import jit, tuned
+from mla_cute.config import FP8_KERNELS, KernelConfig, why_infeasible
+from mla_cute.kernels.registry import box_rows_of
+from mla_cute.steps import why_unfit
+from mla_cute.tuned import Entry, Grid, When
+
+OTHER = KernelConfig(evict_first=False, min_blocks=8)
+
+
+@pytest.fixture
+def folders(monkeypatch, tmp_path):
+    yield Folders(monkeypatch, tmp_path)
+    tuned.clear()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+
+def test_the_file_of_a_gpu_is_named_by_it():
+    assert tuned.file_name("NVIDIA H200") == "NVIDIA_H200.json"
+    assert tuned.file_name("NVIDIA GH200 480GB/x\\y") == "NVIDIA_GH200_480GB_x_y.json"
+
+
+def test_a_file_comes_back_as_it_was_written():
+    file = tuned_file(entry(batch=1), entry(OTHER, us=12.125, batch=4), entry(batch=4, op="prefill", q_len=512))
+    text = tuned.dump(file)
+    assert tuned.parse(json.loads(text), "here") == file
+    assert tuned.dump(tuned.parse(json.loads(text), "here")) == text
+
+
+def test_a_file_has_an_entry_a_line_in_one_order():
+    entries = [entry(batch=b, num_heads=h, op=op) for op in ("prefill", "decode") for h in (128, 8) for b in (16, 4)]
+    lines = tuned.dump(tuned_file(*entries)).splitlines()
+    assert tuned.dump(tuned_file(*reversed(entries))).splitlines() == lines
+    shapes = [json.loads(line.rstrip(","))["when"] for line in lines if line.startswith('{"when"')]
+    assert [(s["op"], s["num_heads"], s["batch"]) for s in shapes] == sorted(
+        (s["op"], s["num_heads"], s["batch"]) for s in shapes
+    )
+    faster = [dataclasses.replace(entries[3], us=39.0), *entries[:3], *entries[4:]]
+    changed = tuned.dump(tuned_file(*faster)).splitlines()
+    assert sum(a != b for a, b in zip(lines, changed, strict=True)) == 1
+
+
+def test_times_are_kept_to_the_nanosecond():
+    assert '"us": 40.123, ' in tuned.dump(tuned_file(entry(us=40.12345678)))
+
+
+def with_entry(**change) -> dict:
+    values = values_of(entry(batch=1), entry(batch=2))
+    values["entries"][1] |= change
+    return values
+
+
+def with_when(**change) -> dict:
+    return with_entry(when=dataclasses.asdict(when(batch=2)) | change)
+
+
+def with_config(**change) -> dict:
+    return with_entry(config=KernelConfig().to_dict() | change)
+
+
+def without_entry_field(name: str) -> dict:
+    values = with_entry()
+    del values["entries"][1][name]
+    return values
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([], "expected a JSON object, got []"),
+        ({}, "schema: expected 1, got None; `mla-cute tune` makes a file of this schema"),
+        (values_of() | {"schema": 2}, "schema: expected 1, got 2; `mla-cute tune`"),
+        (values_of() | {"schema": True}, "schema: expected 1, got True; `mla-cute tune`"),
+        (values_of() | {"extra": 1}, "unknown fields ['extra']; known are ['schema', 'gpu', 'made_with', 'entries']"),
+        (values_of() | {"gpu": None}, "gpu: expected an object, got None"),
+        (values_of() | {"gpu": values_of()["gpu"] | {"uuid": 1}}, "gpu: unknown fields ['uuid']; known are ['name'"),
+        (values_of() | {"gpu": {"name": "x"}}, "gpu: missing fields ['sm_count', 'clock_mhz', 'memory_gbps']"),
+        (values_of() | {"gpu": values_of()["gpu"] | {"name": ""}}, "gpu.name: expected a text, got ''"),
+        (values_of() | {"gpu": values_of()["gpu"] | {"sm_count": 1.5}}, "gpu.sm_count: expected an int >= 1, got 1.5"),
+        (values_of() | {"made_with": {"date": "x"}}, "made_with: missing fields ['mla_cute', 'cutlass_dsl', 'driver']"),
+        (
+            values_of() | {"made_with": values_of()["made_with"] | {"date": 2026}},
+            "made_with.date: expected a text, got 2026",
+        ),
+        (values_of() | {"entries": {}}, "entries: expected a list, got {}"),
+        (values_of() | {"entries": [7]}, "entry 0: expected an object, got 7"),
+        (without_entry_field("us"), "entry 1: missing fields ['us']"),
+        (with_entry(speed=1), "entry 1: unknown fields ['speed']; known are ['when', 'config', 'us'"),
+        (with_entry(us=math.nan), "entry 1: us: expected a finite number > 0, got nan"),
+        (with_entry(us=True), "entry 1: us: expected a finite number > 0, got True"),
+        (with_entry(default_us=0), "entry 1: default_us: expected a finite number > 0, got 0"),
+        (with_entry(default_us=None), "entry 1: default_us: expected a finite number > 0, got None"),
+        (with_entry(runner_up_us="12"), "entry 1: runner_up_us: expected a finite number > 0, got '12'"),
+        (with_entry(when=[]), "entry 1: when: expected an object, got []"),
+        (with_when(heads=16), "entry 1: when: unknown fields ['heads']; known are ['op', 'kv_format'"),
+        (with_when(op="append"), "entry 1: when.op: expected one of ('decode', 'prefill'), got 'append'"),
+        (with_when(op=["decode"]), "entry 1: when.op: expected one of ('decode', 'prefill'), got ['decode']"),
+        (with_when(kv_format="fp4"), "entry 1: when.kv_format: expected one of ('', 'tensor', 'token', 'group'), got"),
+        (with_when(q_fp8=1), "entry 1: when.q_fp8: expected true or false, got 1"),
+        (with_when(q_fp8=True), "entry 1: when.q_fp8: expected false with a 16-bit cache (kv_format ''), got true"),
+        (with_when(num_heads=129), "entry 1: when.num_heads: expected an int from 1 to 128, got 129"),
+        (with_when(num_heads=True), "entry 1: when.num_heads: expected an int from 1 to 128, got True"),
+        (with_when(page_size=0), "entry 1: when.page_size: expected an int >= 1, got 0"),
+        (with_when(batch="2"), "entry 1: when.batch: expected an int >= 1, got '2'"),
+        (with_when(q_len=4), "entry 1: when.q_len: expected 1 for decode, got 4"),
+        (with_when(kv_len=0), "entry 1: when.kv_len: expected an int >= 1, got 0"),
+        (with_when(kv_len=None), "entry 1: when.kv_len: expected the length that was timed, got null"),
+        (with_when(batch=1), "entry 1: when: expected a shape of its own, got that of entry 0"),
+        (with_entry(config=None), "entry 1: config: expected an object, got None"),
+        (with_config(stages=3), "entry 1: config: unknown fields ['stages']; known are ["),
+        (with_config(min_blocks=True), "entry 1: config.min_blocks: expected int, got True"),
+        (with_config(min_blocks=3), "entry 1: config: min_blocks: expected an even number >= 2, got 3"),
+        (with_config(kernel="none"), "entry 1: config: kernel: expected one of ('rows',), got 'none'"),
+        (
+            with_when(num_heads=17, kv_format="tensor")
+            | {"entries": [with_when(num_heads=17)["entries"][1] | {"config": {"fp8_kernel": "few_rows"}}]},
+            "entry 0: config: fp8_kernel 'few_rows' runs at most 16 heads, the call has 17",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said_with_its_name_and_entry(values, message):
+    with pytest.raises(ValueError, match=r"^some\.json: " + re.escape(message)):
+        tuned.parse(values, "some.json")
+
+
+def test_fields_of_a_config_that_a_file_does_not_name_have_their_default():
+    file = tuned.parse(with_entry(config={"min_blocks": 4}), "some.json")
+    assert file.entries[1].config == KernelConfig(min_blocks=4)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b'{"schema": 1, "gpu": NaN'])
+def test_what_is_no_json_is_refused_with_the_name_of_the_file(tmp_path, content):
+    path = tmp_path / FILE
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="^" + re.escape(f"{path}: ")):
+        tuned.load(path)
+    with pytest.raises(ValueError, match="No such file"):
+        tuned.load(tmp_path / "absent.json")
+
+
+def test_shipped_files_are_valid_and_named_by_their_gpu():
+    folder = pathlib.Path(mla_cute.__file__).parent / "tuned_data"
+    assert tuned.directories()[-1] == ("shipped", folder)
+    for path in folder.glob("*"):
+        file = tuned.load(path)
+        assert path.name == tuned.file_name(file.gpu["name"])
+        assert file.entries
+        assert path.read_text() == tuned.dump(file), "sorted and formatted as `merge` writes it"
+        for at in file.entries:
+            assert why_infeasible(at.config) is None
+            assert why_unfit(at.when.op, at.when.num_heads, at.config) is None
+            assert at.config.accuracy == KernelConfig().accuracy, "tuning changes no results"
+
+
+def test_the_wheel_holds_the_tuned_files():
+    tomllib = pytest.importorskip("tomllib", reason="tomllib is Python's from 3.11 on")
+    root = pathlib.Path(mla_cute.__file__).resolve().parents[1]
+    if not (root / "pyproject.toml").is_file():
+        pytest.skip("mla_cute is installed without its pyproject.toml")
+    project = tomllib.loads((root / "pyproject.toml").read_text())
+    assert "tuned_data/*.json" in project["tool"]["setuptools"]["package-data"]["mla_cute"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# merging
+
+
+def test_merge_makes_the_file_replaces_and_keeps(tmp_path):
+    path = tmp_path / "deep" / "folder" / FILE
+    first = tuned_file(entry(batch=4), entry(batch=1))
+    assert tuned.merge(path, first) == tuned.load(path)
+    assert tuned.load(path).entries == (entry(batch=1), entry(batch=4))
+    newer = tuned_file(entry(OTHER, us=30.0, batch=4), entry(batch=2))
+    newer.made_with["date"] = "2027-01-01"
+    merged = tuned.merge(path, newer)
+    assert merged == tuned.load(path)
+    assert merged.entries == (entry(batch=1), entry(batch=2), entry(OTHER, us=30.0, batch=4))
+    assert merged.made_with["date"] == "2027-01-01"
+    assert sorted(p.name for p in path.parent.iterdir() if p.suffix != ".lock") == [FILE], "nothing temporary is left"
+
+
+@pytest.mark.parametrize(("gpu", "field"), [({"name": "Another"}, "name"), ({"sm_count": 114}, "sm_count")])
+def test_merge_leaves_the_file_of_another_gpu_alone(tmp_path, gpu, field):
+    path = write(tmp_path / FILE, entry(), **gpu)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}: made on another GPU: expected gpu\.{field} "):
+        tuned.merge(path, tuned_file(entry(batch=1)))
+    assert path.read_bytes() == before
+
+
+def test_merge_neither_replaces_nor_writes_what_is_broken(tmp_path):
+    path = tmp_path / FILE
+    path.write_text("{")
+    with pytest.raises(ValueError, match="^" + re.escape(str(path))):
+        tuned.merge(path, tuned_file(entry()))
+    assert path.read_text() == "{"
+    path.unlink()
+    with pytest.raises(ValueError, match=r"^new entries for .*: entry 0: config: min_blocks"):
+        tuned.merge(path, tuned_file(entry(KernelConfig(min_blocks=3))))
+    assert not path.exists()
+
+
+def _merge_many(path, writer):
+    for number in range(20):
+        tuned.merge(path, tuned_file(entry(batch=writer * 20 + number + 1)))
+
+
+def test_writers_do_not_lose_each_others_entries(tmp_path):
+    path = tmp_path / FILE
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=_merge_many, args=(path, writer)) for writer in range(4)]
+    for process in writers:
+        process.start()
+    for process in writers:
+        process.join(120)
+    assert [process.exitcode for process in writers] == [0, 0, 0, 0]
+    assert [at.when.batch for at in tuned.load(path).entries] == list(range(1, 81))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# which file
+
+
+def test_the_first_file_of_the_search_path_wins_as_a_whole(folders):
+    write(folders.shipped, entry(OTHER), entry(OTHER, batch=32))
+    selection = tuned.select(when(), META)
+    assert (selection.source, selection.config) == (f"shipped {FILE} entry 0", OTHER)
+    assert (selection.entry, selection.when) == (entry(OTHER), when())
+    in_user = KernelConfig(min_blocks=4)
+    write(folders.user, entry(in_user))
+    assert tuned.select(when(), META) is selection, "what was selected stays"
+    tuned.clear()
+    assert tuned.select(when(), META).source == f"user {FILE} entry 0"
+    assert tuned.select(when(batch=64), META).source == f"default: no entry of user {FILE} is near"
+    folders.use_named()
+    tuned.clear()
+    assert tuned.select(when(), META).config == in_user, "a folder without the file is passed over"
+    write(folders.named, entry(KernelConfig(min_blocks=6)))
+    tuned.clear()
+    assert tuned.select(when(), META).source == f"MLA_CUTE_TUNED_DIR {FILE} entry 0"
+    assert [label for label, _ in tuned.search_path(NAME)] == ["MLA_CUTE_TUNED_DIR", "user", "shipped"]
+    assert [path for _, path in tuned.search_path(NAME)] == [folders.named, folders.user, folders.shipped]
+
+
+def test_the_search_path_does_without_a_home(folders, monkeypatch):
+    def homeless():
+        raise RuntimeError("no home")
+
+    monkeypatch.setattr(jit, "cache_dir", homeless)
+    assert [label for label, _ in tuned.search_path(NAME)] == ["shipped"]
+
+
+def test_files_can_be_turned_off(folders, monkeypatch):
+    write(folders.shipped, entry(OTHER))
+    monkeypatch.setenv("MLA_CUTE_TUNED", "0")
+    selection = tuned.select(when(), META)
+    assert selection.source == "default: MLA_CUTE_TUNED=0"
+    assert (selection.config, selection.entry) == (tuned.default_for(when(), SMS), None)
+
+
+@pytest.mark.parametrize(
+    ("op", "num_heads", "split_penalty"), [("decode", 16, 3), ("decode", 128, 10), ("prefill", 128, 6)]
+)
+def test_the_default_is_that_of_the_rows_of_an_item(folders, op, num_heads, split_penalty):
+    selection = tuned.select(when(op=op, num_heads=num_heads), META)
+    assert selection.config == KernelConfig(split_penalty=split_penalty)
+    assert selection.source == f"default: no tuned file {FILE}"
+
+
+def test_a_device_that_is_no_gpu_takes_the_default(folders):
+    write(folders.shipped, entry(OTHER))
+    selection = tuned.select(when(), torch.device("cpu"))
+    assert (selection.source, selection.entry) == ("default: cpu is no GPU", None)
+
+
+def test_batch_invariant_plans_take_the_default(folders):
+    write(folders.shipped, entry(OTHER))
+    selection = tuned.select(when(), META, batch_invariant=True)
+    assert (selection.config, selection.entry) == (tuned.default_for(when(), SMS), None)
+    assert tuned.select(when(), META).config == OTHER
+
+
+def test_the_file_of_another_gpu_is_an_error(folders):
+    write(folders.user, entry(), name="NVIDIA H200")
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"made on another GPU: expected gpu\.name 'NVIDIA Test/1 X', got 'NVIDIA H200'"
+        ):
+            tuned.select(when(), META)
+
+
+def test_a_file_made_with_other_sms_is_not_used_and_that_is_said(folders, caplog):
+    write(folders.user, entry(OTHER), sm_count=114)
+    with caplog.at_level(logging.INFO, "mla_cute"):
+        selection = tuned.select(when(), META)
+        tuned.select(when(batch=1), META)
+    assert selection.source == f"default: user {FILE} was made with 114 SMs, this GPU has 132"
+    assert selection.config == tuned.default_for(when(), SMS)
+    assert caplog.messages == [f"{folders.user} is not used: made with 114 SMs, this {NAME} has 132"]
+
+
+def test_a_broken_file_is_never_passed_over(folders):
+    write(folders.shipped, entry())
+    write(folders.user, entry())
+    folders.user.write_text(json.dumps(with_config(min_blocks=3)))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"^{re.escape(str(folders.user))}: entry 1: config: min_blocks"):
+            tuned.select(when(), META)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# which entry
+
+
+def nearest(call: When, *entries: Entry) -> Entry | None:
+    index = Grid(tuned_file(*entries)).nearest(call)
+    return None if index is None else entries[index]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"op": "prefill"},
+        {"kv_format": "tensor"},
+        {"page_size": 32},
+        {"page_size": 1},
+        {"num_heads": 65},
+    ],
+)
+def test_an_entry_of_another_class_serves_no_call(other):
+    assert nearest(when(num_heads=64), entry(num_heads=64)) is not None
+    assert nearest(when(num_heads=64), entry(**{"num_heads": 64} | other)) is None
+
+
+@pytest.mark.parametrize(
+    ("call", "there", "serves"),
+    [
+        ({"kv_format": "token"}, {"kv_format": "group"}, False),
+        ({"kv_format": "token", "q_fp8": True}, {"kv_format": "token"}, False),
+        # FP8 decode has a kernel of its own up to 16 heads, prefill and 16-bit decode have not.
+        ({"kv_format": "token", "num_heads": 17}, {"kv_format": "token", "num_heads": 16}, False),
+        ({"kv_format": "token", "num_heads": 9}, {"kv_format": "token", "num_heads": 16}, True),
+        ({"num_heads": 17}, {"num_heads": 16}, True),
+        ({"op": "prefill", "kv_format": "token", "num_heads": 17}, {"op": "prefill", "kv_format": "token"}, True),
+        ({"op": "prefill", "num_heads": 128}, {"op": "prefill", "num_heads": 64}, True),
+        ({"num_heads": 128}, {"num_heads": 64}, False),
+        # Page sizes that load alike.
+        ({"page_size": 192}, {"page_size": 64}, True),
+        ({"page_size": 100}, {"page_size": 1}, True),
+        ({"page_size": 24}, {"page_size": 8}, True),
+        ({"page_size": 16}, {"page_size": 8}, False),
+    ],
+)
+def test_classes(call, there, serves):
+    assert (nearest(when(**call), entry(**there)) is not None) is serves
+
+
+@pytest.mark.parametrize("name", ["batch", "kv_len", "num_heads"])
+def test_a_factor_of_four_is_the_reach(name):
+    at = 12
+    for value, serves in ((3, True), (48, True), (2, False), (49, False)):
+        assert (nearest(when(**{name: value}), entry(**{name: at})) is not None) is serves, value
+
+
+def test_every_coordinate_has_to_be_in_reach():
+    assert nearest(when(batch=32, kv_len=2048), entry()) is not None
+    # Nearer in sum, out of reach in one.
+    far, near = entry(batch=40), entry(batch=32, kv_len=2048)
+    assert tuned.distance(when(), far.when) < tuned.distance(when(), near.when)
+    assert nearest(when(), far, near) is near
+
+
+def test_a_tuned_range_is_continued_beyond_its_ends():
+    entries = [entry(batch=b, kv_len=length) for b in (2, 8) for length in (1024, 4096, 16384)]
+    for call, taken in (
+        ({"batch": 512, "kv_len": 10**6}, (8, 16384)),
+        ({"batch": 1, "kv_len": 1}, (2, 1024)),
+        ({"batch": 4096, "kv_len": 3000}, (8, 4096)),
+    ):
+        found = nearest(when(**call), *entries)
+        assert (found.when.batch, found.when.kv_len) == taken
+    # Half of that range says nothing of where it leads.
+    assert nearest(when(batch=512), *(entry(batch=b) for b in (4, 8))) is None
+
+
+def test_the_distance_counts_octaves():
+    assert tuned.distance(when(batch=8, kv_len=8192), when(batch=2, kv_len=16384)) == 3.0
+    assert tuned.distance(when(kv_len=None), when(batch=2, kv_len=16384)) == 2.0
+    entries = [entry(batch=b) for b in (1, 4, 16, 64)]
+    assert [nearest(when(batch=b), *entries).when.batch for b in (1, 3, 5, 30, 33, 64)] == [1, 4, 4, 16, 64, 64]
+
+
+def test_of_equally_near_entries_the_longer_wins():
+    entries = [entry(kv_len=length) for length in (1024, 65536, 8192)]
+    assert nearest(when(kv_len=None), *entries).when.kv_len == 65536
+    assert nearest(when(kv_len=2048), entry(kv_len=1024), entry(kv_len=4096)).when.kv_len == 4096
+
+
+def test_of_equally_near_entries_the_one_of_the_page_size_wins():
+    entries = [entry(page_size=p, kv_len=length) for p in (64, 128, 256) for length in (1024, 8192)]
+    for page_size in (64, 128, 256):
+        assert nearest(when(page_size=page_size), *entries).when == when(page_size=page_size)
+        found = nearest(when(page_size=page_size, kv_len=None), *entries)
+        assert (found.when.page_size, found.when.kv_len) == (page_size, 8192)
+
+
+def test_a_kernel_that_cannot_run_the_call_is_never_chosen():
+    few = entry(KernelConfig(fp8_kernel="few_rows"), num_heads=16)
+    rows = entry(KernelConfig(fp8_kernel="rows"), num_heads=64)
+    # A 16-bit decode plan of 17 heads may serve FP8 calls.
+    assert nearest(when(num_heads=17), few, rows) is rows
+    assert nearest(when(num_heads=16), few, rows) is few
+    assert nearest(when(num_heads=17), few) is None
+
+
+OPS = st.sampled_from(["decode", "prefill"])
+SIZES = st.integers(1, 20).map(lambda n: n * n)
+
+
+@st.composite
+def whens(draw, lengths=SIZES):
+    op, kv_format = draw(OPS), draw(st.sampled_from(["", "tensor"]))
+    return When(
+        op,
+        kv_format,
+        bool(kv_format) and draw(st.booleans()),
+        draw(st.sampled_from([1, 8, 16, 17, 64, 65, 128])),
+        draw(st.sampled_from([1, 16, 64, 128])),
+        1 if op == "decode" else draw(SIZES),
+        draw(SIZES),
+        draw(lengths),
+    )
+
+
+@st.composite
+def entry_lists(draw):
+    found = []
+    for shape in draw(st.lists(whens(), min_size=1, max_size=30, unique=True)):
+        config = KernelConfig(fp8_kernel=draw(st.sampled_from(FP8_KERNELS)), min_blocks=draw(st.sampled_from([2, 8])))
+        if why_unfit(shape.op, shape.num_heads, config) is None:
+            found.append(Entry(shape, config, 1.0, 1.0, None))
+    return found
+
+
+def in_reach(call: When, there: When) -> bool:
+    """Of the class, and within a factor of 4 without regard to the ends of ranges."""
+    same = [(w.op, w.kv_format, w.q_fp8, box_rows_of(w.page_size)) for w in (call, there)]
+    if call.op == "decode":
+        tiles = [(-(-w.num_heads // 64), bool(w.kv_format) and w.num_heads <= 16) for w in (call, there)]
+        if tiles[0] != tiles[1]:
+            return False
+    pairs = [(call.num_heads, there.num_heads), (call.q_len, there.q_len), (call.batch, there.batch)]
+    if call.kv_len is not None:
+        pairs.append((call.kv_len, there.kv_len))
+    return same[0] == same[1] and all(max(pair) <= 4 * min(pair) for pair in pairs)
+
+
+@settings(max_examples=300, deadline=None)
+@given(entry_lists(), whens(SIZES | st.none()), st.randoms(use_true_random=False))
+def test_the_nearest_entry(entries, call, random):
+    grid = Grid(tuned_file(*entries))
+    index = grid.nearest(call)
+    fits = [at for at in entries if why_unfit(call.op, call.num_heads, at.config) is None]
+    if index is None:
+        assert not any(in_reach(call, at.when) for at in fits)
+    else:
+        taken = entries[index]
+        assert taken in fits
+        assert why_infeasible(taken.config) is None
+        assert (taken.when.op, taken.when.kv_format, taken.when.q_fp8) == (call.op, call.kv_format, call.q_fp8)
+        for at in fits:
+            if in_reach(call, at.when):
+                assert tuned.distance(call, taken.when) <= tuned.distance(call, at.when) + 1e-6
+    # Whatever the order in the file, and however often.
+    shuffled = random.sample(entries, len(entries))
+    again = Grid(tuned_file(*shuffled)).nearest(call)
+    assert (None if again is None else shuffled[again]) == (None if index is None else entries[index])
+    assert grid.nearest(call) == index
+    for number, at in enumerate(entries):
+        assert grid.nearest(at.when) == number, "a shape that was tuned takes its own entry"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is said
+
+
+def test_that_there_is_no_file_is_said_once(folders, caplog):
+    with caplog.at_level(logging.INFO, "mla_cute"):
+        for batch in (1, 2, 3):
+            tuned.select(when(batch=batch), META)
+    (record,) = caplog.records
+    assert (record.name, record.levelno) == ("mla_cute", logging.INFO)
+    for text in (NAME, str(folders.user), str(folders.shipped), "`mla-cute tune`", "default"):
+        assert text in record.message
+
+
+def test_selections_are_said_where_asked_each_once(folders, caplog, monkeypatch):
+    write(folders.user, entry(OTHER))
+    with caplog.at_level(logging.INFO, "mla_cute"):
+        tuned.select(when(batch=4), META)
+        assert caplog.records == []
+        monkeypatch.setenv("MLA_CUTE_LOG", "1")
+        for _ in range(3):
+            tuned.select(when(batch=2), META)
+            tuned.select(when(batch=500), META)
+    first, second = caplog.messages
+    assert {record.levelno for record in caplog.records} == {logging.WARNING}
+    for text in (
+        "decode, 16 heads",
+        "batch 2",
+        f"user {FILE} entry 0",
+        "distance 2.00",
+        "40 us",
+        "44 us",
+        "min_blocks=8",
+    ):
+        assert text in first
+    assert first.endswith("kernel decode_rows_sm90")
+    assert f"batch 500, length 8192, 16-bit cache: default: no entry of user {FILE} is near" in second
+    assert not any("\n" in message for message in caplog.messages)
