@@ -1,6 +1,8 @@
 """The shapes that are timed: decode and prefill cases, the presets, the speeds to reach, the public kernels' times."""
 
 import abc
+import dataclasses
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -141,30 +143,44 @@ class Shape(abc.ABC):
 
 @dataclass(frozen=True)
 class Case(Shape):
-    """One decode shape: every request of the batch has `kv_len` tokens."""
+    """One decode shape: every request has `kv_len` tokens, or with `longest` between `kv_len` and that many."""
 
     num_heads: int
     batch: int
-    kv_len: int
+    kv_len: int  # of a ragged batch the shortest
     page_size: int = 64
     dtype: str = "bfloat16"
     layout: str = "separate"  # "fused": ckv and kpe are views of one [num_pages, page_size, 576] buffer, or of FP8 rows
     kv_format: str = ""  # of an FP8 cache; dtype is then that of the output, and of what is 16-bit
     q_fp8: bool = False
+    longest: int = 0  # of a ragged batch; 0: uniform
 
     def __post_init__(self) -> None:
         self._check()
         for name in ("batch", "kv_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.longest and self.longest < self.kv_len:
+            raise ValueError(f"longest: expected 0 or at least kv_len ({self.kv_len}), got {self.longest}")
 
     @property
     def requests(self) -> Sequence[tuple[int, int]]:
-        return [(1, self.kv_len)] * self.batch
+        """Ragged: the middles of `batch` equal parts of the log-uniform distribution, in an order of chance."""
+        if not self.longest:
+            return [(1, self.kv_len)] * self.batch
+        ratio = self.longest / self.kv_len
+        lengths = [round(self.kv_len * ratio ** ((i + 0.5) / self.batch)) for i in range(self.batch)]
+        random.Random(0).shuffle(lengths)
+        return [(1, n) for n in lengths]
+
+    @property
+    def uniform(self) -> "Case":
+        """As many requests of equal length, with as many tokens to one per request."""
+        return dataclasses.replace(self, kv_len=round(self.visible_pairs / self.batch), longest=0)
 
     @property
     def visible_pairs(self) -> int:
-        return self.batch * self.kv_len
+        return sum(kv for _, kv in self.requests)
 
     @property
     def turnover(self) -> int:
@@ -172,7 +188,8 @@ class Case(Shape):
 
     @property
     def label(self) -> str:
-        return f"H={self.num_heads} B={self.batch} L={self.kv_len} {self.tail}"
+        to = f"..{self.longest}" if self.longest else ""
+        return f"H={self.num_heads} B={self.batch} L={self.kv_len}{to} {self.tail}"
 
 
 @dataclass(frozen=True)
@@ -255,6 +272,7 @@ BARS = (
     Bar(Case(16, 16, 8192), "us", 42.0, 39.0),
 )
 PAGE_ONE_BAR = (0.90, 0.97)  # speed of page size 1 over that of 64, same shape
+RAGGED_BAR = 1.05  # time of a ragged batch over that of the uniform one with as many tokens
 HOST_BAR = (15.0, 10.0)  # us of one call with a plan
 
 PREFILL_HEADS = (16, 128)
@@ -288,6 +306,10 @@ FP8_BARS = tuple(
     for case in _fp8(num_heads, batch, 8192)
 )
 
+GRID_HEADS, GRID_BATCHES = (8, 16, 32, 64, 128), (1, 4, 16, 64, 128)
+GRID_LENGTHS = (1024, 4096, 8192, 32768, 131072)
+RAGGED = tuple(Case(h, b, 1024, longest=32768) for h in (16, 64, 128) for b in (16, 64, 128))
+
 PRESETS: dict[str, tuple[Case | PrefillCase, ...]] = {
     "table": tuple(Case(h, b, length) for h, b, length in PUBLIC_BEST_US),
     "bars": (*(bar.case for bar in BARS), Case(16, 128, 8192, page_size=1), Case(128, 64, 8192, page_size=1)),
@@ -307,5 +329,9 @@ PRESETS: dict[str, tuple[Case | PrefillCase, ...]] = {
         for kv_format in ("tensor", "token", "group")
         for q_fp8 in (False, True)
     ),
+    "grid": tuple(
+        Case(h, b, n, page_size=p) for p in (64, 1) for h in GRID_HEADS for b in GRID_BATCHES for n in GRID_LENGTHS
+    ),
+    "ragged": tuple(case for ragged in RAGGED for case in (ragged, ragged.uniform)),
     "quick": (Case(16, 1, 8192), Case(16, 16, 8192), Case(16, 128, 8192), Case(128, 64, 8192), Case(16, 16, 8192, 1)),
 }

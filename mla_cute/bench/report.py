@@ -55,9 +55,10 @@ def _types(case: Case | PrefillCase) -> str:
 
 
 def _batch_and_length(case: Case | PrefillCase) -> tuple[str, str]:
-    """128, 8192; of a prefill 64+1, 1/8192+2048/8192: query tokens and keys of a request, per group."""
+    """128, 8192; of a ragged batch 128, 1024..32768; of a prefill 64+1, 1/8192+2048/8192: query tokens and keys of a
+    request, per group."""
     if isinstance(case, Case):
-        return str(case.batch), str(case.kv_len)
+        return str(case.batch), str(case.kv_len) + (f"..{case.longest}" if case.longest else "")
     return "+".join(str(n) for n, _, _ in case.groups), "+".join(f"{q}/{kv}" for _, q, kv in case.groups)
 
 

@@ -35,6 +35,7 @@ from .cases import (
     PREFILL_BARS,
     PUBLIC_BEST_GPU,
     PUBLIC_BEST_US,
+    RAGGED_BAR,
     ROTATION_BYTES,
     TOKEN_BYTES,
     Case,
@@ -258,6 +259,9 @@ class Library:
             "config": self.config,
             "batch_invariant": self.batch_invariant,
             "num_kv_indices": inputs.kv_indices.shape[1],
+            "kv_format": case.kv_format,
+            "q_fp8": case.q_fp8,
+            "max_kv_len": max(kv for _, kv in case.requests),
         }
         if isinstance(case, PrefillCase):
             options |= {"total_q": case.total_q, "causal": case.causal}
@@ -465,6 +469,9 @@ def judge_bars(rows: Sequence[dict[str, Any]], host: dict[str, Any]) -> list[dic
         if case.page_size == 1 and twin is not None:
             ratio = twin["us_amortised"] / row["us_amortised"]
             judge(f"{case.label}, speed over that of page 64", ratio, PAGE_ONE_BAR, False)
+        if isinstance(case, Case) and case.longest and case.uniform in by_case:
+            ratio = row["us_amortised"] / by_case[case.uniform]["us_amortised"]
+            judge(f"{case.label}, time over that of {case.uniform.label}", ratio, (RAGGED_BAR, None), True)
     for step in MIXED_STEPS:
         if all(case in by_case for case in (step.together, *step.apart)):
             together, *apart = (by_case[case]["us_amortised"] for case in (step.together, *step.apart))

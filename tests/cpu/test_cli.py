@@ -206,10 +206,10 @@ def short_fp8_check(monkeypatch):
 
 def test_check_fp8_meets_every_format_query_data_and_head_count():
     specs = checking_fp8.specs()
-    high = [spec for spec in specs if spec.accuracy == "high"]
-    assert len(set(map(str, specs))) == len(specs) == 3 * 3 * 2 * 2 + len(high)
-    assert {(spec.kv_format, spec.num_heads) for spec in high} == {("tensor", 128), ("token", 128)}
-    assert len(high) == 3 * 2 * 2
+    native = [spec for spec in specs if spec.accuracy == "native"]
+    assert len(set(map(str, specs))) == len(specs) == 3 * 3 * 2 * 2 + len(native)
+    assert {(spec.kv_format, spec.num_heads) for spec in native} == {("tensor", 128), ("token", 128)}
+    assert len(native) == 3 * 2 * 2
     assert {spec.kv_format for spec in specs} == {"tensor", "token", "group"}
     assert {spec.num_heads for spec in specs} == {16, 128}
     assert {spec.q for spec in specs} == {"bf16", "e4m3"}

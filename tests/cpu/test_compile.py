@@ -16,6 +16,7 @@ VARIANTS = registry.variants()
 STEPS = [v for v in VARIANTS if v[0] in (registry.DECODE, registry.PREFILL)]
 PLANNERS = [v for v in VARIANTS if v[0] in (registry.PLANNER, registry.PREFILL_PLANNER)]
 APPENDS = registry.append_variants()
+MERGES = registry.merge_states_variants()
 FP8_STEPS = [
     v
     for v in registry.variants(kv_formats=registry.KV_FORMATS)
@@ -35,9 +36,9 @@ def _covers(variant) -> bool:
 
 
 COVERED_FP8 = [v for v in FP8_STEPS if _covers(v)]
-# Accuracy "high" is other code in row tiles, where the format does not sum the depth in parts anyway.
-HIGH_FP8 = [
-    (kernel, registry.Fp8Key("bfloat16", 64, kv_format, q_fp8), KernelConfig(accuracy="high").launch())
+# Accuracy "native" is other code in row tiles, where the format does not ask for parts of the depth.
+NATIVE_FP8 = [
+    (kernel, registry.Fp8Key("bfloat16", 64, kv_format, q_fp8), KernelConfig(accuracy="native").launch())
     for kernel, kv_format, q_fp8 in (
         (registry.DECODE_FP8, "tensor", True),
         (registry.DECODE_FP8, "token", False),
@@ -49,8 +50,8 @@ HIGH_FP8 = [
 
 def name(variant):
     kernel, key, config = variant
-    high = ["high"] if config is not None and config.accuracy == "high" else []
-    return "-".join([kernel.name, *(str(value) for value in vars(key).values()), *high])
+    native = ["native"] if config is not None and config.accuracy == "native" else []
+    return "-".join([kernel.name, *(str(value) for value in vars(key).values()), *native])
 
 
 @functools.cache
@@ -79,7 +80,7 @@ def test_registry_is_complete():
     assert len({repr(v) for v in VARIANTS}) == len(VARIANTS), "keys with equal repr would share a cache entry"
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, *APPENDS, *COVERED_FP8, *HIGH_FP8], ids=name)
+@pytest.mark.parametrize("variant", [*VARIANTS, *APPENDS, *COVERED_FP8, *NATIVE_FP8], ids=name)
 def test_resources(variant, caplog):
     facts, opcodes = compiled(variant)
     assert facts["spill_bytes"] == 0
@@ -143,12 +144,12 @@ def test_fp8_step_instructions(variant):
     assert (mnemonics["UTMALDG"] == 0) == gathers
 
 
-@pytest.mark.parametrize("variant", HIGH_FP8, ids=name)
+@pytest.mark.parametrize("variant", NATIVE_FP8, ids=name)
 def test_high_accuracy_sums_the_depth_in_parts(variant):
     """A wait and a float32 addition for each part, of the same products."""
     kernel, key, _ = variant
-    native = next(v for v in FP8_STEPS if v[:2] == (kernel, key))
-    few, many = (compiled(v)[1] for v in (native, variant))
+    high = next(v for v in FP8_STEPS if v[:2] == (kernel, key))
+    few, many = (compiled(v)[1] for v in (variant, high))
     multiplied, added = (
         [sum(n for o, n in opcodes.items() if o.split(".")[0] == name) for opcodes in (few, many)]
         for name in ("QGMMA", "FFMA")
@@ -193,3 +194,21 @@ def test_append_instructions(variant):
     # division and not multiplication by a reciprocal: one check for operands out of the short form's range per quotient
     assert opcodes["FCHK"] == values + len(scales)
     assert opcodes["SHFL.BFLY"] == {"token": 5, "group": 3}.get(key.kv_format, 0)
+
+
+def test_merge_states_is_complete():
+    assert [key.dtype for _, key, _ in MERGES] == ["bfloat16", "float16", "float32"]
+    assert registry.merge_states_variants(["float16"]) == [
+        (registry.MERGE_STATES, registry.MergeStatesKey("float16"), None)
+    ]
+    with pytest.raises(ValueError, match="dtypes: expected"):
+        registry.merge_states_variants(["float64"])
+
+
+@pytest.mark.parametrize("variant", MERGES, ids=name)
+def test_merge_states_instructions(variant):
+    facts, opcodes = compiled(variant)
+    assert facts["registers"] <= 32, "fewer than 64 warps would fit an SM"
+    assert facts["threads"] == 128
+    memory = {o: n for o, n in opcodes.items() if o.split(".")[0] in ("LDG", "STG", "LD", "ST", "LDS", "STS")}
+    assert memory == {"LDG.E": 2, "STG.E": 1, "LDG.E.128": 4, "STG.E.128": 2}
