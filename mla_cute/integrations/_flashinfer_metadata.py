@@ -1,0 +1,227 @@
+"""Metadata of the FlashInfer wrapper: which form there is, whether it is right, and the calls that take it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from ..api import mla_paged_decode, mla_paged_decode_block_table, table_stride
+from ..api_prefill import mla_paged_prefill, mla_paged_prefill_block_table
+from ..plan import DecodePlan, plan_decode, plan_decode_block_table
+from ..plan_prefill import PrefillPlan, plan_prefill, plan_prefill_block_table
+from ..problem import expect_indptr, expect_metadata
+
+CSR_FIELDS = ("qo_indptr", "kv_indptr", "kv_indices", "kv_len_arr")
+DENSE_FIELDS = ("cum_seq_lens_q", "block_tables", "seq_lens")
+# Page ids are the bulk of the metadata: they are read where the caller has them.
+_PAGE_IDS = ("kv_indices", "block_tables")
+
+# q_nope, q_pe, ckv_cache, kpe_cache
+Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class MLAPlanMetadata:
+    """Which query tokens and pages each request has, in CSR form, as a block table, or both.
+
+    All are int32: qo_indptr, kv_indptr [batch + 1], kv_indices [num_kv_indices] page ids, kv_len_arr [batch] tokens;
+    cum_seq_lens_q [batch + 1], block_tables [batch, max_pages] page ids, seq_lens [batch] tokens. max_q_len is not
+    used. `plan` takes FlashInfer's class of this name as well.
+    """
+
+    qo_indptr: torch.Tensor | None = None
+    kv_indptr: torch.Tensor | None = None
+    kv_indices: torch.Tensor | None = None
+    kv_len_arr: torch.Tensor | None = None
+    cum_seq_lens_q: torch.Tensor | None = None
+    block_tables: torch.Tensor | None = None
+    seq_lens: torch.Tensor | None = None
+    max_q_len: int | None = None
+
+    @classmethod
+    def csr(
+        cls, qo_indptr: torch.Tensor, kv_indptr: torch.Tensor, kv_indices: torch.Tensor, kv_len_arr: torch.Tensor
+    ) -> MLAPlanMetadata:
+        return cls(qo_indptr, kv_indptr, kv_indices, kv_len_arr)
+
+    @classmethod
+    def dense(
+        cls,
+        cum_seq_lens_q: torch.Tensor,
+        block_tables: torch.Tensor,
+        seq_lens: torch.Tensor,
+        max_q_len: int | None = None,
+    ) -> MLAPlanMetadata:
+        return cls(None, None, None, None, cum_seq_lens_q, block_tables, seq_lens, max_q_len)
+
+    @classmethod
+    def dual(
+        cls,
+        qo_indptr: torch.Tensor,
+        kv_indptr: torch.Tensor,
+        kv_indices: torch.Tensor,
+        kv_len_arr: torch.Tensor,
+        *,
+        cum_seq_lens_q: torch.Tensor,
+        block_tables: torch.Tensor,
+        seq_lens: torch.Tensor,
+        max_q_len: int | None = None,
+    ) -> MLAPlanMetadata:
+        """Both forms of the same requests; the CSR form is the one that is read."""
+        return cls(qo_indptr, kv_indptr, kv_indices, kv_len_arr, cum_seq_lens_q, block_tables, seq_lens, max_q_len)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What plan objects are made for. A wrapper for CUDA graphs keeps the one of its first plan."""
+
+    form: str
+    batch: int
+    num_heads: int
+    page_size: int
+    causal: bool
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        return {"num_heads": self.num_heads, "page_size": self.page_size}
+
+
+@dataclass(frozen=True)
+class CsrPages:
+    """CSR metadata on the device of the calls."""
+
+    qo_indptr: torch.Tensor
+    kv_indptr: torch.Tensor
+    kv_indices: torch.Tensor
+    last_page_len: torch.Tensor
+
+    def plan(self, shape: Shape, total_q: int, decode: bool, hints: dict[str, Any]) -> DecodePlan | PrefillPlan:
+        sizes = shape.sizes | hints | {"kv_last_page_len": self.last_page_len}
+        if decode:
+            return plan_decode(self.kv_indptr, **sizes)
+        return plan_prefill(self.qo_indptr, self.kv_indptr, total_q=total_q, causal=shape.causal, **sizes)
+
+    def attend(self, tensors: Operands, causal: bool, plan: Any, **options: Any) -> Any:
+        options |= {"kv_last_page_len": self.last_page_len, "plan": plan}
+        if isinstance(plan, DecodePlan):
+            return mla_paged_decode(*tensors, self.kv_indptr, self.kv_indices, **options)
+        options["causal"] = causal
+        return mla_paged_prefill(*tensors, self.qo_indptr, self.kv_indptr, self.kv_indices, **options)
+
+
+@dataclass(frozen=True)
+class DensePages:
+    """A block table and lengths on the device of the calls."""
+
+    qo_indptr: torch.Tensor
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+
+    def plan(self, shape: Shape, total_q: int, decode: bool, hints: dict[str, Any]) -> DecodePlan | PrefillPlan:
+        sizes = (
+            shape.sizes
+            | hints
+            | {
+                "max_pages": self.block_table.shape[1],
+                "table_stride": table_stride(self.block_table),
+            }
+        )
+        if decode:
+            return plan_decode_block_table(self.seq_lens, **sizes)
+        return plan_prefill_block_table(self.qo_indptr, self.seq_lens, total_q=total_q, causal=shape.causal, **sizes)
+
+    def attend(self, tensors: Operands, causal: bool, plan: Any, **options: Any) -> Any:
+        options["plan"] = plan
+        if isinstance(plan, DecodePlan):
+            return mla_paged_decode_block_table(*tensors, self.block_table, self.seq_lens, **options)
+        options["causal"] = causal
+        return mla_paged_prefill_block_table(*tensors, self.qo_indptr, self.block_table, self.seq_lens, **options)
+
+
+Pages = CsrPages | DensePages
+
+
+def one_form(metadata: Any, flat: MLAPlanMetadata) -> dict[str, torch.Tensor]:
+    """The fields of the form there is, from `metadata` or the flat arguments of `plan`; CSR, where there are both."""
+    names = [f.name for f in fields(MLAPlanMetadata)]
+    flat_names = {name for name in names if getattr(flat, name) is not None}
+    if metadata is None:
+        if not flat_names:
+            raise TypeError(f"metadata: expected an MLAPlanMetadata, or {', '.join(CSR_FIELDS)}, got None")
+        if flat_names & set(CSR_FIELDS) and flat_names - set(CSR_FIELDS):
+            raise ValueError(f"metadata: expected flat arguments of one form, got {', '.join(sorted(flat_names))}")
+        metadata = flat
+    elif flat_names:
+        raise ValueError(f"metadata: expected None beside {', '.join(sorted(flat_names))}")
+    elif not all(hasattr(metadata, name) for name in names):
+        raise TypeError(f"metadata: expected an MLAPlanMetadata, got {type(metadata).__name__}")
+    present = {name: getattr(metadata, name) for name in names if getattr(metadata, name) is not None}
+    forms = [form for form in (CSR_FIELDS, DENSE_FIELDS) if not present.keys().isdisjoint(form)] or [CSR_FIELDS]
+    for form in forms:
+        for name in form:
+            if name not in present:
+                raise ValueError(f"{name}: expected a tensor ({', '.join(form)} go together), got None")
+    return {name: present[name] for name in forms[0]}
+
+
+def check_metadata(known: dict[str, torch.Tensor], page_size: int, device: torch.device) -> int:
+    """Returns batch. Of tensors on the CPU the values are checked too, of those on the device the shapes alone."""
+    q_name = next(iter(known))
+    batch = expect_indptr(q_name, known[q_name], None)
+    shapes: dict[str, tuple[int | None, ...]] = {
+        "kv_indptr": (batch + 1,),
+        "kv_indices": (None,),
+        "kv_len_arr": (batch,),
+        "block_tables": (batch, None),
+        "seq_lens": (batch,),
+    }
+    for name, x in known.items():
+        if name in shapes:
+            expect_metadata(name, x, shapes[name], "[batch, max_pages]" if name == "block_tables" else "[n]", None)
+        if x.device.type != "cpu" and x.device != device:
+            raise ValueError(
+                f"{name}: expected a tensor on the cpu or on {device} (where float_workspace_buffer is), got {x.device}"
+            )
+    host = {name: x for name, x in known.items() if x.device.type == "cpu"}
+    for name in host.keys() & {q_name, "kv_indptr"}:
+        values = host[name]
+        if values[0] != 0 or bool((values.diff() < 0).any()):
+            raise ValueError(f"{name}: expected values that start at 0 and never decrease, got {values.tolist()!s:.80}")
+    if "seq_lens" in host:
+        _check_lengths("seq_lens", host["seq_lens"], known["block_tables"].shape[1], page_size)
+    if "kv_len_arr" in host and "kv_indptr" in host:
+        _check_lengths("kv_len_arr", host["kv_len_arr"], host["kv_indptr"].diff().long(), page_size)
+    if "kv_indptr" in host:
+        end, size = int(host["kv_indptr"][-1]), known["kv_indices"].shape[0]
+        if end > size:
+            raise ValueError(f"kv_indptr: expected values <= {size} (the length of kv_indices), got {end}")
+    return batch
+
+
+def _check_lengths(name: str, lengths: torch.Tensor, num_pages: torch.Tensor | int, page_size: int) -> None:
+    wrong = (lengths < 0) | (lengths > num_pages * page_size)
+    if bool(wrong.any()):
+        at = int(wrong.int().argmax())
+        raise ValueError(
+            f"{name}: expected lengths from 0 to what a request's pages hold (page_size {page_size}), got "
+            f"{int(lengths[at])} at position {at}"
+        )
+
+
+def on_device(known: dict[str, torch.Tensor], page_size: int, device: torch.device) -> Pages:
+    """Metadata as the calls want them. What is small is copied: its tensors may be refilled before `run`."""
+    moved = {name: x.to(device, non_blocking=True, copy=name not in _PAGE_IDS) for name, x in known.items()}
+    if "kv_indptr" not in moved:
+        return DensePages(*moved.values())
+    kv_len_arr = moved.pop("kv_len_arr")
+    return CsrPages(**moved, last_page_len=last_page_len(moved["kv_indptr"], kv_len_arr, page_size))
+
+
+def last_page_len(
+    kv_indptr: torch.Tensor, kv_len_arr: torch.Tensor, page_size: int, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """kv_len - (pages - 1) * page_size: what planner and reference turn into kv_len again, also where a request has
+    more pages than kv_len needs and this is not positive."""
+    return torch.sub(kv_len_arr, kv_indptr.diff() - 1, alpha=page_size, out=out)

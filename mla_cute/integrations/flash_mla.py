@@ -1,0 +1,246 @@
+"""FlashMLA's `get_mla_metadata` and `flash_mla_with_kvcache` over the kernels of this library.
+
+    from mla_cute.integrations.flash_mla import flash_mla_with_kvcache, get_mla_metadata
+
+Signatures are those of FlashMLA at commit 9241ae3ef9bac614dd25e45e507e089f888280e0 (2026-04-29,
+flash_mla/flash_mla_interface.py); FlashMLA need not be installed. What differs:
+
+* Dense attention only: `indices`, `topk_length`, `attn_sink` and the `extra_*` arguments raise NotImplementedError.
+* Any page size and 1 to 128 heads; FP8 caches in dense attention (`flash_mla_with_kvcache` has the layouts).
+* A query that sees no key gives output 0 and log-sum-exp -inf, where FlashMLA gives +inf.
+* The log-sum-exp of several query tokens is a transposed view: [batch, heads, tokens] in the memory order of
+  [batch, tokens, heads].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import problem
+from ..api import mla_paged_decode_block_table, table_stride
+from ..api_prefill import mla_paged_prefill_block_table
+from ..plan import plan_decode_block_table
+from ..plan_prefill import plan_prefill_block_table
+from ..problem import CKV_DIM, FP8, KPE_DIM, MAX_HEADS
+from ..problem_prefill import check_prefill_block_table, expect_bool
+from ..quant import GROUP_ROW_BYTES, group_rows
+
+__all__ = ["FlashMLASchedMeta", "flash_mla_with_kvcache", "get_mla_metadata"]
+
+_HEAD_DIM = CKV_DIM + KPE_DIM
+
+
+@dataclass
+class FlashMLASchedMeta:
+    """Shapes and plan of a step, filled by the first `flash_mla_with_kvcache` it is given to and reused by the others.
+
+    Attributes:
+        have_initialized, config: FlashMLA's.
+        tile_scheduler_metadata, num_splits: FlashMLA's, always None here.
+        plan: a DecodePlan or PrefillPlan of this library; `plan.update()` plans again from the present values of the
+            cache_seqlens that the first call was given.
+        qo_indptr: [batch + 1] int32 of calls with several query tokens.
+    """
+
+    @dataclass
+    class Config:
+        b: int
+        s_q: int
+        h_q: int
+        page_block_size: int
+        h_k: int
+
+        causal: bool
+        is_fp8_kvcache: bool
+        topk: int | None
+
+        extra_page_block_size: int | None
+        extra_topk: int | None
+
+    have_initialized: bool = False
+    config: Config | None = None
+    tile_scheduler_metadata: torch.Tensor | None = None
+    num_splits: torch.Tensor | None = None
+    plan: Any = None
+    qo_indptr: torch.Tensor | None = None
+
+
+def get_mla_metadata(*args: Any, **kwargs: Any) -> tuple[FlashMLASchedMeta, None]:
+    """(an empty FlashMLASchedMeta, None). Arguments are those of FlashMLA's older interface and are not looked at."""
+    return FlashMLASchedMeta(), None
+
+
+def flash_mla_with_kvcache(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    block_table: torch.Tensor | None,
+    cache_seqlens: torch.Tensor | None,
+    head_dim_v: int,
+    tile_scheduler_metadata: FlashMLASchedMeta,
+    num_splits: None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    is_fp8_kvcache: bool = False,
+    indices: torch.Tensor | None = None,
+    attn_sink: torch.Tensor | None = None,
+    extra_k_cache: torch.Tensor | None = None,
+    extra_indices_in_kvcache: torch.Tensor | None = None,
+    topk_length: torch.Tensor | None = None,
+    extra_topk_length: torch.Tensor | None = None,
+    *,
+    descale_q: float | None = None,
+    descale_k: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """MLA attention of `s_q` query tokens per request over a paged latent cache.
+
+    Args:
+        q: [batch, s_q, heads, 576] bfloat16 or float16, with a k_cache of the format "tensor" also float8_e4m3fn; 512
+            channels without and 64 with position. Read as two views; copied if batch and s_q cannot be joined in one.
+        k_cache: [num_blocks, page_block_size, 1, 576] in the dtype of q, or an FP8 cache:
+            format "tensor", [.., 1, 576] float8_e4m3fn with descale_k;
+            format "group", [.., 1, 656] of one-byte elements with is_fp8_kvcache=True and a bfloat16 q: 512 e4m3, 4
+            float32 scales, 64 bfloat16, the row of DeepSeek-V3.2.
+        block_table: [batch, max_num_blocks] int32; entries past a request's last page are not read.
+        cache_seqlens: [batch] int32, keys of each request, those of its query tokens included.
+        head_dim_v: 512.
+        tile_scheduler_metadata: from `get_mla_metadata`, one per step: calls that share it have the same shapes and
+            the same values in cache_seqlens, and run on one stream.
+        num_splits: None.
+        softmax_scale: factor of the scores, > 0; None: 1 / sqrt(576).
+        causal: query i of s_q sees keys 0 .. cache_seqlens - s_q + i.
+        is_fp8_kvcache: True for the format "group".
+        descale_q, descale_k: numbers that multiply an e4m3 q and a k_cache of the format "tensor"; None: 1. (Keywords
+            of this library. A CUDA tensor would have to be read, which synchronises.)
+        (the rest): None.
+
+    Returns:
+        (out [batch, s_q, heads, 512] in the dtype of q, bfloat16 if that is e4m3;
+        lse [batch, heads, s_q] float32, natural log)
+
+    Raises:
+        TypeError, ValueError: an argument is wrong, or not what earlier calls with the same tile_scheduler_metadata
+            had; the message names it. NotImplementedError: sparse attention, attention sinks, scales in tensors.
+        RuntimeError: a CUDA device that is not Hopper.
+    """
+    sparse = {
+        "indices": indices,
+        "attn_sink": attn_sink,
+        "extra_k_cache": extra_k_cache,
+        "extra_indices_in_kvcache": extra_indices_in_kvcache,
+        "topk_length": topk_length,
+        "extra_topk_length": extra_topk_length,
+    }
+    for name, value in sparse.items():
+        if value is not None:
+            what = "attention sinks are" if name == "attn_sink" else "sparse attention is"
+            raise NotImplementedError(f"{name}: expected None, {what} not supported, got {problem._describe(value)}")
+    if not isinstance(tile_scheduler_metadata, FlashMLASchedMeta):
+        raise TypeError(
+            f"tile_scheduler_metadata: expected the FlashMLASchedMeta of get_mla_metadata(), got "
+            f"{problem._describe(tile_scheduler_metadata)}"
+        )
+    if num_splits is not None:
+        raise ValueError(f"num_splits: expected None, got {problem._describe(num_splits)}")
+    if head_dim_v != CKV_DIM:
+        raise ValueError(f"head_dim_v: expected {CKV_DIM}, got {head_dim_v}")
+    expect_bool("causal", causal)
+    expect_bool("is_fp8_kvcache", is_fp8_kvcache)
+    problem._expect_tensor("q", q)
+    problem._expect_shape("q", q, (None, None, None, _HEAD_DIM), f"[batch, s_q, heads, {_HEAD_DIM}]")
+    batch, tokens, heads, _ = q.shape
+    if not 1 <= heads <= MAX_HEADS:
+        raise ValueError(f"q: expected 1 to {MAX_HEADS} heads (dimension 2), got {heads}")
+    ckv_cache, kpe_cache, scales = _cache(k_cache, is_fp8_kvcache, descale_k)
+    if q.dtype is FP8:
+        scales["q_scale"] = _number("descale_q", descale_q)
+    elif descale_q is not None:
+        raise ValueError(f"descale_q: expected None with q of {q.dtype}, got {problem._describe(descale_q)}")
+    page_size = k_cache.shape[1]
+    table: Any = block_table
+    problem.expect_metadata("block_table", table, (batch, None), "[batch, max_num_blocks]", q.device)
+    lengths: Any = cache_seqlens
+    problem.expect_metadata("cache_seqlens", lengths, (batch,), "[batch]", q.device)
+
+    step = tile_scheduler_metadata
+    config = FlashMLASchedMeta.Config(
+        batch, tokens, heads, page_size, 1, causal, is_fp8_kvcache, None, None, None
+    )  # fmt: skip
+    if step.config is not None and step.config != config:
+        raise ValueError(f"tile_scheduler_metadata: expected one for {config}, got one that was used for {step.config}")
+    rows = q[:, 0] if tokens == 1 else q.flatten(0, 1)
+    operands = (rows[..., :CKV_DIM], rows[..., CKV_DIM:], ckv_cache, kpe_cache)
+    pages = (table, lengths, _HEAD_DIM**-0.5 if softmax_scale is None else softmax_scale)
+    if not step.have_initialized:
+        _initialize(step, config, operands, pages, scales)
+    result: Any
+    if step.qo_indptr is None:
+        result = mla_paged_decode_block_table(*operands, *pages, lse_base="e", plan=step.plan, **scales)
+    else:
+        result = mla_paged_prefill_block_table(
+            *operands, step.qo_indptr, *pages, causal=causal, lse_base="e", plan=step.plan, **scales
+        )
+    out, lse = result
+    return out.view(batch, tokens, heads, CKV_DIM), lse.view(batch, tokens, heads).transpose(1, 2)
+
+
+def _initialize(
+    step: FlashMLASchedMeta,
+    config: FlashMLASchedMeta.Config,
+    operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    pages: tuple[torch.Tensor, torch.Tensor, float],
+    scales: dict[str, Any],
+) -> None:
+    """Checks the call first: one that is refused leaves `step` as it was."""
+    block_table, cache_seqlens, _ = pages
+    sizes: dict[str, Any] = {
+        "num_heads": config.h_q, "page_size": config.page_block_size,
+        "max_pages": block_table.shape[1], "table_stride": table_stride(block_table),
+        "kv_format": "group" if config.is_fp8_kvcache else "tensor" if operands[2].dtype is FP8 else "",
+        "q_fp8": operands[0].dtype is FP8,
+    }  # fmt: skip
+    if config.s_q == 1:
+        problem.check_decode_block_table(*operands, *pages, **scales)
+        step.plan = plan_decode_block_table(cache_seqlens, **sizes)
+    else:
+        qo_indptr = torch.arange(config.b + 1, dtype=torch.int32, device=cache_seqlens.device) * config.s_q
+        check_prefill_block_table(*operands, qo_indptr, *pages, causal=config.causal, **scales)
+        sizes |= {"total_q": config.b * config.s_q, "causal": config.causal}
+        step.plan = plan_prefill_block_table(qo_indptr, cache_seqlens, **sizes)
+        step.qo_indptr = qo_indptr
+    step.config, step.have_initialized = config, True
+
+
+def _cache(
+    k_cache: torch.Tensor, is_fp8_kvcache: bool, descale_k: float | None
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """(ckv_cache, kpe_cache, scale keywords), views of k_cache."""
+    problem._expect_tensor("k_cache", k_cache)
+    width = GROUP_ROW_BYTES if is_fp8_kvcache else _HEAD_DIM
+    problem._expect_shape("k_cache", k_cache, (None, None, 1, width), f"[num_blocks, page_block_size, 1, {width}]")
+    rows = k_cache[:, :, 0]
+    if is_fp8_kvcache:
+        if k_cache.itemsize != 1:
+            raise TypeError(f"k_cache: expected a dtype of one byte with is_fp8_kvcache=True, got {k_cache.dtype}")
+        if descale_k is not None:
+            raise ValueError("descale_k: expected None with is_fp8_kvcache=True, whose rows hold their scales")
+        ckv_cache, ckv_scale_arr, kpe_cache = group_rows(rows.view(torch.uint8))
+        return ckv_cache, kpe_cache, {"ckv_scale_arr": ckv_scale_arr}
+    scales: dict[str, Any] = {}
+    if k_cache.dtype is FP8:
+        scale = _number("descale_k", descale_k)
+        scales = {"ckv_scale": scale, "kpe_scale": scale}
+    elif descale_k is not None:
+        raise ValueError(f"descale_k: expected None with a k_cache of {k_cache.dtype}")
+    return rows[..., :CKV_DIM], rows[..., CKV_DIM:], scales
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, torch.Tensor):
+        raise NotImplementedError(f"{name}: expected a number, the kernels do not read scales from tensors")
+    if value is None:
+        return 1.0
+    problem._expect_scale(name, value)
+    return float(value)

@@ -1,0 +1,199 @@
+"""The FlashMLA functions on CPU tensors, against attention in plain torch; their signatures against a commit's.
+
+FlashMLA is built with nvcc and cannot be installed where there is no GPU, so its signatures are held against a record:
+tests/data/flash_mla_9241ae3.json was made from its sources (tests/recorded_signatures.py).
+"""
+
+import pytest
+import torch
+from integration_case import SM_SCALE, Case
+from recorded_signatures import load, of
+
+from mla_cute import quant
+from mla_cute.integrations import flash_mla
+from mla_cute.integrations.flash_mla import FlashMLASchedMeta, flash_mla_with_kvcache, get_mla_metadata
+
+RECORD = load("flash_mla_9241ae3.json")
+(RECORDED,) = RECORD["files"].values()
+E4M3 = torch.float8_e4m3fn
+KV_LENS = (17, 64, 0, 3, 8)
+OUT_TOLERANCE = {"rtol": 2**-7, "atol": 2**-8}  # the output is rounded to bf16; values are around 1
+
+
+def make(tokens=1, **kwargs):
+    return Case([(tokens, n) for n in KV_LENS], **kwargs)
+
+
+def args_of(case, meta=None, **changed):
+    """Keyword arguments of a call."""
+    return {
+        "q": case.q.view(len(KV_LENS), -1, *case.q.shape[1:]), "k_cache": case.cache[:, :, None],
+        "block_table": case.block_table, "cache_seqlens": case.kv_len_arr, "head_dim_v": 512,
+        "tile_scheduler_metadata": meta or get_mla_metadata()[0], "softmax_scale": SM_SCALE,
+    } | changed  # fmt: skip
+
+
+def check(case, result, causal=True, sm_scale=SM_SCALE, cache=None, rtol=1e-5):
+    """`result` in FlashMLA's shapes: out [b, s_q, h, 512], lse [b, h, s_q]."""
+    out, lse = case.expected(causal, sm_scale, cache)
+    batch, (rows, heads) = len(KV_LENS), lse.shape
+    tokens = rows // batch
+    got, got_lse = result
+    assert got.shape == (batch, tokens, heads, 512)
+    assert got_lse.shape == (batch, heads, tokens)
+    torch.testing.assert_close(got.float(), out.view(got.shape), **OUT_TOLERANCE)
+    torch.testing.assert_close(got_lse, lse.view(batch, tokens, heads).transpose(1, 2), rtol=rtol, atol=rtol)
+
+
+# ------------------------------------------------------------------------------------------------ signatures
+
+
+def test_signatures_are_the_recorded_ones():
+    """Fields and keyword-only parameters of this library may follow."""
+    assert RECORD["version"] in flash_mla.__doc__
+    ours = {
+        "get_mla_metadata": get_mla_metadata, "flash_mla_with_kvcache": flash_mla_with_kvcache,
+        "FlashMLASchedMeta": FlashMLASchedMeta, "FlashMLASchedMeta.Config": FlashMLASchedMeta.Config,
+    }  # fmt: skip
+    assert ours.keys() == RECORDED.keys()
+    for name, recorded in RECORDED.items():
+        parameters = of(ours[name])
+        assert parameters[: len(recorded)] == recorded, name
+        assert all(p["kind"] == "KEYWORD_ONLY" or p["kind"] == "FIELD" for p in parameters[len(recorded) :]), name
+
+
+def test_metadata_takes_the_older_arguments():
+    meta, nothing = get_mla_metadata(torch.ones(2), 16, 1, num_heads_q=16)
+    assert nothing is None
+    assert meta == FlashMLASchedMeta()
+
+
+# ------------------------------------------------------------------------------------------------ results
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_result_is_attention(tokens, causal, dtype):
+    case = make(tokens, dtype=dtype)
+    check(case, flash_mla_with_kvcache(**args_of(case, causal=causal)), causal)
+
+
+@pytest.mark.parametrize("page_size", [1, 5, 64])
+def test_page_sizes(page_size):
+    case = make(2, page_size=page_size, num_pages=200, num_indices=200)
+    check(case, flash_mla_with_kvcache(**args_of(case, causal=True)))
+
+
+def test_default_scale_is_that_of_576_channels():
+    case = make()
+    check(case, flash_mla_with_kvcache(**args_of(case, softmax_scale=None)), sm_scale=576**-0.5)
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_q_of_any_strides(tokens):
+    """Views: of a wider buffer, and with heads before tokens, which cannot become one dimension without a copy."""
+    case = make(tokens)
+    q = args_of(case)["q"]
+    wide = torch.full((*q.shape[:-1], 600), torch.nan, dtype=q.dtype)
+    wide[..., :576] = q
+    for view in (wide[..., :576], q.transpose(1, 2).contiguous().transpose(1, 2)):
+        check(case, flash_mla_with_kvcache(**args_of(case, q=view, causal=True)))
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_layers_share_the_metadata(tokens):
+    case = make(tokens)
+    meta, _ = get_mla_metadata()
+    check(case, flash_mla_with_kvcache(**args_of(case, meta, causal=True)))
+    plan = meta.plan
+    assert meta.have_initialized
+    case.q.neg_()
+    check(case, flash_mla_with_kvcache(**args_of(case, meta, causal=True)))
+    assert meta.plan is plan
+
+
+# ------------------------------------------------------------------------------------------------ FP8
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.uint8, E4M3])
+def test_rows_of_656_bytes(tokens, dtype):
+    case = make(tokens)
+    pool = torch.zeros(*case.cache.shape[:2], quant.GROUP_ROW_BYTES, dtype=torch.uint8)
+    ckv, array = quant.quantize_group(case.cache[..., :512])
+    kpe = case.cache[..., 512:]
+    for part, values in zip(quant.group_rows(pool), (ckv, array, kpe), strict=True):
+        part.copy_(values)
+    real = torch.cat((quant.dequantize(ckv, array), kpe.float()), -1)
+    given = args_of(case, k_cache=pool[:, :, None].view(dtype), is_fp8_kvcache=True, causal=True)
+    check(case, flash_mla_with_kvcache(**given), cache=real)
+
+
+@pytest.mark.parametrize("q_fp8", [False, True])
+def test_cache_with_one_scale(q_fp8):
+    case = make(2)
+    stored = quant.to_e4m3(case.cache, 0.02)
+    given = {"k_cache": stored[:, :, None], "descale_k": 0.02}
+    if q_fp8:
+        case.q = quant.to_e4m3(case.q, 0.25)
+        given["descale_q"] = 0.25
+    result = flash_mla_with_kvcache(**args_of(case, causal=True, **given))
+    if q_fp8:
+        assert result[0].dtype is torch.bfloat16
+        case.q = case.q.float() * 0.25
+    check(case, result, cache=stored.float() * 0.02)
+
+
+# ------------------------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"indices": torch.zeros(1)}, NotImplementedError, "indices: .*sparse attention is not supported"),
+        ({"attn_sink": torch.zeros(1)}, NotImplementedError, "attn_sink: .*attention sinks are not supported"),
+        ({"extra_k_cache": torch.zeros(1)}, NotImplementedError, "extra_k_cache"),
+        ({"topk_length": torch.zeros(1)}, NotImplementedError, "topk_length"),
+        ({"tile_scheduler_metadata": torch.zeros(1)}, TypeError, "tile_scheduler_metadata: expected the FlashMLASch"),
+        ({"num_splits": torch.zeros(1)}, ValueError, "num_splits: expected None"),
+        ({"head_dim_v": 576}, ValueError, "head_dim_v: expected 512, got 576"),
+        ({"causal": None}, TypeError, "causal: expected True or False"),
+        ({"q": torch.zeros(5, 3, 576)}, ValueError, r"q: expected shape \[batch, s_q, heads, 576\]"),
+        ({"q": torch.zeros(5, 1, 129, 576)}, ValueError, "q: expected 1 to 128 heads"),
+        ({"k_cache": torch.zeros(9, 8, 2, 576)}, ValueError, "k_cache: expected shape"),
+        ({"k_cache": torch.zeros(9, 8, 1, 576)}, TypeError, "ckv_cache: expected dtype"),
+        ({"is_fp8_kvcache": True}, ValueError, "k_cache: expected shape .*656"),
+        ({"block_table": None}, TypeError, "block_table: expected a torch.Tensor"),
+        ({"cache_seqlens": None}, TypeError, "cache_seqlens: expected a torch.Tensor"),
+        ({"cache_seqlens": torch.ones(4, dtype=torch.int32)}, ValueError, "cache_seqlens: expected shape"),
+        ({"softmax_scale": 0.0}, ValueError, "sm_scale"),
+        ({"descale_q": 2.0}, ValueError, "descale_q: expected None"),
+        ({"descale_k": 2.0}, ValueError, "descale_k: expected None"),
+    ],
+)
+def test_refuses(changed, error, message):
+    case, meta = make(), get_mla_metadata()[0]
+    with pytest.raises(error, match=message):
+        flash_mla_with_kvcache(**args_of(case, meta) | changed)
+    assert meta == FlashMLASchedMeta()
+
+
+def test_fp8_refuses():
+    case = make()
+    stored = {"k_cache": case.cache.to(E4M3)[:, :, None]}
+    with pytest.raises(NotImplementedError, match="descale_k: expected a number"):
+        flash_mla_with_kvcache(**args_of(case, **stored, descale_k=torch.ones(1)))
+    with pytest.raises(ValueError, match="descale_k"):
+        flash_mla_with_kvcache(**args_of(case, **stored, descale_k=-1.0))
+    wide = torch.zeros(*case.cache.shape[:2], 1, 656, dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match="k_cache: expected a dtype of one byte"):
+        flash_mla_with_kvcache(**args_of(case, k_cache=wide, is_fp8_kvcache=True))
+
+
+def test_metadata_of_another_step_is_refused():
+    meta, _ = get_mla_metadata()
+    flash_mla_with_kvcache(**args_of(make(), meta))
+    for case, changed in ((make(2), {}), (make(num_heads=4), {}), (make(page_size=4), {}), (make(), {"causal": True})):
+        with pytest.raises(ValueError, match="tile_scheduler_metadata: expected one for"):
+            flash_mla_with_kvcache(**args_of(case, meta, **changed))

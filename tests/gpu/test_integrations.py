@@ -1,0 +1,184 @@
+"""The FlashInfer wrapper and the FlashMLA functions on the GPU, against attention in plain torch: results, no
+synchronisation, and CUDA graphs that follow later plans."""
+
+import math
+
+import pytest
+import torch
+from integration_case import SM_SCALE, Case
+
+from mla_cute import quant
+from mla_cute.integrations.flash_mla import flash_mla_with_kvcache, get_mla_metadata
+from mla_cute.integrations.flashinfer import BatchMLAPagedAttentionWrapper
+from mla_cute.plan import DecodePlan
+
+RAGGED = [(1, 700), (9, 300), (0, 9), (70, 70), (2, 1), (4, 64), (1, 0), (0, 0)]
+DECODE = [(1, 700), (1, 64), (1, 0), (1, 1), (1, 1500), (1, 65), (1, 128), (1, 5)]
+SIZES = {"num_heads": 16, "page_size": 64, "num_pages": 64, "num_indices": 64}
+E4M3 = torch.float8_e4m3fn
+
+
+def make(requests, **kwargs):
+    return Case(requests, device="cuda", **SIZES | kwargs)
+
+
+def plan(wrapper, case, on_host=(), form="csr", **kwargs):
+    known = {name: x.cpu() if name in on_host else x for name, x in getattr(case, form).items()}
+    sizes = {
+        "num_heads": 16, "head_dim_ckv": 512, "head_dim_kpe": 64, "page_size": 64, "causal": True,
+        "sm_scale": SM_SCALE, "q_data_type": case.q.dtype, "kv_data_type": case.cache.dtype,
+    }  # fmt: skip
+    wrapper.plan(**known, **sizes | kwargs)
+
+
+def make_wrapper(batch=None, **kwargs):
+    if batch is not None:
+        kwargs["use_cuda_graph"] = True
+        sizes = {"qo_indptr": batch + 1, "kv_indptr": batch + 1, "kv_indices": 64, "kv_len_arr": batch}
+        kwargs |= {name: torch.full((n,), -1, dtype=torch.int32, device="cuda") for name, n in sizes.items()}
+    return BatchMLAPagedAttentionWrapper(torch.empty(1, device="cuda"), **kwargs)
+
+
+def check(out, lse, expected, base_e=False):
+    """Errors of bf16 kernels on standard normal data are 3e-3 (Frobenius); an output of zeros has none."""
+    want, want_lse = expected
+    error = (out.float().cpu() - want).norm() / want.norm()
+    assert error < 6e-3, error
+    torch.testing.assert_close(lse.cpu(), want_lse if base_e else want_lse / math.log(2), rtol=1e-4, atol=1e-3)
+
+
+def owned(case, result):
+    return [x[: case.qo_indptr[-1]] for x in result]
+
+
+@pytest.mark.parametrize("on_host", [(), ("qo_indptr", "kv_indptr", "kv_indices", "kv_len_arr")], ids=["cuda", "cpu"])
+@pytest.mark.parametrize("requests", [RAGGED, DECODE], ids=["ragged", "decode"])
+def test_flashinfer_wrapper(requests, on_host):
+    case = make(requests, spare_q=2 if requests is RAGGED else 0)
+    wrapper = make_wrapper()
+    plan(wrapper, case, on_host)
+    result = wrapper.run(query=case.q, kv_cache=case.cache, return_lse=True)
+    assert isinstance(wrapper._plan_of(len(case.q)), DecodePlan) == (requests is DECODE and bool(on_host))
+    check(*owned(case, result), case.expected(True))
+
+
+def test_flashinfer_wrapper_does_not_synchronise():
+    case = make(RAGGED)
+    wrapper = make_wrapper()
+    plan(wrapper, case)
+    wrapper.run(query=case.q, kv_cache=case.cache)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        plan(wrapper, case)
+        result = wrapper.run(query=case.q, kv_cache=case.cache, return_lse=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    check(*result, case.expected(True))
+
+
+def test_flashinfer_wrapper_fp8():
+    case = make(RAGGED)
+    scales = {"ckv_scale": 0.02, "kpe_scale": 0.013}
+    cache = quant.quantize_tensor(case.cache[..., :512], case.cache[..., 512:], **scales)
+    real = torch.cat((cache[0].float() * 0.02, cache[1].float() * 0.013), -1)
+    wrapper = make_wrapper()
+    plan(wrapper, case, kv_data_type=E4M3)
+    result = wrapper.run(query=case.q, kv_cache=cache, return_lse=True, **scales)
+    check(*result, case.expected(True, cache=real))
+
+
+def capture(run):
+    """Run once outside, as compiling and loading cannot be captured."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        result = run()
+    return graph, result
+
+
+@pytest.mark.parametrize("form", ["csr", "dense"])
+@pytest.mark.parametrize("decode", [True, False])
+def test_flashinfer_graph_follows_later_plans(decode, form):
+    """One capture; between replays `plan` is called with other lengths, pages and, in prefill, query lengths."""
+    steps = [DECODE, DECODE[::-1], [(1, 40)] * 8] if decode else [RAGGED, RAGGED[::-1], [(3, 33)] * 8]
+    total = max(sum(n for n, _ in requests) for requests in steps)
+    cases = [
+        make(requests, seed=seed, spare_q=total - sum(n for n, _ in requests)) for seed, requests in enumerate(steps)
+    ]
+    width = max(case.block_table.shape[1] for case in cases)
+    for case in cases:
+        case.block_table = torch.nn.functional.pad(case.block_table, (0, width - case.block_table.shape[1]), value=-5)
+    first = make(steps[0], spare_q=cases[0].q.shape[0] - sum(n for n, _ in steps[0]))
+    first.block_table = cases[0].block_table.clone()
+    on_host = ("qo_indptr",) if decode and form == "csr" else ()
+    wrapper = make_wrapper(batch=8) if form == "csr" else make_wrapper(use_cuda_graph=True)
+    plan(wrapper, first, on_host, form)
+    graph, result = capture(lambda: wrapper.run(query=first.q, kv_cache=first.cache, return_lse=True))
+    for case in [*cases, cases[0]]:
+        first.q.copy_(case.q)
+        first.cache.copy_(case.cache)
+        if form == "dense":
+            for name in ("qo_indptr", "block_table", "kv_len_arr"):
+                getattr(first, name).copy_(getattr(case, name))
+        plan(wrapper, case if form == "csr" else first, on_host, form)
+        graph.replay()
+        check(*owned(case, result), case.expected(True))
+
+
+def flash_mla_args(case, tokens):
+    return {
+        "q": case.q.view(-1, tokens, *case.q.shape[1:]), "k_cache": case.cache[:, :, None],
+        "block_table": case.block_table, "cache_seqlens": case.kv_len_arr, "head_dim_v": 512, "causal": True,
+        "softmax_scale": SM_SCALE,
+    }  # fmt: skip
+
+
+def flat(result):
+    out, lse = result
+    return out.flatten(0, 1), lse.transpose(1, 2).flatten(0, 1)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_flash_mla(tokens):
+    case = make([(tokens, n) for _, n in DECODE])
+    meta, _ = get_mla_metadata()
+    for _ in range(2):
+        result = flash_mla_with_kvcache(**flash_mla_args(case, tokens), tile_scheduler_metadata=meta)
+        check(*flat(result), case.expected(True), base_e=True)
+
+
+def test_flash_mla_rows_of_656_bytes():
+    case = make(DECODE)
+    pool = torch.zeros(*case.cache.shape[:2], quant.GROUP_ROW_BYTES, dtype=torch.uint8, device="cuda")
+    ckv, array = quant.quantize_group(case.cache[..., :512])
+    for part, values in zip(quant.group_rows(pool), (ckv, array, case.cache[..., 512:]), strict=True):
+        part.copy_(values)
+    given = flash_mla_args(case, 1) | {"k_cache": pool[:, :, None], "is_fp8_kvcache": True}
+    result = flash_mla_with_kvcache(**given, tile_scheduler_metadata=get_mla_metadata()[0])
+    real = torch.cat((quant.dequantize(ckv, array), case.cache[..., 512:].float()), -1)
+    check(*flat(result), case.expected(True, cache=real), base_e=True)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_flash_mla_graph_plans_in_every_replay(tokens):
+    """As FlashMLA's: metadata that are new in the captured step are made again by each replay."""
+    cases = [make([(tokens, n) for _, n in step], seed=seed) for seed, step in enumerate((DECODE, DECODE[::-1]))]
+    first = make([(tokens, n) for _, n in DECODE])
+
+    def step():
+        meta, _ = get_mla_metadata()
+        given = flash_mla_args(first, tokens) | {"tile_scheduler_metadata": meta}
+        flash_mla_with_kvcache(**given)
+        return flash_mla_with_kvcache(**given), meta
+
+    graph, (result, _meta) = capture(step)
+    for case in [*cases, cases[0]]:
+        for name in ("q", "cache", "block_table", "kv_len_arr"):
+            getattr(first, name).copy_(getattr(case, name))
+        graph.replay()
+        check(*flat(result), case.expected(True), base_e=True)

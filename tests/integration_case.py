@@ -1,0 +1,106 @@
+"""Requests over a paged latent cache for the tests of mla_cute.integrations, with a dense answer in plain torch.
+
+What no request owns is poisoned: pages and rows of pages are NaN, page ids past a request's or the list's end absurd.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+
+SM_SCALE = 192**-0.5
+ABSURD = 2**30
+
+
+class Case:
+    """`requests` are (q_len, kv_len).
+
+    Attributes:
+        q: [total_q, H, 576]; rows past qo_indptr[-1] are NaN. cache: [num_pages, page_size, 576].
+        qo_indptr, kv_indptr, kv_indices, kv_len_arr: CSR metadata, kv_indices longer than kv_indptr[-1].
+        block_table: [batch, max_pages].
+    """
+
+    def __init__(
+        self,
+        requests: Sequence[tuple[int, int]],
+        *,
+        num_heads: int = 3,
+        page_size: int = 8,
+        spare_q: int = 0,
+        spare_pages: int = 0,
+        num_pages: int = 64,
+        num_indices: int = 72,
+        dtype: torch.dtype = torch.bfloat16,
+        device: str = "cpu",
+        seed: int = 0,
+    ):
+        """`spare_pages`: pages a request owns beyond those its keys fill."""
+        generator = torch.Generator().manual_seed(seed)
+        self.requests, self.page_size = list(requests), page_size
+        q_lens, self.kv_lens = zip(*requests, strict=True)
+        total = sum(q_lens)
+        self.q = torch.randn(total + spare_q, num_heads, 576, generator=generator).to(dtype)
+        self.q[total:] = torch.nan
+        pages = [-(-n // page_size) for n in self.kv_lens]
+        order = torch.randperm(num_pages, generator=generator)
+        own = [order[end - n : end] for n, end in zip(pages, itertools.accumulate(pages), strict=True)]
+        self.cache = torch.full((num_pages, page_size, 576), torch.nan, dtype=dtype)
+        for ids, n in zip(own, self.kv_lens, strict=True):
+            rows = torch.full((len(ids) * page_size, 576), torch.nan)
+            rows[:n] = torch.randn(n, 576, generator=generator)
+            self.cache[ids] = rows.view(-1, page_size, 576).to(dtype)
+        self._own = own
+        self.qo_indptr = _int32([0, *itertools.accumulate(q_lens)])
+        self.kv_indptr = _int32([0, *itertools.accumulate(n + spare_pages for n in pages)])
+        spare = torch.full((spare_pages,), ABSURD)
+        ids = torch.cat([part for owned in own for part in (owned, spare)])
+        self.kv_indices = torch.full((num_indices,), ABSURD, dtype=torch.int32)
+        self.kv_indices[: len(ids)] = ids
+        self.kv_len_arr = _int32(self.kv_lens)
+        self.block_table = torch.full((len(requests), max(pages) + 2), ABSURD, dtype=torch.int32)
+        for row, owned in zip(self.block_table, own, strict=True):
+            row[: len(owned)] = owned
+        for name, x in list(vars(self).items()):
+            if isinstance(x, torch.Tensor):
+                setattr(self, name, x.to(device))
+
+    @property
+    def csr(self) -> dict[str, torch.Tensor]:
+        return {name: getattr(self, name) for name in ("qo_indptr", "kv_indptr", "kv_indices", "kv_len_arr")}
+
+    @property
+    def dense(self) -> dict[str, torch.Tensor]:
+        return {
+            "cum_seq_lens_q": self.qo_indptr, "block_tables": self.block_table, "seq_lens": self.kv_len_arr,
+        }  # fmt: skip
+
+    def expected(
+        self, causal: bool, sm_scale: float = SM_SCALE, cache: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(output [rows, H, 512], natural log-sum-exp [rows, H]) in float32 of the rows that requests own.
+
+        `cache` is what the cache stands for in float32, if it is not the case's own.
+        """
+        cache = (self.cache if cache is None else cache).float().cpu()
+        results = []
+        for begin, ids, (q_len, kv_len) in zip(self.qo_indptr.tolist(), self._own, self.requests, strict=False):
+            keys = cache[ids].flatten(0, 1)[:kv_len]
+            q = self.q[begin : begin + q_len].float().cpu()
+            results.append(_attention(q, keys, causal, sm_scale))
+        out, lse = zip(*results, strict=True)
+        return torch.cat(out), torch.cat(lse)
+
+
+def _attention(q: torch.Tensor, keys: torch.Tensor, causal: bool, sm_scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """One request: q [q_len, H, 576], keys [kv_len, 576]; the causal mask is aligned at the bottom right."""
+    scores = torch.einsum("qhd,kd->qhk", q, keys) * sm_scale
+    if causal:
+        visible = torch.ones(len(q), len(keys), dtype=torch.bool).tril(len(keys) - len(q))
+        scores = scores.masked_fill(~visible[:, None], -torch.inf)
+    lse = scores.logsumexp(-1)
+    return torch.einsum("qhk,kd->qhd", scores.softmax(-1).nan_to_num(0.0), keys[:, :512]), lse
+
+
+def _int32(values: Sequence[int]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
