@@ -206,8 +206,8 @@ class Fp8Consumer:
     def _phase(self, tile):
         return tile // self.num_stages % 2
 
-    def _start_nope(self, p, s, f, tile, chunk: int):
-        """T = Q K^T over one of `score_chunks` parts of the depth, of a tile of the stream; asynchronous."""
+    def _start_nope(self, p, s, f, tile, chunk: int, acc=None):
+        """acc (None: T) = Q K^T over one of `score_chunks` parts of the depth of a tile; asynchronous."""
         slot = self._slot(tile)
         if chunk == 0:
             cute.arch.mbarrier_wait(s.mbar + MB_FULL + slot, self._phase(tile))
@@ -216,8 +216,17 @@ class Fp8Consumer:
         steps = NOPE_STEPS // self.score_chunks
         warpgroup.fence()
         for term in reversed(range(self.q_terms)):
-            self._issue(p.mma_nope, f.rT, f.tSrQ[None, None, None, term], f.tSrK[None, None, None, slot],
-                        range(chunk * steps, (chunk + 1) * steps), term == self.q_terms - 1)  # fmt: skip
+            self._issue(p.mma_nope, f.rT if acc is None else acc, f.tSrQ[None, None, None, term],
+                        f.tSrK[None, None, None, slot], range(chunk * steps, (chunk + 1) * steps),
+                        term == self.q_terms - 1)  # fmt: skip
+        warpgroup.commit_group()
+
+    def _start_rope(self, p, f, slot, acc):
+        """acc = Qr R^T; asynchronous."""
+        warpgroup.fence()
+        for term in reversed(range(self.rope_terms)):
+            self._issue(p.mma_rope, acc, f.tSrQr[None, None, None, term], f.tSrR[None, None, None, slot],
+                        range(64 // (32 if self.rope_fp8 else 16)), term == self.rope_terms - 1)  # fmt: skip
         warpgroup.commit_group()
 
     def _issue(self, tiled_mma, acc, a, b, steps, zero_first: bool):
@@ -227,24 +236,39 @@ class Fp8Consumer:
         """S = b (Qr R^T) + a sum over scale groups of scale (Q K^T) - reference, in units of log2; ends what
         `_start_nope` began."""
         slot = self._slot(tile)
-        warpgroup.fence()
-        for term in reversed(range(self.rope_terms)):
-            self._issue(p.mma_rope, f.rS, f.tSrQr[None, None, None, term], f.tSrR[None, None, None, slot],
-                        range(64 // (32 if self.rope_fp8 else 16)), term == self.rope_terms - 1)  # fmt: skip
-        warpgroup.commit_group()
         a = [s.sQScale[0, f.row + 8 * r] * p.nope_scale_log2 for r in range(2)]
         b = [s.sQScale[1, f.row + 8 * r] * p.rope_scale_log2 for r in range(2)]
+        nope, rope = f.S, f.T
+        if self.score_chunks == 1:
+            nope, rope = f.T, f.S
+            self._start_rope(p, f, slot, f.rS)
+        else:
+            self._sum_parts(p, s, f, tile, slot)
+            self._start_rope(p, f, slot, f.rT)
         warpgroup.wait_group(0)
-        for chunk in range(self.score_chunks):
-            if chunk > 0:
-                self._start_nope(p, s, f, tile, chunk)
-                warpgroup.wait_group(0)
+        for j in range(8):
+            scales = self._column_scales(s, f, slot, 0, j) if self.num_scales == 1 else []
+            for n in (2 * j, 2 * j + 1):
+                for r in range(2):
+                    factor = a[r] * scales[n % 2] if scales else a[r]
+                    f.S[r, n] = (rope[r, n] * b[r] - f.rRef[r]) + nope[r, n] * factor
+
+    def _sum_parts(self, p, s, f, tile, slot):
+        """S = sum over parts of the depth of Q K^T, each times its tokens' scales where parts have their own."""
+        self._start_nope(p, s, f, tile, 1, f.rS)
+        for part in range(1, self.score_chunks):
+            if part > 1:
+                self._start_nope(p, s, f, tile, part)
+            warpgroup.wait_group(0)
             for j in range(8):
-                scales = self._column_scales(s, f, slot, chunk if self.num_scales == 4 else 0, j)
+                of_s = of_t = [Float32(1.0)] * 2
+                if self.num_scales == 4:
+                    # T holds part 0 at first, beside part 1 in S.
+                    of_t = self._column_scales(s, f, slot, part if part > 1 else 0, j)
+                    of_s = self._column_scales(s, f, slot, 1, j) if part == 1 else of_s
                 for n in (2 * j, 2 * j + 1):
                     for r in range(2):
-                        base = f.S[r, n] * b[r] - f.rRef[r] if chunk == 0 else f.S[r, n]
-                        f.S[r, n] = base + f.T[r, n] * (a[r] * scales[n % 2] if self.num_scales else a[r])
+                        f.S[r, n] = f.S[r, n] * of_s[n % 2] + f.T[r, n] * of_t[n % 2]
 
     def _column_scales(self, s, f, slot, group: int, j: int) -> list:
         """Scales of this thread's two of tokens 8 j .. 8 j + 7."""
