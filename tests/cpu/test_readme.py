@@ -7,12 +7,15 @@ import re
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+FP8_SPEED = "tune/measurements/NVIDIA_H200/fp8_2026-11-24.json"
+FP8_ERROR = "tune/measurements/NVIDIA_H200/fp8_check_2026-11-24.json"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def record():
-    """The record of the tables; the README names another one for the host's time."""
-    path, other = re.findall(r"\]\((tune/measurements/[^)]+\.json)\)", README)
+    """The record of the bf16 tables; the README names another one for the host's time, and two of FP8 caches."""
+    fp8, errors, path, other = re.findall(r"\]\((tune/measurements/[^)]+\.json)\)", README)
+    assert (fp8, errors) == (FP8_SPEED, FP8_ERROR)
     assert other.endswith("prefill_bf16_2026-11-24.json")
     return load(path)
 
@@ -62,6 +65,38 @@ def test_prefill_table_is_the_records():
                 assert text == f"{row['tflops']:.0f} ({100 * row['cublas_share']:.0f} %)", (heads, count, q_len)
                 cells += 1
     assert cells == 8
+
+
+def test_fp8_speeds_are_the_records():
+    measured = load(FP8_SPEED)
+    found = re.findall(r"^\| (\d+) \| (\d+) \|" + r" ([\d.]+) \|" * 6 + "$", README, re.MULTILINE)
+    assert len(found) == 9
+    rows = {}
+    for row in measured["rows"]:
+        case = row["case"]
+        assert row["check"]["ok"], case
+        if case.get("kv_len") == 8192:
+            rows[case["num_heads"], case["batch"], case["kv_format"], case["q_fp8"]] = f"{row['us_amortised']:.1f}"
+    kinds = [(kv_format, q_fp8) for kv_format in ("tensor", "token", "group") for q_fp8 in (False, True)]
+    for heads, batch, *times in found:
+        assert times == [rows[(int(heads), int(batch), *kind)] for kind in kinds], (heads, batch)
+    assert f"card: it reads at {measured['ceilings']['used']['read_gbps']:.0f} GB/s" in README
+
+
+def test_fp8_errors_are_the_records():
+    measured = load(FP8_ERROR)
+    assert measured["failed"] == 0
+    found = re.findall(r"^\| ([\w ]+) \| (tensor|token|group) \| (\S+) \| (\S+) \| (\S+) \|$", README, re.MULTILINE)
+    assert len(found) == 9
+    rows = {
+        (row["data"], row["kv_format"], row["num_heads"]): row
+        for row in measured["rows"]
+        if row["q"] == "bf16" and row["accuracy"] == "high"
+    }
+    for data, kv_format, few, many, with_format in found:
+        few_row, row = rows[data, kv_format, 16], rows[data, kv_format, 128]
+        assert (few, many) == tuple(f"{r['kernel_error']['rel_err']:.1e}" for r in (few_row, row)), (data, kv_format)
+        assert with_format == f"{row['format_error']['rel_err']:.1e}"
 
 
 def test_sentences_are_the_records():
