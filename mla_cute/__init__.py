@@ -6,13 +6,14 @@
 ...                                      kv_indptr, kv_indices, sm_scale, plan=plan)
 """
 
-from . import quant
+from . import ops, quant
 from ._explain import explain
 from .api import mla_paged_decode, mla_paged_decode_block_table
 from .api_prefill import mla_paged_prefill, mla_paged_prefill_block_table
 from .append import append_to_cache
 from .config import KernelConfig
 from .jit import cache_dir, warmup
+from .merge_states import merge_states
 from .plan import DecodePlan, plan_decode, plan_decode_block_table
 from .plan_prefill import PrefillPlan, plan_prefill, plan_prefill_block_table
 
@@ -24,10 +25,12 @@ __all__ = [
     "append_to_cache",
     "cache_dir",
     "explain",
+    "merge_states",
     "mla_paged_decode",
     "mla_paged_decode_block_table",
     "mla_paged_prefill",
     "mla_paged_prefill_block_table",
+    "ops",
     "plan_decode",
     "plan_decode_block_table",
     "plan_prefill",

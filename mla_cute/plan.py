@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -66,6 +68,7 @@ class Plan:
 
     __slots__ = (
         "_planner", "_planner_args", "_scratch", "_table_stride", "_problem", "_launch", "_block_table",
+        "__weakref__", "handle",
         "batch", "num_heads", "page_size", "device", "config", "selection", "batch_invariant",
         "table", "part", "num_parts", "merge_x", "merge_y", "grid", "has_work", "verifies",
     )  # fmt: skip
@@ -99,6 +102,8 @@ class Plan:
         self.batch, self.num_heads, self.page_size, self.device = batch, num_heads, page_size, device
         self.batch_invariant = batch_invariant
         self.selection: tuned.Selection | None = None
+        self.handle = next(_handles)
+        _alive[self.handle] = self
         self._table_stride, self._block_table = table_stride, block_table
         self.verifies = check_enabled()
         self.has_work = self.device.type == "cuda" and batch > 0
@@ -194,6 +199,18 @@ class Plan:
         return jit.get(step, self._step_key(dtype, box_rows), self.config.launch())
 
 
+# What stands for a plan in a torch op (ops.py); never used twice.
+_handles = itertools.count(1)
+_alive: weakref.WeakValueDictionary[int, Plan] = weakref.WeakValueDictionary()
+
+
+def plan_of(handle: int) -> Plan:
+    """ValueError when it is gone."""
+    if (plan := _alive.get(handle)) is None:
+        raise ValueError(f"plan: expected the handle of a plan that is alive, got {handle}")
+    return plan
+
+
 class DecodePlan(Plan):
     """Work items of one decode step. Made by :func:`plan_decode` or :func:`plan_decode_block_table`.
 
@@ -257,6 +274,7 @@ class DecodePlan(Plan):
             slots = 2 * parts
         self._allocate(
             PLANNER,
+    TILE_M,
             key,
             sms=sms,
             parts=parts,

@@ -99,6 +99,13 @@ class AppendKey:
     slots: str
 
 
+@dataclasses.dataclass(frozen=True)
+class MergeStatesKey:
+    """Static facts of a merge of two states: element type of the outputs, "bfloat16", "float16" or "float32"."""
+
+    dtype: str
+
+
 DECODE = KernelRef("decode_rows_sm90", "mla_cute.kernels.decode", "Decode")
 PLANNER = KernelRef("planner", "mla_cute.kernels.planner", "Planner")
 PREFILL = KernelRef("prefill_rows_sm90", "mla_cute.kernels.prefill", "Prefill")
@@ -107,6 +114,7 @@ DECODE_FEW_FP8 = KernelRef("decode_few_fp8_sm90", "mla_cute.kernels.step_fp8", "
 PREFILL_FP8 = KernelRef("prefill_fp8_sm90", "mla_cute.kernels.step_fp8", "PrefillFp8")
 PREFILL_PLANNER = KernelRef("prefill_planner", "mla_cute.kernels.prefill_planner", "PrefillPlanner")
 APPEND = KernelRef("append", "mla_cute.kernels.append", "Append")
+MERGE_STATES = KernelRef("merge_states", "mla_cute.kernels.merge_states", "MergeStates")
 
 
 def box_rows_of(page_size: int) -> int:
@@ -181,6 +189,17 @@ def append_variants(
         for kv_format in kv_formats
         for slots in ("int32", "int64")
     ]
+
+
+def merge_states_variants(dtypes: Iterable[str] | None = None) -> list[tuple[KernelRef, MergeStatesKey, None]]:
+    """(kernel, key, None) of what `merge_states` needs for `dtypes`; None means all, float32 among them. Merging has
+    nothing to tune.
+
+    Raises ValueError on an unknown dtype.
+    """
+    known = (*DTYPES, "float32")
+    dtypes = known if dtypes is None else _known("dtypes", dtypes, known)
+    return [(MERGE_STATES, MergeStatesKey(dtype), None) for dtype in dtypes]
 
 
 def _known(name: str, values: Iterable[str], known: tuple[str, ...]) -> tuple[str, ...]:

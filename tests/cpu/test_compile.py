@@ -80,7 +80,7 @@ def test_registry_is_complete():
     assert len({repr(v) for v in VARIANTS}) == len(VARIANTS), "keys with equal repr would share a cache entry"
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, *APPENDS, *COVERED_FP8, *NATIVE_FP8], ids=name)
+@pytest.mark.parametrize("variant", [*VARIANTS, *APPENDS, *MERGES, *COVERED_FP8, *NATIVE_FP8], ids=name)
 def test_resources(variant, caplog):
     facts, opcodes = compiled(variant)
     assert facts["spill_bytes"] == 0

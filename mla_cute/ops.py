@@ -1,0 +1,314 @@
+"""The calls as torch custom ops, for `torch.compile(fullgraph=True)` and `torch.export`.
+
+    torch.ops.mla_cute.mla_paged_decode(...)        returns (output, lse)
+    torch.ops.mla_cute.mla_paged_decode.out(...)    writes its arguments out and lse
+    torch.ops.mla_cute.append_to_cache(...)         writes the cache
+
+and likewise mla_paged_decode_block_table, mla_paged_prefill, mla_paged_prefill_block_table and merge_states.
+
+The functions of this module have the signatures of the public calls and go through the ops, in eager mode too.
+`torch.compile` traces them in place of the public calls, so code that calls `mla_cute.mla_paged_decode` compiles as it
+is; without compilation the public calls know nothing of this module. Non-strict `torch.export` does not replace them:
+code to be exported calls `mla_cute.ops`. Through an op an eager call takes 5 us more than directly (measured on CPU
+tensors without the reference: 11.1 us for 6.4; through a function of this module 12.5).
+
+What is no tensor or number crosses an op's schema like this:
+
+    lse_base    as `natural_lse`
+    config      as text
+    plan        as its `handle`, an integer. Without a plan the op plans in the call, on the GPU, from the metadata it
+                is given: under CUDA-graph capture the planner is captured with it. A plan is made and updated outside
+                of the compiled code, which does not know that the ops read what `plan.update()` writes.
+
+Fake implementations check shapes, metadata and devices as the calls do, and nothing that needs an address or a value.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+
+from . import api, api_prefill, append
+from . import problem as shared
+from .config import KernelConfig
+from .merge_states import merge_states as _merge_states
+from .plan import Plan, plan_of
+from .problem import CKV_DIM, FP8, GROUP_DIM, KPE_DIM, LSE_BASES
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_LIBRARY = torch.library.Library("mla_cute", "DEF")
+_OPTIONS = (
+    "Tensor? ckv_scale_arr=None, float ckv_scale=1.0, float kpe_scale=1.0, float q_scale=1.0, bool natural_lse=False, "
+    "bool batch_invariant=False, str? config=None, SymInt? plan=None"
+)
+
+
+def _define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """The new op. Not `torch.library.custom_op`, whose Python layers add 12 to 16 us to an eager call; these add 4."""
+    _LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    # as the direct calls: no gradient is recorded
+    _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake(f"mla_cute::{name}", fake, lib=_LIBRARY)
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.mla_cute, packet), overload or "default")
+
+
+def _without_result(function: Callable[..., Any]) -> Callable[..., None]:
+    def run(*args: Any, **options: Any) -> None:
+        function(*args, **options)
+
+    return run
+
+
+def _encoded(config: KernelConfig) -> str:
+    """As a literal: JSON's encoder cannot be traced."""
+    return "{" + ", ".join([f"{name!r}: {value!r}" for name, value in config.to_dict().items()]) + "}"
+
+
+@functools.lru_cache(maxsize=256)
+def _config_of(encoded: str | None) -> KernelConfig | None:
+    return None if encoded is None else KernelConfig.from_dict(ast.literal_eval(encoded))
+
+
+# ------------------------------------------------------------------------------------------------ the four attentions
+
+
+def _define_attention(call: F, metadata: str) -> F:
+    """Define the op of a public call, with its out-variant; returns the function with its signature that goes through
+    them. `metadata`: the schema between caches and sm_scale."""
+    name = call.__name__
+    required = f"Tensor q_nope, Tensor q_pe, Tensor ckv_cache, Tensor kpe_cache, {metadata}, float sm_scale"
+    options = _OPTIONS
+    if "kv_indptr" in metadata:
+        options = f"Tensor? kv_last_page_len=None, {options}"
+    if "qo_indptr" in metadata:
+        options = f"bool causal=True, {options}"
+    fake = functools.partial(_fake_attention, metadata=metadata)
+
+    def run(
+        *args: Any, natural_lse: bool = False, config: str | None = None, plan: int | None = None, **options: Any
+    ) -> Any:
+        lse_base = "e" if natural_lse else 2
+        return call(
+            *args, lse_base=lse_base, config=_config_of(config), plan=None if plan is None else plan_of(plan), **options
+        )
+
+    op = _define(name, f"({required}, *, {options}) -> (Tensor output, Tensor lse)", run, fake)
+    out_op = _define(
+        f"{name}.out",
+        f"({required}, *, {options}, Tensor(a!) out, Tensor(b!) lse) -> ()",
+        _without_result(run),
+        _without_result(fake),
+    )
+
+    @functools.wraps(call)
+    def through_op(
+        *args: Any,
+        out: torch.Tensor | None = None,
+        lse: torch.Tensor | None = None,
+        lse_base: int | str = 2,
+        return_lse: bool = True,
+        config: KernelConfig | None = None,
+        plan: Plan | None = None,
+        deterministic: bool = True,
+        **options: Any,
+    ) -> Any:
+        del deterministic
+        options["natural_lse"] = _is_natural(lse_base)
+        options["config"] = None if config is None else _encoded(config)
+        options["plan"] = None if plan is None else plan.handle
+        if out is None and lse is None:
+            out, lse = op(*args, **options)
+            return (out, lse) if return_lse else out
+        if out is None or lse is None:
+            q_nope = args[0] if args else options["q_nope"]
+            q_pe = args[1] if len(args) > 1 else options["q_pe"]
+            new_out, new_lse = _new_outputs(q_nope, q_pe)
+            out, lse = new_out if out is None else out, new_lse if lse is None else lse
+        out_op(*args, out=out, lse=lse, **options)
+        return (out, lse) if return_lse else out
+
+    return cast(F, through_op)
+
+
+def _is_natural(lse_base: int | str) -> bool:
+    if isinstance(lse_base, bool) or not isinstance(lse_base, (int, str)):
+        raise TypeError(f"lse_base: expected 2 or 'e', got {shared._describe(lse_base)}")
+    if lse_base not in LSE_BASES:
+        raise ValueError(f"lse_base: expected 2 or 'e', got {lse_base!r}")
+    return lse_base == "e"
+
+
+def _new_outputs(q_nope: torch.Tensor, q_pe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens, num_heads, _ = q_nope.shape
+    dtype = torch.bfloat16 if q_pe.dtype is FP8 else q_pe.dtype
+    return (
+        q_nope.new_empty((tokens, num_heads, CKV_DIM), dtype=dtype),
+        q_nope.new_empty((tokens, num_heads), dtype=torch.float32),
+    )
+
+
+def _fake_attention(
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    ckv_cache: torch.Tensor,
+    kpe_cache: torch.Tensor,
+    *pages_and_scale: Any,
+    metadata: str,
+    kv_last_page_len: torch.Tensor | None = None,
+    ckv_scale_arr: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The explanation of problem.py, without what reads addresses or keeps sizes: those of a graph may be symbols."""
+    del options
+    pages = list(pages_and_scale[:-1])
+    shared._expect_shape("q_nope", q_nope, (None, None, CKV_DIM), f"[tokens, H, {CKV_DIM}]")
+    tokens, num_heads, _ = q_nope.shape
+    device = q_nope.device
+    shared._expect_shape("q_pe", q_pe, (tokens, num_heads, KPE_DIM), "")
+    shared._expect_shape("ckv_cache", ckv_cache, (None, None, CKV_DIM), f"[num_pages, page_size, {CKV_DIM}]")
+    num_pages, page_size, _ = ckv_cache.shape
+    shared._expect_shape("kpe_cache", kpe_cache, (num_pages, page_size, KPE_DIM), "")
+    for name, x in (("q_pe", q_pe), ("ckv_cache", ckv_cache), ("kpe_cache", kpe_cache)):
+        shared._expect_device(name, x, device)
+    if ckv_scale_arr is not None:
+        sizes = (num_pages, page_size, None)
+        shared._expect_shape(
+            "ckv_scale_arr", ckv_scale_arr, sizes, f"[num_pages, page_size, 1 or {CKV_DIM // GROUP_DIM}]"
+        )
+    batch = shared.expect_indptr("qo_indptr", pages.pop(0), device) if "qo_indptr" in metadata else tokens
+    if "kv_indptr" in metadata:
+        kv_indptr, kv_indices = pages
+        shared._explain_csr(batch, device, kv_indptr, kv_indices, kv_last_page_len)
+    else:
+        block_table, seq_lens = pages
+        shared._explain_block_table(batch, device, block_table, seq_lens)
+    if out is not None and lse is not None:
+        shared._expect_shape("out", out, (tokens, num_heads, CKV_DIM), "")
+        shared._expect_shape("lse", lse, (tokens, num_heads), "")
+    return _new_outputs(q_nope, q_pe)
+
+
+# ------------------------------------------------------------------------------------------------ the others
+
+
+def _fake_append(
+    ckv: torch.Tensor,
+    kpe: torch.Tensor,
+    ckv_cache: torch.Tensor,
+    kpe_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    **options: Any,
+) -> None:
+    del options
+    shared._expect_shape("ckv", ckv, (None, CKV_DIM), f"[n, {CKV_DIM}]")
+    tokens = ckv.shape[0]
+    shared._expect_shape("kpe", kpe, (tokens, KPE_DIM), "")
+    shared._expect_shape("ckv_cache", ckv_cache, (None, None, CKV_DIM), f"[num_pages, page_size, {CKV_DIM}]")
+    shared._expect_shape("kpe_cache", kpe_cache, (*ckv_cache.shape[:2], KPE_DIM), "")
+    shared._expect_shape("slot_mapping", slot_mapping, (tokens,), "")
+
+
+def _run_append(*args: Any, **options: Any) -> None:
+    append.append_to_cache(*args, **options)
+
+
+_append_op = _define(
+    "append_to_cache",
+    "(Tensor ckv, Tensor kpe, Tensor(a!) ckv_cache, Tensor(b!) kpe_cache, Tensor slot_mapping, *, float ckv_scale=1.0, "
+    "float kpe_scale=1.0, Tensor(c!)? ckv_scale_arr=None) -> ()",
+    _run_append,
+    _fake_append,
+)
+
+
+@functools.wraps(append.append_to_cache)
+def append_to_cache(*args: Any, **options: Any) -> None:
+    _append_op(*args, **options)
+
+
+def _fake_merge(
+    o_a: torch.Tensor,
+    lse_a: torch.Tensor,
+    o_b: torch.Tensor,
+    lse_b: torch.Tensor,
+    *,
+    natural_lse: bool = False,
+    out: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    for name, x in (("o_b", o_b), ("out", out)):
+        if x is not None:
+            shared._expect_shape(name, x, tuple(o_a.shape), "")
+    for name, x in (("lse_a", lse_a), ("lse_b", lse_b), ("lse", lse)):
+        if x is not None:
+            shared._expect_shape(name, x, tuple(o_a.shape[:-1]), "")
+    return _new_states(o_a, lse_a)
+
+
+def _new_states(o_a: torch.Tensor, lse_a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return o_a.new_empty(o_a.shape), lse_a.new_empty(lse_a.shape)
+
+
+def _run_merge(*states: torch.Tensor, natural_lse: bool = False, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return _merge_states(*states, lse_base="e" if natural_lse else 2, **options)
+
+
+_STATES = "Tensor o_a, Tensor lse_a, Tensor o_b, Tensor lse_b, *, bool natural_lse=False"
+_merge_op = _define("merge_states", f"({_STATES}) -> (Tensor o, Tensor lse)", _run_merge, _fake_merge)
+_merge_out_op = _define(
+    "merge_states.out",
+    f"({_STATES}, Tensor(a!) out, Tensor(b!) lse) -> ()",
+    _without_result(_run_merge),
+    _without_result(_fake_merge),
+)
+
+
+@functools.wraps(_merge_states)
+def merge_states(
+    o_a: torch.Tensor,
+    lse_a: torch.Tensor,
+    o_b: torch.Tensor,
+    lse_b: torch.Tensor,
+    *,
+    lse_base: int | str = 2,
+    out: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    natural_lse = _is_natural(lse_base)
+    if out is None and lse is None:
+        return _merge_op(o_a, lse_a, o_b, lse_b, natural_lse=natural_lse)
+    if out is None or lse is None:
+        new_out, new_lse = _new_states(o_a, lse_a)
+        out, lse = new_out if out is None else out, new_lse if lse is None else lse
+    _merge_out_op(o_a, lse_a, o_b, lse_b, natural_lse=natural_lse, out=out, lse=lse)
+    return out, lse
+
+
+_CSR, _BLOCK_TABLE = "Tensor kv_indptr, Tensor kv_indices", "Tensor block_table, Tensor seq_lens"
+mla_paged_decode = _define_attention(api.mla_paged_decode, _CSR)
+mla_paged_decode_block_table = _define_attention(api.mla_paged_decode_block_table, _BLOCK_TABLE)
+mla_paged_prefill = _define_attention(api_prefill.mla_paged_prefill, f"Tensor qo_indptr, {_CSR}")
+mla_paged_prefill_block_table = _define_attention(
+    api_prefill.mla_paged_prefill_block_table, f"Tensor qo_indptr, {_BLOCK_TABLE}"
+)
+
+# What torch.compile traces instead of these functions. They are not asked at run time (an `is_compiling()` in each
+# would cost every eager call 0.1 us), and registering with the compiler would import it (2 s).
+for _direct, _compiled in (
+    (api.mla_paged_decode, mla_paged_decode),
+    (api.mla_paged_decode_block_table, mla_paged_decode_block_table),
+    (api_prefill.mla_paged_prefill, mla_paged_prefill),
+    (api_prefill.mla_paged_prefill_block_table, mla_paged_prefill_block_table),
+    (append.append_to_cache, append_to_cache),
+    (_merge_states, merge_states),
+):
+    vars(_direct)["_torchdynamo_inline"] = _compiled
