@@ -24,8 +24,8 @@ class KernelConfig:
     """One point of the tuning space of the decode path.
 
     kernel            which main kernel runs: "rows" (64 packed rows per tile, two KV tiles in flight)
-    fp8_kernel        the same for FP8 caches: "rows", "few_rows" (decode with at most 16 heads), or "auto": few_rows
-                      where it can run
+    fp8_kernel        the same for FP8 caches: "rows"; "few_rows" (decode: tiles of 16 heads on mma.sync, for few heads
+                      or few keys); or "auto": few_rows up to 16 heads
     accuracy          of "rows" on FP8 caches in formats tensor and token. e4m3 wgmma adds products up with about 14
                       bits: "native" lets it add all 512 channels, "high" each 128, and those in float32, as format
                       group always does: half the error for 0 to 2 % of the time. For few_rows and 16-bit caches both

@@ -19,11 +19,9 @@ from .kernels.registry import (
     FIXED_MAX_PIECES,
     FIXED_MIN_BLOCKS,
     KV_FORMATS,
-    MAX_PARTS,
     MERGE_COL_TILES,
     PART_ROW,
     PLANNER,
-    TILE_M,
     DecodeKey,
     Fp8Key,
     PlannerKey,
@@ -32,7 +30,7 @@ from .kernels.registry import (
 )
 from .problem import MAX_HEADS, DecodeProblem, expect_indptr, expect_metadata
 from .problem_prefill import PrefillProblem, expect_bool
-from .steps import step_of
+from .steps import decode_parts, step_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -263,7 +261,7 @@ class DecodePlan(Plan):
             self.config = config or KernelConfig()
             return
         sms = self._choose_config(config, 1, kv_format, q_fp8, max_kv_len)
-        parts = max(1, min(MAX_PARTS, sms // -(-num_heads // TILE_M)))
+        parts = decode_parts(kv_format, num_heads, self.config, sms)
         if key.batch_invariant:
             max_items = batch * FIXED_MAX_PIECES
             if max_tokens is not None:
@@ -274,7 +272,6 @@ class DecodePlan(Plan):
             slots = 2 * parts
         self._allocate(
             PLANNER,
-    TILE_M,
             key,
             sms=sms,
             parts=parts,

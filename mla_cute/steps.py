@@ -1,28 +1,32 @@
-"""Which main kernel a call runs."""
+"""Which main kernel a call runs, and what of the planner's sizes follows from that."""
 
 from __future__ import annotations
 
 from .config import KernelConfig
 from .jit import KernelRef
-from .kernels.registry import DECODE, DECODE_FEW_FP8, DECODE_FP8, FEW_ROWS, PREFILL, PREFILL_FP8
-
-
-def why_unfit(op: str, num_heads: int, config: KernelConfig) -> str | None:
-    """None, or why an FP8 call of `op` with `num_heads` heads cannot run under `config`, which is feasible."""
-    if op == "decode" and config.fp8_kernel == "few_rows" and num_heads > FEW_ROWS:
-        return f"fp8_kernel 'few_rows' runs at most {FEW_ROWS} heads, the call has {num_heads}"
-    return None
+from .kernels.registry import (
+    DECODE,
+    DECODE_FEW_FP8,
+    DECODE_FP8,
+    FEW_ROWS,
+    MAX_PARTS,
+    PREFILL,
+    PREFILL_FP8,
+    TILE_M,
+)
 
 
 def step_of(op: str, kv_format: str, num_heads: int, config: KernelConfig) -> KernelRef:
-    """The main kernel of a call; `kv_format` is "" for a 16-bit cache.
-
-    Raises ValueError when the configuration's FP8 kernel cannot run the call.
-    """
-    if not kv_format:
-        return DECODE if op == "decode" else PREFILL
-    if reason := why_unfit(op, num_heads, config):
-        raise ValueError(f"config: {reason}")
+    """The main kernel of a call; `kv_format` is "" for a 16-bit cache."""
     if op == "prefill":
-        return PREFILL_FP8
-    return DECODE_FEW_FP8 if num_heads <= FEW_ROWS and config.fp8_kernel != "rows" else DECODE_FP8
+        return PREFILL_FP8 if kv_format else PREFILL
+    if not kv_format:
+        return DECODE
+    few = config.fp8_kernel == "few_rows" or (config.fp8_kernel == "auto" and num_heads <= FEW_ROWS)
+    return DECODE_FEW_FP8 if few else DECODE_FP8
+
+
+def decode_parts(kv_format: str, num_heads: int, config: KernelConfig, num_sms: int) -> int:
+    """Work lists of a decode plan: a CTA for each list and row tile, no more CTAs than SMs."""
+    few = step_of("decode", kv_format, num_heads, config) is DECODE_FEW_FP8
+    return max(1, min(MAX_PARTS, num_sms // -(-num_heads // (FEW_ROWS if few else TILE_M))))

@@ -15,7 +15,6 @@ An entry can serve a call when
 * op, kv_format, q_fp8 and page class are the call's (page class: rows of a TMA box, or gathered,
   `registry.box_rows_of`), and for decode the number of 64-row tiles of the heads, and over FP8 caches whether there are
   at most 16 heads;
-* its configuration can run the call;
 * num_heads, q_len, batch and kv_len are each within a factor of 4 of the call's. A coordinate of the call beyond what
   the entries of this class span counts as the span's end, if they span a factor of 4: a batch larger than the largest
   one timed runs as that one does. From a single point nothing is extrapolated.
@@ -46,7 +45,7 @@ from . import jit
 from .config import KernelConfig, default_config
 from .kernels.registry import FEW_ROWS, TILE_M, box_rows_of
 from .shape_log import read_shapes
-from .steps import step_of, why_unfit
+from .steps import step_of
 from .tuned_file import SCHEMA, Entry, TunedFile, When, dump, file_name, load, merge, parse, sort_key
 
 __all__ = [
@@ -247,8 +246,7 @@ class _Class:
             indices, key=lambda index: (-(entries[index].when.kv_len or 0), sort_key(entries[index].when))
         )
         self._points = [
-            (index, entries[index].config, math.log2(entries[index].when.page_size), _coordinates(entries[index].when))
-            for index in in_order
+            (index, math.log2(entries[index].when.page_size), _coordinates(entries[index].when)) for index in in_order
         ]
         columns = zip(*(coordinates for *_, coordinates in self._points), strict=True)
         self._spans = [(min(column), max(column)) for column in columns]
@@ -260,7 +258,7 @@ class _Class:
         )
         page = math.log2(when.page_size)
         best, best_key = None, (math.inf, math.inf)
-        for index, config, entry_page, point in self._points:
+        for index, entry_page, point in self._points:
             total = 0.0
             for x, y in zip(at, point, strict=False):
                 step = x - y if x > y else y - x
@@ -270,7 +268,7 @@ class _Class:
             else:
                 # Rounded: 6 is as far from 4 as from 9 on every host.
                 key = (round(total, 9), abs(page - entry_page))
-                if key < best_key and not why_unfit(when.op, when.num_heads, config):
+                if key < best_key:
                     best, best_key = index, key
         return best
 

@@ -26,7 +26,6 @@ from .config import KernelConfig, why_infeasible
 from .jit import _replace
 from .kernels.registry import KV_FORMATS, OPS
 from .problem import MAX_HEADS
-from .steps import why_unfit
 
 SCHEMA = 1
 _GPU_FIELDS = ("name", "sm_count", "clock_mhz", "memory_gbps")
@@ -177,7 +176,7 @@ def _entry(values: object) -> Entry:
         config = KernelConfig.from_dict(found["config"])
     except TypeError as error:
         raise ValueError(str(error)) from None
-    if reason := why_infeasible(config) or why_unfit(when.op, when.num_heads, config):
+    if reason := why_infeasible(config):
         raise ValueError(f"config: {reason}")
     runner_up = found["runner_up_us"]
     return Entry(

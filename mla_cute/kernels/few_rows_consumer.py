@@ -50,11 +50,12 @@ class FewRowsConsumer:
         )
 
     @cute.jit
-    def _consume(self, p, s, part, w, lane):
+    def _consume(self, p, s, part, head0, w, lane):
         f = self._fragments(w, lane)
         # What outlives a tile's work waits in words of shared memory that each warp writes and reads for itself.
         s.sLoop[0, w] = self.rows.num_items(p, part)
         s.sLoop[1, w] = self._first_row(p, part)
+        s.sLoop[4, w] = head0
         slot = Int32(0)
         phase = Int32(0)
         parity = Int32(0)  # of the tile's number in the stream
@@ -70,7 +71,7 @@ class FewRowsConsumer:
             # Tiles come in pairs, as the planner cuts and the producer fills them.
             num_tiles = (cute.ceil_div(kv_end, TILE_N) - kv_begin // TILE_N + 1) // 2 * 2
             left = kv_end - kv_begin
-            self._load_q(p, s, f, request)
+            self._load_q(p, s, f, request, s.sLoop[4, w])
             f.rO.fill(0.0)
             f.rL.fill(0.0)
             f.rRef.fill(0.0)
@@ -103,20 +104,20 @@ class FewRowsConsumer:
             parity ^= 1
             if parity == 0:
                 p_phase ^= 1
-            self._epilogue(p, s, f, s.sLoop[2, w], s.sLoop[3, w])
+            self._epilogue(p, s, f, s.sLoop[2, w], s.sLoop[3, w], s.sLoop[4, w])
             it += 1
 
     # -------------------------------------------------------------------- Q
 
     @cute.jit
-    def _load_q(self, p, s, f, request):
+    def _load_q(self, p, s, f, request, head0):
         """Q as A fragments, in the order in which K's bytes arrive: float16 under a power of two per row, a 16-bit rope
         as it is. Sixteen threads a row make them in shared memory; every warp reads the first q_steps, whose place P
         takes then. Rows past H repeat the last one."""
         t = fp8.thread_index()
         row = t // 16
         q16 = t % 16
-        head = cutlass.min(row, p.num_heads - 1)
+        head = cutlass.min(head0 + row, p.num_heads - 1)
         nope = self._row_address(p.mQ, request, head) + Int64(q16 * 16)
         rope = self._row_address(p.mQpe, request, head) + Int64(q16 * 16)
         # The word of lane 4 (row % 8) that begins a step.
@@ -396,7 +397,7 @@ class FewRowsConsumer:
         return [f.rO[even], f.rO[odd], f.rO[even + 1], f.rO[odd + 1]]
 
     @cute.jit
-    def _epilogue(self, p, s, f, request, part_row):
+    def _epilogue(self, p, s, f, request, part_row, head0):
         """O / l to the output, or as 16-bit integers under a scale to the partial rows (registry.py)."""
         for r in cutlass.range_constexpr(2):
             total = softmax.quad_sum(f.rL[r])
@@ -412,21 +413,21 @@ class FewRowsConsumer:
             f.rL[r] = total
         sync.sync(BAR_EPI, NUM_THREADS)
         for r in cutlass.range_constexpr(2):
-            row = f.row + 8 * r
+            head = head0 + f.row + 8 * r
             # 0 for a row that saw no key: O is 0 there, and has to stay 0.
             inverse = scale * cutlass.select_(f.rL[r] != 0.0, cute.arch.rcp_approx(f.rL[r]), Float32(0.0))
             lse = cute.math.log2(f.rL[r]) + f.rRef[r]
             if part_row >= 0:
-                self._store_partial(p, s, f, r, part_row, inverse)
-                if (row < p.num_heads) & (f.lane % 4 == 0) & (f.w == 0):
-                    p.mPart[part_row + row, PART_LSE] = lse
+                self._store_partial(p, s, f, r, part_row, head, inverse)
+                if (head < p.num_heads) & (f.lane % 4 == 0) & (f.w == 0):
+                    p.mPart[part_row + head, PART_LSE] = lse
             else:
-                if row < p.num_heads:
-                    at = p.mO.iterator.toint() + (Int64(request) * p.mO.stride[0] + Int64(row) * p.mO.stride[1]) * 2
+                if head < p.num_heads:
+                    at = p.mO.iterator.toint() + (Int64(request) * p.mO.stride[0] + Int64(head) * p.mO.stride[1]) * 2
                     for c in cutlass.range_constexpr(4):
                         self._store_quad(f, at, c, [x * inverse for x in self._quad(f, c, r)])
                     if (f.w == 0) & (f.l4 == 0):
-                        p.mLse[request, row] = lse * p.lse_scale
+                        p.mLse[request, head] = lse * p.lse_scale
         sync.sync(BAR_EPI, NUM_THREADS)
 
     def _store_quad(self, f, row_at, c: int, x: list) -> None:
@@ -434,7 +435,7 @@ class FewRowsConsumer:
         fp8.store_global(row_at + Int64(f.w * 128 + c * 32 + f.l4 * 8), words)
 
     @cute.jit
-    def _store_partial(self, p, s, f, r: Constexpr, part_row, inverse):
+    def _store_partial(self, p, s, f, r: Constexpr, part_row, head, inverse):
         row = f.row + 8 * r
         largest = self._largest(f, r)
         if f.l4 == 0:
@@ -444,12 +445,12 @@ class FewRowsConsumer:
         for w in cutlass.range_constexpr(4):
             largest = cute.arch.fmax(largest, s.sMax[row, half * 4 + w], nan=True)
         to_int = Float32(_TO_INT) * cute.arch.rcp_approx(largest)
-        if row < p.num_heads:
-            at = p.mPart.iterator.toint() + Int64(part_row + row) * Int64(4 * p.mPart.stride[0])
+        if head < p.num_heads:
+            at = p.mPart.iterator.toint() + Int64(part_row + head) * Int64(4 * p.mPart.stride[0])
             for c in cutlass.range_constexpr(4):
                 self._store_integers(f, at, c, self._quad(f, c, r), to_int)
             if (f.l4 == 0) & (f.w % 4 == 0):
-                p.mPart[part_row + row, PART_LSE + 1 + half] = largest * inverse * Float32(1.0 / _TO_INT)
+                p.mPart[part_row + head, PART_LSE + 1 + half] = largest * inverse * Float32(1.0 / _TO_INT)
 
     def _largest(self, f, r: int):
         largest = Float32(1.0e-30)

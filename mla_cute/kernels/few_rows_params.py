@@ -39,6 +39,7 @@ class FewParams:
     mLse: cute.Tensor
     mPart: cute.Tensor
     num_heads: Int32
+    num_tiles: Int32  # of 16 heads
     page_size: Int32
     ckv_unit: Int32
     ckv_page_units: Int32
@@ -68,7 +69,7 @@ class FewSmem:
     p_address: Int32
     scale_address: Int32
     sProduce: cute.Tensor  # (word, producer warp)
-    sLoop: cute.Tensor  # (word, consumer warp): number of items, table row of the first, request, partial row
+    sLoop: cute.Tensor  # (word, consumer warp): items, table row of the first, request, partial row, head 0
     sRow: cute.Tensor  # (row, 2): what a score of Q K^T is worth, of the rope's
     sFlags: cute.Tensor  # (warp, parity)
     sMax: cute.Tensor  # (row, warp); in the epilogue the row sums, then the rows' largest elements

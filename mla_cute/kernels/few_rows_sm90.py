@@ -1,9 +1,11 @@
-"""Few-rows MLA over an FP8 cache for Hopper: up to 16 query rows (heads of one token) on mma.sync, nothing padded.
+"""Few-rows MLA over an FP8 cache for Hopper: 16 query rows (heads of one token) on mma.sync, nothing padded.
 
     S = Q K^T, O += P V on m16n8k16, float16 inputs (rope in its own 16-bit type), float32 accumulators
 
 wgmma would pad 16 heads to its 64 rows and take longer than the loads. e4m3 is converted to float16 exactly, in
 registers; Q (under a power of two per row) and P are float16, so nothing is lost beyond the cache's own rounding.
+
+More heads are tiles of 16, a CTA each, which find the keys in L2: for steps so small that time is latency.
 
 One CTA per SM, persistent over the planner's work items: 8 consumer warps and the FP8 row-tile kernel's producer warps
 with its ring of K tiles (rows_fp8_producer.py).
@@ -31,7 +33,17 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from ..config import LaunchConfig
 from .few_rows_consumer import FewRowsConsumer
-from .few_rows_params import MB_P, MB_TOTAL, NUM_WARPS, P_WORDS, Q_TOTAL_STEPS, STEP_BYTES, FewParams, FewSmem
+from .few_rows_params import (
+    MB_P,
+    MB_TOTAL,
+    NUM_WARPS,
+    P_WORDS,
+    Q_TOTAL_STEPS,
+    ROWS,
+    STEP_BYTES,
+    FewParams,
+    FewSmem,
+)
 from .paged_kv import TILE_N
 from .row_map import HeadRows
 from .rows_fp8_params import MB_EMPTY, MB_FULL
@@ -42,7 +54,7 @@ NUM_THREADS = 384
 
 
 class FewRowsSm90(Fp8Producer, FewRowsConsumer):
-    """Main kernel of decode with at most 16 heads over FP8 caches. See the module docstring."""
+    """Main kernel of decode over FP8 caches, for few heads or few keys. See the module docstring."""
 
     def __init__(self, dtype: str, box_rows: int, kv_format: str, q_fp8: bool, config: LaunchConfig):
         self.dtype = DTYPES[dtype]
@@ -84,6 +96,8 @@ class FewRowsSm90(Fp8Producer, FewRowsConsumer):
 
         rope_kind = Kind.K_SW64 if self.rope_fp8 else Kind.K_SW128
         rope_dtype = Uint8 if self.rope_fp8 else self.dtype
+        num_heads = Int32(cute.size(q_nope, mode=[1]))
+        num_tiles = cute.ceil_div(num_heads, ROWS)
         params = FewParams(
             **self._cache_params(ckv, kpe),
             mQ=q_nope,
@@ -94,7 +108,8 @@ class FewRowsSm90(Fp8Producer, FewRowsConsumer):
             mO=out,
             mLse=lse,
             mPart=part,
-            num_heads=Int32(cute.size(q_nope, mode=[1])),
+            num_heads=num_heads,
+            num_tiles=num_tiles,
             nope_scale_log2=nope_scale_log2,
             rope_scale_log2=rope_scale_log2,
             out_scale=out_scale,
@@ -102,7 +117,7 @@ class FewRowsSm90(Fp8Producer, FewRowsConsumer):
             lay_r=smem_layout(rope_kind, rope_dtype, (TILE_N, HEAD_DIM_ROPE, self.num_stages)),
         )
         self.kernel(params).launch(
-            grid=[num_parts, 1, 1],
+            grid=[num_parts * num_tiles, 1, 1],
             block=[NUM_THREADS, 1, 1],
             stream=stream,
             min_blocks_per_mp=1,
@@ -121,7 +136,7 @@ class FewRowsSm90(Fp8Producer, FewRowsConsumer):
         class Storage:
             mbar: cute.struct.MemRange[Int64, MB_TOTAL]
             sProduce: cute.struct.MemRange[Int32, 32]
-            sLoop: cute.struct.MemRange[Int32, 4 * NUM_WARPS]
+            sLoop: cute.struct.MemRange[Int32, 5 * NUM_WARPS]
             sRow: cute.struct.MemRange[Float32, 32]
             sFlags: cute.struct.MemRange[Int32, 2 * NUM_WARPS]
             sMax: cute.struct.MemRange[Float32, 16 * NUM_WARPS]
@@ -143,7 +158,7 @@ class FewRowsSm90(Fp8Producer, FewRowsConsumer):
             p_address=Int32(st.sQP.data_ptr().toint()) + kept,
             scale_address=Int32(st.sScales.data_ptr().toint()),
             sProduce=st.sProduce.get_tensor(cute.make_layout((8, 4))),
-            sLoop=st.sLoop.get_tensor(cute.make_layout((4, NUM_WARPS))),
+            sLoop=st.sLoop.get_tensor(cute.make_layout((5, NUM_WARPS))),
             sRow=st.sRow.get_tensor(cute.make_layout((16, 2))),
             sFlags=st.sFlags.get_tensor(cute.make_layout((NUM_WARPS, 2))),
             sMax=st.sMax.get_tensor(cute.make_layout((16, NUM_WARPS), stride=(NUM_WARPS, 1))),
@@ -152,7 +167,8 @@ class FewRowsSm90(Fp8Producer, FewRowsConsumer):
 
     @cute.kernel
     def kernel(self, p: FewParams):
-        part, _, _ = cute.arch.block_idx()
+        cta, _, _ = cute.arch.block_idx()
+        part = cta // p.num_tiles
         warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         s = self._smem(p)
         if warp_idx == 0:
@@ -175,4 +191,4 @@ class FewRowsSm90(Fp8Producer, FewRowsConsumer):
             self._produce(p, s, part, warp_idx - NUM_WARPS, cute.arch.lane_idx())
         else:
             cute.arch.setmaxregister_increase(self.regs_consumer)
-            self._consume(p, s, part, warp_idx, cute.arch.lane_idx())
+            self._consume(p, s, part, (cta - part * p.num_tiles) * ROWS, warp_idx, cute.arch.lane_idx())

@@ -631,6 +631,8 @@ def test_one_plan_asks_for_the_step_of_each_cache(steps, page_size):
         (16, "few_rows", registry.DECODE_FEW_FP8),
         (16, "rows", registry.DECODE_FP8),
         (17, "auto", registry.DECODE_FP8),
+        (17, "few_rows", registry.DECODE_FEW_FP8),
+        (128, "few_rows", registry.DECODE_FEW_FP8),
         (17, "rows", registry.DECODE_FP8),
     ],
 )
@@ -647,13 +649,21 @@ def test_the_config_chooses_the_kernel_of_few_rows(steps, num_heads, fp8_kernel,
     assert steps == [(registry.DECODE, registry.DecodeKey("bfloat16", 64))]
 
 
-def test_the_config_cannot_ask_few_rows_of_many(steps):
-    meta = torch.device("meta")
-    indptr = torch.zeros(5, dtype=torch.int32, device=meta)
-    config = mla_cute.KernelConfig(fp8_kernel="few_rows")
-    made = mla_cute.plan_decode(indptr, num_heads=17, page_size=64, config=config)
-    with pytest.raises(ValueError, match="config: fp8_kernel 'few_rows' runs at most 16 heads, the call has 17"):
-        made.launcher(DecodeProblem(4, 17, 64, 9, BF16, meta, "tensor", False), False)
+@pytest.mark.parametrize(
+    ("num_heads", "fp8_kernel", "kv_format", "ctas"),
+    [(16, "auto", "tensor", 132), (64, "auto", "tensor", 132), (65, "auto", "group", 66), (32, "few_rows", "token", 66),
+     (100, "few_rows", "tensor", 18), (128, "few_rows", "tensor", 16), (128, "few_rows", "", 66)],
+)  # fmt: skip
+def test_row_tiles_of_the_kernel_share_the_sms(steps, num_heads, fp8_kernel, kv_format, ctas):
+    """A plan has as many work lists as there are SMs for each row tile of the kernel it is made for."""
+    indptr = torch.zeros(5, dtype=torch.int32, device=torch.device("meta"))
+    config = mla_cute.KernelConfig(fp8_kernel=fp8_kernel)
+    made = mla_cute.plan_decode(indptr, num_heads=num_heads, page_size=64, config=config, kv_format=kv_format)
+    assert made.num_parts == ctas
+
+
+def test_an_unknown_fp8_kernel_is_refused(steps):
+    indptr = torch.zeros(5, dtype=torch.int32, device=torch.device("meta"))
     with pytest.raises(ValueError, match=r"config: fp8_kernel: expected one of .*, got 'few'"):
         mla_cute.plan_decode(indptr, num_heads=16, page_size=64, config=mla_cute.KernelConfig(fp8_kernel="few"))
 

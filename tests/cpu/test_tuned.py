@@ -18,7 +18,6 @@ import mla_cute
 from mla_cute import jit, tuned
 from mla_cute.config import FP8_KERNELS, KernelConfig, why_infeasible
 from mla_cute.kernels.registry import box_rows_of
-from mla_cute.steps import why_unfit
 from mla_cute.tuned import Entry, Grid, When
 
 OTHER = KernelConfig(evict_first=False, min_blocks=8)
@@ -130,11 +129,6 @@ def without_entry_field(name: str) -> dict:
         (with_config(min_blocks=True), "entry 1: config.min_blocks: expected int, got True"),
         (with_config(min_blocks=3), "entry 1: config: min_blocks: expected an even number >= 2, got 3"),
         (with_config(kernel="none"), "entry 1: config: kernel: expected one of ('rows',), got 'none'"),
-        (
-            with_when(num_heads=17, kv_format="tensor")
-            | {"entries": [with_when(num_heads=17)["entries"][1] | {"config": {"fp8_kernel": "few_rows"}}]},
-            "entry 0: config: fp8_kernel 'few_rows' runs at most 16 heads, the call has 17",
-        ),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said_with_its_name_and_entry(values, message):
@@ -167,7 +161,6 @@ def test_shipped_files_are_valid_and_named_by_their_gpu():
         assert path.read_text() == tuned.dump(file), "sorted and formatted as `merge` writes it"
         for at in file.entries:
             assert why_infeasible(at.config) is None
-            assert why_unfit(at.when.op, at.when.num_heads, at.config) is None
             assert at.config.accuracy == KernelConfig().accuracy, "tuning changes no results"
 
 
@@ -423,15 +416,6 @@ def test_of_equally_near_entries_the_one_of_the_page_size_wins():
         assert (found.when.page_size, found.when.kv_len) == (page_size, 8192)
 
 
-def test_a_kernel_that_cannot_run_the_call_is_never_chosen():
-    few = entry(KernelConfig(fp8_kernel="few_rows"), num_heads=16)
-    rows = entry(KernelConfig(fp8_kernel="rows"), num_heads=64)
-    # A 16-bit decode plan of 17 heads may serve FP8 calls.
-    assert nearest(when(num_heads=17), few, rows) is rows
-    assert nearest(when(num_heads=16), few, rows) is few
-    assert nearest(when(num_heads=17), few) is None
-
-
 OPS = st.sampled_from(["decode", "prefill"])
 SIZES = st.integers(1, 20).map(lambda n: n * n)
 
@@ -456,8 +440,7 @@ def entry_lists(draw):
     found = []
     for shape in draw(st.lists(whens(), min_size=1, max_size=30, unique=True)):
         config = KernelConfig(fp8_kernel=draw(st.sampled_from(FP8_KERNELS)), min_blocks=draw(st.sampled_from([2, 8])))
-        if why_unfit(shape.op, shape.num_heads, config) is None:
-            found.append(Entry(shape, config, 1.0, 1.0, None))
+        found.append(Entry(shape, config, 1.0, 1.0, None))
     return found
 
 
@@ -479,15 +462,13 @@ def in_reach(call: When, there: When) -> bool:
 def test_the_nearest_entry(entries, call, random):
     grid = Grid(tuned_file(*entries))
     index = grid.nearest(call)
-    fits = [at for at in entries if why_unfit(call.op, call.num_heads, at.config) is None]
     if index is None:
-        assert not any(in_reach(call, at.when) for at in fits)
+        assert not any(in_reach(call, at.when) for at in entries)
     else:
         taken = entries[index]
-        assert taken in fits
         assert why_infeasible(taken.config) is None
         assert (taken.when.op, taken.when.kv_format, taken.when.q_fp8) == (call.op, call.kv_format, call.q_fp8)
-        for at in fits:
+        for at in entries:
             if in_reach(call, at.when):
                 assert tuned.distance(call, taken.when) <= tuned.distance(call, at.when) + 1e-6
     # Whatever the order in the file, and however often.

@@ -199,6 +199,20 @@ def test_the_row_tile_kernel_with_few_heads(layout, q_fp8, num_heads):
     check(fp8, config=mla_cute.KernelConfig(fp8_kernel="few_rows"))
 
 
+@pytest.mark.parametrize("num_heads", [17, 32, 100, 128])
+@BOTH_Q
+@EVERY_LAYOUT
+def test_the_few_rows_kernel_with_many_heads(layout, q_fp8, num_heads):
+    """In tiles of 16, the last one not full; by plans made for the kernel and for the other one."""
+    fp8 = make(layout, q_fp8, [0, 1, 65, 1000, 5000, 128], num_heads)
+    config = mla_cute.KernelConfig(fp8_kernel="few_rows")
+    check(fp8, config=config)
+    check(fp8, config=config, batch_invariant=True)
+    case = fp8.case
+    sizes = {"num_heads": num_heads, "page_size": 64, "kv_last_page_len": case.kv_last_page_len, "config": config}
+    check(fp8, plan=mla_cute.plan_decode(case.kv_indptr, **sizes))
+
+
 @pytest.mark.parametrize("batch_invariant", [False, True], ids=["balanced", "invariant"])
 @BOTH_KERNELS
 @pytest.mark.parametrize(("layout", "q_fp8"), [("tensor", False), ("tensor", True), ("token", False), ("group", True)])
