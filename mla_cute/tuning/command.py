@@ -1,0 +1,303 @@
+"""The command line of tuning on argparse; `mla-cute tune` gives the same options through typer.
+
+Needs torch and the DSL alone. Exit status: 0, 1 when a shape could not be tuned, 2 for usage and for what cannot run
+here, 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import math
+import pathlib
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from .. import gpu as gpu_facts
+from .. import tuned
+from ..bench.report import line as table_line
+from ..bench.report import widths
+from ..bench.runner import source_digest
+from ..kernels.registry import DTYPES
+from ..tuned import When
+from . import device, recipes, report, session, space, store
+from .search import StartError
+from .workers import ChildMeasurer, compile_variants
+
+# What a dry run counts candidates for when it sees no GPU: an H100 SXM or H200.
+ASSUMED_SMS = 132
+DEFAULT_KV_LENS = (8192,)
+_UNITS = {"s": 1, "m": 60, "h": 3600}
+_DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16"}
+
+
+class UsageError(Exception):
+    """What was asked for cannot be; one sentence."""
+
+
+class Screen(session.Screen, Protocol):
+    """What the command shows its results on."""
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None: ...
+
+
+class PlainScreen:
+    """Lines on standard error, results on standard output."""
+
+    def __init__(self) -> None:
+        self._shown = ""
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+
+    def step(self, done: int, total: int, label: str, seconds_left: float | None) -> None:
+        left = "" if seconds_left is None else f", {duration(seconds_left)} left"
+        # A line per shape or kernel, not per rung.
+        if (state := f"[{done}/{total}{left}]") != self._shown:
+            self._shown = state
+            print(f"{state} {label}", file=sys.stderr, flush=True)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        sizes = widths([columns, *rows])
+        print("\n".join([title, *(table_line(row, sizes) for row in [columns, *rows])]), flush=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options of `tune` as they are given; `grid` are the flags of one table of a recipe, where given."""
+
+    recipes: tuple[str, ...] = ()
+    grid: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
+    from_log: pathlib.Path | None = None
+    dtype: str = "bfloat16"
+    budget_s: float = math.inf
+    out: pathlib.Path | None = None
+    measurements: pathlib.Path | None = None
+    report: pathlib.Path | None = None
+    workers: int | None = None
+    timeout_s: float = 20.0
+    dry_run: bool = False
+
+
+def parse_budget(text: str) -> float:
+    """Seconds of "90", "90s", "10m", "1.5h"."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
+    if found is None or float(found[1]) == 0:
+        raise argparse.ArgumentTypeError(f"expected a time as 90s, 10m or 1.5h, got {text!r}")
+    return float(found[1]) * _UNITS[found[2] or "s"]
+
+
+def parse_dtype(text: str) -> str:
+    name = _DTYPE_ALIASES.get(text, text)
+    if name not in DTYPES:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join([*_DTYPE_ALIASES, *DTYPES])}, got {text!r}")
+    return name
+
+
+def parse_numbers(text: str) -> list[int]:
+    """ "1,16,128" -> [1, 16, 128]."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected integers separated by commas, got {text!r}") from None
+
+
+def parse_formats(text: str) -> list[str]:
+    """ "none,tensor" -> ["", "tensor"]; "none" is a 16-bit cache."""
+    return ["" if part in ("none", "") else part for part in text.split(",")]
+
+
+def duration(seconds: float) -> str:
+    """ "45 s", "12 min", "1.5 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def shapes_of(options: Options) -> list[When]:
+    """The shapes of recipes, flags and log together, each once. UsageError when there is none or one cannot be."""
+    whens: list[When] = []
+    try:
+        for name in options.recipes:
+            whens += recipes.load(name)
+        grid = dict(options.grid)
+        kv_lens = grid.get("kv_len", list(DEFAULT_KV_LENS))
+        if options.from_log is not None:
+            whens += recipes.from_log(options.from_log, kv_lens)
+            if set(grid) == {"kv_len"}:  # the lengths of calls that did not know theirs
+                grid = {}
+        if grid:
+            whens += recipes.product({"op": ["decode"], **grid}, "flags")
+    except (OSError, ValueError, ImportError) as error:
+        raise UsageError(str(error)) from None
+    if not whens:
+        known = ", ".join(recipes.names())
+        raise UsageError(f"nothing to tune: give --recipe ({known}), --from-log, or --heads, --batch and --kv-len")
+    return list(dict.fromkeys(whens))
+
+
+def run(options: Options, screen: Screen) -> int:
+    """Tune; returns the exit status. UsageError for what cannot be or cannot run here."""
+    whens = shapes_of(options)
+    if options.dry_run:
+        _describe(whens, screen)
+        return 0
+    begin = time.monotonic()
+    with ChildMeasurer(device.maker(whens, options.dtype), options.timeout_s) as measurer:
+        try:
+            task = _task(options, whens, measurer.facts())
+            # What starting the process took is the budget's too.
+            task = dataclasses.replace(task, budget_s=task.budget_s - (time.monotonic() - begin))
+            kept = session.open_store(task)
+        except (StartError, OSError, ValueError) as error:
+            raise UsageError(str(error)) from None
+        screen.say(f"tuning {len(whens)} shapes on {task.gpu['name']}: {task.out}, {task.measurements}")
+
+        def compiling(variants: Any, step: Callable[[int, int], bool]) -> Any:
+            return compile_variants(variants, options.workers, step)
+
+        outcome = session.run(task, kept, measurer, compiling, screen)
+    for text in session.summary(outcome):
+        screen.say(text)
+    if task.measurements.exists():
+        show_report(task.measurements, options.report, screen)
+    if outcome.interrupted:
+        return 130
+    return 1 if outcome.failed or outcome.error else 0
+
+
+def show_report(path: pathlib.Path, folder: pathlib.Path | None, screen: Screen) -> int:
+    """Print what was won, and write it to `folder`. UsageError when the file cannot be read."""
+    try:
+        gpu, shapes = store.load(path)
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error)) from None
+    made = report.Report(gpu, tuple(shapes))
+    screen.table(f"tuned against default on {gpu['name']}", report.GROUP_COLUMNS, made.group_rows())
+    for text in made.lines():
+        screen.say(text)
+    if folder is not None:
+        written = report.write(made, folder)
+        screen.say(f"report: {', '.join(map(str, written))}")
+        if made.tuned and len(written) == 1:
+            screen.say('no picture: it needs matplotlib, pip install "mla_cute[tune]"')
+    return 0
+
+
+def _task(options: Options, whens: Sequence[When], facts: dict[str, Any]) -> session.Task:
+    gpu = facts["gpu"]
+    out = options.out
+    if out is None:
+        out = next((path for label, path in tuned.search_path(gpu["name"]) if label == "user"), None)
+    if out is None:
+        raise UsageError("--out: expected a file, as there is no home directory")
+    versions = gpu_facts.versions()
+    made_with = {
+        "mla_cute": versions["mla_cute"],
+        "cutlass_dsl": versions["cutlass_dsl"],
+        "driver": facts["driver"],
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    }
+    return session.Task(
+        whens=whens,
+        dtype=options.dtype,
+        out=out,
+        measurements=options.measurements or out.with_suffix(".measurements.json"),
+        gpu=gpu,
+        made_with=made_with,
+        digest=source_digest(),
+        budget_s=options.budget_s,
+    )
+
+
+def _describe(whens: Sequence[When], screen: Screen) -> None:
+    gpu = gpu_facts.facts()
+    num_sms = gpu.sm_count if gpu is not None else ASSUMED_SMS
+    groups: dict[str, list[int]] = {}
+    for when in whens:
+        groups.setdefault(session.group_of(when), []).append(len(space.candidates(when, num_sms)))
+    rows = [(name, str(len(counts)), str(sum(counts)), str(max(counts))) for name, counts in groups.items()]
+    on = f"{gpu.name}" if gpu is not None else f"a GPU of {ASSUMED_SMS} SMs (none is seen here)"
+    screen.table(f"what would be tuned on {on}", ("op, cache", "shapes", "candidates", "most of a shape"), rows)
+    total = sum(sum(counts) for counts in groups.values())
+    screen.say(f"{len(whens)} shapes, {total} candidates; nothing was run")
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="autotune.py",
+        description="Measure which configuration of the kernels is fastest for given shapes on this GPU, and keep it.",
+        epilog="`autotune.py report FILE [--out DIR]` shows what an earlier run won.",
+    )
+    p.add_argument("--recipe", action="append", default=[], metavar="NAME|FILE", help=", ".join(recipes.names()))
+    p.add_argument("--from-log", type=pathlib.Path, metavar="FILE", help="shapes recorded by MLA_CUTE_LOG_SHAPES")
+    p.add_argument("--op", type=lambda text: text.split(","), metavar="OP,..", help="grid: decode, prefill")
+    for flag, key, what in (
+        ("--heads", "heads", "grid: query heads"),
+        ("--batch", "batch", "grid: requests"),
+        ("--kv-len", "kv_len", "grid: tokens per request; with --from-log also of calls that did not know it"),
+        ("--q-len", "q_len", "grid: query tokens per request, prefill only"),
+        ("--page-size", "page_size", "grid: tokens per page"),
+    ):
+        p.add_argument(flag, dest=key, type=parse_numbers, metavar="N,..", help=what)
+    p.add_argument("--kv-format", type=parse_formats, metavar="F,..", help="grid: none, tensor, token, group")
+    p.add_argument("--q-fp8", action="store_true", help="grid: e4m3 queries, with FP8 caches")
+    p.add_argument("--dtype", type=parse_dtype, default="bfloat16", metavar="T", help="bf16 (default) or fp16")
+    p.add_argument("--budget", type=parse_budget, default=math.inf, metavar="TIME", help="as 10m: ends the run then")
+    p.add_argument("--out", type=pathlib.Path, metavar="FILE", help="tuned file; default: this user's for this GPU")
+    p.add_argument("--measurements", type=pathlib.Path, metavar="FILE", help="raw data; default: beside the tuned file")
+    p.add_argument("--report", type=pathlib.Path, metavar="DIR", help="write what was won as Markdown and PNG")
+    p.add_argument("--workers", type=int, metavar="N", help="compiling processes; default: one per core, at most 16")
+    p.add_argument("--timeout", type=float, default=20.0, metavar="S", help="silence after which a candidate is hung")
+    p.add_argument("--dry-run", action="store_true", help="print shapes and candidates, run nothing")
+    return p
+
+
+GRID = ("op", "heads", "batch", "kv_len", "q_len", "page_size", "kv_format")
+
+
+def options_of(values: dict[str, Any]) -> Options:
+    """Options from parsed values by their names. UsageError for numbers that cannot be."""
+    grid = {key: values[key] for key in GRID if values.get(key)}
+    if values["q_fp8"]:
+        grid["q_fp8"] = [True]
+    if values["workers"] is not None and values["workers"] < 1:
+        raise UsageError(f"--workers: expected at least 1, got {values['workers']}")
+    if values["timeout"] <= 0:
+        raise UsageError(f"--timeout: expected more than 0 s, got {values['timeout']}")
+    return Options(
+        recipes=tuple(values["recipe"]),
+        grid=grid,
+        from_log=values["from_log"],
+        dtype=values["dtype"],
+        budget_s=values["budget"],
+        out=values["out"],
+        measurements=values["measurements"],
+        report=values["report"],
+        workers=values["workers"],
+        timeout_s=values["timeout"],
+        dry_run=values["dry_run"],
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """tune/autotune.py."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    screen = PlainScreen()
+    try:
+        if arguments[:1] == ["report"]:
+            p = argparse.ArgumentParser(prog="autotune.py report", description="Show what a tuning run won.")
+            p.add_argument("file", type=pathlib.Path, help="its measurements file")
+            p.add_argument("--out", type=pathlib.Path, metavar="DIR", help="write Markdown and PNG there")
+            args = p.parse_args(arguments[1:])
+            return show_report(args.file, args.out, screen)
+        return run(options_of(vars(parser().parse_args(arguments))), screen)
+    except UsageError as error:
+        print(f"autotune.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130

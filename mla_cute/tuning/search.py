@@ -1,0 +1,234 @@
+"""The search of one shape: check, time in interleaved rounds, halve, choose. Knows no GPU, only a `Measurer`.
+
+A round times every live candidate once, in an order of the measurer's. After each rung of rounds the better half stays,
+what is within KEEP_WITHIN of the best, and the default, so that every candidate can be compared with the default over
+the same rounds. The default is chosen unless another candidate of the last rung is faster by more than GAIN, over all
+its rounds and each half of them, and once more over rounds made after it was picked: their medians are the times of
+the result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from ..config import KernelConfig
+from ..tuned import When
+from .space import changes
+
+# Rounds that a rung adds, as many of them as take RUNG_SECONDS, but at least LEAST_ROUNDS. Medians of single 10 us
+# kernels settle within 1 % after some 100 samples.
+RUNGS = (4, 8, 16, 32, 64, 128)
+RUNG_SECONDS = 0.8
+# Beside its kernels a replay takes the host up to this long, when its graph has to be captured.
+REPLAY_US = 300.0
+LEAST_ROUNDS = 4
+KEEP_WITHIN = 0.02
+GAIN = 0.01
+# Medians this close are one speed: of such candidates the one that differs least from the default is chosen.
+SAME = 0.005
+# Candidates that may be picked and not confirmed before the default stays.
+DUELS = 3
+# How verdicts begin that are no failure.
+ORDINARY = ("chosen", "default", "not chosen", "dropped", "not compiled")
+
+
+class CandidateError(Exception):
+    """A configuration is out of the search; the text is its verdict: "hung after 20 s", "exit -11", "wrong: ..."."""
+
+
+class ShapeError(Exception):
+    """A shape cannot be tuned here; the text says why."""
+
+
+class StartError(Exception):
+    """Nothing can be measured or compiled here; the text says why."""
+
+
+class Measurer(Protocol):
+    """Checks and times configurations of one shape at a time."""
+
+    def open(self, when: When, default: KernelConfig) -> None:
+        """Make inputs for a shape, run the default and judge it. ShapeError when that fails or does not fit."""
+
+    def check(self, config: KernelConfig) -> None:
+        """Run a configuration and judge its output. CandidateError when it is wrong, fails, hangs or crashes."""
+
+    def samples(self, configs: Sequence[KernelConfig], rounds: int) -> list[list[float]]:
+        """Microseconds of each configuration in each of `rounds` interleaved rounds. CandidateError as for `check`,
+        whichever of them was the cause."""
+
+
+@dataclasses.dataclass
+class Trial:
+    """One candidate. `verdict` is empty while it is live, `rung` the number of rungs it was timed in."""
+
+    config: KernelConfig
+    verdict: str = ""
+    rung: int = 0
+    samples: list[float] = dataclasses.field(default_factory=list)
+
+    @property
+    def us(self) -> float:
+        return statistics.median(self.samples)
+
+
+@dataclasses.dataclass
+class Result:
+    """A searched shape. `trials[0]` is the default; `chosen` is None when the shape could not be tuned (`why`).
+
+    `us` and `default_us` are of the choice and of the default, over the same rounds.
+    """
+
+    trials: list[Trial]
+    chosen: Trial | None = None
+    why: str = ""
+    us: float = 0.0
+    default_us: float = 0.0
+
+    @property
+    def runner_up_us(self) -> float | None:
+        """The next best of the last rung, the default included."""
+        last = max(trial.rung for trial in self.trials)
+        others = [trial for trial in self.trials if trial.rung == last and trial is not self.chosen]
+        return min((trial.us for trial in others), default=None) if last else None
+
+
+def tune_shape(
+    measurer: Measurer,
+    when: When,
+    candidates: Sequence[KernelConfig],
+    unfit: Mapping[KernelConfig, str] | None = None,
+    step: Callable[[int], None] = lambda live: None,
+) -> Result:
+    """Search `candidates`, of which the first is the default. `unfit` are verdicts known beforehand.
+
+    A shape fails, with a reason and no choice, when its default does. `step` is told how many candidates are live, at
+    every check and rung.
+    """
+    trials = [Trial(config, (unfit or {}).get(config, "")) for config in candidates]
+    result, default = Result(trials), trials[0]
+    try:
+        if default.verdict:
+            raise ShapeError(f"the default configuration: {default.verdict}")
+        measurer.open(when, default.config)
+        for trial in trials[1:]:
+            if not trial.verdict:
+                step(len(_live(trials)))
+                trial.verdict = _verdict(measurer.check, trial.config)
+        for number, most in enumerate(RUNGS):
+            _run_rung(measurer, trials, most)
+            if number + 1 < len(RUNGS):
+                _halve(trials)
+            step(len(_live(trials)))
+        _choose(measurer, result)
+    except ShapeError as error:
+        result.chosen = None
+        result.why = default.verdict = str(error)
+    return result
+
+
+def _live(trials: Sequence[Trial]) -> list[Trial]:
+    return [trial for trial in trials if not trial.verdict]
+
+
+def _verdict(run: Callable[..., object], *args: object) -> str:
+    try:
+        run(*args)
+    except CandidateError as error:
+        return str(error)
+    return ""
+
+
+def _run_rung(measurer: Measurer, trials: Sequence[Trial], most: int) -> None:
+    """Add a rung's samples to every live trial; those that fail are given their verdicts."""
+    while True:
+        live = _live(trials)
+        rounds = most
+        if live[0].samples:
+            a_round = sum(trial.us + REPLAY_US for trial in live) * 1e-6
+            rounds = max(LEAST_ROUNDS, min(most, int(RUNG_SECONDS / a_round)))
+        try:
+            taken = measurer.samples([trial.config for trial in live], rounds)
+        except CandidateError as together:
+            _find_failing(measurer, live, together)
+            continue
+        for trial, us in zip(live, taken, strict=True):
+            trial.samples += us
+            trial.rung += 1
+        return
+
+
+def _find_failing(measurer: Measurer, live: Sequence[Trial], together: CandidateError) -> None:
+    """Time each trial alone after a rung failed. ShapeError when that names none, or names the default."""
+    for trial in live:
+        trial.verdict = _verdict(measurer.samples, [trial.config], LEAST_ROUNDS)
+    if live[0].verdict:
+        raise ShapeError(f"the default configuration: {live[0].verdict}")
+    if all(not trial.verdict for trial in live):
+        raise ShapeError(f"candidates fail together and not alone: {together}")
+
+
+def _halve(trials: Sequence[Trial]) -> None:
+    limit = min(trial.us for trial in _live(trials)) * (1 + KEEP_WITHIN)
+    others = sorted(_live(trials)[1:], key=lambda trial: trial.us)
+    for trial in others[-(-len(others) // 2) :]:
+        if trial.us > limit:
+            trial.verdict = f"dropped after rung {trial.rung}"
+
+
+def is_faster(samples: Sequence[float], default: Sequence[float]) -> bool:
+    """By more than GAIN over all rounds, and over each half of them."""
+    n = len(samples)
+    return all(
+        statistics.median(default[part]) > (1 + GAIN) * statistics.median(samples[part])
+        for part in (slice(0, n), slice(0, n // 2), slice(n // 2, n))
+    )
+
+
+def _choose(measurer: Measurer, result: Result) -> None:
+    """Sets the choice and its times, and the verdicts of what is live."""
+    default = result.trials[0]
+    result.chosen, result.us, result.default_us = default, default.us, default.us
+    for _ in range(DUELS):
+        if (best := _best(_live(result.trials), default)) is None:
+            break
+        if won := _duel(measurer, best, default):
+            result.chosen, (result.us, result.default_us) = best, won
+            break
+    for trial in _live(result.trials):
+        trial.verdict = "chosen" if trial is result.chosen else "default" if trial is default else "not chosen"
+
+
+def _best(live: Sequence[Trial], default: Trial) -> Trial | None:
+    """Of the trials faster than the default the fastest, or one of its speed that differs less from the default."""
+    faster = [trial for trial in live[1:] if is_faster(trial.samples, default.samples)]
+    if not faster:
+        return None
+    least = min(trial.us for trial in faster)
+    tied = [trial for trial in faster if trial.us <= least * (1 + SAME)]
+    return min(tied, key=lambda trial: changes(trial.config, default.config))
+
+
+def _duel(measurer: Measurer, best: Trial, default: Trial) -> tuple[float, float] | None:
+    """Medians of `best` and the default over new rounds: the best of many candidates was lucky in the old ones, too.
+
+    None, and a verdict on `best`, when it is not faster now, or its output is wrong.
+    """
+    if verdict := _verdict(measurer.check, best.config):
+        best.verdict = f"after it was timed: {verdict}"
+        return None
+    a_round = (best.us + default.us + 2 * REPLAY_US) * 1e-6
+    rounds = max(LEAST_ROUNDS, min(RUNGS[-1], int(RUNG_SECONDS / a_round)))
+    try:
+        mine, others = measurer.samples([best.config, default.config], rounds)
+    except CandidateError as together:
+        _find_failing(measurer, [default, best], together)
+        return None
+    if not is_faster(mine, others):
+        ratio = statistics.median(others) / statistics.median(mine)
+        best.verdict = f"not chosen: {ratio:.3f}x the default's speed in new rounds"
+        return None
+    return statistics.median(mine), statistics.median(others)

@@ -1,0 +1,138 @@
+"""Shapes to tune: recipes, flags, logs, and the order they are tuned in."""
+
+import dataclasses
+import itertools
+import json
+import math
+
+import pytest
+from tune_case import DECODE
+
+from mla_cute.bench.cases import Case, PrefillCase
+from mla_cute.tuned import When
+from mla_cute.tuning import recipes
+
+DECODE_GRID = 6 * 5 * 2 + 5 * 4 * 2
+COUNTS = {
+    "small": 7,
+    "deepseek-v3-tp8": DECODE_GRID + 2 * 2 + 2 * 2 * 2,
+    "deepseek-v3-dp": DECODE_GRID + 2 * 2 + 2 * 2 * 2,
+    "kimi-k2-tp8": DECODE_GRID + 2 * 2 * 2,
+    # 16-bit caches have no e4m3 queries: 7 kinds of cache and query.
+    "full": 5 * 5 * 5 * 2 * 7 + 5 * 3 * 3 * 2 * 2 * 7,
+}
+
+
+def test_every_recipe_parses_to_its_number_of_shapes():
+    assert {name: len(recipes.load(name)) for name in recipes.names()} == COUNTS
+
+
+@pytest.mark.parametrize(("name", "heads"), [("deepseek-v3-tp8", 16), ("deepseek-v3-dp", 128), ("kimi-k2-tp8", 8)])
+def test_a_deployment_has_its_heads_only(name, heads):
+    assert {when.num_heads for when in recipes.load(name)} == {heads}
+
+
+def test_full_holds_the_whole_grid_in_every_format():
+    found = set(recipes.load("full"))
+    grid = itertools.product((8, 16, 32, 64, 128), (1, 4, 16, 64, 128), (1024, 4096, 8192, 32768, 131072), (1, 64))
+    for heads, batch, kv_len, page_size in grid:
+        for kv_format, q_fp8 in [("", False), *itertools.product(("tensor", "token", "group"), (False, True))]:
+            assert When("decode", kv_format, q_fp8, heads, page_size, 1, batch, kv_len) in found
+
+
+def test_every_shape_of_every_recipe_is_a_bench_case():
+    for name in recipes.names():
+        for when in recipes.load(name):
+            case = recipes.case_of(when, "bfloat16")
+            assert case.requests[0] == (when.q_len, when.kv_len)
+            assert len(case.requests) == when.batch
+            assert (case.page_size, case.kv_format, case.q_fp8) == (when.page_size, when.kv_format, when.q_fp8)
+
+
+def test_case_of_both_ops():
+    assert recipes.case_of(DECODE, "float16") == Case(16, 16, 8192, dtype="float16")
+    prefill = When("prefill", "group", True, 8, 32, 4, 3, 100)
+    assert recipes.case_of(prefill, "bfloat16") == PrefillCase(8, ((3, 4, 100),), 32, kv_format="group", q_fp8=True)
+
+
+def test_a_file_beside_the_package_works_and_values_need_no_list(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('about = "x"\n[[shapes]]\nop = "decode"\nheads = 16\nbatch = [2, 2, 3]\nkv_len = 100\n')
+    assert recipes.load(str(path)) == [dataclasses.replace(DECODE, batch=b, kv_len=100) for b in (2, 3)]
+
+
+TABLE = '[[shapes]]\nop = "decode"\nheads = 16\nbatch = 1\nkv_len = 64\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[[shapes]", "R: not TOML"),
+        ("", r"R: expected at least one table \[\[shapes\]\]"),
+        ("shapes = 3", r"R: expected at least one table \[\[shapes\]\]"),
+        (TABLE + "[[shape]]\n", r"R: unknown keys \['shape'\]"),
+        (TABLE + "page = 3\n", r"R: shapes\[0\]: unknown keys \['page'\]; known are op, heads"),
+        (TABLE + '[[shapes]]\nop = "decode"\nheads = 1\nbatch = 1\n', r"R: shapes\[1\]\.kv_len: missing"),
+        (TABLE.replace("16", '"16"'), r"R: shapes\[0\]\.heads: expected int, got '16'"),
+        (TABLE.replace("16", "true"), r"R: shapes\[0\]\.heads: expected int, got True"),
+        (TABLE.replace("16", "129"), r"R: shapes\[0\]\.heads: expected at most 128, got 129"),
+        (TABLE.replace("16", "[16, 0]"), r"R: shapes\[0\]\.heads: expected at least 1, got 0"),
+        (TABLE.replace("16", "[]"), r"R: shapes\[0\]\.heads: expected at least one value"),
+        (TABLE.replace('"decode"', '"append"'), r"R: shapes\[0\]\.op: expected one of 'decode', 'prefill', got 'appen"),
+        (TABLE + 'kv_format = "int8"\n', r"R: shapes\[0\]\.kv_format: expected one of '', 'tensor'"),
+        (TABLE + "q_fp8 = 1\n", r"R: shapes\[0\]\.q_fp8: expected bool, got 1"),
+        (TABLE + "q_len = 2\n", r"R: shapes\[0\]\.q_len: decode has one query token per request, got \[2\]"),
+        (TABLE + "q_fp8 = true\n", r"R: shapes\[0\]: no shape is left: q_fp8 needs a kv_format"),
+        (TABLE.replace("decode", "prefill") + "q_len = 65\n", r"R: shapes\[0\]: no shape is left"),
+    ],
+)
+def test_errors_name_file_table_and_key(text, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        recipes.parse(text, "R")
+
+
+def test_an_unknown_name_lists_the_recipes_and_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match="deepseek-v3-dp, deepseek-v3-tp8, full, kimi-k2-tp8, small, got 'deepseek'"):
+        recipes.load("deepseek")
+    with pytest.raises(FileNotFoundError, match=r"none\.toml"):
+        recipes.load(str(tmp_path / "none.toml"))
+
+
+def test_shapes_from_a_log_come_by_frequency_and_get_the_lengths_they_lack(tmp_path):
+    known, unknown = DECODE, dataclasses.replace(DECODE, batch=3, kv_len=None)
+    prefill = dataclasses.replace(DECODE, op="prefill", q_len=512, kv_len=100)
+    lines = [(known, 1), (unknown, 7), (prefill, 2), (known, 1)]
+    path = tmp_path / "log"
+    path.write_text("".join(json.dumps({"when": dataclasses.asdict(w), "count": n}) + "\n" for w, n in lines))
+    found = recipes.from_log(path, [1024, 4096])
+    assert found[:2] == [dataclasses.replace(unknown, kv_len=n) for n in (1024, 4096)]
+    # more query tokens than keys would see nothing
+    assert set(found[2:]) == {known, dataclasses.replace(prefill, kv_len=512)}
+
+
+def test_a_broken_log_names_file_and_line(tmp_path):
+    path = tmp_path / "log"
+    path.write_text("{}\n")
+    with pytest.raises(ValueError, match="log line 1"):
+        recipes.from_log(path, [1024])
+
+
+def test_the_order_is_a_permutation_that_begins_with_the_corners():
+    whens = recipes.load("deepseek-v3-tp8")
+    ordered = recipes.coarse_first(whens[::-1])
+    assert sorted(ordered, key=dataclasses.astuple) == sorted(whens, key=dataclasses.astuple)
+    assert ordered == recipes.coarse_first(whens)
+    corners = {(when.batch, when.kv_len) for when in ordered[:16] if when.op == "decode"}
+    assert corners == set(itertools.product((1, 128), (1024, 131072)))
+    # every kind of cache and page is there before any is refined
+    first = {(when.kv_format, when.page_size) for when in ordered[:20] if when.op == "decode"}
+    assert first == {("", 1), ("", 64), ("tensor", 64), ("group", 64)}
+
+
+def test_every_beginning_of_the_order_covers_the_range_evenly():
+    whens = [dataclasses.replace(DECODE, batch=2**i) for i in range(9)]
+    order = [math.log2(when.batch) for when in recipes.coarse_first(whens)]
+    assert sorted(order[:2]) == [0, 8]
+    assert order[2] == 4
+    assert sorted(order[3:5]) == [2, 6]
+    assert sorted(order[5:]) == [1, 3, 5, 7]

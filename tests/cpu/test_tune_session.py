@@ -1,0 +1,353 @@
+"""Runs over many shapes: both files after every shape, resume, budget, Ctrl-C, damaged and foreign files."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+from tune_case import DECODE, GPU, MADE_WITH, FakeMeasurer
+
+from mla_cute import tuned
+from mla_cute.config import KernelConfig
+from mla_cute.tuned import When
+from mla_cute.tuning import session, space, store
+from mla_cute.tuning.recipes import coarse_first
+from mla_cute.tuning.search import StartError
+from mla_cute.tuning.session import Task
+
+WHENS = [dataclasses.replace(DECODE, batch=b, kv_len=n) for b in (1, 16, 128) for n in (1024, 8192)]
+ORDER = coarse_first(WHENS)
+
+
+class Screen:
+    def __init__(self):
+        self.lines, self.steps = [], []
+
+    def say(self, text):
+        self.lines.append(text)
+
+    def step(self, done, total, label, seconds_left):
+        self.steps.append((done, total, label, seconds_left))
+
+
+class Clock:
+    """A second per question, and what is added."""
+
+    def __init__(self, tick=0.0):
+        self.now, self.tick = 1000.0, tick
+
+    def __call__(self):
+        self.now += self.tick
+        return self.now
+
+
+def faster(when, config):
+    """Without evict_first everything is 10 % faster, at batch 1 nothing is."""
+    return 90.0 if not config.evict_first and when.batch > 1 else 100.0
+
+
+def nothing_missing(variants, step):
+    assert list(variants)
+    return {}
+
+
+def task(folder, **changes):
+    values = {
+        "whens": WHENS,
+        "dtype": "bfloat16",
+        "out": folder / "tuned" / "Test_GPU.json",
+        "measurements": folder / "raw.json",
+        "gpu": GPU,
+        "made_with": MADE_WITH,
+        "digest": "abc",
+    }
+    return Task(**(values | changes))
+
+
+def run(todo, measurer=None, compiling=nothing_missing, clock=None):
+    screen, measurer = Screen(), measurer or FakeMeasurer(faster)
+    outcome = session.run(todo, session.open_store(todo), measurer, compiling, screen, clock or Clock())
+    return outcome, measurer, screen
+
+
+def test_a_run_fills_both_files(tmp_path):
+    todo = task(tmp_path)
+    outcome, measurer, screen = run(todo)
+    assert measurer.opened == ORDER
+    assert [shape.when for shape in outcome.tuned] == ORDER
+    assert (outcome.failed, outcome.left_out, outcome.resumed) == ([], [], [])
+    file = tuned.load(todo.out)
+    assert (file.gpu, file.made_with) == (GPU, MADE_WITH)
+    entries = {entry.when: entry for entry in file.entries}
+    assert set(entries) == set(WHENS)
+    for when, entry in entries.items():
+        default = tuned.default_for(when, 132)
+        assert entry.default_us == 100.0
+        if when.batch == 1:
+            assert (entry.config, entry.us) == (default, 100.0)
+        else:
+            assert (entry.config, entry.us) == (dataclasses.replace(default, evict_first=False), 90.0)
+    gpu, shapes = store.load(todo.measurements)
+    assert gpu == GPU
+    assert {shape.when: shape.entry() for shape in shapes} == entries
+    for shape in shapes:
+        tried = [KernelConfig.from_dict(trial["config"]) for trial in shape.candidates]
+        assert tried == space.candidates(shape.when, 132)
+        assert all(trial["verdict"] for trial in shape.candidates)
+        assert all(trial["us"] > 0 and trial["samples"] > 0 and trial["rung"] > 0 for trial in shape.candidates)
+    assert any("100.0 -> 90.0 us (1.111x), evict_first=False" in text for text in screen.lines)
+    assert any("batch 1" in text and "the default, 100.0 us" in text for text in screen.lines)
+    assert screen.steps[-1] == (6, 6, "done", 0.0)
+
+
+def test_the_time_left_follows_from_the_shapes_done(tmp_path):
+    clock = Clock()
+    measurer = FakeMeasurer(faster)
+    real = measurer.open
+
+    def open_slowly(when, default):
+        clock.now += 10
+        real(when, default)
+
+    measurer.open = open_slowly
+    _, _, screen = run(task(tmp_path), measurer, clock=clock)
+    left = {done: seconds for done, _, label, seconds in screen.steps if "candidates" in label}
+    assert left == {0: None, 1: 50.0, 2: 40.0, 3: 30.0, 4: 20.0, 5: 10.0}
+
+
+def test_tuned_entries_of_other_shapes_stay(tmp_path):
+    todo = task(tmp_path)
+    other = dataclasses.replace(DECODE, num_heads=128)
+    entry = tuned.Entry(other, KernelConfig(), 10.0, 11.0, None)
+    tuned.merge(todo.out, tuned.TunedFile(GPU, MADE_WITH, (entry,)))
+    run(todo)
+    assert {e.when for e in tuned.load(todo.out).entries} == {other, *WHENS}
+
+
+class Interrupting(FakeMeasurer):
+    """Ctrl-C (or worse) in the middle of a shape."""
+
+    def __init__(self, after, error=KeyboardInterrupt):
+        super().__init__(faster)
+        self.after, self.error = after, error
+
+    def samples(self, configs, rounds):
+        if len(self.opened) > self.after:
+            raise self.error
+        return super().samples(configs, rounds)
+
+
+def test_ctrl_c_keeps_what_is_done_and_a_second_run_goes_on(tmp_path):
+    todo = task(tmp_path)
+    outcome, measurer, _ = run(todo, Interrupting(2))
+    assert outcome.interrupted
+    assert [shape.when for shape in outcome.tuned] == ORDER[:2]
+    assert outcome.left_out == ORDER[2:]
+    assert {entry.when for entry in tuned.load(todo.out).entries} == set(ORDER[:2])
+    assert any("4 shapes left out, interrupted" in text for text in session.summary(outcome))
+
+    outcome, measurer, screen = run(todo)
+    assert measurer.opened == ORDER[2:]
+    assert outcome.resumed == ORDER[:2]
+    assert screen.lines[0].startswith("2 of 6 shapes are in ")
+    assert {entry.when for entry in tuned.load(todo.out).entries} == set(WHENS)
+
+    outcome, measurer, _ = run(todo)
+    assert measurer.opened == []
+    assert outcome.resumed == ORDER
+
+
+def test_a_killed_run_resumes(tmp_path):
+    """SIGKILL leaves what the files hold: an exception that nothing catches is the same to them."""
+    todo = task(tmp_path)
+    with pytest.raises(SystemExit):
+        run(todo, Interrupting(3, SystemExit))
+    _, measurer, _ = run(todo)
+    assert measurer.opened == ORDER[3:]
+
+
+def test_ctrl_c_while_compiling(tmp_path):
+    def interrupted(variants, step):
+        raise KeyboardInterrupt
+
+    outcome, measurer, _ = run(task(tmp_path), compiling=interrupted)
+    assert outcome.interrupted
+    assert outcome.left_out == ORDER
+    assert measurer.asked == []
+
+
+def test_a_process_that_cannot_come_back_ends_the_run_and_keeps_what_is_done(tmp_path):
+    outcome, _, _ = run(task(tmp_path), Interrupting(1, StartError("the GPU is gone")))
+    assert outcome.error == "the GPU is gone"
+    assert not outcome.interrupted
+    assert len(outcome.tuned) == 1
+    assert "5 shapes left out, the GPU is gone; the same command goes on with them:" in session.summary(outcome)
+
+
+@pytest.mark.parametrize("change", [{"digest": "other sources"}, {"dtype": "float16"}])
+def test_other_sources_and_dtypes_are_measured_anew(tmp_path, change):
+    run(task(tmp_path))
+    _, measurer, _ = run(task(tmp_path, **change))
+    assert measurer.opened == ORDER
+    _, shapes = store.load(tmp_path / "raw.json")
+    assert len(shapes) == (6 if "digest" in change else 12)
+
+
+def test_a_resumed_run_fills_another_tuned_file(tmp_path):
+    run(task(tmp_path))
+    _, measurer, _ = run(task(tmp_path, out=tmp_path / "again.json"))
+    assert measurer.opened == []
+    assert {entry.when for entry in tuned.load(tmp_path / "again.json").entries} == set(WHENS)
+
+
+def test_failed_shapes_have_no_entry_and_are_tried_again(tmp_path):
+    todo, measurer = task(tmp_path), FakeMeasurer(faster)
+    measurer.fails_open[ORDER[0]] = "needs 300.0 GB of GPU memory, 100.0 GB are there"
+    outcome, _, screen = run(todo, measurer)
+    assert [shape.when for shape in outcome.failed] == [ORDER[0]]
+    assert screen.lines[0] == f"FAILED {ORDER[0]}: needs 300.0 GB of GPU memory, 100.0 GB are there"
+    assert {entry.when for entry in tuned.load(todo.out).entries} == set(ORDER[1:])
+    shape = store.load(todo.measurements)[1][0]
+    assert (shape.chosen, shape.entry()) == (None, None)
+    _, measurer, _ = run(todo)
+    assert measurer.opened == ORDER[:1]
+    assert len(tuned.load(todo.out).entries) == 6
+
+
+def test_failing_candidates_are_counted_in_the_line_and_kept_in_the_file(tmp_path):
+    todo, measurer = task(tmp_path, whens=[DECODE]), FakeMeasurer(faster)
+    found = space.candidates(DECODE, 132)
+    measurer.fails = {found[1]: "hung after 20 s", found[2]: "exit -11"}
+    _, _, screen = run(todo, measurer)
+    assert screen.lines[-1].endswith("; 2 candidates failed")
+    tried = store.load(todo.measurements)[1][0].candidates
+    assert [trial["verdict"] for trial in tried[1:3]] == ["hung after 20 s", "exit -11"]
+    assert tried[1]["us"] is None
+
+
+# -------------------------------------------------------------------------------------------------------- the budget
+
+
+def test_the_budget_ends_the_run_before_a_shape_that_does_not_fit(tmp_path):
+    clock, measurer = Clock(), FakeMeasurer(faster)
+    real = measurer.open
+
+    def open_slowly(when, default):
+        clock.now += 10
+        real(when, default)
+
+    measurer.open = open_slowly
+    outcome, _, _ = run(task(tmp_path, budget_s=35.0), measurer, clock=clock)
+    assert [shape.when for shape in outcome.tuned] == ORDER[:3]
+    assert clock.now - 1000 <= 35
+    text = session.summary(outcome)
+    assert text[0] == "3 shapes tuned, 0 were done before, 0 failed"
+    assert text[1].startswith("3 shapes left out, the budget is spent")
+    assert text[2] == "  3 of decode, 16-bit cache"
+
+
+def test_compiling_takes_its_share_of_the_budget_and_what_is_missing_is_left_out(tmp_path):
+    clock = Clock()
+    variants = {}
+
+    def compiling(wanted, step):
+        wanted = list(dict.fromkeys(wanted))
+        for done, variant in enumerate(wanted, start=1):
+            clock.now += 10
+            variants[variant] = done
+            if not step(done, len(wanted)):
+                return dict.fromkeys(wanted[done:], "not compiled: no time was left")
+        return {}
+
+    outcome, measurer, screen = run(task(tmp_path, budget_s=60.0), compiling=compiling, clock=clock)
+    assert len(variants) == 3  # half the budget: the default's two, and one more
+    default = tuned.default_for(DECODE, 132)
+    assert list(variants)[:2] == space.variants_of(DECODE, default, "bfloat16")
+    assert len(outcome.tuned) == 6
+    launches = {trial["verdict"] for trial in outcome.tuned[0].candidates}
+    assert "not compiled: no time was left" in launches
+    assert any("not compiled" in text for text in screen.lines)
+
+
+def test_a_shape_whose_default_does_not_compile_fails(tmp_path):
+    def compiling(wanted, step):
+        return dict.fromkeys(wanted, "does not compile: registers")
+
+    outcome, measurer, _ = run(task(tmp_path), compiling=compiling)
+    assert len(outcome.failed) == 6
+    assert measurer.asked == []
+    assert outcome.failed[0].why == "the default configuration: does not compile: registers"
+
+
+def test_no_budget_is_no_end(tmp_path):
+    outcome, _, _ = run(task(tmp_path, budget_s=math.inf), clock=Clock(tick=1e6))
+    assert len(outcome.tuned) == 6
+
+
+# ----------------------------------------------------------------------------------------------------- broken files
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", r"raw\.json: not JSON: .*; delete it to measure anew"),
+        ('{"kind": "mla_cute.tuning", "schema": 1, "gpu": {}, "sha', r"raw\.json: not JSON"),
+        ("[]", r"raw\.json: not a measurements file"),
+        ('{"kind": "mla_cute.bench.decode"}', r"raw\.json: not a measurements file"),
+        ('{"kind": "mla_cute.tuning", "schema": 0}', r"raw\.json: schema 0, this version reads 1"),
+        ('{"kind": "mla_cute.tuning", "schema": 1, "gpu": {}}', r"raw\.json: expected an object gpu and a list shapes"),
+        (
+            '{"kind": "mla_cute.tuning", "schema": 1, "gpu": {}, "shapes": [{}]}',
+            r"raw\.json: shapes\[0\]: KeyError: 'when'",
+        ),
+        (
+            '{"kind": "mla_cute.tuning", "schema": 1, "gpu": {"name": "NVIDIA H20"}, "shapes": []}',
+            r"raw\.json: measured on NVIDIA H20, this GPU is Test GPU",
+        ),
+    ],
+)
+def test_a_damaged_or_foreign_measurements_file_is_an_error_that_names_it(tmp_path, content, message):
+    todo = task(tmp_path)
+    todo.measurements.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        session.open_store(todo)
+    assert todo.measurements.read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda shape: shape.update(us=None), r"shapes\[0\]: ValueError: expected times of a tuned shape"),
+        (lambda shape: shape["chosen"].update(tiles=3), r"shapes\[0\]: ValueError: config: unknown fields"),
+        (lambda shape: shape.update(extra=1), r"shapes\[0\]: TypeError: .*extra"),
+        (lambda shape: shape["when"].pop("batch"), r"shapes\[0\]: TypeError: .*batch"),
+    ],
+)
+def test_a_damaged_shape_is_an_error_that_names_it(tmp_path, spoil, message):
+    todo = task(tmp_path, whens=[DECODE])
+    run(todo)
+    values = json.loads(todo.measurements.read_text())
+    spoil(values["shapes"][0])
+    todo.measurements.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=message):
+        session.open_store(todo)
+
+
+def test_another_gpus_tuned_file_is_refused_before_anything_runs(tmp_path):
+    todo = task(tmp_path)
+    tuned.merge(todo.out, tuned.TunedFile(GPU | {"name": "NVIDIA H20"}, MADE_WITH, ()))
+    with pytest.raises(ValueError, match=r"Test_GPU\.json: made on another GPU"):
+        session.open_store(todo)
+
+
+def test_the_measurements_are_one_shape_a_line(tmp_path):
+    todo = task(tmp_path)
+    run(todo)
+    lines = todo.measurements.read_text().splitlines()
+    assert sum(text.startswith('{"when"') for text in lines) == 6
+    assert json.loads(todo.measurements.read_text())["method"]["us"].startswith("median of CUDA-graph replays")
+
+
+def test_group_names():
+    assert session.group_of(DECODE) == "decode, 16-bit cache"
+    assert session.group_of(When("prefill", "group", True, 1, 1, 1, 1, 1)) == "prefill, group FP8, q e4m3"

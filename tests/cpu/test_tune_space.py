@@ -1,0 +1,146 @@
+"""Candidates of a shape, and that pruned ones would have planned the same work as one that stays."""
+
+import dataclasses
+import itertools
+
+import planner_model
+import prefill_planner_model
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mla_cute.config import KernelConfig, why_infeasible
+from mla_cute.kernels.registry import MAX_PARTS, TILE_M
+from mla_cute.tuned import When, default_for
+from mla_cute.tuning import recipes, space
+
+CONFIGS = st.builds(
+    KernelConfig,
+    min_blocks=st.sampled_from(space.MIN_BLOCKS),
+    item_overhead=st.sampled_from((0, *space.ITEM_OVERHEADS)),
+    split_penalty=st.sampled_from(space.SPLIT_PENALTIES),
+)
+SMS = st.sampled_from((20, 78, 114, 132))
+
+
+def decode_plan(when, config, num_sms):
+    parts = max(1, min(MAX_PARTS, num_sms // -(-when.num_heads // TILE_M)))
+    plan = planner_model.plan([when.kv_len] * when.batch, [0] * when.batch, parts, when.num_heads, config)
+    return plan.items, plan.starts, plan.splits
+
+
+def prefill_plan(when, config, num_sms):
+    request = prefill_planner_model.Request
+    requests = [request(b * when.q_len, when.q_len, when.kv_len, 0) for b in range(when.batch)]
+    plan = prefill_planner_model.plan(requests, min(MAX_PARTS, num_sms), when.num_heads, True, config)
+    return plan.items, plan.merges
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.builds(
+        When,
+        st.just("decode"),
+        st.just(""),
+        st.just(False),
+        st.sampled_from((1, 16, 64, 65, 128)),
+        st.just(64),
+        st.just(1),
+        st.integers(1, 300),
+        st.integers(1, 5000),
+    ),
+    CONFIGS,
+    CONFIGS,
+    SMS,
+)
+def test_equal_signatures_of_decode_are_equal_plans(when, a, b, num_sms):
+    same = space.plan_signature(when, a, num_sms) == space.plan_signature(when, b, num_sms)
+    if same:
+        assert decode_plan(when, a, num_sms) == decode_plan(when, b, num_sms)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.builds(
+        When,
+        st.just("prefill"),
+        st.just(""),
+        st.just(False),
+        st.sampled_from((1, 16, 128)),
+        st.just(64),
+        st.integers(1, 200),
+        st.integers(1, 20),
+        st.integers(200, 3000),
+    ),
+    CONFIGS,
+    CONFIGS,
+    SMS,
+)
+def test_equal_signatures_of_prefill_are_equal_plans(when, a, b, num_sms):
+    same = space.plan_signature(when, a, num_sms) == space.plan_signature(when, b, num_sms)
+    assert same == (prefill_plan(when, a, num_sms) == prefill_plan(when, b, num_sms))
+
+
+def test_long_prefill_whose_costs_share_classes():
+    when = When("prefill", "", False, 128, 64, 130, 1, 200_000)
+    for a, b in itertools.combinations((KernelConfig(), KernelConfig(item_overhead=8), KernelConfig(min_blocks=16)), 2):
+        same = space.plan_signature(when, a, 132) == space.plan_signature(when, b, 132)
+        assert same == (prefill_plan(when, a, 132) == prefill_plan(when, b, 132))
+
+
+@pytest.mark.parametrize("name", ["small", "deepseek-v3-tp8", "deepseek-v3-dp"])
+def test_candidates_begin_with_the_default_and_can_run(name):
+    for when in recipes.load(name)[::7]:
+        found = space.candidates(when, 132)
+        default = default_for(when, 132)
+        assert found[0] == default
+        assert len(found) == len(set(found)) <= 80
+        for config in found:
+            assert why_infeasible(config) is None
+            assert config.accuracy == default.accuracy
+        switches = {(config.evict_first, config.use_pdl) for config in found}
+        assert switches == set(itertools.product((True, False), repeat=2))
+
+
+def test_no_two_candidates_run_the_same():
+    when = When("decode", "", False, 16, 64, 1, 4, 1024)
+    found = space.candidates(when, 132)
+    runs = [(config.launch(), str(decode_plan(when, config, 132))) for config in found]
+    assert len(set(runs)) == len(runs)
+    # 1024 tokens of 4 requests leave several ways to cut on 132 SMs
+    assert len({plan for _, plan in runs}) > 3
+
+
+def test_the_fp8_kernel_is_tuned_where_there_are_two():
+    def kernels(op, num_heads, kv_format):
+        when = When(op, kv_format, False, num_heads, 64, 1, 16, 8192)
+        return {config.fp8_kernel for config in space.candidates(when, 132)}
+
+    assert kernels("decode", 16, "group") == {"auto", "rows"}
+    assert kernels("decode", 17, "group") == {"auto", "few_rows"}
+    assert kernels("decode", 16, "") == kernels("prefill", 16, "group") == {"auto"}
+
+
+def test_variants_are_what_a_call_compiles():
+    def names(when, config=KernelConfig()):  # noqa: B008 -- frozen
+        return [(kernel.name, key) for kernel, key, _ in space.variants_of(when, config, "bfloat16")]
+
+    decode = When("decode", "tensor", True, 16, 32, 1, 1, 64)
+    (main, key), (planner, planner_key) = names(decode)
+    assert (main, planner) == ("decode_few_fp8_sm90", "planner")
+    assert (key.box_rows, key.kv_format, key.q_fp8, key.dtype) == (32, "tensor", True, "bfloat16")
+    assert planner_key.lengths == "csr"
+    assert names(dataclasses.replace(decode, kv_len=65))[1][1].lengths == "csr_last"
+    assert names(decode, KernelConfig(fp8_kernel="rows"))[0][0] == "decode_fp8_sm90"
+    assert names(dataclasses.replace(decode, num_heads=17))[0][0] == "decode_fp8_sm90"
+    bf16 = dataclasses.replace(decode, kv_format="", q_fp8=False)
+    assert names(bf16)[0][0] == "decode_rows_sm90"
+    prefill = dataclasses.replace(bf16, op="prefill", q_len=2)
+    assert [name for name, _ in names(prefill)] == ["prefill_rows_sm90", "prefill_planner"]
+    assert names(dataclasses.replace(prefill, kv_format="group"))[0][0] == "prefill_fp8_sm90"
+
+
+def test_changes_counts_fields():
+    default = KernelConfig()
+    assert space.changes(default, default) == 0
+    assert space.changes(dataclasses.replace(default, use_pdl=False, min_blocks=8), default) == 2
