@@ -1,0 +1,301 @@
+"""An attention backend of vLLM: the decode path of its MLA layers over the kernels of this library.
+
+    vllm serve deepseek-ai/DeepSeek-V3 --attention-backend CUSTOM
+
+Written for vLLM 0.33.0. With both packages installed vLLM finds it by itself (entry point `vllm.general_plugins`).
+That release pins nvidia-cutlass-dsl 4.8.0 and this library 4.8.1: pip cannot install both in one command. Install vLLM
+first and this library after it; pip replaces 4.8.0 and reports the conflict. Its own DSL kernels on 4.8.1 are untried.
+
+What has run: the backend with the classes of vLLM 0.33.0, and with stand-ins for them, on CPU tensors. It has never run
+inside an engine or on a GPU.
+
+* `forward_mqa` is this library's; prompts (`forward_mha`) stay vLLM's. Requests of up to 128 new tokens come to
+  `forward_mqa`, in batches of mixed lengths: absorbed attention of q tokens over L keys takes q L H 2176 FLOP, vLLM's
+  prompt path q L H 640 + L H 262144 to expand the keys, and that is more below q = 171.
+* Caches: the dtype of the model; "fp8" and "fp8_e4m3", scaled by the layer's k_scale; "fp8_ds_mla", rows of 656 bytes.
+  Queries stay 16-bit up to 64 heads; with "fp8" and more heads vLLM hands over e4m3 ones (q_scale), as it does to its
+  own backends. As 16-bit ones they would cost what they cost over a bf16 cache.
+* Every block size; 64 is preferred.
+* Decode context parallelism with natural log-sum-exps; one query token per request then, as vLLM's common builder has
+  it. No prefill context parallelism, no sparse and no non-causal attention.
+* CUDA graphs of uniform and of mixed decode batches: the plan of a captured batch keeps its buffers, and the first
+  layer of a step plans again on the GPU from the present lengths, in the graph. Building metadata launches nothing.
+* VLLM_BATCH_INVARIANT=1 cuts requests by their own lengths alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from ..problem import CKV_DIM, FP8, KPE_DIM, MAX_HEADS
+from ._engine_steps import Step, StepPlans, paged_cache
+
+try:
+    from vllm import envs
+    from vllm.model_executor.layers.attention.mla_attention import (
+        MLACommonBackend,
+        MLACommonDecodeMetadata,
+        MLACommonImpl,
+        MLACommonMetadata,
+        MLACommonMetadataBuilder,
+        QueryLenSupport,
+    )
+    from vllm.v1.attention.backend import AttentionCGSupport, AttentionType, MultipleOf
+except ImportError as error:
+    raise ImportError(
+        f'mla_cute.integrations.vllm needs vLLM, written for 0.33.0: pip install "vllm==0.33.0" ({error})'
+    ) from error
+
+__all__ = ["MlaCuteBackend", "MlaCuteDecodeMetadata", "MlaCuteImpl", "MlaCuteMetadata", "MlaCuteMetadataBuilder"]
+
+_FORMATS = {
+    "auto": "", "float16": "", "bfloat16": "", "fp8": "tensor", "fp8_e4m3": "tensor", "fp8_ds_mla": "group",
+}  # fmt: skip
+_CACHE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "fp8_ds_mla": torch.bfloat16}
+_BLOCK_SIZE = 64
+_MAX_DECODE_QUERY_LEN = 128
+_MAX_HEADS_OF_16BIT_QUERIES = 64
+
+
+def _takes_e4m3_queries(kv_format: str, num_heads: int) -> bool:
+    return kv_format == "tensor" and num_heads > _MAX_HEADS_OF_16BIT_QUERIES
+
+
+class MlaCuteBackend(MLACommonBackend):
+    """What vLLM asks before it takes the backend."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = list(_FORMATS)
+
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"  # vLLM looks members of its AttentionBackendEnum up by this name
+
+    @staticmethod
+    def get_impl_cls() -> type[MlaCuteImpl]:
+        return MlaCuteImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[MlaCuteMetadataBuilder]:
+        return MlaCuteMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
+        return [MultipleOf(1)]
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        return default_block_size if default_block_size % _BLOCK_SIZE == 0 else _BLOCK_SIZE
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        return [CKV_DIM + KPE_DIM]
+
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_compute_capability(cls, capability: Any) -> bool:
+        return (capability.major, capability.minor) == (9, 0)
+
+    @classmethod
+    def supports_combination(
+        cls,
+        head_size: int,
+        dtype: torch.dtype,
+        kv_cache_dtype: Any,
+        block_size: int | None,
+        use_mla: bool,
+        has_sink: bool,
+        use_sparse: bool,
+        use_mm_prefix: bool,
+        device_capability: Any,
+    ) -> str | None:
+        if not cls.supports_compute_capability(device_capability):
+            has = f"{device_capability.major}.{device_capability.minor}"
+            return f"mla_cute kernels need a Hopper GPU of compute capability 9.0, this device has {has}"
+        needed = _CACHE_DTYPES.get(kv_cache_dtype, dtype)
+        if dtype is not needed:
+            return f"mla_cute needs a model of {needed} with kv_cache_dtype {kv_cache_dtype!r}, this one is of {dtype}"
+        return None
+
+
+@dataclass
+class MlaCuteDecodeMetadata(MLACommonDecodeMetadata):
+    """Decode metadata of a step, shared by its layers.
+
+    Attributes:
+        step: pages, lengths and plan.
+        output_dtype: of the model.
+        is_padded: query tokens of no request may follow those of the last one; their outputs are zero.
+        first_layer: name of the layer that ran first with these metadata. Whenever it runs, it plans.
+    """
+
+    step: Step
+    output_dtype: torch.dtype
+    is_padded: bool
+    first_layer: str | None = None
+
+
+@dataclass
+class MlaCuteMetadata(MLACommonMetadata[MlaCuteDecodeMetadata]):
+    pass
+
+
+class MlaCuteMetadataBuilder(MLACommonMetadataBuilder[MlaCuteMetadata]):
+    """Finds the plan of a step. Launches nothing where there is one."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+    query_len_support: ClassVar[QueryLenSupport] = QueryLenSupport.VARLEN
+    reorder_batch_threshold: int = _MAX_DECODE_QUERY_LEN
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device, MlaCuteMetadata)
+        dcp_size = vllm_config.parallel_config.decode_context_parallel_size
+        # the layers gather the query heads of the group
+        num_heads = self.num_heads * dcp_size
+        kv_format = _FORMATS.get(vllm_config.cache_config.cache_dtype, "")
+        self._batch_invariant = bool(envs.VLLM_BATCH_INVARIANT)
+        self._plans = StepPlans(
+            num_heads=num_heads,
+            page_size=self.page_size,
+            kv_format=kv_format,
+            q_fp8=_takes_e4m3_queries(kv_format, num_heads),
+            batch_invariant=self._batch_invariant,
+        )
+        self._captures = False
+        # The lengths of a rank's share are not advanced between the steps of a draft.
+        self.supports_draft_decode_metadata_update = dcp_size == 1
+
+    @classmethod
+    def get_varlen_cudagraph_max_query_len(cls, vllm_config: Any, kv_cache_spec: Any) -> int | None:
+        """The prefill kernels read each request's query tokens from query_start_loc on the GPU."""
+        return 1 if vllm_config.parallel_config.decode_context_parallel_size > 1 else _MAX_DECODE_QUERY_LEN
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> MlaCuteMetadata:
+        self._captures = True
+        try:
+            return super().build_for_cudagraph_capture(common_attn_metadata)
+        finally:
+            self._captures = False
+
+    def update_draft_decode_metadata(self, metadata: MlaCuteMetadata) -> None:
+        """Nothing to do: the first layer plans from the tensors that the draft steps advance."""
+
+    def _build_decode(
+        self,
+        block_table_tensor: torch.Tensor,
+        seq_lens_device: torch.Tensor,
+        max_seq_len: int,
+        query_start_loc_cpu: torch.Tensor,
+        query_start_loc_device: torch.Tensor,
+        num_decode_tokens: int,
+        max_query_len: int,
+        dcp_tot_seq_lens_device: torch.Tensor | None,
+    ) -> MlaCuteDecodeMetadata:
+        # max_query_len is what vLLM promises, not the longest of this batch: a graph captured from a batch of single
+        # tokens may be for more. Decode and prefill kernels have other bits, hence one kind with batch invariance.
+        is_decode = max_query_len == 1 and num_decode_tokens == seq_lens_device.shape[0] and not self._batch_invariant
+        queries = (None, 0) if is_decode else (query_start_loc_device, num_decode_tokens)
+        step = self._plans.step(block_table_tensor, seq_lens_device, *queries, keep=self._captures)
+        return MlaCuteDecodeMetadata(
+            block_table=block_table_tensor,
+            seq_lens=seq_lens_device,
+            dcp_tot_seq_lens=dcp_tot_seq_lens_device,
+            step=step,
+            output_dtype=self.model_config.dtype,
+            is_padded=not is_decode and (self._captures or int(query_start_loc_cpu[-1]) < num_decode_tokens),
+        )
+
+
+class MlaCuteImpl(MLACommonImpl[MlaCuteMetadata]):
+    """Decode attention of one layer.
+
+    Raises:
+        ValueError: more than 128 heads (times the size of decode context parallelism), latent dimensions other than
+            512 and 64, an unknown kv_cache_dtype.
+        NotImplementedError: alibi slopes, a sliding window, a soft cap, or an attention that is not a decoder's.
+    """
+
+    can_return_lse_for_decode: bool = True
+    lse_base_on_e: bool = True
+    supports_dcp: bool = True
+    supports_pcp: bool = False
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None,
+        sliding_window: int | None,
+        kv_cache_dtype: str,
+        logits_soft_cap: float | None,
+        attn_type: str,
+        kv_sharing_target_layer_name: str | None,
+        **mla_args: Any,
+    ) -> None:
+        super().__init__(
+            num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, kv_cache_dtype, logits_soft_cap,
+            attn_type, kv_sharing_target_layer_name, **mla_args,
+        )  # fmt: skip
+        unsupported = {
+            "alibi_slopes": alibi_slopes, "sliding_window": sliding_window, "logits_soft_cap": logits_soft_cap,
+        }  # fmt: skip
+        for name, value in unsupported.items():
+            if value:
+                raise NotImplementedError(f"{name}: expected None, not supported, got {value}")
+        if attn_type != AttentionType.DECODER:
+            raise NotImplementedError(f"attn_type: expected 'decoder', others are not supported, got {attn_type!r}")
+        if kv_cache_dtype not in _FORMATS:
+            raise ValueError(f"kv_cache_dtype: expected one of {', '.join(_FORMATS)}, got {kv_cache_dtype!r}")
+        dims = (self.kv_lora_rank, self.qk_rope_head_dim)
+        if dims != (CKV_DIM, KPE_DIM):
+            raise ValueError(f"kv_lora_rank, qk_rope_head_dim: expected {CKV_DIM}, {KPE_DIM}, got {dims[0]}, {dims[1]}")
+        gathered_heads = num_heads * self.dcp_world_size
+        if gathered_heads > MAX_HEADS:
+            raise ValueError(f"num_heads: expected 1 to {MAX_HEADS} on all ranks of a DCP group, got {gathered_heads}")
+        self._kv_format = _FORMATS[kv_cache_dtype]
+        self.supports_quant_query_input = _takes_e4m3_queries(self._kv_format, gathered_heads)
+
+    def forward_mqa(
+        self,
+        q: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+        kv_c_and_k_pe_cache: torch.Tensor,
+        attn_metadata: MlaCuteMetadata,
+        layer: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention of the decode tokens of a step.
+
+        Args:
+            q: ([tokens, H, 512], [tokens, H, 64]) of the model's dtype, or both in one tensor [tokens, H, 576], which
+                may be float8_e4m3fn.
+            kv_c_and_k_pe_cache: [num_blocks, block_size, 576], or [num_blocks, block_size, 656] uint8.
+            attn_metadata: of :class:`MlaCuteMetadataBuilder`.
+            layer: has layer_name, and for an fp8 cache _k_scale_float and _q_scale_float.
+
+        Returns:
+            (output [tokens, H, 512] of the model's dtype, natural log-sum-exp [tokens, H] float32, or None where
+            decode context parallelism does not ask for it)
+        """
+        decode = attn_metadata.decode
+        assert decode is not None
+        q_nope, q_pe = q if isinstance(q, tuple) else (q[..., :CKV_DIM], q[..., CKV_DIM:])
+        options: dict[str, Any] = {}
+        if q_nope.dtype is FP8:
+            options["q_scale"] = layer._q_scale_float
+        scale = layer._k_scale_float if self._kv_format == "tensor" else 1.0
+        allocate = torch.zeros if decode.is_padded else torch.empty
+        out = allocate((*q_nope.shape[:2], CKV_DIM), dtype=decode.output_dtype, device=q_nope.device)
+        if decode.first_layer is None:
+            decode.first_layer = layer.layer_name
+        if decode.first_layer == layer.layer_name:
+            decode.step.plan.update()
+        cache = paged_cache(kv_c_and_k_pe_cache, scale)
+        out, lse = decode.step.attend(q_nope, q_pe, cache, self.scale, out=out, **options)
+        return out, lse if self.need_to_return_lse_for_decode else None

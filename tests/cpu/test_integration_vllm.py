@@ -1,0 +1,456 @@
+"""The backend for vLLM on CPU tensors, against attention in plain torch.
+
+Where vLLM is installed the backend runs with that release's classes, whose Python part imports without a GPU too;
+elsewhere with stand-ins (vllm_case.py). tests/data/vllm_0.33.0.json has the signatures of the release, recorded from
+the sources in its wheel (tests/recorded_signatures.py); backend, stand-ins and installed release are held against it.
+"""
+
+import importlib
+import importlib.metadata
+import math
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import vllm_case
+from integration_case import ABSURD, SM_SCALE, Case
+from recorded_signatures import of
+from vllm_case import LAYER, RECORD, make_builder, make_config, make_impl, make_metadata
+
+from mla_cute import quant
+from mla_cute.integrations import _engine_steps, _vllm_plugin
+from mla_cute.plan import DecodePlan, Plan
+from mla_cute.plan_prefill import PrefillPlan
+
+E4M3 = torch.float8_e4m3fn
+DECODE = [(1, 17), (1, 64), (1, 1), (1, 8)]
+SPECULATIVE = [(3, 17), (3, 64), (3, 3), (3, 8)]
+RAGGED = [(1, 17), (3, 30), (5, 5), (2, 9), (4, 64)]
+OUT_TOLERANCE = {"rtol": 2**-7, "atol": 2**-8}  # the output is rounded to bf16; values are around 1
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    """The module, imported beside the release or stand-ins for it; `is_release` says which."""
+    name = "mla_cute.integrations.vllm"
+    is_release = vllm_case.install(monkeypatch)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    module = importlib.import_module(name)
+    monkeypatch.setattr(module, "is_release", is_release, raising=False)
+    yield module
+    sys.modules.pop(name, None)
+
+
+def make_layer(name=LAYER, k_scale=1.0, q_scale=1.0):
+    return SimpleNamespace(layer_name=name, _k_scale_float=k_scale, _q_scale_float=q_scale)
+
+
+def metadata_of(case, **kwargs):
+    return make_metadata(case.block_table, case.kv_len_arr, case.qo_indptr, **kwargs)
+
+
+def make_step(backend, case, cache_dtype="auto", **kwargs):
+    """(impl, metadata) of a batch."""
+    kwargs = {"block_size": case.page_size, "heads": case.q.shape[1], "dtype": case.q.dtype} | kwargs
+    config = make_config(cache_dtype, **kwargs)
+    builder = make_builder(backend.MlaCuteMetadataBuilder, config)
+    impl = make_impl(backend.MlaCuteImpl, config, SM_SCALE)
+    impl.need_to_return_lse_for_decode = True
+    return impl, builder.build(0, metadata_of(case))
+
+
+def parts(q):
+    return q[..., :512], q[..., 512:]
+
+
+def check(case, result, cache=None, rtol=1e-5):
+    out, lse = case.expected(True, cache=cache)
+    got, got_lse = result
+    torch.testing.assert_close(got.float(), out, **OUT_TOLERANCE)
+    torch.testing.assert_close(got_lse, lse, rtol=rtol, atol=rtol)
+
+
+# ------------------------------------------------------------------------------------------------ the release
+
+
+RECORDED = {name: parameters for file in RECORD["files"].values() for name, parameters in file.items()}
+OURS = {"MLACommonMetadataBuilder": "MlaCuteMetadataBuilder", "AttentionMetadataBuilder": "MlaCuteMetadataBuilder",
+        "AttentionBackend": "MlaCuteBackend", "MLACommonImpl": "MlaCuteImpl"}  # fmt: skip
+
+
+def names_of(parameters):
+    return [p["name"] for p in parameters if p["name"] not in ("self", "cls")]
+
+
+@pytest.mark.parametrize("name", [name for name in RECORDED if name.partition(".")[0] in OURS])
+def test_methods_take_what_the_release_passes(backend, name):
+    assert f"vLLM {RECORD['version']}" in backend.__doc__
+    cls, _, method = name.partition(".")
+    function = getattr(getattr(backend, OURS[cls]), method)
+    ours, recorded = of(function), names_of(RECORDED[name])
+    if method == "__init__":  # of the optional arguments vLLM passes those that an implementation has
+        required = [p["name"] for p in RECORDED[name][1:] if "default" not in p]
+        takes_any = any(p["kind"] == "VAR_KEYWORD" for p in ours)
+        assert names_of(ours)[:4] == recorded[:4]
+        assert takes_any or set(names_of(ours)) == set(required)
+    else:
+        assert names_of(ours) == recorded
+
+
+def test_metadata_fields_are_the_recorded_ones(backend):
+    for cls, name in (
+        (backend.MlaCuteDecodeMetadata, "MLACommonDecodeMetadata"), (backend.MlaCuteMetadata, "MLACommonMetadata"),
+    ):  # fmt: skip
+        recorded = RECORDED[name]
+        assert of(cls)[: len(recorded)] == recorded
+
+
+def test_stand_ins_have_the_recorded_signatures():
+    for name, recorded in RECORDED.items():
+        cls, _, method = name.partition(".")
+        stand_in = getattr(vllm_case, cls, None)
+        if stand_in is None or (method and not hasattr(stand_in, method)):
+            continue
+        assert names_of(of(getattr(stand_in, method) if method else stand_in)) == names_of(recorded), name
+
+
+def test_record_is_the_installed_release(backend):
+    if not backend.is_release:
+        pytest.skip("vLLM is not installed")
+    if importlib.metadata.version("vllm") != RECORD["version"]:
+        pytest.skip(f"vLLM {importlib.metadata.version('vllm')} is installed, the record is of {RECORD['version']}")
+    for file, names in RECORD["files"].items():
+        module = importlib.import_module(file.removesuffix(".py").replace("/", "."))
+        for name, recorded in names.items():
+            cls, _, method = name.partition(".")
+            live = getattr(module, cls)
+            if cls == "AttentionLayer":  # a protocol: attributes that a layer has
+                assert {p["name"] for p in recorded} == set(live.__annotations__)
+            else:
+                assert names_of(of(getattr(live, method) if method else live)) == names_of(recorded), name
+
+
+def test_plugin_names_the_backend(backend):
+    _vllm_plugin.register()
+    registry = sys.modules["vllm.v1.attention.backends.registry"]
+    custom = registry.AttentionBackendEnum.CUSTOM
+    path = custom.get_path() if backend.is_release else vllm_case.REGISTERED[custom]
+    module, _, name = path.rpartition(".")
+    assert getattr(importlib.import_module(module), name).get_name() == custom.name
+    if backend.is_release:
+        custom.clear_override()
+
+
+def test_entry_point_is_declared():
+    tomllib = pytest.importorskip("tomllib", reason="Python before 3.11 has no tomllib")
+    project = tomllib.loads((vllm_case.load.__globals__["DATA"].parents[1] / "pyproject.toml").read_text())["project"]
+    module, _, name = project["entry-points"]["vllm.general_plugins"]["mla_cute"].partition(":")
+    assert getattr(importlib.import_module(module), name) is _vllm_plugin.register
+
+
+def test_without_vllm_the_import_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    monkeypatch.delitem(sys.modules, "mla_cute.integrations.vllm", raising=False)
+    with pytest.raises(ImportError, match=r'pip install "vllm==0\.33\.0"'):
+        importlib.import_module("mla_cute.integrations.vllm")
+
+
+# ------------------------------------------------------------------------------------------------ selection
+
+
+HOPPER, BLACKWELL = SimpleNamespace(major=9, minor=0), SimpleNamespace(major=10, minor=0)
+
+
+def reason(backend, dtype=torch.bfloat16, kv_cache_dtype="auto", capability=HOPPER):
+    cls = backend.MlaCuteBackend
+    return cls.supports_combination(576, dtype, kv_cache_dtype, 64, True, False, False, False, capability)
+
+
+def test_selection(backend):
+    assert reason(backend) is None
+    assert reason(backend, kv_cache_dtype="fp8_ds_mla") is None
+    assert reason(backend, torch.float16, "fp8") is None
+    assert "compute capability 9.0, this device has 10.0" in reason(backend, capability=BLACKWELL)
+    assert "a model of torch.bfloat16" in reason(backend, torch.float16, "fp8_ds_mla")
+    assert "a model of torch.float16" in reason(backend, kv_cache_dtype="float16")
+    cls = backend.MlaCuteBackend
+    assert cls.supports_compute_capability(HOPPER)
+    assert not cls.supports_compute_capability(BLACKWELL)
+    assert [cls.get_preferred_block_size(n) for n in (16, 64, 128)] == [64, 64, 128]
+
+
+def test_selection_through_the_release(backend):
+    if not backend.is_release:
+        pytest.skip("vLLM is not installed")
+    cls = backend.MlaCuteBackend
+    given = {
+        "head_size": 576, "dtype": torch.bfloat16, "kv_cache_dtype": "fp8", "block_size": 64, "use_mla": True,
+        "has_sink": False, "use_sparse": False, "use_mm_prefix": False, "use_per_head_quant_scales": False,
+        "device_capability": HOPPER, "attn_type": "decoder", "use_batch_invariant": True, "use_dcp": True,
+        "use_adaptive_verification": True,
+    }  # fmt: skip
+    assert cls.validate_configuration(**given) == []
+    for changed, why in (
+        ({"use_pcp": True}, "PCP not supported"), ({"use_sparse": True}, "sparse not supported"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "kv_cache_dtype not supported"),
+        ({"use_non_causal": True}, "non-causal attention not supported"),
+        ({"device_capability": BLACKWELL}, "compute capability not supported"),
+    ):  # fmt: skip
+        assert why in cls.validate_configuration(**given | changed)
+
+
+# ------------------------------------------------------------------------------------------------ results
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("requests", [DECODE, SPECULATIVE, RAGGED], ids=["decode", "speculative", "ragged"])
+def test_result_is_attention(backend, requests, dtype, packed):
+    case = Case(requests, dtype=dtype)
+    impl, metadata = make_step(backend, case)
+    kind = DecodePlan if requests is DECODE else PrefillPlan
+    assert type(metadata.decode.step.plan) is kind
+    assert metadata.num_decode_tokens == len(case.q)
+    result = impl.forward_mqa(case.q if packed else parts(case.q), case.cache, metadata, make_layer())
+    assert result[0].dtype is dtype
+    check(case, result)
+
+
+@pytest.mark.parametrize("page_size", [1, 5, 64])
+def test_block_sizes(backend, page_size):
+    case = Case(RAGGED, page_size=page_size, num_pages=200, num_indices=200)
+    impl, metadata = make_step(backend, case)
+    check(case, impl.forward_mqa(parts(case.q), case.cache, metadata, make_layer()))
+
+
+def test_prompts_are_left_to_vllm(backend):
+    """The first 2 of 3 requests are decodes; query tokens and pages of the prompt behind them are not looked at."""
+    if backend.is_release:
+        pytest.skip("the builder of the release needs a prompt backend, which needs a GPU")
+    case, prompt = Case([(1, 17), (3, 30)]), 200
+    config = make_config(heads=3)
+    builder = make_builder(backend.MlaCuteMetadataBuilder, config)
+    lens = torch.cat((case.kv_len_arr, torch.tensor([ABSURD], dtype=torch.int32)))
+    indptr = torch.cat((case.qo_indptr, case.qo_indptr[-1:] + prompt))
+    table = torch.cat((case.block_table, torch.full_like(case.block_table[:1], ABSURD)))
+    metadata = builder.build(0, make_metadata(table, lens, indptr))
+    assert (metadata.num_decodes, metadata.num_decode_tokens, metadata.num_prefills) == (2, 4, 1)
+    impl = make_impl(backend.MlaCuteImpl, config, SM_SCALE)
+    impl.need_to_return_lse_for_decode = True
+    check(case, impl.forward_mqa(parts(case.q), case.cache, metadata, make_layer()))
+
+
+def test_lse_only_where_it_is_asked_for(backend):
+    case = Case(DECODE)
+    impl, metadata = make_step(backend, case)
+    impl.need_to_return_lse_for_decode = False
+    assert impl.forward_mqa(parts(case.q), case.cache, metadata, make_layer())[1] is None
+    assert impl.can_return_lse_for_decode
+    assert impl.lse_base_on_e
+
+
+def test_ranks_of_a_dcp_group_merge_to_the_whole(backend):
+    """Tokens dealt out to two ranks in turn, one per block, and merged by their log-sum-exps as vLLM does it."""
+    case = Case(DECODE, page_size=1, num_heads=6, num_pages=128, num_indices=128)
+    results = []
+    for rank in range(2):
+        table = case.block_table[:, rank::2].contiguous()
+        lens = (case.kv_len_arr + 1 - rank) // 2
+        config = make_config(heads=3, dcp=2, block_size=1)
+        builder = make_builder(backend.MlaCuteMetadataBuilder, config)
+        assert builder.reorder_batch_threshold == 1
+        assert not builder.supports_draft_decode_metadata_update
+        metadata = builder.build(0, make_metadata(table, lens, case.qo_indptr))
+        impl = make_impl(backend.MlaCuteImpl, config, SM_SCALE)
+        impl.need_to_return_lse_for_decode = True
+        out, lse = impl.forward_mqa(case.q, case.cache, metadata, make_layer())
+        if rank == 1:  # the request of one token has none here
+            assert (out[2] == 0).all()
+            assert (lse[2] == -math.inf).all()
+        results.append((out.float(), lse))
+    lse = torch.logaddexp(results[0][1], results[1][1])
+    out = sum(out * (part - lse).exp()[..., None] for out, part in results)
+    check(case, (out, lse))
+
+
+# ------------------------------------------------------------------------------------------------ FP8
+
+
+@pytest.mark.parametrize("q_fp8", [False, True])
+@pytest.mark.parametrize("requests", [DECODE, RAGGED], ids=["decode", "ragged"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_cache_with_a_scale(backend, requests, dtype, q_fp8):
+    case = Case(requests, dtype=dtype)
+    stored, q = quant.to_e4m3(case.cache, 0.02), parts(case.q)
+    impl, metadata = make_step(backend, case, "fp8")
+    layer = make_layer(k_scale=0.02, q_scale=0.25)
+    if q_fp8:
+        q = quant.to_e4m3(case.q, 0.25)
+        case.q = q.float() * 0.25
+    out, lse = impl.forward_mqa(q, stored, metadata, layer)
+    assert out.dtype is dtype
+    check(case, (out, lse), cache=stored.float() * 0.02)
+
+
+@pytest.mark.parametrize("requests", [DECODE, RAGGED], ids=["decode", "ragged"])
+def test_rows_of_656_bytes(backend, requests):
+    case = Case(requests)
+    pool = torch.zeros(*case.cache.shape[:2], quant.GROUP_ROW_BYTES, dtype=torch.uint8)
+    ckv, array = quant.quantize_group(case.cache[..., :512])
+    kpe = case.cache[..., 512:]
+    for part, values in zip(quant.group_rows(pool), (ckv, array, kpe), strict=True):
+        part.copy_(values)
+    real = torch.cat((quant.dequantize(ckv, array), kpe.float()), -1)
+    impl, metadata = make_step(backend, case, "fp8_ds_mla")
+    layer = make_layer(k_scale=7.0)  # of no meaning there
+    check(case, impl.forward_mqa(parts(case.q), pool, metadata, layer), cache=real)
+
+
+def test_who_quantizes_queries(backend):
+    for cache_dtype, heads, expected in (
+        ("auto", 128, False), ("fp8", 64, False), ("fp8", 65, True), ("fp8_e4m3", 128, True),
+        ("fp8_ds_mla", 128, False),
+    ):  # fmt: skip
+        impl = make_impl(backend.MlaCuteImpl, make_config(cache_dtype, heads=heads), SM_SCALE)
+        assert impl.supports_quant_query_input is expected, (cache_dtype, heads)
+
+
+# ------------------------------------------------------------------------------------------------ CUDA graphs
+
+
+@pytest.fixture
+def updates(monkeypatch):
+    """The plans that were updated, in order, but for the update at the end of making one."""
+    found = []
+    monkeypatch.setattr(Plan, "update", lambda plan: found.append(plan) or plan)
+    return found
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_captured_step_is_found_again_and_refilled(backend, tokens):
+    """A graph for 6 requests replays with 4: its tensors are overwritten, metadata are built, and what the graph
+    recorded (the captured metadata, here) runs on the captured plan. Rows of no request come out zero."""
+    case, padded = Case([(tokens, n) for n in (17, 64, 8, 5)], spare_q=2 * tokens), 6
+    config = make_config(heads=3)
+    builder = make_builder(backend.MlaCuteMetadataBuilder, config)
+    impl = make_impl(backend.MlaCuteImpl, config, SM_SCALE)
+    impl.need_to_return_lse_for_decode = True
+    table = torch.zeros(8, case.block_table.shape[1], dtype=torch.int32)
+    lens, indptr = torch.ones(8, dtype=torch.int32), torch.arange(9, dtype=torch.int32)
+    indptr.mul_(tokens)
+    lens.fill_(tokens)
+
+    def common(**kwargs):
+        tensors = (table[:padded], lens[:padded], indptr[: padded + 1])
+        return make_metadata(*tensors, total=padded * tokens, max_query_len=tokens, **kwargs)
+
+    captured = builder.build_for_cudagraph_capture(common())
+    table[: len(case.block_table)] = case.block_table
+    table[len(case.block_table) :] = ABSURD
+    lens.zero_()
+    lens[:4] = case.kv_len_arr
+    indptr[:5] = case.qo_indptr
+    indptr[5:] = case.qo_indptr[-1]
+    assert builder.build(0, common()).decode.step.plan is captured.decode.step.plan
+    q = case.q.nan_to_num(0.5)
+    out, lse = impl.forward_mqa(parts(q), case.cache, captured, make_layer())
+    rows = 4 * tokens
+    check(case, (out[:rows], lse[:rows]))
+    assert len(out) == padded * tokens
+    assert (out[rows:] == 0).all()
+
+
+def test_captured_plans_stay_and_others_go(backend, monkeypatch):
+    monkeypatch.setattr(_engine_steps.StepPlans, "RECENT", 2)
+    builder = make_builder(backend.MlaCuteMetadataBuilder, make_config())
+    table, indptr = torch.zeros(8, 4, dtype=torch.int32), torch.arange(9, dtype=torch.int32)
+    lens = torch.ones(8, dtype=torch.int32)
+
+    def build(n, lens=lens, capture=False):
+        common = make_metadata(table[:n], lens[:n], indptr[: n + 1])
+        return (builder.build_for_cudagraph_capture(common) if capture else builder.build(0, common)).decode.step.plan
+
+    graphs = {n: build(n, capture=True) for n in (8, 4, 2)}
+    eager = build(3)
+    others = [build(n, torch.ones(8, dtype=torch.int32)) for n in (1, 2, 3)]
+    assert len({id(plan) for plan in (*graphs.values(), eager, *others)}) == 7
+    assert build(3) is not eager
+    assert {n: build(n) for n in graphs} == graphs
+
+
+def test_the_first_layer_plans_whenever_it_runs(backend, updates):
+    case = Case(RAGGED)
+    impl, metadata = make_step(backend, case)
+    plan = metadata.decode.step.plan
+    updates.clear()
+    layers = [make_layer(f"layers.{n}") for n in (7, 8, 9)]
+    for layer in layers:
+        impl.forward_mqa(parts(case.q), case.cache, metadata, layer)
+    assert updates == [plan]
+    for layer in layers:  # the capture after a warm-up, or the next step of a draft
+        impl.forward_mqa(parts(case.q), case.cache, metadata, layer)
+    assert updates == [plan, plan]
+
+
+def test_a_promise_of_longer_queries_decides_the_kernels(backend):
+    """A graph for mixed lengths is captured from single tokens."""
+    case = Case(DECODE)
+    builder = make_builder(backend.MlaCuteMetadataBuilder, make_config(heads=3))
+    assert type(builder.build(0, metadata_of(case)).decode.step.plan) is DecodePlan
+    assert type(builder.build(0, metadata_of(case, max_query_len=3)).decode.step.plan) is PrefillPlan
+    longest = type(builder).get_varlen_cudagraph_max_query_len
+    assert longest(make_config(), None) == builder.reorder_batch_threshold
+    assert longest(make_config(dcp=2), None) == 1
+
+
+def test_batch_invariance_has_one_kind_of_kernel(backend, monkeypatch):
+    monkeypatch.setattr(backend.envs, "VLLM_BATCH_INVARIANT", True, raising=False)
+    case = Case(DECODE)
+    impl, metadata = make_step(backend, case)
+    plan = metadata.decode.step.plan
+    assert type(plan) is PrefillPlan
+    assert plan.batch_invariant
+    check(case, impl.forward_mqa(parts(case.q), case.cache, metadata, make_layer()))
+
+
+def test_plans_share_the_largest_buffer_of_partials(monkeypatch):
+    """On the GPU; here with plans that are only told they are there."""
+
+    def plan_of(seq_lens, **_):
+        return SimpleNamespace(device=torch.device("cuda"), part=torch.empty(len(seq_lens), 3))
+
+    monkeypatch.setattr(_engine_steps, "plan_decode_block_table", plan_of)
+    plans = _engine_steps.StepPlans(num_heads=1, page_size=1)
+    lens, table = torch.ones(9, dtype=torch.int32), torch.zeros(9, 2, dtype=torch.int32)
+    sizes = (4, 2, 9, 3)
+    made = [plans.step(table[:n], lens[:n], keep=True).plan for n in sizes]
+    assert [len(plan.part) for plan in made] == [4, 4, 9, 9]
+    assert made[0].part is made[1].part
+    assert made[2].part is made[3].part
+
+
+# ------------------------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"num_heads": 129}, ValueError, "num_heads: expected 1 to 128 .* got 129"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, ValueError, "kv_cache_dtype: expected one of auto"),
+        ({"kv_lora_rank": 256}, ValueError, "kv_lora_rank, qk_rope_head_dim: expected 512, 64, got 256, 64"),
+        ({"logits_soft_cap": 30.0}, NotImplementedError, "logits_soft_cap: expected None"),
+        ({"sliding_window": 512}, NotImplementedError, "sliding_window: expected None"),
+        ({"attn_type": "encoder"}, NotImplementedError, "attn_type: expected 'decoder'"),
+    ],
+)
+def test_refuses(backend, changed, error, message):
+    with pytest.raises(error, match=message):
+        make_impl(backend.MlaCuteImpl, make_config(), SM_SCALE, **changed)
+
+
+def test_heads_of_another_number_than_planned(backend):
+    case = Case(DECODE)
+    impl, metadata = make_step(backend, case, heads=4)
+    with pytest.raises(ValueError, match="plan: expected a plan for num_heads 3, got one for num_heads 4"):
+        impl.forward_mqa(parts(case.q), case.cache, metadata, make_layer())

@@ -1,0 +1,225 @@
+"""vLLM for the tests of its backend: the installed release if it imports, else stand-ins for the classes that are used.
+
+The stand-ins do what the release's classes do with what the backend overrides or reads, and have its signatures
+(tests/data/vllm_0.33.0.json). Both take the same configuration and metadata, which are plain namespaces.
+"""
+
+import dataclasses
+import enum
+import importlib.util
+import itertools
+import sys
+import types
+from types import SimpleNamespace
+from typing import Generic, TypeVar
+
+import torch
+from recorded_signatures import load
+
+RECORD = load("vllm_0.33.0.json")
+LAYER = "model.layers.0.self_attn.attn"
+_MLA = "vllm.model_executor.layers.attention.mla_attention"
+
+
+def install(monkeypatch) -> bool:
+    """Makes `import vllm` work; whether it is the release."""
+    if importlib.util.find_spec("vllm") is not None:
+        import vllm.model_executor.layers.attention.mla_attention as mla
+
+        monkeypatch.setattr(mla, "get_current_vllm_config", make_config)
+        return True
+    for name in (
+        "vllm", "vllm.model_executor", "vllm.model_executor.layers", "vllm.model_executor.layers.attention", _MLA,
+        "vllm.v1", "vllm.v1.attention", "vllm.v1.attention.backend", "vllm.v1.attention.backends",
+        "vllm.v1.attention.backends.registry", "vllm.envs",
+    ):  # fmt: skip
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    envs = sys.modules["vllm"].envs = sys.modules["vllm.envs"]
+    envs.VLLM_BATCH_INVARIANT = False
+    for cls in (
+        QueryLenSupport, MLACommonBackend, MLACommonDecodeMetadata, MLACommonMetadata, MLACommonMetadataBuilder,
+        MLACommonImpl,
+    ):  # fmt: skip
+        setattr(sys.modules[_MLA], cls.__name__, cls)
+    for cls in (AttentionCGSupport, AttentionType, MultipleOf):
+        setattr(sys.modules["vllm.v1.attention.backend"], cls.__name__, cls)
+    registry = sys.modules["vllm.v1.attention.backends.registry"]
+    registry.AttentionBackendEnum, registry.register_backend = AttentionBackendEnum, register_backend
+    return False
+
+
+# ------------------------------------------------------------------------------------------------ what both are given
+
+
+def make_config(cache_dtype="auto", *, heads=4, dcp=1, block_size=8, dtype=torch.bfloat16):
+    prefill_backend = SimpleNamespace(clone=lambda: None)
+    layer = SimpleNamespace(
+        q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
+        prefill_backend=prefill_backend,
+    )  # fmt: skip
+    return SimpleNamespace(
+        model_config=SimpleNamespace(
+            dtype=dtype, max_model_len=64, get_num_attention_heads=lambda _: heads, get_head_size=lambda: 576
+        ),
+        parallel_config=SimpleNamespace(
+            decode_context_parallel_size=dcp, prefill_context_parallel_size=1, cp_kv_cache_interleave_size=1
+        ),
+        compilation_config=SimpleNamespace(static_forward_context={LAYER: layer}),
+        cache_config=SimpleNamespace(cache_dtype=cache_dtype, block_size=block_size),
+        scheduler_config=SimpleNamespace(max_num_seqs=8),
+        attention_config=SimpleNamespace(use_prefill_query_quantization=False),
+        speculative_config=None,
+    )
+
+
+def make_builder(cls, config):
+    spec = SimpleNamespace(block_size=config.cache_config.block_size)
+    return cls(spec, [LAYER], config, torch.device("cpu"))
+
+
+def make_impl(cls, config, scale, **changed):
+    given = {
+        "num_heads": config.model_config.get_num_attention_heads(None), "head_size": 576, "scale": scale,
+        "num_kv_heads": 1, "alibi_slopes": None, "sliding_window": None,
+        "kv_cache_dtype": config.cache_config.cache_dtype, "logits_soft_cap": None, "attn_type": "decoder",
+        "kv_sharing_target_layer_name": None, "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64, "qk_head_dim": 192, "v_head_dim": 128, "kv_b_proj": None,
+    }  # fmt: skip
+    return cls(**given | changed)
+
+
+def make_metadata(block_table, seq_lens, query_start_loc, *, total=None, max_query_len=None):
+    """CommonAttentionMetadata; `total` counts padding, `max_query_len` is a promise."""
+    host = query_start_loc.clone()
+    total = int(host[-1]) if total is None else total
+    return SimpleNamespace(
+        query_start_loc=query_start_loc, query_start_loc_cpu=host, seq_lens=seq_lens, num_reqs=len(seq_lens),
+        num_actual_tokens=total, max_query_len=max_query_len or int(host.diff().max()), max_seq_len=64,
+        block_table_tensor=block_table, slot_mapping=torch.zeros(total, dtype=torch.int64), causal=True,
+        dcp_local_seq_lens=None, seq_lens_cpu_upper_bound=seq_lens.clone(), is_prefilling=None,
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ stand-ins
+
+
+class AttentionCGSupport(enum.Enum):
+    ALWAYS = 3
+    UNIFORM_BATCH = 2
+
+
+class AttentionType(str, enum.Enum):
+    DECODER = "decoder"
+    ENCODER = "encoder"
+
+
+@dataclasses.dataclass(frozen=True)
+class MultipleOf:
+    base: int
+
+
+class QueryLenSupport(enum.Enum):
+    VARLEN = "varlen"
+
+
+class AttentionBackendEnum(enum.Enum):
+    CUSTOM = None
+
+
+REGISTERED = {}
+
+
+def register_backend(backend, class_path=None, is_mamba=False):
+    REGISTERED[backend] = class_path
+
+
+class MLACommonBackend:
+    pass
+
+
+@dataclasses.dataclass
+class MLACommonDecodeMetadata:
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    dcp_tot_seq_lens: torch.Tensor | None
+
+
+D = TypeVar("D")
+
+
+@dataclasses.dataclass
+class MLACommonMetadata(Generic[D]):
+    num_reqs: int
+    max_query_len: int
+    max_seq_len: int
+    num_actual_tokens: int
+    query_start_loc: torch.Tensor
+    slot_mapping: torch.Tensor
+    num_decodes: int
+    num_decode_tokens: int
+    num_prefills: int
+    causal: bool = True
+    head_dim: int | None = None
+    prefill: object | None = None
+    decode: D | None = None
+
+
+M = TypeVar("M")
+
+
+class MLACommonMetadataBuilder(Generic[M]):
+    def __init__(
+        self, kv_cache_spec, layer_names, vllm_config, device, metadata_cls=None, supports_dcp_with_varlen=False
+    ):
+        self.metadata_cls, self.device, self.page_size = metadata_cls, device, kv_cache_spec.block_size
+        self.model_config = vllm_config.model_config
+        self.num_heads = self.model_config.get_num_attention_heads(vllm_config.parallel_config)
+        if vllm_config.parallel_config.decode_context_parallel_size > 1 and not supports_dcp_with_varlen:
+            self.reorder_batch_threshold = 1
+
+    def _build_decode(
+        self, block_table_tensor, seq_lens_device, max_seq_len, query_start_loc_cpu, query_start_loc_device,
+        num_decode_tokens, max_query_len, dcp_tot_seq_lens_device,
+    ):  # fmt: skip
+        raise NotImplementedError
+
+    def build_for_cudagraph_capture(self, common_attn_metadata):
+        assert common_attn_metadata.max_query_len <= self.reorder_batch_threshold
+        return self.build(0, common_attn_metadata)
+
+    def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
+        m, threshold = common_attn_metadata, self.reorder_batch_threshold
+        lens = m.query_start_loc_cpu.diff().tolist()
+        decodes = len(list(itertools.takewhile(lambda n: n <= threshold, lens)))
+        tokens = m.num_actual_tokens if decodes == len(lens) else int(m.query_start_loc_cpu[decodes])
+        decode = self._build_decode(
+            block_table_tensor=m.block_table_tensor[:decodes],
+            seq_lens_device=m.seq_lens[:decodes],
+            max_seq_len=m.max_seq_len,
+            query_start_loc_cpu=m.query_start_loc_cpu[: decodes + 1],
+            query_start_loc_device=m.query_start_loc[: decodes + 1],
+            num_decode_tokens=tokens,
+            max_query_len=min(m.max_query_len, threshold),
+            dcp_tot_seq_lens_device=None,
+        )
+        return self.metadata_cls(
+            m.num_reqs, m.max_query_len, m.max_seq_len, m.num_actual_tokens, m.query_start_loc, m.slot_mapping,
+            num_decodes=decodes, num_decode_tokens=tokens, num_prefills=len(lens) - decodes, decode=decode,
+        )  # fmt: skip
+
+
+class MLACommonImpl(Generic[M]):
+    need_to_return_lse_for_decode = False
+    dcp_world_size = 1
+
+    def __init__(
+        self, num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, kv_cache_dtype, logits_soft_cap,
+        attn_type, kv_sharing_target_layer_name, q_lora_rank, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim,
+        qk_head_dim, v_head_dim, kv_b_proj, indexer=None, q_pad_num_heads=None,
+    ):  # fmt: skip
+        self.scale, self.kv_cache_dtype = float(scale), kv_cache_dtype
+        self.kv_lora_rank, self.qk_rope_head_dim = kv_lora_rank, qk_rope_head_dim
+        self.supports_quant_query_input = True
+
+    def forward_mqa(self, q, kv_c_and_k_pe_cache, attn_metadata, layer):
+        raise NotImplementedError
