@@ -1,5 +1,6 @@
-"""The interfaces of other libraries and engines, over the calls of this one. Importing a module here needs torch only, but for
-the backends of engines, which need their engine.
+"""The interfaces of other libraries and engines, over the calls of this one.
+
+Importing a module here needs torch only, but for the backends of engines, which need their engine.
 
 flashinfer        BatchMLAPagedAttentionWrapper, MLAPlanMetadata
 flash_mla         get_mla_metadata, flash_mla_with_kvcache
