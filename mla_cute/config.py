@@ -94,3 +94,14 @@ def default_config(num_heads: int, page_size: int, batch: int, num_sms: int) -> 
     """The configuration used when no tuned entry applies."""
     del page_size, batch, num_sms
     return KernelConfig(split_penalty=2 + (4 * min(num_heads, 128) + 63) // 64)
+
+
+def small_fp8_step(num_heads: int, batch: int, kv_len: int, q_fp8: bool, num_sms: int) -> bool:
+    """Whether an FP8 decode step of more than 16 heads is so small that few_rows is the faster kernel.
+
+    By tiles of 16 heads x 64 tokens per SM, as measured on an H200 (docs/performance.md): a tile costs few_rows 1.2 us
+    where row tiles take 0.3 to 0.9, and a step costs it 3 us (with 16-bit queries 6 us) less.
+    """
+    tiles = batch * -(-kv_len // 64) * -(-num_heads // 16) / num_sms
+    most = (24, 12) if num_heads <= 32 else (18, 6)
+    return tiles <= most[q_fp8]

@@ -21,7 +21,8 @@ An entry can serve a call when
 
 Of these the one at the smallest distance, the sum of |log2| of the four ratios; of several the one with the nearest
 page_size, then the largest kv_len, then the first of a sorted file. A call that knows no kv_len leaves its ratio out.
-Batch-invariant plans take the default: an entry's kernel would depend on the batch, and results with it.
+Batch-invariant plans take the default: an entry's kernel would depend on the batch, and results with it. The default
+of an FP8 decode step with more than 16 heads and a known, small kv_len is the few-rows kernel (config.small_fp8_step).
 
 MLA_CUTE_LOG=1 logs each new selection. Logger "mla_cute": without the variable selections are DEBUG and that there is
 no file is INFO, with it both are WARNING, which logging shows unless told otherwise. All three variables are read when
@@ -42,7 +43,7 @@ from collections.abc import Sequence
 import torch
 
 from . import jit
-from .config import KernelConfig, default_config
+from .config import KernelConfig, default_config, small_fp8_step
 from .kernels.registry import FEW_ROWS, TILE_M, box_rows_of
 from .shape_log import read_shapes
 from .steps import step_of
@@ -125,10 +126,16 @@ def select(when: When, device: torch.device, batch_invariant: bool = False) -> S
     )  # fmt: skip
 
 
-def default_for(when: When, sm_count: int) -> KernelConfig:
+def default_for(when: When, sm_count: int, batch_invariant: bool = False) -> KernelConfig:
     """The configuration of a call that no entry serves."""
     rows = when.num_heads if when.op == "decode" else TILE_M
-    return default_config(rows, when.page_size, when.batch, sm_count)
+    config = default_config(rows, when.page_size, when.batch, sm_count)
+    # Another kernel is other bits: not by what else is in the batch, where a request's bits are its own.
+    may_change = when.op == "decode" and when.kv_format and when.num_heads > FEW_ROWS and not batch_invariant
+    if may_change and sm_count and when.kv_len is not None:
+        if small_fp8_step(when.num_heads, when.batch, when.kv_len, when.q_fp8, sm_count):
+            config = dataclasses.replace(config, fp8_kernel="few_rows")
+    return config
 
 
 def clear() -> None:
@@ -152,7 +159,7 @@ def _select(when: When, device: torch.device, batch_invariant: bool) -> Selectio
     if gpu is None:
         return Selection(default_for(when, 0), f"default: {device} is no GPU", None, when)
     name, sm_count = gpu
-    default = functools.partial(Selection, default_for(when, sm_count), entry=None, when=when)
+    default = functools.partial(Selection, default_for(when, sm_count, batch_invariant), entry=None, when=when)
     if os.environ.get("MLA_CUTE_TUNED") == "0":
         return default("default: MLA_CUTE_TUNED=0")
     if batch_invariant:

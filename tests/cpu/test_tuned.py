@@ -416,6 +416,31 @@ def test_of_equally_near_entries_the_one_of_the_page_size_wins():
         assert (found.when.page_size, found.when.kv_len) == (page_size, 8192)
 
 
+@pytest.mark.parametrize(
+    ("facts", "few"),
+    [
+        # Measured faster with few_rows on 132 SMs, or not: docs/performance.md.
+        ({"num_heads": 32, "batch": 1, "kv_len": 32768}, True),
+        ({"num_heads": 32, "batch": 16, "kv_len": 8192}, False),
+        ({"num_heads": 64, "batch": 1, "kv_len": 8192}, True),
+        ({"num_heads": 64, "batch": 1, "kv_len": 32768}, False),
+        ({"num_heads": 128, "batch": 1, "kv_len": 4096}, True),
+        ({"num_heads": 128, "batch": 1, "kv_len": 8192}, False),
+        ({"num_heads": 128, "batch": 1, "kv_len": 8192, "q_fp8": False}, True),
+        ({"num_heads": 64, "batch": 16, "kv_len": 1024, "q_fp8": False}, True),
+        # What is not known, not FP8 or not decode; up to 16 heads "auto" is few_rows.
+        ({"num_heads": 64, "batch": 1, "kv_len": None}, False),
+        ({"num_heads": 64, "batch": 1, "kv_len": 1024, "kv_format": "", "q_fp8": False}, False),
+        ({"num_heads": 64, "batch": 1, "kv_len": 1024, "op": "prefill"}, False),
+        ({"num_heads": 16, "batch": 1, "kv_len": 1024}, False),
+    ],
+)
+def test_small_fp8_steps_of_many_heads_take_few_rows_by_default(facts, few):
+    shape = when(**{"kv_format": "tensor", "q_fp8": True} | facts)
+    assert tuned.default_for(shape, 132).fp8_kernel == ("few_rows" if few else "auto")
+    assert tuned.default_for(shape, 132, batch_invariant=True).fp8_kernel == "auto"
+
+
 OPS = st.sampled_from(["decode", "prefill"])
 SIZES = st.integers(1, 20).map(lambda n: n * n)
 

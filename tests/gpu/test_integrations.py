@@ -8,6 +8,7 @@ import torch
 from integration_case import SM_SCALE, Case
 
 from mla_cute import quant
+from mla_cute._testing_fp8 import LSE_LIMIT
 from mla_cute.integrations.flash_mla import flash_mla_with_kvcache, get_mla_metadata
 from mla_cute.integrations.flashinfer import BatchMLAPagedAttentionWrapper
 from mla_cute.plan import DecodePlan
@@ -39,12 +40,12 @@ def make_wrapper(batch=None, **kwargs):
     return BatchMLAPagedAttentionWrapper(torch.empty(1, device="cuda"), **kwargs)
 
 
-def check(out, lse, expected, base_e=False):
+def check(out, lse, expected, base_e=False, lse_error=1e-3):
     """Errors of bf16 kernels on standard normal data are 3e-3 (Frobenius); an output of zeros has none."""
     want, want_lse = expected
     error = (out.float().cpu() - want).norm() / want.norm()
     assert error < 6e-3, error
-    torch.testing.assert_close(lse.cpu(), want_lse if base_e else want_lse / math.log(2), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(lse.cpu(), want_lse if base_e else want_lse / math.log(2), rtol=1e-4, atol=lse_error)
 
 
 def owned(case, result):
@@ -85,7 +86,7 @@ def test_flashinfer_wrapper_fp8():
     wrapper = make_wrapper()
     plan(wrapper, case, kv_data_type=E4M3)
     result = wrapper.run(query=case.q, kv_cache=cache, return_lse=True, **scales)
-    check(*result, case.expected(True, cache=real))
+    check(*result, case.expected(True, cache=real), lse_error=LSE_LIMIT)
 
 
 def capture(run):
