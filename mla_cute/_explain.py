@@ -102,7 +102,14 @@ def explain(
 def _device(device: torch.device | str | int | None) -> torch.device:
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = torch.device(device)
+    if isinstance(device, bool) or not isinstance(device, torch.device | str | int):
+        raise TypeError(f"device: expected a torch.device, a str, an int or None, got {device!r}")
+    try:
+        found = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"device: expected a device, got {device!r}: {error}") from None
+    if found.type == "cuda" and (found.index or 0) >= (visible := torch.cuda.device_count()):
+        raise ValueError(f"device: expected one of {visible} visible GPUs or the cpu, got {device!r}")
     if found.type == "cuda" and found.index is None:
         found = torch.device("cuda", torch.cuda.current_device())
     return found

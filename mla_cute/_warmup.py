@@ -18,9 +18,12 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import IO, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from . import jit
+
+if TYPE_CHECKING:
+    from .tuned import Entry
 
 Variant = tuple[Any, Any, Any]
 
@@ -173,6 +176,62 @@ def _reporter(progress: bool | Progress | None, total: int) -> Iterator[Progress
         print(f"[{done}/{total}] {warmed.kernel} {warmed.key!r} {warmed.config!r}: {how}", file=sys.stderr, flush=True)
 
     yield line
+
+
+def selected(
+    dtypes: Sequence[str], page_sizes: Sequence[int], ops: Sequence[str], kv_formats: Sequence[str]
+) -> list[Variant]:
+    """What the arguments of `jit.warmup` select: every kernel in the default configuration, and in those that the tuned
+    file of torch's current GPU has for such calls.
+
+    Raises ValueError on an unknown name, or a broken tuned file (naming it and the entry).
+    """
+    from .kernels import registry
+
+    variants: list[Variant] = [*registry.variants(dtypes, page_sizes, ops=ops, kv_formats=kv_formats)]
+    boxes = {registry.box_rows_of(page_size) for page_size in page_sizes}
+    for entry in _tuned_entries():
+        when = entry.when
+        if when.op in ops and when.kv_format in kv_formats and registry.box_rows_of(when.page_size) in boxes:
+            variants += _variants_of(entry, dtypes)
+    return list(dict.fromkeys(variants))
+
+
+def _tuned_entries() -> Sequence[Entry]:
+    """Of the file that calls on torch's current GPU go by; none without one."""
+    import torch
+
+    from . import tuned
+
+    if not torch.cuda.is_available() or os.environ.get("MLA_CUTE_TUNED") == "0":
+        return ()
+    gpu = tuned.gpu_of(torch.device("cuda", torch.cuda.current_device()))
+    if gpu is None:
+        return ()
+    path = next((path for _, path in tuned.search_path(gpu[0]) if path.is_file()), None)
+    if path is None:
+        return ()
+    file = tuned.load(path)
+    return file.entries if (file.gpu["name"], file.gpu["sm_count"]) == gpu else ()
+
+
+def _variants_of(entry: Entry, dtypes: Sequence[str]) -> Iterator[Variant]:
+    """The main kernel in each dtype, and the planners. Batch-invariant plans take the default configuration."""
+    from .kernels import registry
+    from .steps import step_of
+
+    when, config = entry.when, entry.config
+    box_rows = registry.box_rows_of(when.page_size)
+    decodes = when.op == "decode"
+    step = step_of(when.op, when.kv_format, when.num_heads, config)
+    key_of = registry.DecodeKey if decodes else registry.PrefillKey
+    for dtype in dtypes:
+        fp8_key = registry.Fp8Key(dtype, box_rows, when.kv_format, when.q_fp8)
+        yield step, fp8_key if when.kv_format else key_of(dtype, box_rows), config.launch()
+    planner = registry.PLANNER if decodes else registry.PREFILL_PLANNER
+    planner_key_of = registry.PlannerKey if decodes else registry.PrefillPlannerKey
+    for lengths in registry.LENGTHS:
+        yield planner, planner_key_of(lengths, False), config.planner_launch()
 
 
 def warmup(

@@ -9,7 +9,7 @@ import torch
 
 from . import reference
 from .config import KernelConfig
-from .plan import DecodePlan, Plan, check_enabled, plan_decode, plan_decode_block_table
+from .plan import DecodePlan, Plan, check_enabled, expect_options, expect_plan, plan_decode, plan_decode_block_table
 from .problem import (
     CKV_DIM,
     UNSCALED,
@@ -110,6 +110,7 @@ def mla_paged_decode(
         ckv_scale, kpe_scale, ckv_scale_arr, q_scale,
     )  # fmt: skip
     if plan is not None:
+        expect_plan(plan)
         launch = plan.launcher(problem, False)
         verify = plan.verifies
     else:
@@ -117,6 +118,7 @@ def mla_paged_decode(
     if verify:
         verify_on_device(problem, kv_indptr, kv_indices, kv_last_page_len)
     if not q_nope.is_cuda:
+        expect_options(config, batch_invariant)
         result = reference.decode_reference(
             q_nope, q_pe, ckv_cache, kpe_cache, kv_indptr, kv_indices, sm_scale,
             kv_last_page_len=kv_last_page_len, lse_base=lse_base, out=out, lse=lse,
@@ -181,6 +183,7 @@ def mla_paged_decode_block_table(
         ckv_scale, kpe_scale, ckv_scale_arr, q_scale,
     )  # fmt: skip
     if plan is not None:
+        expect_plan(plan)
         launch = plan.launcher(problem, True)
         verify = plan.verifies
     else:
@@ -188,6 +191,7 @@ def mla_paged_decode_block_table(
     if verify:
         verify_block_table_on_device(problem, block_table, seq_lens)
     if not q_nope.is_cuda:
+        expect_options(config, batch_invariant)
         result = reference.decode_reference_block_table(
             q_nope, q_pe, ckv_cache, kpe_cache, block_table, seq_lens, sm_scale, lse_base=lse_base, out=out, lse=lse,
             ckv_scale=ckv_scale, kpe_scale=kpe_scale, ckv_scale_arr=ckv_scale_arr, q_scale=q_scale,

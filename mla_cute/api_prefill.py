@@ -7,7 +7,7 @@ import torch
 from . import reference
 from .api import flat_table, launch_step, table_stride
 from .config import KernelConfig
-from .plan import check_enabled
+from .plan import check_enabled, expect_options, expect_plan
 from .plan_prefill import PrefillPlan, plan_prefill, plan_prefill_block_table
 from .problem import UNSCALED
 from .problem_prefill import (
@@ -88,6 +88,7 @@ def mla_paged_prefill(
         causal, kv_last_page_len, out, lse, lse_base, ckv_scale, kpe_scale, ckv_scale_arr, q_scale,
     )  # fmt: skip
     if plan is not None:
+        expect_plan(plan)
         launch = plan.launcher(problem, False)
         verify = plan.verifies
     else:
@@ -95,6 +96,7 @@ def mla_paged_prefill(
     if verify:
         verify_prefill_on_device(problem, qo_indptr, kv_indptr, kv_indices, kv_last_page_len)
     if not q_nope.is_cuda:
+        expect_options(config, batch_invariant)
         result = reference.prefill_reference(
             q_nope, q_pe, ckv_cache, kpe_cache, qo_indptr, kv_indptr, kv_indices, sm_scale,
             causal=causal, kv_last_page_len=kv_last_page_len, lse_base=lse_base, out=out, lse=lse,
@@ -164,6 +166,7 @@ def mla_paged_prefill_block_table(
         ckv_scale, kpe_scale, ckv_scale_arr, q_scale,
     )  # fmt: skip
     if plan is not None:
+        expect_plan(plan)
         launch = plan.launcher(problem, True)
         verify = plan.verifies
     else:
@@ -171,6 +174,7 @@ def mla_paged_prefill_block_table(
     if verify:
         verify_prefill_block_table_on_device(problem, qo_indptr, block_table, seq_lens)
     if not q_nope.is_cuda:
+        expect_options(config, batch_invariant)
         result = reference.prefill_reference_block_table(
             q_nope, q_pe, ckv_cache, kpe_cache, qo_indptr, block_table, seq_lens, sm_scale,
             causal=causal, lse_base=lse_base, out=out, lse=lse,

@@ -242,7 +242,8 @@ def warmup(
     num_workers: int | None = None,
     progress: bool | Callable[..., None] | None = None,
 ) -> list[Warmed]:
-    """Compile the kernels a server will need, in parallel, into the disk cache, and load them into this process.
+    """Compile the kernels a server will need, in parallel, into the disk cache, and load them into this process: in the
+    default configuration, and in those that the tuned file of torch's current GPU holds for such calls.
 
     Args:
         dtypes: names of the query and cache dtypes, `"bfloat16"`, `"float16"`.
@@ -259,15 +260,14 @@ def warmup(
         One :class:`Warmed` per variant: kernel, key, config, seconds, and whether it was on disk already.
 
     Raises:
+        ValueError: an unknown name, or a broken tuned file.
         RuntimeError: kernels that did not compile, each with its name, key, config and the compiler's message. The
             others are compiled all the same.
     """
     from . import _warmup
 
     if variants is None:
-        from .kernels import registry
-
-        variants = registry.variants(dtypes=dtypes, page_sizes=page_sizes, ops=ops, kv_formats=kv_formats)
+        variants = _warmup.selected(dtypes, page_sizes, ops, kv_formats)
     return _warmup.warmup(variants, num_workers=num_workers, progress=progress)
 
 

@@ -48,6 +48,8 @@ def check_enabled() -> bool:
 @functools.lru_cache
 def num_sms(device: torch.device) -> int:
     """SMs of a Hopper device; RuntimeError when the device is another architecture."""
+    if device.type != "cuda":
+        raise ValueError(f"device: expected tensors on a cuda device or the cpu, got device {device}")
     properties = torch.cuda.get_device_properties(device)
     if (properties.major, properties.minor) != (9, 0):
         raise RuntimeError(
@@ -122,8 +124,6 @@ class Plan:
         if config is None:
             self.selection = tuned.choose(*facts, self.device, self.batch_invariant)
             self.config = self.selection.config
-        elif reason := why_infeasible(config):
-            raise ValueError(f"config: {reason}")
         else:
             self.config = config
         return sms
@@ -303,6 +303,22 @@ def expect_int(name: str, value: object, least: int, most: int | None = None) ->
         raise ValueError(f"{name}: expected {f'>= {least}' if most is None else f'{least} to {most}'}, got {value}")
 
 
+def expect_plan(plan: object) -> None:
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan: expected a plan or None, got {type(plan).__name__}")
+
+
+def expect_options(config: KernelConfig | None, batch_invariant: bool) -> None:
+    """What plans, and calls that plan, are told beside shapes."""
+    expect_bool("batch_invariant", batch_invariant)
+    if config is None:
+        return
+    if not isinstance(config, KernelConfig):
+        raise TypeError(f"config: expected a KernelConfig or None, got {type(config).__name__}")
+    if reason := why_infeasible(config):
+        raise ValueError(f"config: {reason}")
+
+
 def expect_hints(kv_format: str, q_fp8: bool, max_kv_len: int | None) -> None:
     if not kv_format == "" and kv_format not in KV_FORMATS:
         raise ValueError(f"kv_format: expected one of {('', *KV_FORMATS)}, got {kv_format!r}")
@@ -353,6 +369,9 @@ def plan_decode(
     expect_int("num_heads", num_heads, 1, MAX_HEADS)
     expect_int("page_size", page_size, 1)
     expect_hints(kv_format, q_fp8, max_kv_len)
+    expect_options(config, batch_invariant)
+    if num_kv_indices is not None:
+        expect_int("num_kv_indices", num_kv_indices, 0)
     batch = expect_indptr("kv_indptr", kv_indptr, None)
     if kv_last_page_len is not None:
         expect_metadata("kv_last_page_len", kv_last_page_len, (batch,), "[batch]", kv_indptr.device)
@@ -403,6 +422,9 @@ def plan_decode_block_table(
     expect_metadata("seq_lens", seq_lens, (None,), "[batch]", None)
     expect_int("max_pages", max_pages, 0)
     expect_hints(kv_format, q_fp8, max_kv_len)
+    expect_options(config, batch_invariant)
+    if table_stride is not None:
+        expect_int("table_stride", table_stride, 0)
     batch = seq_lens.shape[0]
     return DecodePlan(
         PlannerKey("seq_lens", bool(batch_invariant)),

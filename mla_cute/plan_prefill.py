@@ -17,7 +17,7 @@ from .kernels.registry import (
     PrefillKey,
     PrefillPlannerKey,
 )
-from .plan import Plan, bounded, expect_hints, expect_int
+from .plan import Plan, bounded, expect_hints, expect_int, expect_options
 from .problem import MAX_HEADS, expect_indptr, expect_metadata
 from .problem_prefill import PrefillProblem, expect_bool
 
@@ -175,6 +175,9 @@ def plan_prefill(
     """
     batch = _expect_common(qo_indptr, num_heads, page_size, total_q, causal)
     expect_hints(kv_format, q_fp8, max_kv_len)
+    expect_options(config, batch_invariant)
+    if num_kv_indices is not None:
+        expect_int("num_kv_indices", num_kv_indices, 0)
     expect_metadata("kv_indptr", kv_indptr, (batch + 1,), "[batch + 1]", qo_indptr.device)
     if kv_last_page_len is not None:
         expect_metadata("kv_last_page_len", kv_last_page_len, (batch,), "[batch]", qo_indptr.device)
@@ -228,6 +231,9 @@ def plan_prefill_block_table(
     """
     batch = _expect_common(qo_indptr, num_heads, page_size, total_q, causal)
     expect_hints(kv_format, q_fp8, max_kv_len)
+    expect_options(config, batch_invariant)
+    if table_stride is not None:
+        expect_int("table_stride", table_stride, 0)
     expect_metadata("seq_lens", seq_lens, (batch,), "[batch]", qo_indptr.device)
     expect_int("max_pages", max_pages, 0)
     return PrefillPlan(

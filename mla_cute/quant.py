@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import torch
 
-from .problem import CKV_DIM, KPE_DIM
+from .problem import _MAX_SCALE, _MIN_SCALE, CKV_DIM, KPE_DIM
 
 GROUP = 128
 GROUP_ROW_BYTES = CKV_DIM + 4 * (CKV_DIM // GROUP) + 2 * KPE_DIM
@@ -35,8 +35,8 @@ def _expect_width(name: str, x: torch.Tensor, width: int) -> None:
 def _expect_scale(name: str, scale: float) -> float:
     if isinstance(scale, bool) or not isinstance(scale, int | float):
         raise TypeError(f"{name}: expected a float, got {scale!r}")
-    if not 0.0 < scale < float("inf"):
-        raise ValueError(f"{name}: expected a finite scale > 0, got {scale}")
+    if not _MIN_SCALE <= scale <= _MAX_SCALE:
+        raise ValueError(f"{name}: expected a positive number from 2^-126 to 2^126, got {scale}")
     return float(scale)
 
 
@@ -130,6 +130,8 @@ def dequantize(ckv: torch.Tensor, ckv_scale_arr: torch.Tensor) -> torch.Tensor:
         lead = ", ".join(map(str, ckv.shape[:-1]))
         expected = f"[{lead}{', ' if lead else ''}1 or {CKV_DIM // GROUP}]"
         raise ValueError(f"ckv_scale_arr: expected shape {expected}, got {list(ckv_scale_arr.shape)}")
+    if ckv_scale_arr.device != ckv.device:
+        raise ValueError(f"ckv_scale_arr: expected device {ckv.device} (that of ckv), got {ckv_scale_arr.device}")
     groups = ckv.float().unflatten(-1, (scales, CKV_DIM // scales))
     return (groups * ckv_scale_arr.unsqueeze(-1)).flatten(-2)
 

@@ -85,7 +85,7 @@ def decode_reference(
         otherwise: `mla_cute.problem.check_decode` does that.
     """
     pages, lengths = _csr_requests(kv_indptr, kv_indices, kv_last_page_len, ckv_cache.shape[1])
-    scales = Scales(ckv_scale, kpe_scale, ckv_scale_arr, q_scale)
+    scales = Scales(float(ckv_scale), float(kpe_scale), ckv_scale_arr, float(q_scale))
     return _decode(q_nope, q_pe, ckv_cache, kpe_cache, pages, lengths, sm_scale, lse_base, out, lse, scales=scales)
 
 
@@ -115,7 +115,7 @@ def decode_reference_block_table(
     The other arguments, the result and the errors are those of `decode_reference`.
     """
     pages, lengths = _block_table_requests(block_table, seq_lens, ckv_cache.shape[1])
-    scales = Scales(ckv_scale, kpe_scale, ckv_scale_arr, q_scale)
+    scales = Scales(float(ckv_scale), float(kpe_scale), ckv_scale_arr, float(q_scale))
     return _decode(q_nope, q_pe, ckv_cache, kpe_cache, pages, lengths, sm_scale, lse_base, out, lse, scales=scales)
 
 
@@ -156,7 +156,7 @@ def prefill_reference(
     """
     pages, lengths = _csr_requests(kv_indptr, kv_indices, kv_last_page_len, ckv_cache.shape[1])
     queries = qo_indptr.tolist()
-    scales = Scales(ckv_scale, kpe_scale, ckv_scale_arr, q_scale)
+    scales = Scales(float(ckv_scale), float(kpe_scale), ckv_scale_arr, float(q_scale))
     return _prefill(
         q_nope, q_pe, ckv_cache, kpe_cache, queries, pages, lengths, sm_scale, causal, lse_base, out, lse,
         scales=scales,
@@ -192,7 +192,7 @@ def prefill_reference_block_table(
     """
     pages, lengths = _block_table_requests(block_table, seq_lens, ckv_cache.shape[1])
     queries = qo_indptr.tolist()
-    scales = Scales(ckv_scale, kpe_scale, ckv_scale_arr, q_scale)
+    scales = Scales(float(ckv_scale), float(kpe_scale), ckv_scale_arr, float(q_scale))
     return _prefill(
         q_nope, q_pe, ckv_cache, kpe_cache, queries, pages, lengths, sm_scale, causal, lse_base, out, lse,
         scales=scales,
@@ -264,6 +264,7 @@ def _prefill(
     if lse is None:
         lse = torch.empty((total_q, num_heads), dtype=torch.float32, device=q_nope.device)
     per_base = _LOG2_E if lse_base == 2 else 1.0
+    sm_scale = float(sm_scale)  # any numbers.Real is legal, and torch multiplies by no Fraction
     dtype = _compute_dtype()
     tokens_per_chunk = max(1, _CHUNK_ROWS // num_heads)
     with torch.no_grad():

@@ -1,4 +1,7 @@
-"""The command `mla-cute`, also `python -m mla_cute`: demo, check, bench, info. Needs the extra `cli` (typer, rich)."""
+"""The command `mla-cute`, also `python -m mla_cute`: demo, check, bench, tune, info.
+
+Needs the extra `cli` (typer, rich).
+"""
 
 import sys
 

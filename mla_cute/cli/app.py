@@ -16,11 +16,17 @@ from ..bench.__main__ import dtypes, find_peers, numbers, select_cases
 from ..bench.cases import PRESETS, TOKEN_BYTES, Case, PrefillCase
 from ..bench.timing import CudaTimer
 from ..config import KernelConfig
+from ..tuning.command import parse_budget
 from . import check as checking
 from . import check_fp8 as checking_fp8
 from . import demo as showing
+from . import export_solution as exporting
 from . import info as facts
-from .screen import Watchdog, console, progress, table
+from . import sanitize as sanitizing
+from . import soak as soaking
+from . import tune as tuning
+from .screen import console, progress, table
+from .watchdog import Watchdog
 
 T = TypeVar("T")
 
@@ -31,6 +37,9 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(tuning.app, name="tune")
+app.command("export-solution")(exporting.export_solution)
 
 # The columns of the bench that fit a terminal; the record holds all of them.
 _BENCH_COLUMNS = (
@@ -100,8 +109,25 @@ def check(
     timeout: Annotated[float, typer.Option(help="seconds one case may take on the GPU before it counts as hung")] = 180,
     fp8: Annotated[bool, typer.Option("--fp8", help="accuracy with FP8 caches instead, of kernel and format")] = False,
     as_json: Annotated[pathlib.Path | None, typer.Option("--json", help="with --fp8: write the record as JSON")] = None,
+    soak: Annotated[str | None, typer.Option(help="random calls instead, for as long as this says: 5m")] = None,
+    soak_seed: Annotated[int | None, typer.Option(help="one case of --soak again, by the seed it printed")] = None,
+    sanitize: Annotated[
+        bool, typer.Option("--sanitize", help="each kernel under compute-sanitizer instead, small inputs")
+    ] = False,
+    tool: Annotated[str, typer.Option(help=f"with --sanitize: {', '.join(sanitizing.TOOLS)}")] = "memcheck",
 ) -> None:
     """Run the correctness sweep: on the GPU if it is a Hopper one, else the CPU path. Exit status 1 on a failure."""
+    kinds = {"--fp8": fp8, "--soak": soak is not None, "--soak-seed": soak_seed is not None, "--sanitize": sanitize}
+    if len(asked := [name for name, is_asked in kinds.items() if is_asked]) > 1:
+        _usage_error(f"{' and '.join(asked)}: each is a check of its own")
+    if asked and asked != ["--fp8"] and (quick or as_json is not None):
+        _usage_error(f"{'--quick' if quick else '--json'}: not an option of {asked[0]}")
+    if sanitize:
+        _sanitize(tool)
+        return
+    if soak is not None or soak_seed is not None:
+        _soak(soak, soak_seed, seed, timeout)
+        return
     if fp8:
         if quick:
             _usage_error("--quick: the FP8 check has one size")
@@ -139,6 +165,32 @@ def check(
     if failures:
         raise typer.Exit(1)
     screen.print("all correct")
+
+
+def _soak(duration: str | None, soak_seed: int | None, seed: int, timeout: float) -> None:
+    seconds = _parsed(parse_budget, "--soak", duration)
+    if seconds is None:
+        status = soaking.run(soak_seed or 0, cases=1, timeout=timeout, say=_print_line)
+    else:
+        status = soaking.run(seed or soaking.random_seed(), seconds=seconds, timeout=timeout, say=_print_line)
+    if status:
+        raise typer.Exit(status)
+
+
+def _sanitize(tool: str) -> None:
+    if (why := gpu_facts.why_not_hopper()) is not None:
+        _usage_error(f"nothing to sanitize: {why}")
+    try:
+        rows, status = sanitizing.run(tool=tool, say=_print_line)
+    except (sanitizing.MissingTool, ValueError) as error:
+        _usage_error(error)
+    console().print(table(f"kernels under {tool}", sanitizing.COLUMNS, rows, text_columns=3))
+    if status:
+        raise typer.Exit(status)
+
+
+def _print_line(text: str) -> None:
+    _print_lines([text])
 
 
 def _check_fp8(seed: int, timeout: float, path: pathlib.Path | None) -> None:

@@ -1,16 +1,18 @@
 """Facts behind `mla-cute info`."""
 
 import os
-import pathlib
 from typing import Any
 
 from .. import gpu as gpu_facts
-from .. import jit
+from .. import jit, tuned
 
-# What changes where kernels come from, how they are compiled or which GPU is seen.
+# What changes where kernels and their configurations come from, what is recorded or checked, which GPU is seen.
 VARIABLES = (
     "MLA_CUTE_CACHE_DIR",
     "MLA_CUTE_CHECK",
+    "MLA_CUTE_LOG",
+    "MLA_CUTE_LOG_SHAPES",
+    "MLA_CUTE_TUNED",
     "MLA_CUTE_TUNED_DIR",
     "XDG_CACHE_HOME",
     "CUDA_VISIBLE_DEVICES",
@@ -51,8 +53,5 @@ def cache() -> dict[str, Any]:
 
 
 def tuned_files() -> list[str]:
-    """Tuned configurations in the order they are looked up: $MLA_CUTE_TUNED_DIR, then those of the package."""
-    named = os.environ.get("MLA_CUTE_TUNED_DIR")
-    directories = [pathlib.Path(named).expanduser()] if named else []
-    directories.append(pathlib.Path(gpu_facts.__file__).resolve().parent / "tuned")
-    return [str(path) for directory in directories for path in sorted(directory.glob("*.json"))]
+    """Tuned configurations of any GPU, in the order in which :mod:`mla_cute.tuned` looks for them."""
+    return [str(path) for _, directory in tuned.directories() for path in sorted(directory.glob("*.json"))]

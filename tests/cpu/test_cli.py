@@ -21,7 +21,7 @@ from mla_cute.cli import check as checking
 from mla_cute.cli import check_fp8 as checking_fp8
 from mla_cute.cli import demo as showing
 from mla_cute.cli import info as facts
-from mla_cute.cli import screen
+from mla_cute.cli import watchdog
 from mla_cute.kernels import registry
 
 ROOT = pathlib.Path(mla_cute.__file__).resolve().parents[1]
@@ -290,10 +290,10 @@ def test_figures_of_what_is_not_finite_are_none():
     assert found == pytest.approx({"rel_err": 0.5, "max_err": 0.5, "cosine": 1.0, "lse_err": 0.25})
     found = checking_fp8.figures(x * torch.nan, lse, x, lse)
     assert found == {"rel_err": None, "max_err": None, "cosine": None, "lse_err": 0.0}
-    row = {"data": "d", "kv_format": "f", "q": "q", "num_heads": 1, "failures": ["NaN"]}
+    row = {"data": "d", "kv_format": "f", "q": "q", "num_heads": 1, "accuracy": "high", "failures": ["NaN"]}
     cells = checking_fp8.cells(row | {"kernel_error": found, "format_error": found})
     assert len(cells) == len(checking_fp8.COLUMNS)
-    assert cells[4:8] == ("nan", "nan", "nan", "0.0e+00")
+    assert cells[5:9] == ("nan", "nan", "nan", "0.0e+00")
     assert cells[-1] == "FAILED"
 
 
@@ -373,7 +373,10 @@ def test_bench_without_a_gpu_says_so():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nonsense"], "preset: expected one of table, bars, pages, prefill, fp8, fp8_prefill, quick, got 'nonsense'"),
+        (
+            ["nonsense"],
+            "preset: expected one of table, bars, pages, prefill, fp8, fp8_prefill, grid, ragged, quick, got",
+        ),
         (["--heads", "16,x"], "--heads: expected integers separated by commas, got '16,x'"),
         (["--dtype", "fp8"], "--dtype: expected some of bfloat16"),
         (["--layout", "heap"], "layout: expected separate or fused, got 'heap'"),
@@ -472,7 +475,7 @@ def test_demo_shapes_are_deepseek_v3s():
 
 def test_watchdog_ends_a_process_that_hangs():
     code = (
-        "import time\nfrom mla_cute.cli.screen import Watchdog\n"
+        "import time\nfrom mla_cute.cli.watchdog import Watchdog\n"
         "with Watchdog(0.2, enabled=True) as dog:\n    dog.feed('case 7')\n    time.sleep(60)\n"
     )
     env = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -484,7 +487,7 @@ def test_watchdog_ends_a_process_that_hangs():
 
 
 def test_watchdog_lets_go():
-    with screen.Watchdog(0.05, enabled=True) as dog:
+    with watchdog.Watchdog(0.05, enabled=True) as dog:
         dog.feed("one")
         timer = dog._timer
     timer.join(timeout=5)

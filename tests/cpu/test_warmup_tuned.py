@@ -1,0 +1,160 @@
+"""What `warmup` selects where the GPU has a tuned file, and where `info` finds tuned files."""
+
+import pytest
+import torch
+from tuned_case import FILE, NAME, SMS, Folders, entry, write
+
+from mla_cute import _warmup, jit, tuned
+from mla_cute.cli import info
+from mla_cute.config import KernelConfig
+from mla_cute.kernels import registry
+from mla_cute.kernels.registry import DecodeKey, Fp8Key, PlannerKey, PrefillKey, PrefillPlannerKey
+
+ASKED = {"dtypes": ("bfloat16",), "page_sizes": (1, 64), "ops": ("decode", "prefill"), "kv_formats": ("",)}
+NO_PDL = KernelConfig(use_pdl=False)
+NO_HINT = KernelConfig(evict_first=False)
+
+
+@pytest.fixture
+def folders(monkeypatch, tmp_path):
+    """A process that sees one GPU, of the name and SMs of the tests of selection."""
+    found = Folders(monkeypatch, tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(tuned, "gpu_of", lambda device: (NAME, SMS) if device.type == "cuda" else None)
+    yield found
+    tuned.clear()
+
+
+def default(**change):
+    return registry.variants(**ASKED | change)
+
+
+def extra(**change):
+    """What is selected beyond the default configuration."""
+    selected = _warmup.selected(**ASKED | change)
+    assert len(selected) == len(set(selected))
+    assert selected[: len(default(**change))] == default(**change)
+    return set(selected) - set(default(**change))
+
+
+def planners(ref, key, config):
+    return {(ref, key(lengths, False), config.planner_launch()) for lengths in registry.LENGTHS}
+
+
+def test_without_a_gpu_or_a_file_it_is_the_default(folders, monkeypatch):
+    assert extra() == set()
+    write(folders.shipped, entry(NO_PDL))
+    assert extra()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert extra() == set()
+
+
+def test_the_launch_configurations_of_the_entries(folders):
+    write(
+        folders.shipped,
+        entry(NO_PDL),
+        entry(NO_HINT, page_size=1),
+        entry(KernelConfig(split_penalty=40), batch=64),  # cut by the planner at run time: nothing to compile
+        entry(NO_HINT, op="prefill", q_len=100),
+    )
+    no_pdl, no_hint = NO_PDL.launch(), NO_HINT.launch()
+    assert extra() == {
+        (registry.DECODE, DecodeKey("bfloat16", 64), no_pdl),
+        *planners(registry.PLANNER, PlannerKey, NO_PDL),
+        (registry.DECODE, DecodeKey("bfloat16", 0), no_hint),
+        (registry.PREFILL, PrefillKey("bfloat16", 64), no_hint),
+    }
+    both = {(registry.DECODE, DecodeKey(dtype, 64), no_pdl) for dtype in registry.DTYPES}
+    assert both <= extra(dtypes=registry.DTYPES)
+
+
+@pytest.mark.parametrize(
+    "change", [{"ops": ("prefill",)}, {"page_sizes": (1,)}, {"kv_formats": ("tensor",)}], ids=["op", "page", "format"]
+)
+def test_entries_that_were_not_asked_for(folders, change):
+    write(folders.shipped, entry(NO_PDL))
+    assert extra()
+    assert extra(**change) == set()
+
+
+def test_a_page_size_of_the_same_class_counts(folders):
+    write(folders.shipped, entry(NO_PDL, page_size=128))
+    assert (registry.DECODE, DecodeKey("bfloat16", 64), NO_PDL.launch()) in extra(page_sizes=(64,))
+
+
+def test_fp8_entries_name_the_kernel_that_runs(folders):
+    rows = KernelConfig(fp8_kernel="rows", evict_first=False)
+    native = KernelConfig(accuracy="native")
+    few = KernelConfig(use_pdl=False)
+    write(
+        folders.shipped,
+        entry(rows, kv_format="token"),
+        entry(few, kv_format="tensor", q_fp8=True),
+        entry(native, kv_format="group", num_heads=128),
+        entry(native, kv_format="tensor", op="prefill", q_len=7),
+    )
+    assert extra(kv_formats=("tensor", "token")) == {
+        (registry.DECODE_FP8, Fp8Key("bfloat16", 64, "token", False), rows.launch()),
+        (registry.DECODE_FEW_FP8, Fp8Key("bfloat16", 64, "tensor", True), few.launch()),
+        *planners(registry.PLANNER, PlannerKey, few),
+        (registry.PREFILL_FP8, Fp8Key("bfloat16", 64, "tensor", False), native.launch()),
+    }
+
+
+def test_prefill_planners(folders):
+    write(folders.shipped, entry(NO_PDL, op="prefill", q_len=9))
+    assert planners(registry.PREFILL_PLANNER, PrefillPlannerKey, NO_PDL) < extra()
+
+
+def test_files_that_calls_do_not_use(folders, monkeypatch):
+    write(folders.shipped, entry(NO_PDL), sm_count=SMS - 1)
+    assert extra() == set()
+    write(folders.shipped, entry(NO_PDL))
+    monkeypatch.setenv("MLA_CUTE_TUNED", "0")
+    assert extra() == set()
+    monkeypatch.delenv("MLA_CUTE_TUNED")
+    write(folders.user, entry(NO_HINT))  # hides the shipped one
+    assert extra() == {(registry.DECODE, DecodeKey("bfloat16", 64), NO_HINT.launch())}
+
+
+def test_a_broken_file_is_named(folders):
+    write(folders.shipped, entry()).write_text("{")
+    with pytest.raises(ValueError, match=FILE):
+        _warmup.selected(**ASKED)
+
+
+def test_what_is_selected_is_what_calls_run_with(folders):
+    write(folders.shipped, entry(NO_PDL), entry(NO_HINT, op="prefill", q_len=100))
+    selected = set(_warmup.selected(**ASKED))
+    for op, q_len in (("decode", 1), ("prefill", 100)):
+        found = tuned.choose(op, "", False, 16, 64, q_len, 8, 8192, torch.device("cuda", 0))
+        assert found.entry is not None
+        key = DecodeKey("bfloat16", 64) if op == "decode" else PrefillKey("bfloat16", 64)
+        ref = registry.DECODE if op == "decode" else registry.PREFILL
+        assert (ref, key, found.config.launch()) in selected
+
+
+def test_info_lists_the_files_of_every_folder_in_order(folders):
+    assert info.tuned_files() == []
+    for path in (folders.named, folders.user, folders.shipped):
+        write(path, entry())
+    other = folders.user.with_name("A_GPU.json")
+    other.write_text("{}")
+    assert info.tuned_files() == [str(other), str(folders.user), str(folders.shipped)]
+    folders.use_named()
+    assert info.tuned_files() == [str(folders.named), str(other), str(folders.user), str(folders.shipped)]
+
+
+def test_info_shows_every_variable_of_the_library():
+    assert {"MLA_CUTE_TUNED", "MLA_CUTE_TUNED_DIR", "MLA_CUTE_LOG", "MLA_CUTE_LOG_SHAPES"} <= set(info.VARIABLES)
+    assert len(info.VARIABLES) == len(set(info.VARIABLES))
+
+
+def test_warmup_compiles_what_is_selected(folders, monkeypatch):
+    write(folders.shipped, entry(NO_PDL))
+    compiled = []
+    monkeypatch.setattr(_warmup, "warmup", lambda variants, **options: compiled.extend(variants) or [])
+    jit.warmup(page_sizes=(64,))
+    assert compiled == _warmup.selected(**ASKED | {"page_sizes": (64,)})
+    assert (registry.DECODE, DecodeKey("bfloat16", 64), NO_PDL.launch()) in compiled
