@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import dataclasses
 import pathlib
 import statistics
@@ -149,7 +150,7 @@ def _draw(report: Report, path: pathlib.Path) -> None:
     for name, shapes in groups.items():
         op, cache = name.split(", ", 1)
         axes.scatter(
-            [shape.default_us for shape in shapes],
+            [shape.default_us or math.nan for shape in shapes],
             [100 * (shape.gain - 1) for shape in shapes],
             label=f"{name} ({len(shapes)})",
             marker="o" if op == "decode" else "^",
