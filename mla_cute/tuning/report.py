@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import dataclasses
+import math
 import pathlib
 import statistics
 from collections.abc import Sequence
