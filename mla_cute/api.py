@@ -10,16 +10,9 @@ import torch
 from . import reference
 from .config import KernelConfig
 from .plan import DecodePlan, Plan, check_enabled, expect_options, expect_plan, plan_decode, plan_decode_block_table
-from .problem import (
-    CKV_DIM,
-    UNSCALED,
-    DecodeProblem,
-    check_decode,
-    check_decode_block_table,
-    verify_block_table_on_device,
-    verify_on_device,
-)
+from .problem import CKV_DIM, UNSCALED, DecodeProblem, check_decode, check_decode_block_table
 from .problem_prefill import PrefillProblem
+from .verify import verify_block_table_on_device, verify_on_device
 
 _LOG2_E = math.log2(math.e)
 _LN_2 = math.log(2.0)

@@ -8,9 +8,21 @@ import torch
 
 from . import jit, quant
 from . import problem as shared
+from .expect import (
+    MAX_SCALE,
+    MIN_SCALE,
+    expect_aligned,
+    expect_device,
+    expect_dtype,
+    expect_one,
+    expect_scale,
+    expect_shape,
+    expect_tensor,
+)
 from .kernels.registry import APPEND, AppendKey
 from .plan import check_enabled, num_sms
-from .problem import _MAX_SCALE, _MIN_SCALE, CKV_DIM, DTYPES, FP8, KPE_DIM, UNSCALED
+from .problem import CKV_DIM, DTYPES, FP8, KPE_DIM, UNSCALED
+from .verify import first_of, raise_first
 
 _SLOT_NAMES = {torch.int32: "int32", torch.int64: "int64"}
 _DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -194,7 +206,7 @@ def _usual(
     elif not (ckv_cache.dtype is FP8 and kpe_dtype is FP8):
         return None
     if kv_format == "tensor":
-        usual = _MIN_SCALE <= ckv_scale <= _MAX_SCALE and _MIN_SCALE <= kpe_scale <= _MAX_SCALE
+        usual = MIN_SCALE <= ckv_scale <= MAX_SCALE and MIN_SCALE <= kpe_scale <= MAX_SCALE
     else:
         usual = ckv_scale == kpe_scale == 1.0
     return kv_format if usual else None
@@ -225,26 +237,26 @@ def _explain(
     kpe_scale: float,
     ckv_scale_arr: torch.Tensor | None,
 ) -> str:
-    shared._expect_tensor("ckv", ckv)
+    expect_tensor("ckv", ckv)
     dtype, device = ckv.dtype, ckv.device
     if dtype not in DTYPES:
         raise TypeError(f"ckv: expected dtype {' or '.join(map(str, DTYPES))}, got {dtype}")
-    shared._expect_shape("ckv", ckv, (None, CKV_DIM), f"[n, {CKV_DIM}]")
+    expect_shape("ckv", ckv, (None, CKV_DIM), f"[n, {CKV_DIM}]")
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"ckv: expected a tensor on a cuda device or the cpu, got device {device}")
-    shared._expect_aligned("ckv", ckv)
+    expect_aligned("ckv", ckv)
     n = ckv.shape[0]
 
-    shared._expect_tensor("kpe", kpe)
-    shared._expect_dtype("kpe", kpe, "ckv", dtype)
-    shared._expect_shape("kpe", kpe, (n, KPE_DIM), f"[n, {KPE_DIM}]")
-    _expect_device("kpe", kpe, device)
-    shared._expect_aligned("kpe", kpe)
+    expect_tensor("kpe", kpe)
+    expect_dtype("kpe", kpe, "ckv", dtype)
+    expect_shape("kpe", kpe, (n, KPE_DIM), f"[n, {KPE_DIM}]")
+    expect_device("kpe", kpe, device, "ckv")
+    expect_aligned("kpe", kpe)
 
-    shared._expect_tensor("ckv_cache", ckv_cache)
+    expect_tensor("ckv_cache", ckv_cache)
     if ckv_cache.dtype is not FP8:
-        shared._expect_dtype("ckv_cache", ckv_cache, "ckv", dtype, f" or {FP8}")
-    shared._expect_shape("ckv_cache", ckv_cache, (None, None, CKV_DIM), f"[num_pages, page_size, {CKV_DIM}]")
+        expect_dtype("ckv_cache", ckv_cache, "ckv", dtype, f" or {FP8}")
+    expect_shape("ckv_cache", ckv_cache, (None, None, CKV_DIM), f"[num_pages, page_size, {CKV_DIM}]")
     num_pages, page_size, _ = ckv_cache.shape
     if num_pages < 1:
         raise ValueError(f"ckv_cache: expected num_pages >= 1 (dimension 0), got {num_pages}")
@@ -252,45 +264,40 @@ def _explain(
         raise ValueError(f"ckv_cache: expected page_size >= 1 (dimension 1), got {page_size}")
     _expect_target("ckv_cache", ckv_cache, device)
 
-    shared._expect_tensor("kpe_cache", kpe_cache)
+    expect_tensor("kpe_cache", kpe_cache)
     is_16bit = ckv_cache.dtype is not FP8
     if is_16bit:
-        shared._expect_dtype("kpe_cache", kpe_cache, "ckv_cache", dtype)
+        expect_dtype("kpe_cache", kpe_cache, "ckv_cache", dtype)
     elif kpe_cache.dtype is not FP8:
-        shared._expect_dtype("kpe_cache", kpe_cache, "kpe", dtype, f" or {FP8}")
-    shared._expect_shape("kpe_cache", kpe_cache, (num_pages, page_size, KPE_DIM), "")
+        expect_dtype("kpe_cache", kpe_cache, "kpe", dtype, f" or {FP8}")
+    expect_shape("kpe_cache", kpe_cache, (num_pages, page_size, KPE_DIM), "")
     _expect_target("kpe_cache", kpe_cache, device)
 
-    shared._expect_tensor("slot_mapping", slot_mapping)
+    expect_tensor("slot_mapping", slot_mapping)
     if slot_mapping.dtype not in _SLOT_NAMES:
         raise TypeError(f"slot_mapping: expected dtype torch.int32 or torch.int64, got {slot_mapping.dtype}")
-    shared._expect_shape("slot_mapping", slot_mapping, (n,), "")
-    _expect_device("slot_mapping", slot_mapping, device)
+    expect_shape("slot_mapping", slot_mapping, (n,), "")
+    expect_device("slot_mapping", slot_mapping, device, "ckv")
 
     if isinstance(ckv_scale_arr, torch.Tensor):
-        _expect_device("ckv_scale_arr", ckv_scale_arr, device)
+        expect_device("ckv_scale_arr", ckv_scale_arr, device, "ckv")
     kv_format = shared._explain_format(is_16bit, kpe_cache, ckv_scale_arr, num_pages, page_size, device)
     if ckv_scale_arr is not None:
         _expect_own_memory("ckv_scale_arr", ckv_scale_arr)
     if kv_format == "tensor":
-        shared._expect_scale("ckv_scale", ckv_scale)
-        shared._expect_scale("kpe_scale", kpe_scale)
+        expect_scale("ckv_scale", ckv_scale)
+        expect_scale("kpe_scale", kpe_scale)
     else:
         with_what = "ckv_scale_arr" if kv_format else "a 16-bit ckv_cache"
-        shared._expect_one("ckv_scale", ckv_scale, with_what)
-        shared._expect_one("kpe_scale", kpe_scale, with_what)
+        expect_one("ckv_scale", ckv_scale, with_what)
+        expect_one("kpe_scale", kpe_scale, with_what)
     return kv_format
 
 
 def _expect_target(name: str, x: torch.Tensor, device: torch.device) -> None:
-    _expect_device(name, x, device)
-    shared._expect_aligned(name, x)
+    expect_device(name, x, device, "ckv")
+    expect_aligned(name, x)
     _expect_own_memory(name, x)
-
-
-def _expect_device(name: str, x: torch.Tensor, device: torch.device) -> None:
-    if x.device != device:
-        raise ValueError(f"{name}: expected device {device} (that of ckv), got {x.device}")
 
 
 def _expect_own_memory(name: str, x: torch.Tensor) -> None:
@@ -301,10 +308,10 @@ def _expect_own_memory(name: str, x: torch.Tensor) -> None:
 
 
 def _verify_slots(slot_mapping: torch.Tensor, num_slots: int) -> None:
-    shared._raise_first(
+    raise_first(
         [
             (
-                shared._first(slot_mapping >= num_slots, slot_mapping),
+                first_of(slot_mapping >= num_slots, slot_mapping),
                 lambda at, value: (
                     f"slot_mapping: expected values below {num_slots} (num_pages * page_size), got {value} "
                     f"at position {at}"

@@ -7,8 +7,8 @@ import math
 import torch
 
 from . import jit
-from . import problem as shared
 from .append import _expect_own_memory
+from .expect import describe, expect_aligned, expect_device, expect_dtype, expect_shape, expect_tensor
 from .kernels.registry import MERGE_STATES, MergeStatesKey
 from .plan import num_sms
 from .problem import LSE_BASES
@@ -125,7 +125,7 @@ def _check(
     out: torch.Tensor | None,
     lse: torch.Tensor | None,
 ) -> None:
-    shared._expect_tensor("o_a", o_a)
+    expect_tensor("o_a", o_a)
     if o_a.dtype not in _DTYPE_NAMES:
         raise TypeError(f"o_a: expected dtype {', '.join(map(str, _DTYPE_NAMES))}, got {o_a.dtype}")
     if o_a.dim() < 2:
@@ -135,12 +135,12 @@ def _check(
     if o_a.is_cuda and o_a.shape[-1] * o_a.itemsize % 16:
         elements = 16 // o_a.itemsize
         raise ValueError(f"o_a: expected a last dimension that is a multiple of {elements}, got {o_a.shape[-1]}")
-    shared._expect_aligned("o_a", o_a)
+    expect_aligned("o_a", o_a)
     _expect_lse("lse_a", lse_a, o_a)
     _expect_output("o_b", o_b, o_a)
     _expect_lse("lse_b", lse_b, o_a)
     if isinstance(lse_base, bool) or not isinstance(lse_base, (int, str)):
-        raise TypeError(f"lse_base: expected 2 or 'e', got {shared._describe(lse_base)}")
+        raise TypeError(f"lse_base: expected 2 or 'e', got {describe(lse_base)}")
     if lse_base not in LSE_BASES:
         raise ValueError(f"lse_base: expected 2 or 'e', got {lse_base!r}")
     if out is not None:
@@ -152,21 +152,16 @@ def _check(
 
 
 def _expect_output(name: str, x: torch.Tensor, o_a: torch.Tensor) -> None:
-    shared._expect_tensor(name, x)
-    shared._expect_dtype(name, x, "o_a", o_a.dtype)
-    shared._expect_shape(name, x, tuple(o_a.shape), "")
-    _expect_device(name, x, o_a)
-    shared._expect_aligned(name, x)
+    expect_tensor(name, x)
+    expect_dtype(name, x, "o_a", o_a.dtype)
+    expect_shape(name, x, tuple(o_a.shape), "")
+    expect_device(name, x, o_a.device, "o_a")
+    expect_aligned(name, x)
 
 
 def _expect_lse(name: str, x: torch.Tensor, o_a: torch.Tensor) -> None:
-    shared._expect_tensor(name, x)
+    expect_tensor(name, x)
     if x.dtype is not torch.float32:
         raise TypeError(f"{name}: expected dtype torch.float32, got {x.dtype}")
-    shared._expect_shape(name, x, tuple(o_a.shape[:-1]), "")
-    _expect_device(name, x, o_a)
-
-
-def _expect_device(name: str, x: torch.Tensor, o_a: torch.Tensor) -> None:
-    if x.device != o_a.device:
-        raise ValueError(f"{name}: expected device {o_a.device} (that of o_a), got {x.device}")
+    expect_shape(name, x, tuple(o_a.shape[:-1]), "")
+    expect_device(name, x, o_a.device, "o_a")

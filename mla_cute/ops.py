@@ -35,6 +35,7 @@ import torch
 from . import api, api_prefill, append
 from . import problem as shared
 from .config import KernelConfig
+from .expect import describe, expect_device, expect_indptr, expect_shape
 from .merge_states import merge_states as _merge_states
 from .plan import Plan, plan_of
 from .problem import CKV_DIM, FP8, GROUP_DIM, KPE_DIM, LSE_BASES
@@ -139,7 +140,7 @@ def _define_attention(call: F, metadata: str) -> F:
 
 def _is_natural(lse_base: int | str) -> bool:
     if isinstance(lse_base, bool) or not isinstance(lse_base, (int, str)):
-        raise TypeError(f"lse_base: expected 2 or 'e', got {shared._describe(lse_base)}")
+        raise TypeError(f"lse_base: expected 2 or 'e', got {describe(lse_base)}")
     if lse_base not in LSE_BASES:
         raise ValueError(f"lse_base: expected 2 or 'e', got {lse_base!r}")
     return lse_base == "e"
@@ -170,21 +171,19 @@ def _fake_attention(
     """The explanation of problem.py, without what reads addresses or keeps sizes: those of a graph may be symbols."""
     del options
     pages = list(pages_and_scale[:-1])
-    shared._expect_shape("q_nope", q_nope, (None, None, CKV_DIM), f"[tokens, H, {CKV_DIM}]")
+    expect_shape("q_nope", q_nope, (None, None, CKV_DIM), f"[tokens, H, {CKV_DIM}]")
     tokens, num_heads, _ = q_nope.shape
     device = q_nope.device
-    shared._expect_shape("q_pe", q_pe, (tokens, num_heads, KPE_DIM), "")
-    shared._expect_shape("ckv_cache", ckv_cache, (None, None, CKV_DIM), f"[num_pages, page_size, {CKV_DIM}]")
+    expect_shape("q_pe", q_pe, (tokens, num_heads, KPE_DIM), "")
+    expect_shape("ckv_cache", ckv_cache, (None, None, CKV_DIM), f"[num_pages, page_size, {CKV_DIM}]")
     num_pages, page_size, _ = ckv_cache.shape
-    shared._expect_shape("kpe_cache", kpe_cache, (num_pages, page_size, KPE_DIM), "")
+    expect_shape("kpe_cache", kpe_cache, (num_pages, page_size, KPE_DIM), "")
     for name, x in (("q_pe", q_pe), ("ckv_cache", ckv_cache), ("kpe_cache", kpe_cache)):
-        shared._expect_device(name, x, device)
+        expect_device(name, x, device)
     if ckv_scale_arr is not None:
         sizes = (num_pages, page_size, None)
-        shared._expect_shape(
-            "ckv_scale_arr", ckv_scale_arr, sizes, f"[num_pages, page_size, 1 or {CKV_DIM // GROUP_DIM}]"
-        )
-    batch = shared.expect_indptr("qo_indptr", pages.pop(0), device) if "qo_indptr" in metadata else tokens
+        expect_shape("ckv_scale_arr", ckv_scale_arr, sizes, f"[num_pages, page_size, 1 or {CKV_DIM // GROUP_DIM}]")
+    batch = expect_indptr("qo_indptr", pages.pop(0), device) if "qo_indptr" in metadata else tokens
     if "kv_indptr" in metadata:
         kv_indptr, kv_indices = pages
         shared._explain_csr(batch, device, kv_indptr, kv_indices, kv_last_page_len)
@@ -192,8 +191,8 @@ def _fake_attention(
         block_table, seq_lens = pages
         shared._explain_block_table(batch, device, block_table, seq_lens)
     if out is not None and lse is not None:
-        shared._expect_shape("out", out, (tokens, num_heads, CKV_DIM), "")
-        shared._expect_shape("lse", lse, (tokens, num_heads), "")
+        expect_shape("out", out, (tokens, num_heads, CKV_DIM), "")
+        expect_shape("lse", lse, (tokens, num_heads), "")
     return _new_outputs(q_nope, q_pe)
 
 
@@ -209,12 +208,12 @@ def _fake_append(
     **options: Any,
 ) -> None:
     del options
-    shared._expect_shape("ckv", ckv, (None, CKV_DIM), f"[n, {CKV_DIM}]")
+    expect_shape("ckv", ckv, (None, CKV_DIM), f"[n, {CKV_DIM}]")
     tokens = ckv.shape[0]
-    shared._expect_shape("kpe", kpe, (tokens, KPE_DIM), "")
-    shared._expect_shape("ckv_cache", ckv_cache, (None, None, CKV_DIM), f"[num_pages, page_size, {CKV_DIM}]")
-    shared._expect_shape("kpe_cache", kpe_cache, (*ckv_cache.shape[:2], KPE_DIM), "")
-    shared._expect_shape("slot_mapping", slot_mapping, (tokens,), "")
+    expect_shape("kpe", kpe, (tokens, KPE_DIM), "")
+    expect_shape("ckv_cache", ckv_cache, (None, None, CKV_DIM), f"[num_pages, page_size, {CKV_DIM}]")
+    expect_shape("kpe_cache", kpe_cache, (*ckv_cache.shape[:2], KPE_DIM), "")
+    expect_shape("slot_mapping", slot_mapping, (tokens,), "")
 
 
 def _run_append(*args: Any, **options: Any) -> None:
@@ -247,10 +246,10 @@ def _fake_merge(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     for name, x in (("o_b", o_b), ("out", out)):
         if x is not None:
-            shared._expect_shape(name, x, tuple(o_a.shape), "")
+            expect_shape(name, x, tuple(o_a.shape), "")
     for name, x in (("lse_a", lse_a), ("lse_b", lse_b), ("lse", lse)):
         if x is not None:
-            shared._expect_shape(name, x, tuple(o_a.shape[:-1]), "")
+            expect_shape(name, x, tuple(o_a.shape[:-1]), "")
     return _new_states(o_a, lse_a)
 
 

@@ -13,6 +13,7 @@ import torch
 
 from . import jit, shape_log, tuned
 from .config import KernelConfig, why_infeasible
+from .expect import expect_indptr, expect_metadata
 from .jit import KernelRef
 from .kernels.registry import (
     BLOCK,
@@ -28,7 +29,7 @@ from .kernels.registry import (
     PrefillKey,
     box_rows_of,
 )
-from .problem import MAX_HEADS, DecodeProblem, expect_indptr, expect_metadata
+from .problem import MAX_HEADS, DecodeProblem
 from .problem_prefill import PrefillProblem, expect_bool
 from .steps import decode_parts, step_of
 

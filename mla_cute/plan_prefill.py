@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .config import KernelConfig
+from .expect import expect_indptr, expect_metadata
 from .kernels.registry import (
     BLOCK,
     FIXED_MAX_ITEMS,
@@ -18,7 +19,7 @@ from .kernels.registry import (
     PrefillPlannerKey,
 )
 from .plan import Plan, bounded, expect_hints, expect_int, expect_options
-from .problem import MAX_HEADS, expect_indptr, expect_metadata
+from .problem import MAX_HEADS
 from .problem_prefill import PrefillProblem, expect_bool
 
 _SCRATCH_ROWS = 8

@@ -10,7 +10,16 @@ from typing import Any, ClassVar
 import torch
 
 from . import problem as shared
+from .expect import describe, expect_indptr
 from .problem import UNSCALED, DecodeProblem
+from .verify import (
+    Finding,
+    block_table_findings,
+    csr_findings,
+    first_of,
+    indptr_findings,
+    raise_first,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +124,7 @@ def _check(
     q_nope, q_pe, ckv_cache, kpe_cache, sm_scale = common[:5]
     options: shared.Options = common[5:]
     queries = shared._explain(q_nope, q_pe, ckv_cache, kpe_cache, options, "total_q")
-    batch = shared.expect_indptr("qo_indptr", qo_indptr, queries.device)
+    batch = expect_indptr("qo_indptr", qo_indptr, queries.device)
     explain_pages(batch, queries.device, *pages)
     shared._explain_rest(queries, q_nope, q_pe, sm_scale, options, "total_q")
     expect_bool("causal", causal)
@@ -151,7 +160,7 @@ def _of(queries: DecodeProblem, batch: int, causal: bool) -> PrefillProblem:
 
 def expect_bool(name: str, value: object) -> None:
     if type(value) is not bool:
-        raise TypeError(f"{name}: expected True or False, got {shared._describe(value)}")
+        raise TypeError(f"{name}: expected True or False, got {describe(value)}")
 
 
 # ------------------------------------------------------------------------------------------------ what the device sees
@@ -166,13 +175,13 @@ def verify_prefill_on_device(
 ) -> None:
     """Check the values of CSR metadata with one synchronisation.
 
-    Raises ValueError as `problem.verify_on_device`, and when qo_indptr does not start at 0, decreases, or ends beyond
+    Raises ValueError as `verify_on_device`, and when qo_indptr does not start at 0, decreases, or ends beyond
     the query tokens.
     """
-    shared._raise_first(
+    raise_first(
         [
             *_query_findings(problem, qo_indptr),
-            *shared._csr_findings(problem.page_size, problem.num_pages, kv_indptr, kv_indices, kv_last_page_len),
+            *csr_findings(problem.page_size, problem.num_pages, kv_indptr, kv_indices, kv_last_page_len),
         ]
     )
 
@@ -182,21 +191,21 @@ def verify_prefill_block_table_on_device(
 ) -> None:
     """Check the values of block-table metadata with one synchronisation.
 
-    Raises ValueError as `problem.verify_block_table_on_device`, and for qo_indptr as `verify_prefill_on_device`.
+    Raises ValueError as `verify_block_table_on_device`, and for qo_indptr as `verify_prefill_on_device`.
     """
-    shared._raise_first(
+    raise_first(
         [
             *_query_findings(problem, qo_indptr),
-            *shared._block_table_findings(problem.page_size, problem.num_pages, block_table, seq_lens),
+            *block_table_findings(problem.page_size, problem.num_pages, block_table, seq_lens),
         ]
     )
 
 
-def _query_findings(problem: PrefillProblem, qo_indptr: torch.Tensor) -> list[shared._Finding]:
+def _query_findings(problem: PrefillProblem, qo_indptr: torch.Tensor) -> list[Finding]:
     return [
         (
-            shared._first(qo_indptr[:1] != 0, qo_indptr),
+            first_of(qo_indptr[:1] != 0, qo_indptr),
             lambda at, value: f"qo_indptr: expected 0 at position 0, got {value}",
         ),
-        *shared._indptr_findings("qo_indptr", qo_indptr, problem.total_q, "the query tokens of q_nope"),
+        *indptr_findings("qo_indptr", qo_indptr, problem.total_q, "the query tokens of q_nope"),
     ]

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import torch
 
-from .problem import _MAX_SCALE, _MIN_SCALE, CKV_DIM, KPE_DIM
+from .expect import MAX_SCALE, MIN_SCALE
+from .problem import CKV_DIM, KPE_DIM
 
 GROUP = 128
 GROUP_ROW_BYTES = CKV_DIM + 4 * (CKV_DIM // GROUP) + 2 * KPE_DIM
@@ -32,10 +33,10 @@ def _expect_width(name: str, x: torch.Tensor, width: int) -> None:
         raise ValueError(f"{name}: expected a last dimension of {width}, got shape {list(x.shape)}")
 
 
-def _expect_scale(name: str, scale: float) -> float:
+def _float_scale(name: str, scale: float) -> float:
     if isinstance(scale, bool) or not isinstance(scale, int | float):
         raise TypeError(f"{name}: expected a float, got {scale!r}")
-    if not _MIN_SCALE <= scale <= _MAX_SCALE:
+    if not MIN_SCALE <= scale <= MAX_SCALE:
         raise ValueError(f"{name}: expected a positive number from 2^-126 to 2^126, got {scale}")
     return float(scale)
 
@@ -82,7 +83,7 @@ def quantize_tensor(
     """
     _expect_width("ckv", ckv, CKV_DIM)
     _expect_width("kpe", kpe, KPE_DIM)
-    ckv_scale, kpe_scale = _expect_scale("ckv_scale", ckv_scale), _expect_scale("kpe_scale", kpe_scale)
+    ckv_scale, kpe_scale = _float_scale("ckv_scale", ckv_scale), _float_scale("kpe_scale", kpe_scale)
     return to_e4m3(ckv, ckv_scale), to_e4m3(kpe, kpe_scale)
 
 
@@ -92,7 +93,7 @@ def dequantize_tensor(
     """Format "tensor" back to float32: (ckv [..., 512], kpe [..., 64]). Raises as `quantize_tensor`."""
     _expect_width("ckv", ckv, CKV_DIM)
     _expect_width("kpe", kpe, KPE_DIM)
-    ckv_scale, kpe_scale = _expect_scale("ckv_scale", ckv_scale), _expect_scale("kpe_scale", kpe_scale)
+    ckv_scale, kpe_scale = _float_scale("ckv_scale", ckv_scale), _float_scale("kpe_scale", kpe_scale)
     return ckv.float() * ckv_scale, kpe.float() * kpe_scale
 
 

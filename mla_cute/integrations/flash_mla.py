@@ -22,6 +22,7 @@ import torch
 from .. import problem
 from ..api import mla_paged_decode_block_table, table_stride
 from ..api_prefill import mla_paged_prefill_block_table
+from ..expect import describe, expect_metadata, expect_scale, expect_shape, expect_tensor
 from ..plan import plan_decode_block_table
 from ..plan_prefill import plan_prefill_block_table
 from ..problem import CKV_DIM, FP8, KPE_DIM, MAX_HEADS
@@ -136,20 +137,20 @@ def flash_mla_with_kvcache(
     for name, value in sparse.items():
         if value is not None:
             what = "attention sinks are" if name == "attn_sink" else "sparse attention is"
-            raise NotImplementedError(f"{name}: expected None, {what} not supported, got {problem._describe(value)}")
+            raise NotImplementedError(f"{name}: expected None, {what} not supported, got {describe(value)}")
     if not isinstance(tile_scheduler_metadata, FlashMLASchedMeta):
         raise TypeError(
             f"tile_scheduler_metadata: expected the FlashMLASchedMeta of get_mla_metadata(), got "
-            f"{problem._describe(tile_scheduler_metadata)}"
+            f"{describe(tile_scheduler_metadata)}"
         )
     if num_splits is not None:
-        raise ValueError(f"num_splits: expected None, got {problem._describe(num_splits)}")
+        raise ValueError(f"num_splits: expected None, got {describe(num_splits)}")
     if head_dim_v != CKV_DIM:
         raise ValueError(f"head_dim_v: expected {CKV_DIM}, got {head_dim_v}")
     expect_bool("causal", causal)
     expect_bool("is_fp8_kvcache", is_fp8_kvcache)
-    problem._expect_tensor("q", q)
-    problem._expect_shape("q", q, (None, None, None, _HEAD_DIM), f"[batch, s_q, heads, {_HEAD_DIM}]")
+    expect_tensor("q", q)
+    expect_shape("q", q, (None, None, None, _HEAD_DIM), f"[batch, s_q, heads, {_HEAD_DIM}]")
     batch, tokens, heads, _ = q.shape
     if not 1 <= heads <= MAX_HEADS:
         raise ValueError(f"q: expected 1 to {MAX_HEADS} heads (dimension 2), got {heads}")
@@ -157,12 +158,12 @@ def flash_mla_with_kvcache(
     if q.dtype is FP8:
         scales["q_scale"] = _number("descale_q", descale_q)
     elif descale_q is not None:
-        raise ValueError(f"descale_q: expected None with q of {q.dtype}, got {problem._describe(descale_q)}")
+        raise ValueError(f"descale_q: expected None with q of {q.dtype}, got {describe(descale_q)}")
     page_size = k_cache.shape[1]
     table: Any = block_table
-    problem.expect_metadata("block_table", table, (batch, None), "[batch, max_num_blocks]", q.device)
+    expect_metadata("block_table", table, (batch, None), "[batch, max_num_blocks]", q.device)
     lengths: Any = cache_seqlens
-    problem.expect_metadata("cache_seqlens", lengths, (batch,), "[batch]", q.device)
+    expect_metadata("cache_seqlens", lengths, (batch,), "[batch]", q.device)
 
     step = tile_scheduler_metadata
     config = FlashMLASchedMeta.Config(
@@ -217,9 +218,9 @@ def _cache(
     k_cache: torch.Tensor, is_fp8_kvcache: bool, descale_k: float | None
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
     """(ckv_cache, kpe_cache, scale keywords), views of k_cache."""
-    problem._expect_tensor("k_cache", k_cache)
+    expect_tensor("k_cache", k_cache)
     width = GROUP_ROW_BYTES if is_fp8_kvcache else _HEAD_DIM
-    problem._expect_shape("k_cache", k_cache, (None, None, 1, width), f"[num_blocks, page_block_size, 1, {width}]")
+    expect_shape("k_cache", k_cache, (None, None, 1, width), f"[num_blocks, page_block_size, 1, {width}]")
     rows = k_cache[:, :, 0]
     if is_fp8_kvcache:
         if k_cache.itemsize != 1:
@@ -242,5 +243,5 @@ def _number(name: str, value: Any) -> float:
         raise NotImplementedError(f"{name}: expected a number, the kernels do not read scales from tensors")
     if value is None:
         return 1.0
-    problem._expect_scale(name, value)
+    expect_scale(name, value)
     return float(value)

@@ -31,10 +31,10 @@ from typing import Any
 
 import torch
 
-from .. import problem
+from ..expect import describe, expect_metadata, expect_one, expect_scale, expect_shape, expect_tensor
 from ..plan import DecodePlan, expect_int
 from ..plan_prefill import PrefillPlan
-from ..problem import CKV_DIM, DTYPES, FP8, KPE_DIM, MAX_HEADS, expect_metadata
+from ..problem import CKV_DIM, DTYPES, FP8, KPE_DIM, MAX_HEADS
 from ..problem_prefill import expect_bool
 from ._flashinfer_metadata import (
     CSR_FIELDS,
@@ -94,7 +94,7 @@ class _Contract:
         _expect_planned("ckv_cache", ckv_cache, "kv_data_type", self.kv_data_type)
         _expect_planned("kpe_cache", kpe_cache, "kv_data_type", kpe_dtype)
         if out is not None:
-            problem._expect_tensor("out", out)
+            expect_tensor("out", out)
             _expect_planned("out", out, "output_dtype", self.output_dtype)
         for name, size, what, planned in (
             ("q_nope", q_nope.shape[1], "heads", shape.num_heads),
@@ -126,7 +126,7 @@ class _Contract:
         taken: dict[str, Any] = {"default": {}, "kv-per-tensor": kv, "bmm-scalar": bmm}[self.scale_mode]
         for name, value in (kv | bmm).items():
             if value is not None and name not in taken:
-                got = problem._describe(value)
+                got = describe(value)
                 raise ValueError(f"{name}: expected None, plan() had scale_mode {self.scale_mode!r}, got {got}")
         if self.scale_mode == "default":
             return {"sm_scale": self.sm_scale}
@@ -141,7 +141,7 @@ class _Contract:
         if kpe_dtype is FP8:
             raise NotImplementedError(f"ckv_scale_arr: expected None with a kpe_cache of {FP8}, not supported together")
         if kpe_scale is not None:
-            problem._expect_one("kpe_scale", kpe_scale, "a 16-bit kpe_cache")
+            expect_one("kpe_scale", kpe_scale, "a 16-bit kpe_cache")
         return {"sm_scale": self.sm_scale, "ckv_scale_arr": ckv_scale_arr}
 
 
@@ -176,7 +176,7 @@ class BatchMLAPagedAttentionWrapper:
         kv_len_arr: torch.Tensor | None = None,
         backend: str = "auto",
     ) -> None:
-        problem._expect_tensor("float_workspace_buffer", float_workspace_buffer)
+        expect_tensor("float_workspace_buffer", float_workspace_buffer)
         expect_bool("use_cuda_graph", use_cuda_graph)
         _expect_one_of("backend", backend, _BACKENDS)
         self.device = float_workspace_buffer.device
@@ -266,7 +266,7 @@ class BatchMLAPagedAttentionWrapper:
         expect_int("num_heads", num_heads, 1, MAX_HEADS)
         expect_int("page_size", page_size, 1)
         expect_bool("causal", causal)
-        problem._expect_scale("sm_scale", sm_scale)
+        expect_scale("sm_scale", sm_scale)
         contract = _contract(float(sm_scale), q_data_type, kv_data_type, output_dtype, lse_mode, scale_mode)
         known = one_form(
             metadata,
@@ -345,7 +345,7 @@ class BatchMLAPagedAttentionWrapper:
             ("sinks", sinks), ("skip_softmax_threshold_scale_factor", skip_softmax_threshold_scale_factor),
         ):  # fmt: skip
             if value is not None:
-                raise NotImplementedError(f"{name}: expected None, it is not supported, got {problem._describe(value)}")
+                raise NotImplementedError(f"{name}: expected None, it is not supported, got {describe(value)}")
         q_nope, q_pe = _pair("query", query, {"q_nope": q_nope, "q_pe": q_pe})
         ckv_cache, kpe_cache = _pair("kv_cache", kv_cache, {"ckv_cache": ckv_cache, "kpe_cache": kpe_cache})
         contract, shape, tensors = self._contract, self._shape, (q_nope, q_pe, ckv_cache, kpe_cache)
@@ -425,7 +425,7 @@ def _bmm_scales(bmm1_scale: Any, bmm2_scale: Any, kv_is_fp8: bool) -> dict[str, 
     for name, value in (("bmm1_scale", bmm1_scale), ("bmm2_scale", bmm2_scale)):
         if isinstance(value, torch.Tensor):
             raise NotImplementedError(f"{name}: expected a number, the kernels do not read scales from tensors")
-        problem._expect_scale(name, value)
+        expect_scale(name, value)
     if kv_is_fp8:
         scale = float(bmm2_scale)
         return {"sm_scale": bmm1_scale / scale, "ckv_scale": scale, "kpe_scale": scale}
@@ -467,16 +467,16 @@ def _pair(name: str, value: Any, parts: dict[str, torch.Tensor | None]) -> tuple
         value = next((x for x in value if type(x) is tuple), value)
     if type(value) is tuple and len(value) == 2:
         for part, x in zip(parts, value, strict=True):
-            problem._expect_tensor(part, x)
-            problem._expect_shape(part, x, (None, None, None), "of three dimensions")
+            expect_tensor(part, x)
+            expect_shape(part, x, (None, None, None), "of three dimensions")
         return value
-    problem._expect_tensor(name, value)
-    problem._expect_shape(name, value, (None, None, CKV_DIM + KPE_DIM), f"[n, m, {CKV_DIM + KPE_DIM}]")
+    expect_tensor(name, value)
+    expect_shape(name, value, (None, None, CKV_DIM + KPE_DIM), f"[n, m, {CKV_DIM + KPE_DIM}]")
     return value[..., :CKV_DIM], value[..., CKV_DIM:]
 
 
 def _expect_planned(name: str, x: torch.Tensor, argument: str, dtype: torch.dtype | None) -> None:
-    problem._expect_tensor(name, x)
+    expect_tensor(name, x)
     if x.dtype is not dtype:
         raise ValueError(f"{name}: expected dtype {dtype} ({argument} of plan()), got {x.dtype}")
 

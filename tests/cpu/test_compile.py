@@ -152,7 +152,7 @@ def test_high_accuracy_sums_the_depth_in_parts(variant):
     few, many = (compiled(v)[1] for v in (variant, high))
     multiplied, added = (
         [sum(n for o, n in opcodes.items() if o.split(".")[0] == name) for opcodes in (few, many)]
-        for name in ("QGMMA", "FFMA")
+        for name in ("QGMMA", "FADD")
     )
     assert multiplied[0] == multiplied[1]
     assert added[1] > added[0]

@@ -21,7 +21,7 @@ RECORDS = ROOT / "tune" / "measurements" / "NVIDIA_H200"
 # Which errors users meet: those of the calls and of what is made for them.
 SOURCES = (
     "api", "api_prefill", "append", "merge_states", "ops", "plan", "plan_prefill", "problem", "problem_prefill",
-    "quant", "config", "steps", "_explain", "_warmup",
+    "expect", "verify", "quant", "config", "steps", "_explain", "_warmup",
 )  # fmt: skip
 
 

@@ -21,8 +21,9 @@ from mla_cute._testing import (
     make_case,
     sweep,
 )
-from mla_cute.problem import check_decode, check_decode_block_table, verify_block_table_on_device, verify_on_device
+from mla_cute.problem import check_decode, check_decode_block_table
 from mla_cute.reference import decode_reference
+from mla_cute.verify import verify_block_table_on_device, verify_on_device
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 

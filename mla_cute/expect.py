@@ -1,0 +1,110 @@
+"""Checks of single arguments: shapes, dtypes, devices, strides and pointers, read on the host.
+
+Each raises TypeError or ValueError that names the argument, what was expected and what was given.
+"""
+
+from __future__ import annotations
+
+import numbers
+
+import torch
+
+# The kernels take sm_scale * log2(e) as a float32 and find a row's largest score before they scale it: the product has
+# to be positive, finite, and normal (0 * -inf of a masked score is NaN).
+MIN_SCALE = 2.0**-126
+MAX_SCALE = 2.0**126
+# TMA and 16-byte vector accesses: 16 bytes are 8 elements of bf16 or fp16, 16 of e4m3, 4 of float32.
+ALIGN_BYTES = 16
+
+
+def expect_scale(name: str, x: float) -> None:
+    if isinstance(x, bool) or not isinstance(x, numbers.Real):
+        raise TypeError(f"{name}: expected a Python number, got {describe(x)}")
+    if not MIN_SCALE <= x <= MAX_SCALE:
+        raise ValueError(f"{name}: expected a positive number from 2^-126 to 2^126, got {x}")
+
+
+def expect_one(name: str, x: float, with_what: str) -> None:
+    if isinstance(x, bool) or not isinstance(x, numbers.Real):
+        raise TypeError(f"{name}: expected a Python number, got {describe(x)}")
+    if x != 1:
+        raise ValueError(f"{name}: expected 1.0 with {with_what}, got {x}")
+
+
+def expect_dtype(name: str, x: torch.Tensor, like: str, dtype: torch.dtype, others: str = "") -> None:
+    """`like` is the argument that has to have the same dtype; `others` names what else is legal."""
+    if x.dtype is not dtype:
+        raise TypeError(f"{name}: expected dtype {dtype} (that of {like}){others}, got {x.dtype}")
+
+
+def expect_operand(
+    name: str, x: torch.Tensor, expected: tuple[int | None, ...], form: str, device: torch.device
+) -> None:
+    expect_shape(name, x, expected, form)
+    expect_device(name, x, device)
+    expect_aligned(name, x)
+
+
+def expect_metadata(
+    name: str, x: torch.Tensor, expected: tuple[int | None, ...], form: str, device: torch.device | None
+) -> None:
+    """An int32 tensor of shape `expected` on `device` (None: wherever it is), last dimension contiguous."""
+    expect_tensor(name, x)
+    if x.dtype is not torch.int32:
+        raise TypeError(f"{name}: expected dtype torch.int32, got {x.dtype}")
+    expect_shape(name, x, expected, form)
+    if device is not None:
+        expect_device(name, x, device)
+    if x.is_cuda and x.shape[-1] > 1 and x.stride(-1) != 1:
+        raise ValueError(f"{name}: expected stride 1 in the last dimension, got strides {list(x.stride())}")
+
+
+def expect_indptr(name: str, x: torch.Tensor, device: torch.device | None) -> int:
+    """An int32 tensor [batch + 1] on `device` (None: wherever it is); returns batch."""
+    expect_metadata(name, x, (None,), "[batch + 1]", device)
+    if x.shape[0] < 1:
+        raise ValueError(f"{name}: expected shape [batch + 1], got [0]")
+    return x.shape[0] - 1
+
+
+def expect_tensor(name: str, x: object) -> None:
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {describe(x)}")
+
+
+def expect_shape(name: str, x: torch.Tensor, expected: tuple[int | None, ...], form: str) -> None:
+    """`expected` has None where any size will do, and then the message shows `form`, the shape with its names."""
+    actual = tuple(x.shape)
+    if len(actual) == len(expected) and all(e is None or e == a for e, a in zip(expected, actual, strict=True)):
+        return
+    shown = form if None in expected else f"{list(expected)}"
+    raise ValueError(f"{name}: expected shape {shown}, got {list(actual)}")
+
+
+def expect_device(name: str, x: torch.Tensor, device: torch.device, like: str = "q_nope") -> None:
+    """`like` is the argument that `device` is of."""
+    if x.device != device:
+        raise ValueError(f"{name}: expected device {device} (that of {like}), got {x.device}")
+
+
+def expect_aligned(name: str, x: torch.Tensor, num_bytes: int = ALIGN_BYTES) -> None:
+    """Strides and base address the kernels can load from in units of `num_bytes`; a CPU tensor may have any."""
+    if not x.is_cuda or x.numel() == 0:
+        return
+    strides = list(x.stride())
+    if x.shape[-1] > 1 and strides[-1] != 1:
+        raise ValueError(f"{name}: expected stride 1 in the last dimension, got strides {strides}")
+    elements = num_bytes // x.itemsize
+    if any(size > 1 and stride % elements for size, stride in zip(x.shape[:-1], strides[:-1], strict=True)):
+        raise ValueError(
+            f"{name}: expected strides that are multiples of {elements} elements ({num_bytes} bytes), "
+            f"got strides {strides}"
+        )
+    if x.data_ptr() % num_bytes:
+        raise ValueError(
+            f"{name}: expected a base address that is a multiple of {num_bytes} bytes, got {x.data_ptr():#x}"
+        )
+
+
+def describe(x: object) -> str:
+    return f"a torch.Tensor of {x.dtype}" if isinstance(x, torch.Tensor) else f"{type(x).__name__} {x!r:.80}"

@@ -1,0 +1,138 @@
+"""What only the device can see of metadata: values, checked with one synchronisation each when MLA_CUTE_CHECK=1."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from .problem import DecodeProblem
+
+
+def verify_on_device(
+    problem: DecodeProblem,
+    kv_indptr: torch.Tensor,
+    kv_indices: torch.Tensor,
+    kv_last_page_len: torch.Tensor | None = None,
+) -> None:
+    """Check the values of CSR metadata with one synchronisation.
+
+    Raises ValueError naming the argument, the first offending position, its value and the bound, when kv_indptr starts
+    below 0, decreases, or ends beyond kv_indices; when kv_last_page_len of a request that has pages is not in
+    1..page_size; when a page id in use is not in 0..num_pages - 1. Ids outside `kv_indices[kv_indptr[0]:kv_indptr[-1]]`
+    and the last page length of a request without pages are not looked at.
+    """
+    raise_first(csr_findings(problem.page_size, problem.num_pages, kv_indptr, kv_indices, kv_last_page_len))
+
+
+def verify_block_table_on_device(problem: DecodeProblem, block_table: torch.Tensor, seq_lens: torch.Tensor) -> None:
+    """Check the values of block-table metadata with one synchronisation.
+
+    Raises ValueError naming the argument, the first offending position, its value and the bound, when a sequence length
+    is not in 0..max_pages * page_size, or a page id in use is not in 0..num_pages - 1. The ids past a request's last
+    page are not looked at.
+    """
+    raise_first(block_table_findings(problem.page_size, problem.num_pages, block_table, seq_lens))
+
+
+# What was found, as `first_of` gives it, and the message for the position and the value there.
+Finding = tuple[torch.Tensor, Callable[[int, int], str]]
+
+
+def raise_first(findings: Sequence[Finding]) -> None:
+    """ValueError for the first finding that found something; one synchronisation."""
+    results = torch.stack([found for found, _ in findings]).tolist()
+    for (found, position, value), (_, message) in zip(results, findings, strict=True):
+        if found:
+            raise ValueError(message(position, value))
+
+
+def indptr_findings(name: str, indptr: torch.Tensor, most: int, most_is: str) -> list[Finding]:
+    """Whether it decreases, or passes `most`."""
+    return [
+        (
+            first_of(indptr.diff() < 0, indptr[1:]),
+            lambda at, value: (
+                f"{name}: expected values that never decrease, got {value} at position {at + 1} after a larger one"
+            ),
+        ),
+        (
+            first_of(indptr > most, indptr),
+            lambda at, value: f"{name}: expected values <= {most} ({most_is}), got {value} at position {at}",
+        ),
+    ]
+
+
+def csr_findings(
+    page_size: int,
+    num_pages: int,
+    kv_indptr: torch.Tensor,
+    kv_indices: torch.Tensor,
+    kv_last_page_len: torch.Tensor | None,
+) -> list[Finding]:
+    num_indices = kv_indices.shape[0]
+    findings: list[Finding] = [
+        (
+            first_of(kv_indptr < 0, kv_indptr),
+            lambda at, value: f"kv_indptr: expected values >= 0, got {value} at position {at}",
+        ),
+        *indptr_findings("kv_indptr", kv_indptr, num_indices, "the length of kv_indices"),
+    ]
+    if kv_last_page_len is not None:
+        wrong = (kv_last_page_len < 1) | (kv_last_page_len > page_size)
+        findings.append(
+            (
+                first_of(wrong & (kv_indptr.diff() > 0), kv_last_page_len),
+                lambda at, value: (
+                    f"kv_last_page_len: expected values in [1, {page_size}] for requests with pages, "
+                    f"got {value} at position {at}"
+                ),
+            )
+        )
+    position = torch.arange(num_indices, device=kv_indices.device)
+    used = (position >= kv_indptr[0]) & (position < kv_indptr[-1])
+    findings.append(
+        (
+            first_of(used & _outside(kv_indices, num_pages), kv_indices),
+            lambda at, value: f"kv_indices: expected page ids in [0, {num_pages}), got {value} at position {at}",
+        )
+    )
+    return findings
+
+
+def block_table_findings(
+    page_size: int, num_pages: int, block_table: torch.Tensor, seq_lens: torch.Tensor
+) -> list[Finding]:
+    max_pages = block_table.shape[1]
+    max_len = max_pages * page_size
+    page_start = torch.arange(max_pages, device=block_table.device) * page_size
+    used = page_start[None, :] < seq_lens[:, None]
+    return [
+        (
+            first_of((seq_lens < 0) | (seq_lens > max_len), seq_lens),
+            lambda at, value: (
+                f"seq_lens: expected values in [0, {max_len}] (max_pages * page_size), got {value} at position {at}"
+            ),
+        ),
+        (
+            first_of((used & _outside(block_table, num_pages)).flatten(), block_table.flatten()),
+            lambda at, value: (
+                f"block_table: expected page ids in [0, {num_pages}), got {value} "
+                f"at position [{at // max_pages}, {at % max_pages}]"
+            ),
+        ),
+    ]
+
+
+def _outside(ids: torch.Tensor, num_pages: int) -> torch.Tensor:
+    return (ids < 0) | (ids >= num_pages)
+
+
+def first_of(wrong: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """[any wrong, first wrong position, value there] as int64, on the tensors' device. `wrong` and `values` are 1-D."""
+    if wrong.numel() == 0:
+        return torch.zeros(3, dtype=torch.int64, device=wrong.device)
+    at = wrong.to(torch.int32).argmax()
+    return torch.stack((wrong.any().long(), at, values[at].long()))
