@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import gpu as gpu_facts
 from ..config import KernelConfig
-from . import peers, report
+from . import peers, publish, report
 from .cases import DTYPES, PRESETS, TOKEN_BYTES, Case, PrefillCase
 from .runner import Library, run, write_json
 from .timing import CudaTimer
@@ -100,7 +100,31 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--compare", nargs=2, type=pathlib.Path, metavar=("A", "B"), help="print the ratio per cell of two records"
     )
+    p.add_argument(
+        "--report", type=pathlib.Path, metavar="DIR", help="write report.html, report.md and PNGs (needs matplotlib)"
+    )
+    p.add_argument(
+        "--record",
+        type=pathlib.Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="report this record instead of a run; may be repeated",
+    )
+    p.add_argument("--baseline", type=pathlib.Path, metavar="FILE", help="record that the report compares with")
     return p
+
+
+def given(presets: Sequence[str], **options: Any) -> list[str]:
+    """What is set of the presets and the options, as it is written: for messages."""
+    return [*presets, *(f"--{name.replace('_', '-')}" for name, value in options.items() if value)]
+
+
+def _other_options(args: argparse.Namespace) -> list[str]:
+    """Those beside the report's that differ from their defaults."""
+    options = {name: value for name, value in vars(args).items() if name not in ("report", "record", "baseline")}
+    options["layout"] = options["layout"] != "separate"
+    return given(**options)
 
 
 def find_peers(wanted: bool) -> tuple[list[peers.Peer], dict[str, Any]]:
@@ -114,6 +138,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, 1 when a case failed or is wrong, 2 when nothing could be timed."""
     p = parser()
     args = p.parse_args(argv)
+    try:
+        request = publish.Request.of(args.report, args.record, args.baseline, _other_options(args))
+    except (ImportError, OSError, ValueError) as error:
+        p.error(str(error))
+    if request is not None and request.records:
+        print(request.write())
+        return 0
     if args.compare:
         try:
             rows, lines = report.compare(*map(report.load, args.compare))
@@ -155,6 +186,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.out is not None:
         write_json(args.out, record)
         print(f"record: {args.out}")
+    if request is not None:
+        print(request.write(record))
     return 1 if record["failed"] or not record["complete"] else 0
 
 

@@ -13,7 +13,7 @@ COLUMNS = (
     "H", "B", "L", "page", "dtype", "us", "min", "p90", "plan", "us+plan/61", "chained",
     "GB/s", "% read", "TFLOP/s", "% cuBLAS", "x public", "rel err",
 )  # fmt: skip
-_SHORT_DTYPE = {"bfloat16": "bf16", "float16": "fp16"}
+SHORT_DTYPE = {"bfloat16": "bf16", "float16": "fp16"}
 
 
 def columns(peers: Sequence[str] = ()) -> tuple[str, ...]:
@@ -47,7 +47,7 @@ def cells(row: dict[str, Any], peers: Sequence[str] = ()) -> tuple[str, ...]:
 def _types(case: Case | PrefillCase) -> str:
     """bf16; of an FP8 cache its format, the queries, and the 16-bit dtype if it is not theirs and not bf16:
     tensor/bf16, token/e4m3, group/e4m3/fp16."""
-    dtype = _SHORT_DTYPE[case.dtype]
+    dtype = SHORT_DTYPE[case.dtype]
     if case.kv_format:
         queries = dtype if not case.q_fp8 else "e4m3" if case.dtype == "bfloat16" else f"e4m3/{dtype}"
         dtype = f"{case.kv_format}/{queries}"
@@ -131,18 +131,26 @@ def summary(record: dict[str, Any]) -> list[str]:
             f"{case_of(row).label}: {row['cublas_share_beside']:.1%} of what cuBLAS reached right after it, "
             f"{row['cublas_beside_tflops']:.0f} TFLOP/s"
         )
+    lines += failures(record)
+    for row in record["rows"]:
+        for name, peer in row.get("peers", {}).items():
+            if reason := peer.get("error") or peer.get("unsupported"):
+                lines.append(f"{name}, {case_of(row).label}: {reason}")
+    if not record["complete"]:
+        lines.append("INCOMPLETE: interrupted")
+    lines.append(f"{len(record['rows'])} cases in {record['seconds']} s, {record['failed']} failed")
+    return lines
+
+
+def failures(record: dict[str, Any]) -> list[str]:
+    """A line per row that failed or is wrong."""
+    lines = []
     for row in record["rows"]:
         label = case_of(row).label
         if "error" in row:
             lines.append(f"FAILED {label}: {row['error']}")
         elif not row_ok(row):
             lines.append(f"WRONG  {label}: {row['check']}")
-        for name, peer in row.get("peers", {}).items():
-            if reason := peer.get("error") or peer.get("unsupported"):
-                lines.append(f"{name}, {label}: {reason}")
-    if not record["complete"]:
-        lines.append("INCOMPLETE: interrupted")
-    lines.append(f"{len(record['rows'])} cases in {record['seconds']} s, {record['failed']} failed")
     return lines
 
 
@@ -192,7 +200,7 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> tuple[list[tuple[str, ...]]
                 *(f"{side[key]:.1f}" for key in ("plan_us", "us_chained") for side in (old, new)),
             )
         )
-    lines = [f"{name}: {_origin(record)}" for name, record in (("a", a), ("b", b))]
+    lines = [f"{name}: {origin(record)}" for name, record in (("a", a), ("b", b))]
     if (a["gpu"] or {}).get("name") != (b["gpu"] or {}).get("name"):
         lines.append("WARNING: different GPUs, the ratios compare cards and not code")
     for name, only in (("a", set(times[0]) - set(shared)), ("b", set(times[1]) - set(shared))):
@@ -206,7 +214,8 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> tuple[list[tuple[str, ...]]
     return rows, lines
 
 
-def _origin(record: dict[str, Any]) -> str:
+def origin(record: dict[str, Any]) -> str:
+    """Date, GPU, code and ceilings in a line."""
     git, gpu, used = record["git"], record["gpu"] or {}, record["ceilings"]["used"]
     code = f"source {record['source_sha256'][:12]}"
     if git is not None:

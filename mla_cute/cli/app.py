@@ -11,8 +11,8 @@ import torch
 import typer
 
 from .. import gpu as gpu_facts
-from ..bench import report, runner
-from ..bench.__main__ import dtypes, find_peers, numbers, select_cases
+from ..bench import publish, report, runner
+from ..bench.__main__ import dtypes, find_peers, given, numbers, select_cases
 from ..bench.cases import PRESETS, TOKEN_BYTES, Case, PrefillCase
 from ..bench.timing import CudaTimer
 from ..config import KernelConfig
@@ -324,8 +324,29 @@ def bench(
     compare: Annotated[
         tuple[pathlib.Path, pathlib.Path] | None, typer.Option(help="print the ratio per cell of two records")
     ] = None,
+    report_dir: Annotated[
+        pathlib.Path | None,
+        typer.Option("--report", metavar="DIR", help="write report.html, report.md and PNGs (needs matplotlib)"),
+    ] = None,
+    record_files: Annotated[
+        list[pathlib.Path] | None,
+        typer.Option("--record", metavar="FILE", help="report this record instead of a run; may be repeated"),
+    ] = None,
+    baseline: Annotated[
+        pathlib.Path | None, typer.Option(metavar="FILE", help="record that the report compares with")
+    ] = None,
 ) -> None:
     """Time a grid of decode shapes, or presets, with the ceilings of this GPU and installed peers in the same run."""
+    options: dict[str, Any] = {"heads": heads, "batch": batch, "kv_len": kv_len, "page_size": page_size, "dtype": dtype}
+    options |= {"layout": layout != "separate", "kv_format": kv_format, "q_fp8": q_fp8, "config": config}
+    options |= {"batch_invariant": batch_invariant, "no_peers": no_peers, "out": out, "compare": compare}
+    try:
+        request = publish.Request.of(report_dir, record_files or [], baseline, given(presets or [], **options))
+    except (ImportError, OSError, ValueError) as error:
+        _usage_error(error)
+    if request is not None and request.records:
+        print(request.write())
+        return
     if compare is not None:
         _compare(*compare)
         return
@@ -357,6 +378,8 @@ def bench(
     if out is not None:
         runner.write_json(out, record)
         print(f"record: {out}")
+    if request is not None:
+        print(request.write(record))
     if record["failed"] or not record["complete"]:
         raise typer.Exit(1)
 
