@@ -8,9 +8,9 @@ import torch
 
 from . import tuned
 from .config import KernelConfig
-from .plan import expect_hints, expect_int, num_sms
+from .expect import expect_bool, expect_int
+from .plan import expect_hints, num_sms
 from .problem import MAX_HEADS
-from .problem_prefill import expect_bool
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from .expect import (
     expect_device,
     expect_dtype,
     expect_one,
+    expect_own_memory,
     expect_scale,
     expect_shape,
     expect_tensor,
@@ -283,7 +284,7 @@ def _explain(
         expect_device("ckv_scale_arr", ckv_scale_arr, device, "ckv")
     kv_format = shared._explain_format(is_16bit, kpe_cache, ckv_scale_arr, num_pages, page_size, device)
     if ckv_scale_arr is not None:
-        _expect_own_memory("ckv_scale_arr", ckv_scale_arr)
+        expect_own_memory("ckv_scale_arr", ckv_scale_arr)
     if kv_format == "tensor":
         expect_scale("ckv_scale", ckv_scale)
         expect_scale("kpe_scale", kpe_scale)
@@ -297,14 +298,7 @@ def _explain(
 def _expect_target(name: str, x: torch.Tensor, device: torch.device) -> None:
     expect_device(name, x, device, "ckv")
     expect_aligned(name, x)
-    _expect_own_memory(name, x)
-
-
-def _expect_own_memory(name: str, x: torch.Tensor) -> None:
-    if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
-        raise ValueError(
-            f"{name}: expected memory for every element, got an expanded tensor of strides {list(x.stride())}"
-        )
+    expect_own_memory(name, x)
 
 
 def _verify_slots(slot_mapping: torch.Tensor, num_slots: int) -> None:

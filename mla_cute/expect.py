@@ -15,6 +15,26 @@ MIN_SCALE = 2.0**-126
 MAX_SCALE = 2.0**126
 # TMA and 16-byte vector accesses: 16 bytes are 8 elements of bf16 or fp16, 16 of e4m3, 4 of float32.
 ALIGN_BYTES = 16
+LSE_BASES = (2, "e")
+
+
+def expect_int(name: str, value: object, least: int, most: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {value!r}")
+    if value < least or (most is not None and value > most):
+        raise ValueError(f"{name}: expected {f'>= {least}' if most is None else f'{least} to {most}'}, got {value}")
+
+
+def expect_bool(name: str, value: object) -> None:
+    if type(value) is not bool:
+        raise TypeError(f"{name}: expected True or False, got {describe(value)}")
+
+
+def expect_lse_base(lse_base: int | str) -> None:
+    if isinstance(lse_base, bool) or not isinstance(lse_base, (int, str)):
+        raise TypeError(f"lse_base: expected 2 or 'e', got {describe(lse_base)}")
+    if lse_base not in LSE_BASES:
+        raise ValueError(f"lse_base: expected 2 or 'e', got {lse_base!r}")
 
 
 def expect_scale(name: str, x: float) -> None:
@@ -103,6 +123,13 @@ def expect_aligned(name: str, x: torch.Tensor, num_bytes: int = ALIGN_BYTES) -> 
     if x.data_ptr() % num_bytes:
         raise ValueError(
             f"{name}: expected a base address that is a multiple of {num_bytes} bytes, got {x.data_ptr():#x}"
+        )
+
+
+def expect_own_memory(name: str, x: torch.Tensor) -> None:
+    if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
+        raise ValueError(
+            f"{name}: expected memory for every element, got an expanded tensor of strides {list(x.stride())}"
         )
 
 

@@ -7,11 +7,17 @@ import math
 import torch
 
 from . import jit
-from .append import _expect_own_memory
-from .expect import describe, expect_aligned, expect_device, expect_dtype, expect_shape, expect_tensor
+from .expect import (
+    expect_aligned,
+    expect_device,
+    expect_dtype,
+    expect_lse_base,
+    expect_own_memory,
+    expect_shape,
+    expect_tensor,
+)
 from .kernels.registry import MERGE_STATES, MergeStatesKey
 from .plan import num_sms
-from .problem import LSE_BASES
 
 _DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 _LOG2_E = math.log2(math.e)
@@ -139,16 +145,13 @@ def _check(
     _expect_lse("lse_a", lse_a, o_a)
     _expect_output("o_b", o_b, o_a)
     _expect_lse("lse_b", lse_b, o_a)
-    if isinstance(lse_base, bool) or not isinstance(lse_base, (int, str)):
-        raise TypeError(f"lse_base: expected 2 or 'e', got {describe(lse_base)}")
-    if lse_base not in LSE_BASES:
-        raise ValueError(f"lse_base: expected 2 or 'e', got {lse_base!r}")
+    expect_lse_base(lse_base)
     if out is not None:
         _expect_output("out", out, o_a)
-        _expect_own_memory("out", out)
+        expect_own_memory("out", out)
     if lse is not None:
         _expect_lse("lse", lse, o_a)
-        _expect_own_memory("lse", lse)
+        expect_own_memory("lse", lse)
 
 
 def _expect_output(name: str, x: torch.Tensor, o_a: torch.Tensor) -> None:

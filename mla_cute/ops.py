@@ -35,10 +35,10 @@ import torch
 from . import api, api_prefill, append
 from . import problem as shared
 from .config import KernelConfig
-from .expect import describe, expect_device, expect_indptr, expect_shape
+from .expect import expect_device, expect_indptr, expect_lse_base, expect_shape
 from .merge_states import merge_states as _merge_states
 from .plan import Plan, plan_of
-from .problem import CKV_DIM, FP8, GROUP_DIM, KPE_DIM, LSE_BASES
+from .problem import CKV_DIM, FP8, GROUP_DIM, KPE_DIM
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -139,10 +139,7 @@ def _define_attention(call: F, metadata: str) -> F:
 
 
 def _is_natural(lse_base: int | str) -> bool:
-    if isinstance(lse_base, bool) or not isinstance(lse_base, (int, str)):
-        raise TypeError(f"lse_base: expected 2 or 'e', got {describe(lse_base)}")
-    if lse_base not in LSE_BASES:
-        raise ValueError(f"lse_base: expected 2 or 'e', got {lse_base!r}")
+    expect_lse_base(lse_base)
     return lse_base == "e"
 
 

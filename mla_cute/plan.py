@@ -13,7 +13,7 @@ import torch
 
 from . import jit, shape_log, tuned
 from .config import KernelConfig, why_infeasible
-from .expect import expect_indptr, expect_metadata
+from .expect import expect_bool, expect_indptr, expect_int, expect_metadata
 from .jit import KernelRef
 from .kernels.registry import (
     BLOCK,
@@ -30,7 +30,7 @@ from .kernels.registry import (
     box_rows_of,
 )
 from .problem import MAX_HEADS, DecodeProblem
-from .problem_prefill import PrefillProblem, expect_bool
+from .problem_prefill import PrefillProblem
 from .steps import decode_parts, step_of
 
 if TYPE_CHECKING:
@@ -295,13 +295,6 @@ class DecodePlan(Plan):
             num_heads,
             *self._cut_costs(),
         )
-
-
-def expect_int(name: str, value: object, least: int, most: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {value!r}")
-    if value < least or (most is not None and value > most):
-        raise ValueError(f"{name}: expected {f'>= {least}' if most is None else f'{least} to {most}'}, got {value}")
 
 
 def expect_plan(plan: object) -> None:

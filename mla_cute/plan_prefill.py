@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .config import KernelConfig
-from .expect import expect_indptr, expect_metadata
+from .expect import expect_bool, expect_indptr, expect_int, expect_metadata
 from .kernels.registry import (
     BLOCK,
     FIXED_MAX_ITEMS,
@@ -18,9 +18,9 @@ from .kernels.registry import (
     PrefillKey,
     PrefillPlannerKey,
 )
-from .plan import Plan, bounded, expect_hints, expect_int, expect_options
+from .plan import Plan, bounded, expect_hints, expect_options
 from .problem import MAX_HEADS
-from .problem_prefill import PrefillProblem, expect_bool
+from .problem_prefill import PrefillProblem
 
 _SCRATCH_ROWS = 8
 

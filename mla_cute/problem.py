@@ -29,9 +29,11 @@ from .expect import (
     expect_aligned,
     expect_device,
     expect_dtype,
+    expect_lse_base,
     expect_metadata,
     expect_one,
     expect_operand,
+    expect_own_memory,
     expect_scale,
     expect_shape,
     expect_tensor,
@@ -47,7 +49,6 @@ _DTYPES_16BIT = " or ".join(map(str, DTYPES))
 # array of them.
 GROUP_DIM = 128
 _FORMAT_OF_SCALES = {1: "token", CKV_DIM // GROUP_DIM: "group"}
-LSE_BASES = (2, "e")
 
 # Elements of bf16 or fp16 in 16 bytes, of which TMA and vector accesses want multiples.
 _ALIGN_ELEMENTS = 8
@@ -483,10 +484,7 @@ def _explain_rest(
     out, lse, lse_base, ckv_scale, kpe_scale, _, q_scale = options
     batch, num_heads, device = problem.batch, problem.num_heads, problem.device
     expect_scale("sm_scale", sm_scale)
-    if isinstance(lse_base, bool) or not isinstance(lse_base, (int, str)):
-        raise TypeError(f"lse_base: expected 2 or 'e', got {describe(lse_base)}")
-    if lse_base not in LSE_BASES:
-        raise ValueError(f"lse_base: expected 2 or 'e', got {lse_base!r}")
+    expect_lse_base(lse_base)
     _explain_scales(problem, q_pe, sm_scale, ckv_scale, kpe_scale, q_scale)
     if out is not None:
         expect_tensor("out", out)
@@ -496,10 +494,7 @@ def _explain_rest(
         else:
             expect_dtype("out", out, "q_pe" if problem.q_fp8 else "q_nope", problem.dtype)
         expect_operand("out", out, (batch, num_heads, CKV_DIM), f"[{rows}, H, {CKV_DIM}]", device)
-        if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
-            raise ValueError(
-                f"out: expected memory for every element, got an expanded tensor of strides {list(out.stride())}"
-            )
+        expect_own_memory("out", out)
         if out.numel() and out.data_ptr() == q_nope.data_ptr():
             raise ValueError("out: expected memory of its own, got the memory of q_nope")
     if lse is not None:

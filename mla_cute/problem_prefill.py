@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from . import problem as shared
-from .expect import describe, expect_indptr
+from .expect import expect_bool, expect_indptr
 from .problem import UNSCALED, DecodeProblem
 from .verify import (
     Finding,
@@ -156,11 +156,6 @@ def _of(queries: DecodeProblem, batch: int, causal: bool) -> PrefillProblem:
         queries.q_fp8,
         queries.odd_strides,
     )
-
-
-def expect_bool(name: str, value: object) -> None:
-    if type(value) is not bool:
-        raise TypeError(f"{name}: expected True or False, got {describe(value)}")
 
 
 # ------------------------------------------------------------------------------------------------ what the device sees

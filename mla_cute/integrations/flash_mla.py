@@ -22,11 +22,11 @@ import torch
 from .. import problem
 from ..api import mla_paged_decode_block_table, table_stride
 from ..api_prefill import mla_paged_prefill_block_table
-from ..expect import describe, expect_metadata, expect_scale, expect_shape, expect_tensor
+from ..expect import describe, expect_bool, expect_metadata, expect_scale, expect_shape, expect_tensor
 from ..plan import plan_decode_block_table
 from ..plan_prefill import plan_prefill_block_table
 from ..problem import CKV_DIM, FP8, KPE_DIM, MAX_HEADS
-from ..problem_prefill import check_prefill_block_table, expect_bool
+from ..problem_prefill import check_prefill_block_table
 from ..quant import GROUP_ROW_BYTES, group_rows
 
 __all__ = ["FlashMLASchedMeta", "flash_mla_with_kvcache", "get_mla_metadata"]

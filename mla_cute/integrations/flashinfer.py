@@ -31,11 +31,19 @@ from typing import Any
 
 import torch
 
-from ..expect import describe, expect_metadata, expect_one, expect_scale, expect_shape, expect_tensor
-from ..plan import DecodePlan, expect_int
+from ..expect import (
+    describe,
+    expect_bool,
+    expect_int,
+    expect_metadata,
+    expect_one,
+    expect_scale,
+    expect_shape,
+    expect_tensor,
+)
+from ..plan import DecodePlan
 from ..plan_prefill import PrefillPlan
 from ..problem import CKV_DIM, DTYPES, FP8, KPE_DIM, MAX_HEADS
-from ..problem_prefill import expect_bool
 from ._flashinfer_metadata import (
     CSR_FIELDS,
     CsrPages,
