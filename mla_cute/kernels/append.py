@@ -19,7 +19,7 @@ from cutlass.cute.runtime import make_fake_stream
 from cutlass.cutlass_dsl import T
 
 from .fake import fake_tensor, sym64
-from .fp8 import E4M3_MAX, asm, load_global_16, store_global, to_e4m3x4, unpack_16bit
+from .fp8 import E4M3_MAX, asm, load_global_16, row_address, store_global, to_e4m3x4, unpack_16bit
 from .registry import APPEND, AppendKey
 from .rows_params import DTYPES, HEAD_DIM_ROPE, HEAD_DIM_V
 
@@ -116,10 +116,6 @@ class Append:
         """Address of a token's row."""
         return x.iterator.toint() + Int64(token) * Int64(x.stride[0]) * (x.element_type.width // 8)
 
-    def _cache_row(self, cache, page, row):
-        offset = page * Int64(cache.stride[0]) + row * Int64(cache.stride[1])
-        return cache.iterator.toint() + offset * (cache.element_type.width // 8)
-
     def _quantise(self, words: list, scale) -> list:
         """Words of two 16-bit floats, to half as many words of e4m3."""
         x = [divide(value, scale) for word in words for value in unpack_16bit(word, self.dtype)]
@@ -165,14 +161,14 @@ class Append:
             page_index = Uint64(slot) // page_size
             row = Int64(Uint64(slot) - page_index * page_size)
             page = Int64(page_index)
-            target = self._cache_row(ckv_cache, page, row) + Int64(lane * 16)
+            target = row_address(ckv_cache, page, row) + Int64(lane * 16)
             store_global(target, words[:4])
             if const_expr(not self.ckv_fp8):
                 store_global(target + 512, words[4:])
             if lane < 8:
-                store_global(self._cache_row(kpe_cache, page, row) + Int64(chunk * 4 * len(rope)), rope)
+                store_global(row_address(kpe_cache, page, row) + Int64(chunk * 4 * len(rope)), rope)
             if const_expr(self.has_scales):
                 lanes = LANES_PER_GROUP[self.key.kv_format]
                 if lane % lanes == 0:
                     group = Int64(lane // lanes) * Int64(scales.stride[2]) * 4
-                    store_global(self._cache_row(scales, page, row) + group, [scale.bitcast(Int32)])
+                    store_global(row_address(scales, page, row) + group, [scale.bitcast(Int32)])

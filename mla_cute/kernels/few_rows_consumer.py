@@ -118,8 +118,8 @@ class FewRowsConsumer:
         row = t // 16
         q16 = t % 16
         head = cutlass.min(head0 + row, p.num_heads - 1)
-        nope = self._row_address(p.mQ, request, head) + Int64(q16 * 16)
-        rope = self._row_address(p.mQpe, request, head) + Int64(q16 * 16)
+        nope = fp8.row_address(p.mQ, request, head) + Int64(q16 * 16)
+        rope = fp8.row_address(p.mQpe, request, head) + Int64(q16 * 16)
         # The word of lane 4 (row % 8) that begins a step.
         at = s.q_address + (row % 8) * 64 + row // 8 * 4
         scale = Float32(1.0)
@@ -157,10 +157,6 @@ class FewRowsConsumer:
     def _step_offset(self, step):
         """Of a step of Q in shared memory: those that stay there come first."""
         return (step + (Q_TOTAL_STEPS - self.q_steps)) % Q_TOTAL_STEPS * STEP_BYTES
-
-    def _row_address(self, q, token, head):
-        size = q.element_type.width // 8
-        return q.iterator.toint() + (Int64(token) * q.stride[0] + Int64(head) * q.stride[1]) * size
 
     def _put_e4m3(self, at, words: list, step) -> None:
         """16 e4m3 of a row, a whole step."""

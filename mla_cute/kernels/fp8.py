@@ -1,6 +1,6 @@
 """Device helpers of the FP8 kernels: inline PTX, e4m3 conversions, transposing loads, raw shared-memory accesses."""
 
-from cutlass import Float32, Int32, Uint32
+from cutlass import Float32, Int32, Int64, Uint32
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T
 
@@ -108,6 +108,12 @@ def max_abs_16bit(a, b, dtype):
     name = "bf16x2" if dtype.__name__ == "BFloat16" else "f16x2"
     text = f"{{ .reg .b32 x; and.b32 x, $2, 0x7fff7fff; max.{name} $0, $1, x; }}"
     return Uint32(asm(T.i32(), 1, [a, b], text, "=r,r,r", False)[0])
+
+
+def row_address(x, i, j):
+    """Of x[i, j], in 64 bits."""
+    offset = Int64(i) * Int64(x.stride[0]) + Int64(j) * Int64(x.stride[1])
+    return x.iterator.toint() + offset * (x.element_type.width // 8)
 
 
 def load_global_16(address, offset: int = 0) -> list:

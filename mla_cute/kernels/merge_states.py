@@ -15,7 +15,7 @@ from cutlass import Float32, Int32, Int64, Uint32, const_expr
 from cutlass.cute.runtime import make_fake_stream
 
 from .fake import fake_tensor, sym64
-from .fp8 import load_global_16, store_global, to_16bit_pair, unpack_16bit
+from .fp8 import load_global_16, row_address, store_global, to_16bit_pair, unpack_16bit
 from .registry import MERGE_STATES, MergeStatesKey
 from .rows_params import DTYPES
 from .softmax import exp2
@@ -93,10 +93,6 @@ class MergeStates:
             head = row - token * num_heads
             self._row(o_a, lse_a, o_b, lse_b, out, lse, to_base_2, from_base_2, token, head, lane)
 
-    def _address(self, x, token, head):
-        offset = Int64(token) * Int64(x.stride[0]) + Int64(head) * Int64(x.stride[1])
-        return x.iterator.toint() + offset * (x.element_type.width // 8)
-
     def _load(self, source, first, last) -> list:
         """Chunks first, first + 32, ..., of which none lies past `last`."""
         chunks = [cutlass.min(first + 32 * i, last) for i in range(CHUNKS_AT_ONCE)]
@@ -140,8 +136,8 @@ class MergeStates:
             lse[token, head] = merged
 
         last = Int32(cute.size(out, mode=[2])) // (128 // self.dtype.width) - 1
-        source_a, source_b = self._address(o_a, token, head), self._address(o_b, token, head)
-        target = self._address(out, token, head)
+        source_a, source_b = row_address(o_a, token, head), row_address(o_b, token, head)
+        target = row_address(out, token, head)
         for first in cutlass.range(lane, last + 1, 32 * CHUNKS_AT_ONCE, unroll=1):
             words_a, words_b = self._load(source_a, first, last), self._load(source_b, first, last)
             for i in cutlass.range_constexpr(CHUNKS_AT_ONCE):

@@ -139,8 +139,8 @@ class Fp8Consumer:
         q4 = t % 4
         last = self.rows.num_rows(p, s, slot, head0) - 1
         token, head = self.rows.token_and_head(p, s, slot, head0, cutlass.min(row, last))
-        nope = self._row_address(p.mQ, token, head) + Int64(q4 * 16)
-        rope = self._row_address(p.mQpe, token, head) + Int64(q4 * 16)
+        nope = fp8.row_address(p.mQ, token, head) + Int64(q4 * 16)
+        rope = fp8.row_address(p.mQpe, token, head) + Int64(q4 * 16)
         r8 = row % 8
         to_nope = Int32(s.sQ.iterator.toint()) + row * 128
         to_rope = Int32(s.sQr.iterator.toint())
@@ -172,10 +172,6 @@ class Fp8Consumer:
                 s.sQScale[i, row] = scales[i]
         sync.fence_smem_writes()
         sync.sync(BAR_Q, NUM_CONSUMERS)
-
-    def _row_address(self, q, token, head):
-        size = q.element_type.width // 8
-        return q.iterator.toint() + (Int64(token) * q.stride[0] + Int64(head) * q.stride[1]) * size
 
     def _row_scale(self, address, chunks: int):
         """(448 / amax, amax / 448) of a row, from this thread's 16-byte chunks, 64 bytes apart."""
