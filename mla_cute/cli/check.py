@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 
 from .._testing import CaseSpec, DecodeCase, Expected, Verdict, expected_of, run_case, sweep
+from .._testing_fp8 import Fp8Case, Fp8Expected
+from .._testing_runs import plan_of
 
 COLUMNS = (
     "page size",
@@ -66,43 +68,43 @@ def specs(quick: bool, seed: int, on_gpu: bool) -> list[CaseSpec]:
     return [dataclasses.replace(s, lengths=tuple(n for n in s.lengths if n <= limit)) for s in chosen]
 
 
-def independent(case: DecodeCase) -> Expected:
-    """The case computed token by token from its metadata in float64, sharing no code with `reference.py`."""
-    dtype, device = case.q_nope.dtype, case.q_nope.device
-    shape = case.q_nope.shape
-    expected = Expected(
-        output=torch.zeros(shape, dtype=torch.float32, device=device),
-        lse=torch.full(shape[:2], -math.inf, dtype=torch.float32, device=device),
-        score_rounding=torch.zeros(shape[:2], dtype=torch.float32, device=device),
-        in_dtype=torch.zeros(shape, dtype=dtype, device=device),
-        dtype=dtype,
-        lengths=case.lengths,
-        queries=case.queries,
-    )
+def independent(case: DecodeCase, fp8: Fp8Case | None = None) -> Expected:
+    """A case, decode or prefill, in float64 from its metadata, sharing no code with `reference.py`; lse in base 2.
+
+    `fp8`: its twin, whose dequantised values are taken."""
+    real = case if fp8 is None else fp8.real()
+    queries = list(case.queries)
+    rows, heads, device = queries[-1], case.num_heads, case.out.device
+    output = torch.zeros(rows, heads, case.ckv_cache.shape[-1], dtype=torch.float64, device=device)
+    in_dtype = output.clone()
+    lse = torch.full((rows, heads), -math.inf, dtype=torch.float64, device=device)
+    rounding = torch.zeros(rows, heads, dtype=torch.float64, device=device)
     for b, length in enumerate(case.lengths):
-        if length == 0:
-            continue
+        begin, end = queries[b], queries[b + 1]
         token = torch.arange(length, device=device)
-        page = case.kv_indices[case.kv_indptr[b] + token // case.page_size].long()
-        slot = token % case.page_size
-        v = case.ckv_cache[page, slot].double()
-        k = torch.cat([v, case.kpe_cache[page, slot].double()], dim=-1)
-        q = torch.cat([case.q_nope[b], case.q_pe[b]], dim=-1).double()
-        scores = case.sm_scale * q @ k.T
-        expected.score_rounding[b] = (
-            q.norm(dim=-1) * k.norm(dim=-1).amax() * (case.sm_scale * math.log2(math.e) * 2.0**-23)
-        )
-        expected.output[b] = torch.softmax(scores, dim=-1) @ v
-        expected.lse[b] = torch.logsumexp(scores, dim=-1) / math.log(2)
-        p = torch.exp(scores - scores.amax(dim=-1, keepdim=True))
-        expected.in_dtype[b] = (p.to(dtype).double() @ v / p.sum(dim=-1, keepdim=True)).to(dtype)
-    return expected
+        page = real.kv_indices[real.kv_indptr[b] + token // case.page_size].long()
+        v = real.ckv_cache[page, token % case.page_size].double()
+        k = torch.cat([v, real.kpe_cache[page, token % case.page_size].double()], dim=-1)
+        for row in range(begin, end):
+            visible = length - (end - begin) + (row - begin) + 1 if case.causal else length
+            if visible <= 0:
+                continue
+            q = torch.cat([real.q_nope[row], real.q_pe[row]], dim=-1).double()
+            scores = case.sm_scale * q @ k[:visible].T
+            lse[row] = torch.logsumexp(scores, dim=-1) / math.log(2)
+            output[row] = torch.softmax(scores, dim=-1) @ v[:visible]
+            p = torch.exp(scores - scores.amax(dim=-1, keepdim=True))
+            in_dtype[row] = p.to(case.out.dtype).double() @ v[:visible] / p.sum(dim=-1, keepdim=True)
+            largest = k[:visible].norm(dim=-1).amax()
+            rounding[row] = q.norm(dim=-1) * largest * (case.sm_scale / math.log(2) * 2.0**-23)
+    common = (output.float(), lse.float(), rounding.float())
+    if fp8 is None:
+        return Expected(*common, in_dtype.to(case.out.dtype), case.out.dtype, case.lengths, queries)
+    return Fp8Expected(*common, output.float(), fp8.dtype, case.lengths, queries, torch.zeros_like(common[1]))
 
 
 def run_spec(spec: CaseSpec, device: torch.device) -> Iterator[tuple[str, Verdict]]:
     """Every way to call the library on one case: (what was called, verdict)."""
-    import mla_cute
-
     case = spec.make(device)
     # On the GPU the kernels are judged by the reference; on the CPU the reference is what runs, so by something else.
     expected = expected_of(case) if device.type == "cuda" else independent(case)
@@ -115,18 +117,8 @@ def run_spec(spec: CaseSpec, device: torch.device) -> Iterator[tuple[str, Verdic
     yield "CSR again", again
     yield "block table, lse in e", run_case(case, entry="block_table", lse_base="e", expected=in_e)
     yield "CSR, batch invariant", run_case(case, batch_invariant=True, expected=expected)
-    heads, page_size = case.num_heads, case.page_size
-    plan = mla_cute.plan_decode(
-        case.kv_indptr, num_heads=heads, page_size=page_size, kv_last_page_len=case.kv_last_page_len
-    )
-    yield "CSR, plan", run_case(case, plan=plan, expected=expected)
-    plan = mla_cute.plan_decode_block_table(
-        case.seq_lens,
-        num_heads=heads,
-        page_size=page_size,
-        max_pages=case.block_table.shape[1],
-        table_stride=case.block_table.stride(0),
-    )
+    yield "CSR, plan", run_case(case, plan=plan_of(case), expected=expected)
+    plan = plan_of(case, "block_table")
     yield "block table, plan", run_case(case, entry="block_table", plan=plan, expected=expected)
 
 

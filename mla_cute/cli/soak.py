@@ -25,6 +25,7 @@ import torch
 
 import mla_cute
 
+from .. import _testing_runs
 from .. import gpu as gpu_facts
 from .._testing import (
     CACHE_LAYOUTS,
@@ -39,9 +40,10 @@ from .._testing import (
 )
 from .._testing_fp8 import LAYOUTS as FP8_LAYOUTS
 from .._testing_fp8 import Fp8Case, Fp8Expected, expected_fp8, judge_fp8, make_fp8
-from .._testing_prefill import SPARE_QUERIES, PrefillCase, make_prefill_case
+from .._testing_prefill import SPARE_QUERIES, make_prefill_case
 from ..config import KernelConfig
 from ..tuning.command import parse_budget
+from .check import independent
 from .watchdog import Watchdog
 
 KINDS = ("repeat", "replay", "layers", "streams")
@@ -246,39 +248,6 @@ class Subject:
         return self.case.guarded_out.buffer.clone(), self.case.guarded_lse.buffer.clone()
 
 
-def independent(case: DecodeCase, fp8: Fp8Case | None = None) -> Expected:
-    """A case, decode or prefill, in float64 from its metadata, sharing no code with `reference.py`; lse in base 2."""
-    real = case if fp8 is None else fp8.real()
-    queries = list(case.queries)
-    rows, heads, device = queries[-1], case.num_heads, case.out.device
-    output = torch.zeros(rows, heads, case.ckv_cache.shape[-1], dtype=torch.float64, device=device)
-    in_dtype = output.clone()
-    lse = torch.full((rows, heads), -math.inf, dtype=torch.float64, device=device)
-    rounding = torch.zeros(rows, heads, dtype=torch.float64, device=device)
-    for b, length in enumerate(case.lengths):
-        begin, end = queries[b], queries[b + 1]
-        token = torch.arange(length, device=device)
-        page = real.kv_indices[real.kv_indptr[b] + token // case.page_size].long()
-        v = real.ckv_cache[page, token % case.page_size].double()
-        k = torch.cat([v, real.kpe_cache[page, token % case.page_size].double()], dim=-1)
-        for row in range(begin, end):
-            visible = length - (end - begin) + (row - begin) + 1 if case.causal else length
-            if visible <= 0:
-                continue
-            q = torch.cat([real.q_nope[row], real.q_pe[row]], dim=-1).double()
-            scores = case.sm_scale * q @ k[:visible].T
-            lse[row] = torch.logsumexp(scores, dim=-1) / _LN_2
-            output[row] = torch.softmax(scores, dim=-1) @ v[:visible]
-            p = torch.exp(scores - scores.amax(dim=-1, keepdim=True))
-            in_dtype[row] = p.to(case.out.dtype).double() @ v[:visible] / p.sum(dim=-1, keepdim=True)
-            largest = k[:visible].norm(dim=-1).amax()
-            rounding[row] = q.norm(dim=-1) * largest * (case.sm_scale / _LN_2 * 2.0**-23)
-    common = (output.float(), lse.float(), rounding.float())
-    if fp8 is None:
-        return Expected(*common, in_dtype.to(case.out.dtype), case.out.dtype, case.lengths, queries)
-    return Fp8Expected(*common, output.float(), fp8.dtype, case.lengths, queries, torch.zeros_like(common[1]))
-
-
 def subject(scenario: Scenario, step: int, device: torch.device, **change: Any) -> Subject:
     """The case of a step, with room in its metadata and cache for every step of the scenario."""
     pages = [[-(-kv // scenario.page_size) for _, kv in requests] for requests in scenario.steps]
@@ -305,28 +274,14 @@ def subject(scenario: Scenario, step: int, device: torch.device, **change: Any) 
 
 
 def plan_of(scenario: Scenario, case: DecodeCase) -> mla_cute.DecodePlan | mla_cute.PrefillPlan:
-    options: dict[str, Any] = {
-        "num_heads": case.num_heads,
-        "page_size": case.page_size,
-        "config": scenario.config,
-        "batch_invariant": scenario.batch_invariant,
-        "kv_format": scenario.layout.removesuffix("656"),
-        "q_fp8": scenario.q_fp8,
-    }
-    if scenario.entry == "block_table":
-        rows, columns = case.block_table.shape
-        options["max_pages"] = columns
-        options["table_stride"] = case.block_table.stride(0) if rows > 1 else columns
-    else:
-        options["kv_last_page_len"] = case.kv_last_page_len
-    if isinstance(case, PrefillCase):
-        options |= {"total_q": case.total_q, "causal": case.causal}
-        if scenario.entry == "block_table":
-            return mla_cute.plan_prefill_block_table(case.qo_indptr, case.seq_lens, **options)
-        return mla_cute.plan_prefill(case.qo_indptr, case.kv_indptr, **options)
-    if scenario.entry == "block_table":
-        return mla_cute.plan_decode_block_table(case.seq_lens, **options)
-    return mla_cute.plan_decode(case.kv_indptr, **options)
+    return _testing_runs.plan_of(
+        case,
+        scenario.entry,
+        config=scenario.config,
+        batch_invariant=scenario.batch_invariant,
+        kv_format=scenario.layout.removesuffix("656"),
+        q_fp8=scenario.q_fp8,
+    )
 
 
 # ------------------------------------------------------------------------------------------------ the kinds
@@ -372,26 +327,12 @@ def _replay(scenario: Scenario, device: torch.device) -> Iterator[str]:
             plan.update()
         it.call(scenario.entry, **options)
 
-    replay = _captured(step) if device.type == "cuda" else step
+    replay = _testing_runs.capture(step)[0].replay if device.type == "cuda" else step
     for i in range(1, len(scenario.steps)):
         it.load(subject(scenario, i, device))
         it.reset()
         replay()
         yield from (f"replay {i}: {failure}" for failure in it.judge().failures)
-
-
-def _captured(step: Callable[[], None]) -> Callable[[], None]:
-    """The replay of `step`, after one run outside (which compiles and loads)."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        step()
-    return graph.replay
 
 
 def _layers(scenario: Scenario, device: torch.device) -> Iterator[str]:

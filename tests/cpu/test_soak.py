@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import mla_cute
-from mla_cute import _testing, reference
 from mla_cute import gpu as gpu_facts
+from mla_cute import reference
 from mla_cute.cli import check as checking
 from mla_cute.cli import sanitize, soak
 from mla_cute.jit import KernelRef
@@ -100,11 +100,7 @@ def test_seeds_in_a_row_share_a_variant():
 
 
 def test_the_independent_computation_is_that_of_the_sweep():
-    case = _testing.make_case([9, 0, 130], num_heads=3, page_size=8)
-    mine, theirs = soak.independent(case), checking.independent(case)
-    assert torch.equal(mine.output, theirs.output)
-    assert torch.equal(mine.lse, theirs.lse)
-    assert torch.allclose(mine.score_rounding, theirs.score_rounding)
+    assert soak.independent is checking.independent
 
 
 @pytest.mark.parametrize("kind", soak.KINDS)

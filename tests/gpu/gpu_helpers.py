@@ -3,9 +3,14 @@
 import pytest
 import torch
 
-import mla_cute
 from mla_cute._testing import DecodeCase, Verdict, expected_of, judge, run_case
 from mla_cute._testing_prefill import PrefillCase, make_prefill_case
+from mla_cute._testing_runs import capture, plan_of
+
+__all__ = [
+    "ENTRIES", "MIXED", "bits", "capture", "check", "decode", "judge_outputs", "make_prefill", "owned", "plan_of",
+    "same_bits", "spread_cache",
+]  # fmt: skip
 
 ENTRIES = ("csr", "block_table")
 # A prefill step of every kind of request at once: (q_len, kv_len).
@@ -15,15 +20,6 @@ MIXED = [(1, 1000), (300, 300), (0, 50), (200, 3000), (4, 129), (1, 64), (20, 0)
 def decode(case: DecodeCase, entry: str = "csr", **kwargs):
     """The public call on a case; allocates the results unless out and lse are among the keywords."""
     return case.call(entry, **kwargs)
-
-
-def plan_of(case: DecodeCase, entry: str = "csr", **kwargs) -> mla_cute.DecodePlan:
-    sizes = {"num_heads": case.num_heads, "page_size": case.page_size}
-    if entry == "csr":
-        return mla_cute.plan_decode(case.kv_indptr, kv_last_page_len=case.kv_last_page_len, **sizes, **kwargs)
-    rows, columns = case.block_table.shape
-    stride = case.block_table.stride(0) if rows > 1 else columns
-    return mla_cute.plan_decode_block_table(case.seq_lens, max_pages=columns, table_stride=stride, **sizes, **kwargs)
 
 
 def make_prefill(requests, num_heads=16, page_size=64, **kwargs) -> PrefillCase:
@@ -39,23 +35,6 @@ def owned(case: DecodeCase) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and lse of the rows that requests own, cloned."""
     rows = case.queries[-1]
     return case.out[:rows].clone(), case.lse[:rows].clone()
-
-
-def prefill_plan_of(case: PrefillCase, entry: str = "csr", **kwargs) -> mla_cute.PrefillPlan:
-    sizes = {
-        "num_heads": case.num_heads,
-        "page_size": case.page_size,
-        "total_q": case.total_q,
-        "causal": case.causal,
-    } | kwargs
-    if entry == "csr":
-        last = {"kv_last_page_len": case.kv_last_page_len}
-        return mla_cute.plan_prefill(case.qo_indptr, case.kv_indptr, **last | sizes)
-    rows, columns = case.block_table.shape
-    stride = case.block_table.stride(0) if rows > 1 else columns
-    return mla_cute.plan_prefill_block_table(
-        case.qo_indptr, case.seq_lens, max_pages=columns, table_stride=stride, **sizes
-    )
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

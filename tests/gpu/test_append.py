@@ -13,6 +13,7 @@ from append_case import (
     make_slots,
     make_tokens,
 )
+from gpu_helpers import capture
 
 import mla_cute
 from mla_cute import quant
@@ -150,14 +151,7 @@ def test_graph_replay_follows_tokens_and_slots(layout, slot_dtype):
     on_gpu = cache.to("cuda")
     ckv, kpe = (x.cuda() for x in make_tokens(n, torch.bfloat16))
     slots = torch.full((n,), -1, dtype=slot_dtype, device="cuda")
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        append(on_gpu, ckv, kpe, slots)  # compiles, loads
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        append(on_gpu, ckv, kpe, slots)
+    graph, _ = capture(lambda: append(on_gpu, ckv, kpe, slots))
     on_gpu.assert_equal(cache)
     expected = cache
     for seed in range(4):

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from gpu_helpers import ENTRIES, plan_of, prefill_plan_of, same_bits
+from gpu_helpers import ENTRIES, capture, plan_of, same_bits
 
 from mla_cute._testing import make_case
 from mla_cute._testing_fp8 import Fp8Case, expected_fp8, judge_fp8, make_fp8
@@ -35,19 +35,6 @@ PREFILL_REPLAYS = (
 )
 
 
-def capture(run):
-    """Run once outside (compiles, loads), then capture."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        run()
-    return graph
-
-
 def make(variant, lengths, seed) -> Fp8Case:
     layout, q_fp8, page_size, num_heads = variant
     shape = {"num_pages": 45000 // page_size, "num_indices": 45000 // page_size, "max_pages": 31000 // page_size}
@@ -65,7 +52,7 @@ def replay_follows(fp8: Fp8Case, steps, plan, entry: str, variant) -> None:
             plan.update()
         fp8.call(entry, out=case.out, lse=case.lse, plan=plan)
 
-    graph = capture(step)
+    graph, _ = capture(step)
     for seed, lengths in enumerate(steps):
         fp8.load(make(variant, lengths, 100 + seed))
         fp8.reset()
@@ -98,7 +85,7 @@ def test_decode_replays_follow(variant, entry, with_plan):
 @pytest.mark.parametrize("variant", PREFILL, ids=str)
 def test_prefill_replays_follow(variant, entry, with_plan):
     fp8 = make(variant, PREFILL_REPLAYS[0], 0)
-    plan = prefill_plan_of(fp8.case, entry) if with_plan else None
+    plan = plan_of(fp8.case, entry) if with_plan else None
     replay_follows(fp8, (*PREFILL_REPLAYS, PREFILL_REPLAYS[0]), plan, entry, variant)
 
 
@@ -113,7 +100,7 @@ def test_layers_of_every_format_in_one_graph_share_one_update():
         for layer in layers:
             layer.call(out=layer.case.out, lse=layer.case.lse, plan=plan)
 
-    graph = capture(step)
+    graph, _ = capture(step)
     for seed, lengths in enumerate(REPLAYS):
         for variant, layer in zip(variants, layers, strict=True):
             layer.load(make((*variant, 64, 16), lengths, 50 + seed))

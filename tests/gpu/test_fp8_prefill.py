@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from gpu_helpers import ENTRIES, MIXED, owned, prefill_plan_of, same_bits
+from gpu_helpers import ENTRIES, MIXED, owned, plan_of, same_bits
 
 import mla_cute
 from mla_cute._testing import CACHE_LAYOUTS, OUT_LAYOUTS, Q_LAYOUTS, DecodeCase, run_case
@@ -150,7 +150,7 @@ def test_sweep(spec):
     expected = expected_fp8(fp8)
     check(fp8, expected=expected)
     want = owned(fp8.case)
-    check_same(fp8, want, entry="block_table", plan=prefill_plan_of(fp8.case, "block_table"))
+    check_same(fp8, want, entry="block_table", plan=plan_of(fp8.case, "block_table"))
     ln2 = math.log(2)
     in_e = dataclasses.replace(expected, lse=expected.lse * ln2, score_rounding=expected.score_rounding * ln2)
     check(fp8, expected=in_e, batch_invariant=True, lse_base="e")
@@ -185,7 +185,7 @@ def test_more_row_tiles_than_a_round(layout, q_fp8):
 @pytest.mark.parametrize(("layout", "q_fp8"), [("tensor", True), ("token", False)])
 def test_nothing_to_attend(layout, q_fp8, requests, entry):
     fp8 = make(layout, q_fp8, requests)
-    check(fp8, entry=entry, plan=prefill_plan_of(fp8.case, entry))
+    check(fp8, entry=entry, plan=plan_of(fp8.case, entry))
     rows = fp8.case.queries[-1]
     assert (fp8.case.out[:rows] == 0).all()
     assert fp8.case.lse[:rows].isneginf().all()
@@ -209,7 +209,7 @@ def test_allocated_results(layout, q_fp8, entry):
 @EVERY_FULL
 def test_one_plan_for_16_bit_and_fp8_caches(layout, q_fp8):
     case = make_prefill_case(MIXED, num_heads=16, page_size=64, device="cuda")
-    plan = prefill_plan_of(case)
+    plan = plan_of(case)
     fp8 = make(layout, q_fp8, MIXED)
     for _ in range(2):
         check(fp8, plan=plan)
@@ -220,7 +220,7 @@ def test_one_plan_for_16_bit_and_fp8_caches(layout, q_fp8):
 @EVERY_FULL
 def test_twenty_repeats(layout, q_fp8):
     fp8 = make(layout, q_fp8, [*MIXED, (100, 20000)] * 2)
-    plan = prefill_plan_of(fp8.case)
+    plan = plan_of(fp8.case)
     check(fp8, plan=plan)
     want = owned(fp8.case)
     for i in range(20):

@@ -2,25 +2,12 @@
 
 import pytest
 import torch
-from gpu_helpers import ENTRIES, decode, judge_outputs, plan_of, same_bits
+from gpu_helpers import ENTRIES, capture, decode, judge_outputs, plan_of, same_bits
 
 from mla_cute._testing import make_case
 
 # ragged, all empty, one long, all full: what a replay has to follow without being captured again
 REPLAYS = ([1000, 0, 129, 64, 5000, 1], [0] * 6, [0, 0, 30000, 0, 0, 1], [8000, 8001, 7, 8063, 8064, 8065])
-
-
-def capture(run, stream):
-    """Run once outside (compiles, loads), then capture on `stream`."""
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        run()
-    return graph
 
 
 def make(lengths, seed, num_heads, page_size, **kwargs):
@@ -43,7 +30,7 @@ def test_replay_follows_lengths_pages_and_queries(num_heads, page_size, entry, w
             plan.update()
         decode(case, entry, plan=plan, **outputs)
 
-    graph = capture(step, torch.cuda.Stream())
+    graph, _ = capture(step)
     for seed, lengths in enumerate((*REPLAYS, REPLAYS[0])):
         case.load(make(lengths, 100 + seed, num_heads, page_size))
         case.guarded_out.reset()
@@ -65,7 +52,7 @@ def test_captured_layers_share_one_update():
         for layer in layers:
             decode(layer, plan=plan, out=layer.out, lse=layer.lse)
 
-    graph = capture(step, torch.cuda.Stream())
+    graph, _ = capture(step)
     for seed, lengths in enumerate(REPLAYS):
         for layer in layers:
             layer.load(make(lengths, 50 + seed, 16, 64))

@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from integration_case import SM_SCALE, Case
+from gpu_helpers import capture
+from integration_case import SM_SCALE, Case, rows_of_656
 
 from mla_cute import quant
 from mla_cute._testing_fp8 import LSE_LIMIT
@@ -89,19 +90,6 @@ def test_flashinfer_wrapper_fp8():
     check(*result, case.expected(True, cache=real), lse_error=LSE_LIMIT)
 
 
-def capture(run):
-    """Run once outside, as compiling and loading cannot be captured."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        result = run()
-    return graph, result
-
-
 @pytest.mark.parametrize("form", ["csr", "dense"])
 @pytest.mark.parametrize("decode", [True, False])
 def test_flashinfer_graph_follows_later_plans(decode, form):
@@ -155,13 +143,9 @@ def test_flash_mla(tokens):
 
 def test_flash_mla_rows_of_656_bytes():
     case = make(DECODE)
-    pool = torch.zeros(*case.cache.shape[:2], quant.GROUP_ROW_BYTES, dtype=torch.uint8, device="cuda")
-    ckv, array = quant.quantize_group(case.cache[..., :512])
-    for part, values in zip(quant.group_rows(pool), (ckv, array, case.cache[..., 512:]), strict=True):
-        part.copy_(values)
+    pool, real = rows_of_656(case)
     given = flash_mla_args(case, 1) | {"k_cache": pool[:, :, None], "is_fp8_kvcache": True}
     result = flash_mla_with_kvcache(**given, tile_scheduler_metadata=get_mla_metadata()[0])
-    real = torch.cat((quant.dequantize(ckv, array), case.cache[..., 512:].float()), -1)
     check(*flat(result), case.expected(True, cache=real), base_e=True)
 
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from gpu_helpers import ENTRIES, check, make_prefill, plan_of, prefill_plan_of
+from gpu_helpers import ENTRIES, check, make_prefill, plan_of
 
 import mla_cute
 from mla_cute._testing import make_case
@@ -78,7 +78,7 @@ def test_an_output_that_cannot_be_allocated(leave, entry):
 def test_prefill_that_cannot_copy_its_queries(leave):
     """Queries that are not evenly spaced are copied in the call: 75 MiB."""
     case = make_prefill([(600, 600)], num_heads=128, q_layout="batch_strided")
-    plan = prefill_plan_of(case)
+    plan = plan_of(case)
     check(case, plan=plan)
     leave(16 * MIB)
     case.guarded_out.reset()

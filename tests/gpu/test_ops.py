@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from gpu_helpers import capture
 
 import mla_cute
 from mla_cute._testing import compare, expected_of, make_case
@@ -78,14 +79,7 @@ def test_graph_around_the_op_follows_new_lengths(shared):
             *case.csr_args, kv_last_page_len=case.kv_last_page_len, out=case.out, lse=case.lse, plan=plan
         )
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()  # compiles, loads
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        step()
+    graph, _ = capture(step)
     for seed, lengths in enumerate((BATCHES[0], [0] * 7, [8000, 1, 2, 3, 64, 65, 0])):
         case.load(make_case(lengths, seed=10 + seed, **SIZES))
         case.guarded_out.reset()

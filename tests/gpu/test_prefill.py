@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from gpu_helpers import ENTRIES, MIXED, bits, check, decode, make_prefill, owned, prefill_plan_of, same_bits
+from gpu_helpers import ENTRIES, MIXED, bits, check, decode, make_prefill, owned, plan_of, same_bits
 
 import mla_cute
 from mla_cute._testing import DecodeCase, compare, expected_of, judge
@@ -63,10 +63,10 @@ def test_sweep(spec):
     expected = expected_of(case)
     check(case, expected=expected)
     want = owned(case)
-    check_same(case, want, plan=prefill_plan_of(case))
+    check_same(case, want, plan=plan_of(case))
     check_same(case, want, entry="block_table")
     in_e = dataclasses.replace(expected, lse=expected.lse * math.log(2))
-    plan = prefill_plan_of(case, "block_table", batch_invariant=True)
+    plan = plan_of(case, "block_table", batch_invariant=True)
     check(case, expected=in_e, entry="block_table", plan=plan, lse_base="e")
     want = owned(case)
     check_same(case, want, batch_invariant=True, lse_base="e")
@@ -157,7 +157,7 @@ def test_queries_that_see_no_key(num_heads):
 def test_nothing_to_attend(entry, with_plan, requests):
     for total_q in (None, sum(q for q, _ in requests)):
         case = make_prefill(requests, total_q=total_q)
-        check(case, entry=entry, plan=prefill_plan_of(case, entry) if with_plan else None)
+        check(case, entry=entry, plan=plan_of(case, entry) if with_plan else None)
         rows = case.queries[-1]
         assert (case.out[:rows] == 0).all()
         assert case.lse[:rows].isneginf().all()
@@ -174,7 +174,7 @@ def test_full_last_pages_by_default(page_size):
     check(case, expected=expected)
     want = owned(case)
     rows = case.queries[-1]
-    plan = prefill_plan_of(case, kv_last_page_len=None)
+    plan = plan_of(case, kv_last_page_len=None)
     for arguments in ({}, {"plan": plan}):
         output, lse = mla_cute.mla_paged_prefill(*case.csr_args, **arguments)
         assert same_bits(output[:rows], want[0])
@@ -254,7 +254,7 @@ def test_strides_of_size_one_dimensions_do_not_matter(page_size):
 def test_csr_lists_that_start_later(page_size):
     case = make_prefill(MIXED, page_size=page_size, index_offset=5)
     check(case)
-    check(case, plan=prefill_plan_of(case))
+    check(case, plan=plan_of(case))
 
 
 @pytest.mark.parametrize("page_size", [1, 16, 64])
@@ -274,9 +274,9 @@ def test_plans_for_other_calls_are_refused(entry):
     other = {"causal": False, "total_q": case.total_q + 1, "num_heads": 8, "page_size": 32}
     for name, value in other.items():
         with pytest.raises(ValueError, match=name):
-            case.call(entry, plan=prefill_plan_of(case, entry, **{name: value}), out=case.out, lse=case.lse)
+            case.call(entry, plan=plan_of(case, entry, **{name: value}), out=case.out, lse=case.lse)
     with pytest.raises(ValueError, match="plan"):
-        case.call(entry, plan=prefill_plan_of(case, ENTRIES[entry == "csr"]), out=case.out, lse=case.lse)
+        case.call(entry, plan=plan_of(case, ENTRIES[entry == "csr"]), out=case.out, lse=case.lse)
     torch.cuda.synchronize()
     assert case.guarded_out.untouched()
     assert case.guarded_lse.untouched()
@@ -346,7 +346,7 @@ def test_planner_configs(config, num_heads):
 
 def test_launch_configs_change_no_bit():
     case = make_prefill(MIXED)
-    config = prefill_plan_of(case).config
+    config = plan_of(case).config
     check(case, config=config)
     want = owned(case)
     for change in ({"use_pdl": False}, {"evict_first": False}):
@@ -424,7 +424,7 @@ def test_a_row_does_not_see_its_neighbours(num_heads, page_size, entry):
             others = generator.sample([r for r in range(60) if r != b], size - 1)
             at = generator.randrange(size)
             sub = select(case, [*others[:at], b, *others[at:]])
-            plan = prefill_plan_of(sub, entry, batch_invariant=True) if size == 3 else None
+            plan = plan_of(sub, entry, batch_invariant=True) if size == 3 else None
             got, got_lse = sub.call(entry, batch_invariant=True, plan=plan)
             part = slice(sub.queries[at], sub.queries[at + 1])
             where = f"request {requests[b]} at {at} of {size}"

@@ -8,11 +8,12 @@ from gpu_helpers import (
     ENTRIES,
     MIXED,
     bits,
+    capture,
     check,
     judge_outputs,
     make_prefill,
     owned,
-    prefill_plan_of,
+    plan_of,
     same_bits,
     spread_cache,
 )  # fmt: skip
@@ -43,7 +44,7 @@ def make_step(requests, seed, num_heads=16, page_size=64, **kwargs):
 def test_layers_share_a_plan():
     """Layers of a model have other queries, caches and strides, even another dtype, and the same page lists."""
     first = make_prefill(MIXED, num_pages=400)
-    plan = prefill_plan_of(first)
+    plan = plan_of(first)
     for layer, layout in enumerate(("fused", "split", "padded", "slot_major")):
         for dtype in (torch.bfloat16, torch.float16):
             case = make_prefill(MIXED, num_pages=400, cache_layout=layout, dtype=dtype)
@@ -55,25 +56,12 @@ def test_layers_share_a_plan():
 @BOTH_ENTRIES
 def test_updated_plan_follows_the_metadata(entry, batch_invariant):
     case = make_step(REPLAYS[0], 0, 24, 16)
-    plan = prefill_plan_of(case, entry, batch_invariant=batch_invariant)
+    plan = plan_of(case, entry, batch_invariant=batch_invariant)
     check(case, entry=entry, plan=plan)
     for seed, requests in enumerate(REPLAYS[1:], start=1):
         case.load(make_step(requests, seed, 24, 16))
         assert plan.update() is plan
         check(case, entry=entry, plan=plan)
-
-
-def capture(run):
-    """Run once outside (compiles, loads), then capture."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        run()
-    return graph
 
 
 @pytest.mark.parametrize("mode", ["plan", "no_plan", "plan_invariant"])
@@ -82,14 +70,14 @@ def capture(run):
 def test_replay_follows_lengths_pages_and_queries(num_heads, page_size, entry, mode):
     """One capture at the largest step; every replay has other query and key lengths, pages and queries."""
     case = make_step(REPLAYS[0], 0, num_heads, page_size)
-    plan = None if mode == "no_plan" else prefill_plan_of(case, entry, batch_invariant=mode == "plan_invariant")
+    plan = None if mode == "no_plan" else plan_of(case, entry, batch_invariant=mode == "plan_invariant")
 
     def step():
         if plan is not None:
             plan.update()
         case.call(entry, plan=plan, out=case.out, lse=case.lse)
 
-    graph = capture(step)
+    graph, _ = capture(step)
     for seed, requests in enumerate((*REPLAYS, REPLAYS[0])):
         case.load(make_step(requests, 100 + seed, num_heads, page_size))
         case.guarded_out.reset()
@@ -101,14 +89,14 @@ def test_replay_follows_lengths_pages_and_queries(num_heads, page_size, entry, m
 
 def test_captured_layers_share_one_update():
     layers = [make_step(REPLAYS[0], 7, cache_layout=layout) for layout in ("fused", "split", "padded")]
-    plan = prefill_plan_of(layers[0])
+    plan = plan_of(layers[0])
 
     def step():
         plan.update()
         for layer in layers:
             layer.call(plan=plan, out=layer.out, lse=layer.lse)
 
-    graph = capture(step)
+    graph, _ = capture(step)
     for seed, requests in enumerate(REPLAYS):
         for i, layer in enumerate(layers):
             layer.load(make_step(requests, 50 + seed))
@@ -126,7 +114,7 @@ def test_inputs_written_right_before_the_call():
     case, source = make_step(REPLAYS[0], 3), make_step(REPLAYS[4], 4)
     rows = source.queries[-1]
     want = source.call()
-    for plan in (prefill_plan_of(case), None):
+    for plan in (plan_of(case), None):
         tensors = (case.q_nope, case.q_pe, case.ckv_cache, case.kpe_cache)
         torch.cuda.synchronize()
         for x in tensors:
@@ -162,7 +150,7 @@ def hog():
 def test_repeats_beside_a_bandwidth_hog(hog, num_heads, page_size, shape):
     requests = [*MIXED, (1, 20000), (2, 8192)] if shape == "mixed" else [(40, 20000)]
     case = make_prefill(requests, num_heads, page_size)
-    plan = prefill_plan_of(case)
+    plan = plan_of(case)
     check(case, plan=plan)
     want_out, want_lse = (bits(x) for x in owned(case))
     rows = case.queries[-1]
