@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
+from mla_cute import quant
+
 SM_SCALE = 192**-0.5
 ABSURD = 2**30
 
@@ -100,6 +102,16 @@ def _attention(q: torch.Tensor, keys: torch.Tensor, causal: bool, sm_scale: floa
         scores = scores.masked_fill(~visible[:, None], -torch.inf)
     lse = scores.logsumexp(-1)
     return torch.einsum("qhk,kd->qhd", scores.softmax(-1).nan_to_num(0.0), keys[:, :512]), lse
+
+
+def rows_of_656(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """The cache in the format "group": a pool of 656-byte rows, and what it holds in float32."""
+    pool = torch.zeros(*case.cache.shape[:2], quant.GROUP_ROW_BYTES, dtype=torch.uint8, device=case.cache.device)
+    ckv, array = quant.quantize_group(case.cache[..., :512])
+    kpe = case.cache[..., 512:]
+    for part, values in zip(quant.group_rows(pool), (ckv, array, kpe), strict=True):
+        part.copy_(values)
+    return pool, torch.cat((quant.dequantize(ckv, array), kpe.float()), -1)
 
 
 def _int32(values: Sequence[int]) -> torch.Tensor:

@@ -6,7 +6,7 @@ tests/data/flash_mla_9241ae3.json was made from its sources (tests/recorded_sign
 
 import pytest
 import torch
-from integration_case import SM_SCALE, Case
+from integration_case import SM_SCALE, Case, rows_of_656
 from recorded_signatures import load, of
 
 from mla_cute import quant
@@ -120,12 +120,7 @@ def test_layers_share_the_metadata(tokens):
 @pytest.mark.parametrize("dtype", [torch.uint8, E4M3])
 def test_rows_of_656_bytes(tokens, dtype):
     case = make(tokens)
-    pool = torch.zeros(*case.cache.shape[:2], quant.GROUP_ROW_BYTES, dtype=torch.uint8)
-    ckv, array = quant.quantize_group(case.cache[..., :512])
-    kpe = case.cache[..., 512:]
-    for part, values in zip(quant.group_rows(pool), (ckv, array, kpe), strict=True):
-        part.copy_(values)
-    real = torch.cat((quant.dequantize(ckv, array), kpe.float()), -1)
+    pool, real = rows_of_656(case)
     given = args_of(case, k_cache=pool[:, :, None].view(dtype), is_fp8_kvcache=True, causal=True)
     check(case, flash_mla_with_kvcache(**given), cache=real)
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import vllm_case
-from integration_case import ABSURD, SM_SCALE, Case
+from integration_case import ABSURD, SM_SCALE, Case, rows_of_656
 from recorded_signatures import of
 from vllm_case import LAYER, RECORD, make_builder, make_config, make_impl, make_metadata
 
@@ -296,12 +296,7 @@ def test_cache_with_a_scale(backend, requests, dtype, q_fp8):
 @pytest.mark.parametrize("requests", [DECODE, RAGGED], ids=["decode", "ragged"])
 def test_rows_of_656_bytes(backend, requests):
     case = Case(requests)
-    pool = torch.zeros(*case.cache.shape[:2], quant.GROUP_ROW_BYTES, dtype=torch.uint8)
-    ckv, array = quant.quantize_group(case.cache[..., :512])
-    kpe = case.cache[..., 512:]
-    for part, values in zip(quant.group_rows(pool), (ckv, array, kpe), strict=True):
-        part.copy_(values)
-    real = torch.cat((quant.dequantize(ckv, array), kpe.float()), -1)
+    pool, real = rows_of_656(case)
     impl, metadata = make_step(backend, case, "fp8_ds_mla")
     layer = make_layer(k_scale=7.0)  # of no meaning there
     check(case, impl.forward_mqa(parts(case.q), pool, metadata, layer), cache=real)
