@@ -353,7 +353,8 @@ def _read(entry: _Entry) -> tuple[bytes, dict[str, Any]] | None:
     return blob, meta
 
 
-def _replace(path: pathlib.Path, content: bytes) -> None:
+def replace_file(path: pathlib.Path, content: bytes) -> None:
+    """Write by rename: a reader sees the old file or the whole new one."""
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.tmp")
     try:
         temporary.write_bytes(content)
@@ -364,8 +365,8 @@ def _replace(path: pathlib.Path, content: bytes) -> None:
 
 def _write(entry: _Entry, blob: bytes, meta: dict[str, Any]) -> None:
     # The sidecar vouches for the object by its checksum, so it goes last.
-    _replace(entry.path(".o"), blob)
-    _replace(entry.path(".json"), (json.dumps(meta, indent=1) + "\n").encode())
+    replace_file(entry.path(".o"), blob)
+    replace_file(entry.path(".json"), (json.dumps(meta, indent=1) + "\n").encode())
 
 
 @contextlib.contextmanager

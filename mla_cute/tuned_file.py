@@ -23,7 +23,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from .config import KernelConfig, why_infeasible
-from .jit import _replace
+from .jit import replace_file
 from .kernels.registry import KV_FORMATS, OPS
 from .problem import MAX_HEADS
 
@@ -270,7 +270,7 @@ def merge(path: str | os.PathLike[str], new: TunedFile) -> TunedFile:
     path.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(str(path.with_name(path.name + ".lock")), timeout=_LOCK_TIMEOUT_S):
         merged = _merged(path, load(path), new) if path.exists() else new
-        _replace(path, dump(merged).encode())
+        replace_file(path, dump(merged).encode())
     return merged
 
 

@@ -150,8 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows, lines = report.compare(*map(report.load, args.compare))
         except (OSError, ValueError) as error:
             p.error(str(error))
-        table = [report.COMPARE_COLUMNS, *rows]
-        print("\n".join(report.line(row, report.widths(table)) for row in table))
+        print(report.text_table([report.COMPARE_COLUMNS, *rows]))
         print("\n".join(lines))
         return 0
     try:

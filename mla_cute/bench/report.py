@@ -78,6 +78,12 @@ def line(texts: Sequence[str], column_widths: Sequence[int]) -> str:
     return "  ".join(text.rjust(width) for text, width in zip(texts, column_widths, strict=True)).rstrip()
 
 
+def text_table(rows: Sequence[Sequence[str]]) -> str:
+    """Aligned lines, the first of which are the columns' names."""
+    sizes = widths(rows)
+    return "\n".join(line(row, sizes) for row in rows)
+
+
 def summary(record: dict[str, Any]) -> list[str]:
     """What the table does not say: ceilings, host time, bars, absent peers, failures."""
     gpu, ceilings = record["gpu"], record["ceilings"]

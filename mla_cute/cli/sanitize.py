@@ -33,8 +33,7 @@ from .. import gpu as gpu_facts
 from .. import quant
 from .._testing_prefill import PrefillCase
 from ..append import append_reference
-from ..bench.report import line as table_line
-from ..bench.report import widths
+from ..bench.report import text_table
 from ..jit import KernelRef
 from ..kernels.registry import APPEND, KV_FORMATS, MERGE_STATES, PLANNER, PREFILL_PLANNER
 from ..problem import CKV_DIM, FP8, KPE_DIM
@@ -398,8 +397,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (MissingTool, ValueError) as error:
         print(f"mla-cute: {error}", file=sys.stderr)
         return 2
-    sizes = widths([COLUMNS, *rows])
-    print("\n".join(table_line(row, sizes) for row in (COLUMNS, *rows)))
+    print(text_table([COLUMNS, *rows]))
     return status
 
 

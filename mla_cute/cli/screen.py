@@ -4,7 +4,15 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 
 # A pipe or a file has no width of its own, and rich's 80 columns would fold the tables.
@@ -27,19 +35,25 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], tex
     return made
 
 
-@contextlib.contextmanager
-def progress(what: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on standard error while the block runs; yields the function to call with (done, total, label)."""
+def progress_bar(*columns: ProgressColumn) -> Progress:
+    """On standard error, if that is a terminal; `columns` stand before the description."""
     bar = Progress(
         SpinnerColumn(),
         BarColumn(bar_width=30),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        *columns,
         TextColumn("{task.description}"),
         console=console(stderr=True),
         transient=True,
     )
     bar.disable = not bar.console.is_terminal
-    with bar:
+    return bar
+
+
+@contextlib.contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar on standard error while the block runs; yields the function to call with (done, total, label)."""
+    with progress_bar() as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total, label: bar.update(task, completed=done, total=total, description=label)

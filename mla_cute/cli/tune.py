@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, TypeVar
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import TextColumn
 
+from ..bench.__main__ import numbers
 from ..tuning import command, recipes
-from .screen import console, table
+from .screen import console, progress_bar, table
 
 T = TypeVar("T")
 
@@ -22,17 +23,7 @@ class RichScreen:
     """Lines, a bar with the time left on standard error, tables."""
 
     def __init__(self) -> None:
-        self._bar = Progress(
-            SpinnerColumn(),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
-            TextColumn("{task.description}"),
-            console=console(stderr=True),
-            transient=True,
-        )
-        self._bar.disable = not self._bar.console.is_terminal
+        self._bar = progress_bar(TextColumn("{task.fields[left]}"))
         self._task = self._bar.add_task("", total=None, left="")
 
     @contextlib.contextmanager
@@ -101,7 +92,6 @@ def tune(
         return
 
     def act(screen: RichScreen) -> int:
-        numbers = command.parse_numbers
         values: dict[str, Any] = {
             "recipe": recipe or [],
             "from_log": from_log,

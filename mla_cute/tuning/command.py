@@ -19,8 +19,8 @@ from typing import Any, Protocol
 
 from .. import gpu as gpu_facts
 from .. import tuned
-from ..bench.report import line as table_line
-from ..bench.report import widths
+from ..bench.__main__ import numbers
+from ..bench.report import text_table
 from ..bench.runner import source_digest
 from ..kernels.registry import DTYPES
 from ..tuned import When
@@ -62,8 +62,7 @@ class PlainScreen:
             print(f"{state} {label}", file=sys.stderr, flush=True)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        sizes = widths([columns, *rows])
-        print("\n".join([title, *(table_line(row, sizes) for row in [columns, *rows])]), flush=True)
+        print(f"{title}\n{text_table([columns, *rows])}", flush=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,14 +95,6 @@ def parse_dtype(text: str) -> str:
     if name not in DTYPES:
         raise argparse.ArgumentTypeError(f"expected one of {', '.join([*_DTYPE_ALIASES, *DTYPES])}, got {text!r}")
     return name
-
-
-def parse_numbers(text: str) -> list[int]:
-    """ "1,16,128" -> [1, 16, 128]."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected integers separated by commas, got {text!r}") from None
 
 
 def parse_formats(text: str) -> list[str]:
@@ -243,7 +234,7 @@ def parser() -> argparse.ArgumentParser:
         ("--q-len", "q_len", "grid: query tokens per request, prefill only"),
         ("--page-size", "page_size", "grid: tokens per page"),
     ):
-        p.add_argument(flag, dest=key, type=parse_numbers, metavar="N,..", help=what)
+        p.add_argument(flag, dest=key, type=numbers, metavar="N,..", help=what)
     p.add_argument("--kv-format", type=parse_formats, metavar="F,..", help="grid: none, tensor, token, group")
     p.add_argument("--q-fp8", action="store_true", help="grid: e4m3 queries, with FP8 caches")
     p.add_argument("--dtype", type=parse_dtype, default="bfloat16", metavar="T", help="bf16 (default) or fp16")

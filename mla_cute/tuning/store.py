@@ -12,7 +12,7 @@ import pathlib
 from typing import Any
 
 from ..config import KernelConfig
-from ..jit import _replace
+from ..jit import replace_file
 from ..tuned import Entry, When
 from .search import GAIN, KEEP_WITHIN, RUNGS, Result
 
@@ -134,7 +134,7 @@ class Store:
         fields = ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in head.items())
         text = f'{{{fields},\n"shapes": [\n' + ",\n".join(self._lines.values()) + "\n]}\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(self.path, text.encode())
+        replace_file(self.path, text.encode())
 
 
 def load(path: pathlib.Path) -> tuple[dict[str, Any], list[Measured]]:
