@@ -203,35 +203,26 @@ def _tuned_entries() -> Sequence[Entry]:
 
     from . import tuned
 
-    if not torch.cuda.is_available() or os.environ.get("MLA_CUTE_TUNED") == "0":
+    if not torch.cuda.is_available() or tuned.is_off():
         return ()
     gpu = tuned.gpu_of(torch.device("cuda", torch.cuda.current_device()))
-    if gpu is None:
+    found = None if gpu is None else tuned.located(gpu[0])
+    if found is None:
         return ()
-    path = next((path for _, path in tuned.search_path(gpu[0]) if path.is_file()), None)
-    if path is None:
-        return ()
-    file = tuned.load(path)
+    file = tuned.load(found[1])
     return file.entries if (file.gpu["name"], file.gpu["sm_count"]) == gpu else ()
 
 
 def _variants_of(entry: Entry, dtypes: Sequence[str]) -> Iterator[Variant]:
     """The main kernel in each dtype, and the planners. Batch-invariant plans take the default configuration."""
-    from .kernels import registry
-    from .steps import step_of
+    from .kernels.registry import LENGTHS
+    from .steps import planner_variant, step_variant
 
     when, config = entry.when, entry.config
-    box_rows = registry.box_rows_of(when.page_size)
-    decodes = when.op == "decode"
-    step = step_of(when.op, when.kv_format, when.num_heads, config)
-    key_of = registry.DecodeKey if decodes else registry.PrefillKey
     for dtype in dtypes:
-        fp8_key = registry.Fp8Key(dtype, box_rows, when.kv_format, when.q_fp8)
-        yield step, fp8_key if when.kv_format else key_of(dtype, box_rows), config.launch()
-    planner = registry.PLANNER if decodes else registry.PREFILL_PLANNER
-    planner_key_of = registry.PlannerKey if decodes else registry.PrefillPlannerKey
-    for lengths in registry.LENGTHS:
-        yield planner, planner_key_of(lengths, False), config.planner_launch()
+        yield step_variant(when.op, when.kv_format, when.q_fp8, when.num_heads, when.page_size, dtype, config)
+    for lengths in LENGTHS:
+        yield planner_variant(when.op, lengths, config)
 
 
 def warmup(

@@ -23,15 +23,11 @@ from .kernels.registry import (
     MERGE_COL_TILES,
     PART_ROW,
     PLANNER,
-    DecodeKey,
-    Fp8Key,
     PlannerKey,
-    PrefillKey,
-    box_rows_of,
 )
 from .problem import MAX_HEADS, DecodeProblem
 from .problem_prefill import PrefillProblem
-from .steps import decode_parts, step_of
+from .steps import decode_parts, step_variant
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -74,12 +70,11 @@ class Plan:
         "table", "part", "num_parts", "merge_x", "merge_y", "grid", "has_work", "verifies",
     )  # fmt: skip
 
-    # What a plan is for, which facts of its problems have to be its own, and the static key of their step over a 16-bit
-    # cache. Lengths and sizes are cut alike for every kind of cache.
+    # What a plan is for, and which facts of its problems have to be its own. Lengths and sizes are cut alike for every
+    # kind of cache.
     _op: ClassVar[str]
     _problem_type: ClassVar[type[DecodeProblem | PrefillProblem]]
     _facts: ClassVar[tuple[str, ...]] = ("batch", "num_heads", "page_size", "device")
-    _step_key: ClassVar[type[DecodeKey | PrefillKey]]
 
     # The step's row tiles run over (token, head) rows, which the queries' strides have to allow.
     packs_rows: ClassVar[bool] = False
@@ -191,11 +186,11 @@ class Plan:
                 raise ValueError(f"plan: expected a plan for {name} {called}, got one for {name} {planned}")
         if self.device.type == "cpu":
             return _no_kernel
-        dtype, box_rows = _DTYPE_NAMES[problem.dtype], box_rows_of(problem.page_size)
-        step = step_of(self._op, problem.kv_format, problem.num_heads, self.config)
-        if problem.kv_format:
-            return jit.get(step, Fp8Key(dtype, box_rows, problem.kv_format, problem.q_fp8), self.config.launch())
-        return jit.get(step, self._step_key(dtype, box_rows), self.config.launch())
+        variant = step_variant(
+            self._op, problem.kv_format, problem.q_fp8, problem.num_heads, problem.page_size,
+            _DTYPE_NAMES[problem.dtype], self.config,
+        )  # fmt: skip
+        return jit.get(*variant)
 
 
 # What stands for a plan in a torch op (ops.py); never used twice.
@@ -231,7 +226,6 @@ class DecodePlan(Plan):
 
     _op = "decode"
     _problem_type = DecodeProblem
-    _step_key = DecodeKey
 
     def __init__(
         self,

@@ -15,7 +15,6 @@ from .kernels.registry import (
     PREFILL_PLANNER,
     TAIL_ITEMS_PER_PART,
     TILE_M,
-    PrefillKey,
     PrefillPlannerKey,
 )
 from .plan import Plan, bounded, expect_hints, expect_options
@@ -47,7 +46,6 @@ class PrefillPlan(Plan):
     _op = "prefill"
     _problem_type = PrefillProblem
     _facts = (*Plan._facts, "total_q", "causal")
-    _step_key = PrefillKey
     packs_rows = True
 
     def __init__(

@@ -1,8 +1,8 @@
-"""Which main kernel a call runs, and what of the planner's sizes follows from that."""
+"""Which kernels a call runs, under which keys, and what of the planner's sizes follows from that."""
 
 from __future__ import annotations
 
-from .config import KernelConfig
+from .config import KernelConfig, LaunchConfig
 from .jit import KernelRef
 from .kernels.registry import (
     DECODE,
@@ -10,10 +10,21 @@ from .kernels.registry import (
     DECODE_FP8,
     FEW_ROWS,
     MAX_PARTS,
+    PLANNER,
     PREFILL,
     PREFILL_FP8,
+    PREFILL_PLANNER,
     TILE_M,
+    DecodeKey,
+    Fp8Key,
+    PlannerKey,
+    PrefillKey,
+    PrefillPlannerKey,
+    box_rows_of,
 )
+
+# What `jit.get` takes: kernel, static key, launch configuration.
+Variant = tuple[KernelRef, object, LaunchConfig]
 
 
 def step_of(op: str, kv_format: str, num_heads: int, config: KernelConfig) -> KernelRef:
@@ -24,6 +35,26 @@ def step_of(op: str, kv_format: str, num_heads: int, config: KernelConfig) -> Ke
         return DECODE
     few = config.fp8_kernel == "few_rows" or (config.fp8_kernel == "auto" and num_heads <= FEW_ROWS)
     return DECODE_FEW_FP8 if few else DECODE_FP8
+
+
+def step_variant(
+    op: str, kv_format: str, q_fp8: bool, num_heads: int, page_size: int, dtype: str, config: KernelConfig
+) -> Variant:
+    """The step of a call: main kernel and merge. `dtype` is that of its output, "bfloat16" or "float16"."""
+    box_rows = box_rows_of(page_size)
+    key: object
+    if kv_format:
+        key = Fp8Key(dtype, box_rows, kv_format, q_fp8)
+    else:
+        key = (DecodeKey if op == "decode" else PrefillKey)(dtype, box_rows)
+    return step_of(op, kv_format, num_heads, config), key, config.launch()
+
+
+def planner_variant(op: str, lengths: str, config: KernelConfig) -> Variant:
+    """The planner for one of `registry.LENGTHS`, of plans that are not batch-invariant."""
+    if op == "decode":
+        return PLANNER, PlannerKey(lengths, False), config.planner_launch()
+    return PREFILL_PLANNER, PrefillPlannerKey(lengths, False), config.planner_launch()
 
 
 def decode_parts(kv_format: str, num_heads: int, config: KernelConfig, num_sms: int) -> int:

@@ -51,7 +51,8 @@ from .tuned_file import SCHEMA, Entry, TunedFile, When, dump, file_name, load, m
 
 __all__ = [
     "SCHEMA", "Entry", "Grid", "Selection", "TunedFile", "When", "choose", "clear", "default_for", "directories",
-    "distance", "dump", "file_name", "load", "merge", "parse", "read_shapes", "search_path", "select",
+    "distance", "dump", "file_name", "is_off", "load", "located", "merge", "parse", "read_shapes",
+    "search_path", "select",
 ]  # fmt: skip
 
 log = logging.getLogger("mla_cute")
@@ -160,11 +161,11 @@ def _select(when: When, device: torch.device, batch_invariant: bool) -> Selectio
         return Selection(default_for(when, 0), f"default: {device} is no GPU", None, when)
     name, sm_count = gpu
     default = functools.partial(Selection, default_for(when, sm_count, batch_invariant), entry=None, when=when)
-    if os.environ.get("MLA_CUTE_TUNED") == "0":
+    if is_off():
         return default("default: MLA_CUTE_TUNED=0")
     if batch_invariant:
         return default("default: batch-invariant plans are not tuned")
-    found = next(((label, path) for label, path in search_path(name) if path.is_file()), None)
+    found = located(name)
     if found is None:
         _say_once(
             f"no tuned configurations for {name}, using the default; looked for "
@@ -205,6 +206,15 @@ def search_path(gpu_name: str) -> list[tuple[str, pathlib.Path]]:
     """(label, path) of the files that may hold a GPU's configurations; the first that exists is used."""
     name = file_name(gpu_name)
     return [(label, directory / name) for label, directory in directories()]
+
+
+def located(gpu_name: str) -> tuple[str, pathlib.Path] | None:
+    """(label, path) of the file that is used on a GPU of that name; None where there is none."""
+    return next(((label, path) for label, path in search_path(gpu_name) if path.is_file()), None)
+
+
+def is_off() -> bool:
+    return os.environ.get("MLA_CUTE_TUNED") == "0"
 
 
 _said: set[str] = set()

@@ -31,7 +31,7 @@ import mla_cute
 
 from .. import gpu as gpu_facts
 from .. import quant
-from .._testing_prefill import PrefillCase
+from .._testing_runs import plan_of
 from ..append import append_reference
 from ..bench.report import text_table
 from ..jit import KernelRef
@@ -95,17 +95,7 @@ def _full_pages(op: str, batch_invariant: bool, device: torch.device) -> list[st
     scenario = _scenario(op, 16, 64)
     scenario = dataclasses.replace(scenario, steps=(_FULL_PAGES[op],), batch_invariant=batch_invariant)
     it = soak.subject(scenario, 0, device)
-    case = it.case
-    sizes: dict[str, Any] = {
-        "num_heads": case.num_heads,
-        "page_size": case.page_size,
-        "batch_invariant": batch_invariant,
-    }
-    plan: mla_cute.DecodePlan | mla_cute.PrefillPlan
-    if isinstance(case, PrefillCase):
-        plan = mla_cute.plan_prefill(case.qo_indptr, case.kv_indptr, total_q=case.total_q, **sizes)
-    else:
-        plan = mla_cute.plan_decode(case.kv_indptr, **sizes)
+    plan = plan_of(it.case, kv_last_page_len=None, batch_invariant=batch_invariant)
     it.reset()
     it.call("csr", plan=plan)
     return list(it.judge().failures)

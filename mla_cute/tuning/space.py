@@ -22,18 +22,10 @@ from ..kernels.registry import (
     COST_CLASSES,
     DECODE_FEW_FP8,
     MAX_PARTS,
-    PLANNER,
-    PREFILL_PLANNER,
     TAIL_ITEMS_PER_PART,
     TILE_M,
-    DecodeKey,
-    Fp8Key,
-    PlannerKey,
-    PrefillKey,
-    PrefillPlannerKey,
-    box_rows_of,
 )
-from ..steps import decode_parts, step_of
+from ..steps import Variant, decode_parts, planner_variant, step_of, step_variant
 from ..tuned import When, default_for
 
 MIN_BLOCKS = (2, 4, 8, 16)
@@ -41,8 +33,6 @@ ITEM_OVERHEADS = (2, 4, 8)
 # 0: cut whenever that balances; 64 blocks, 4096 tokens per CTA: hardly ever.
 SPLIT_PENALTIES = (0, 3, 6, 12, 64)
 _MAX_CUTS = 64  # kernels/prefill_balanced.py's
-
-Variant = tuple[object, object, object]
 
 
 def candidates(when: When, num_sms: int = 132) -> list[KernelConfig]:
@@ -93,14 +83,8 @@ def variants_of(when: When, config: KernelConfig, dtype: str) -> list[Variant]:
     """(kernel, key, launch config) of what a call with a plan from page lists compiles."""
     assert when.kv_len is not None
     lengths = "csr_last" if when.kv_len % when.page_size else "csr"
-    box_rows, launch = box_rows_of(when.page_size), config.launch()
-    decode = when.op == "decode"
-    key: object = DecodeKey(dtype, box_rows) if decode else PrefillKey(dtype, box_rows)
-    if when.kv_format:
-        key = Fp8Key(dtype, box_rows, when.kv_format, when.q_fp8)
-    planner, planner_key = (PLANNER, PlannerKey) if decode else (PREFILL_PLANNER, PrefillPlannerKey)
-    main = (step_of(when.op, when.kv_format, when.num_heads, config), key, launch)
-    return [main, (planner, planner_key(lengths, False), config.planner_launch())]
+    step = step_variant(when.op, when.kv_format, when.q_fp8, when.num_heads, when.page_size, dtype, config)
+    return [step, planner_variant(when.op, lengths, config)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
