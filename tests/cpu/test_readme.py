@@ -7,8 +7,8 @@ import re
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-FP8_SPEED = "tune/measurements/NVIDIA_H200/fp8_2026-11-24.json"
-FP8_ERROR = "tune/measurements/NVIDIA_H200/fp8_check_2026-11-24.json"
+FP8_SPEED = "tune/measurements/NVIDIA_H200/fp8_2026-11-28.json"
+FP8_ERROR = "tune/measurements/NVIDIA_H200/fp8_check_2026-11-28.json"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
