@@ -4,8 +4,9 @@ import dataclasses
 import functools
 from typing import Any
 
-KERNELS = ("rows",)
-FP8_KERNELS = ("auto", "rows", "few_rows")
+KERNELS = ("auto", "rows", "few_rows")
+# Heads up to which "auto" is the few-rows kernel: the rows of its tile.
+FEW_ROWS = 16
 ACCURACIES = ("high", "native")
 
 
@@ -13,7 +14,6 @@ ACCURACIES = ("high", "native")
 class LaunchConfig:
     """The part of a configuration that compiled code depends on."""
 
-    kernel: str
     evict_first: bool
     use_pdl: bool
     accuracy: str
@@ -23,33 +23,38 @@ class LaunchConfig:
 class KernelConfig:
     """One point of the tuning space of the decode path.
 
-    kernel            which main kernel runs: "rows" (64 packed rows per tile, two KV tiles in flight)
-    fp8_kernel        the same for FP8 caches: "rows"; "few_rows" (decode: tiles of 16 heads on mma.sync, for few heads
-                      or few keys); or "auto": few_rows up to 16 heads
+    kernel            which main kernel runs over 16-bit caches: "rows" (64 rows per tile on wgmma, two KV tiles in
+                      flight); "few_rows" (decode: tiles of 16 heads on mma.sync, for few heads or few keys); or
+                      "auto": few_rows up to 16 heads
+    fp8_kernel        the same over FP8 caches
     accuracy          of "rows" on FP8 caches in formats tensor and token. e4m3 wgmma adds products up with about 14
                       bits: "native" lets it add all 512 channels, "high" each 128, and those in float32, as format
                       group always does: half the error for 0 to 2 % of the time. For few_rows and 16-bit caches both
                       are the same
     evict_first       KV loads carry the L2 evict-first hint
     use_pdl           launch planner, main and merge kernels with programmatic dependent launch
-    min_blocks        64-token blocks below which a piece of a request is not split further (even)
+    cut_unit          decode: requests are cut at multiples of that many 64-token blocks: 2, since "rows" takes them in
+                      pairs, or 1, for "few_rows"
+    min_blocks        blocks below which a piece of a request is not split further (a multiple of cut_unit; prefill
+                      cuts at pairs whatever cut_unit is, and rounds it up to even)
     item_overhead     cost of starting a work item, in 64-token blocks, as the planner's balance counts it
     split_penalty     cost of splitting requests at all, in 64-token blocks per CTA; whole requests are preferred
                       while their makespan is within it
     """
 
-    kernel: str = "rows"
+    kernel: str = "auto"
     fp8_kernel: str = "auto"
     accuracy: str = "high"
     evict_first: bool = True
     use_pdl: bool = True
+    cut_unit: int = 2
     min_blocks: int = 2
     item_overhead: int = 4
     split_penalty: int = 6
 
     @functools.lru_cache(maxsize=256)  # noqa: B019 -- values, few and small; a call without a plan asks every time
     def launch(self) -> LaunchConfig:
-        return LaunchConfig(self.kernel, self.evict_first, self.use_pdl, self.accuracy)
+        return LaunchConfig(self.evict_first, self.use_pdl, self.accuracy)
 
     @functools.lru_cache(maxsize=256)  # noqa: B019
     def planner_launch(self) -> LaunchConfig:
@@ -76,12 +81,14 @@ def why_infeasible(config: KernelConfig) -> str | None:
     """The one feasibility rule: None, or the reason why `config` cannot run."""
     if config.kernel not in KERNELS:
         return f"kernel: expected one of {KERNELS}, got {config.kernel!r}"
-    if config.fp8_kernel not in FP8_KERNELS:
-        return f"fp8_kernel: expected one of {FP8_KERNELS}, got {config.fp8_kernel!r}"
+    if config.fp8_kernel not in KERNELS:
+        return f"fp8_kernel: expected one of {KERNELS}, got {config.fp8_kernel!r}"
     if config.accuracy not in ACCURACIES:
         return f"accuracy: expected one of {ACCURACIES}, got {config.accuracy!r}"
-    if config.min_blocks < 2 or config.min_blocks % 2:
-        return f"min_blocks: expected an even number >= 2, got {config.min_blocks}"
+    if config.cut_unit not in (1, 2):
+        return f"cut_unit: expected 1 or 2, got {config.cut_unit}"
+    if config.min_blocks < config.cut_unit or config.min_blocks % config.cut_unit:
+        return f"min_blocks: expected a positive multiple of cut_unit {config.cut_unit}, got {config.min_blocks}"
     if config.item_overhead < 0:
         return f"item_overhead: expected >= 0, got {config.item_overhead}"
     if config.split_penalty < 0:
@@ -93,15 +100,27 @@ def why_infeasible(config: KernelConfig) -> str | None:
 def default_config(num_heads: int, page_size: int, batch: int, num_sms: int) -> KernelConfig:
     """The configuration used when no tuned entry applies."""
     del page_size, batch, num_sms
-    return KernelConfig(split_penalty=2 + (4 * min(num_heads, 128) + 63) // 64)
+    config = KernelConfig(split_penalty=2 + (4 * min(num_heads, 128) + 63) // 64)
+    # "auto": pieces as the few-rows kernel takes them.
+    return dataclasses.replace(config, cut_unit=1, min_blocks=1) if num_heads <= FEW_ROWS else config
 
 
-def small_fp8_step(num_heads: int, batch: int, kv_len: int, q_fp8: bool, num_sms: int) -> bool:
-    """Whether an FP8 decode step of more than 16 heads is so small that few_rows is the faster kernel.
+def with_kernel(config: KernelConfig, kv_format: str, kernel: str) -> KernelConfig:
+    """`config` with that main kernel ("rows" or "few_rows") for a cache, and the pieces it takes."""
+    unit = 1 if kernel == "few_rows" else 2
+    config = dataclasses.replace(config, cut_unit=unit, min_blocks=unit)
+    return dataclasses.replace(config, fp8_kernel=kernel) if kv_format else dataclasses.replace(config, kernel=kernel)
 
-    By tiles of 16 heads x 64 tokens per SM, as measured on an H200 (docs/performance.md): a tile costs few_rows 1.2 us
-    where row tiles take 0.3 to 0.9, and a step costs it 3 us (with 16-bit queries 6 us) less.
+
+def is_small_step(kv_format: str, q_fp8: bool, num_heads: int, batch: int, kv_len: int, num_sms: int) -> bool:
+    """Whether a decode step of more than 16 heads is so small that few_rows is the faster kernel.
+
+    By tiles of 16 heads x 64 tokens per SM, as measured on an H200 (docs/performance.md). A step costs few_rows 1 to 2
+    us less than row tiles, over an FP8 cache 3 (with 16-bit queries 6), and a tile more: as many times as its heads
+    take tiles, the keys come from L2 again.
     """
-    tiles = batch * -(-kv_len // 64) * -(-num_heads // 16) / num_sms
+    tiles = batch * -(-kv_len // 64) * -(-num_heads // FEW_ROWS) / num_sms
+    if not kv_format:
+        return tiles <= (12 if num_heads <= 32 else 5 if num_heads <= 64 else 2.5)
     most = (24, 12) if num_heads <= 32 else (18, 6)
     return tiles <= most[q_fp8]

@@ -288,6 +288,7 @@ class DecodePlan(Plan):
             table_stride,
             num_heads,
             *self._cut_costs(),
+            self.config.cut_unit,
         )
 
 

@@ -20,6 +20,7 @@ from .kernels.registry import (
 from .plan import Plan, bounded, expect_hints, expect_options
 from .problem import MAX_HEADS
 from .problem_prefill import PrefillProblem
+from .steps import prefill_min_blocks
 
 _SCRATCH_ROWS = 8
 
@@ -118,6 +119,10 @@ class PrefillPlan(Plan):
             int(causal),
             self.max_tiles,
         )
+
+    def _cut_costs(self) -> tuple[int, int, int]:
+        _, overhead, penalty = super()._cut_costs()
+        return prefill_min_blocks(self.config), overhead, penalty
 
 
 def _invariant_bounds(

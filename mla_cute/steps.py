@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from .config import KernelConfig, LaunchConfig
+from .config import FEW_ROWS, KernelConfig, LaunchConfig
 from .jit import KernelRef
 from .kernels.registry import (
     DECODE,
+    DECODE_FEW,
     DECODE_FEW_FP8,
     DECODE_FP8,
-    FEW_ROWS,
     MAX_PARTS,
     PLANNER,
     PREFILL,
@@ -31,10 +31,15 @@ def step_of(op: str, kv_format: str, num_heads: int, config: KernelConfig) -> Ke
     """The main kernel of a call; `kv_format` is "" for a 16-bit cache."""
     if op == "prefill":
         return PREFILL_FP8 if kv_format else PREFILL
-    if not kv_format:
-        return DECODE
-    few = config.fp8_kernel == "few_rows" or (config.fp8_kernel == "auto" and num_heads <= FEW_ROWS)
-    return DECODE_FEW_FP8 if few else DECODE_FP8
+    if has_few_rows(kv_format, num_heads, config):
+        return DECODE_FEW_FP8 if kv_format else DECODE_FEW
+    return DECODE_FP8 if kv_format else DECODE
+
+
+def has_few_rows(kv_format: str, num_heads: int, config: KernelConfig) -> bool:
+    """Whether a decode step's main kernel is the few-rows kernel of its kind of cache."""
+    kernel = config.fp8_kernel if kv_format else config.kernel
+    return kernel == "few_rows" or (kernel == "auto" and num_heads <= FEW_ROWS)
 
 
 def step_variant(
@@ -59,5 +64,10 @@ def planner_variant(op: str, lengths: str, config: KernelConfig) -> Variant:
 
 def decode_parts(kv_format: str, num_heads: int, config: KernelConfig, num_sms: int) -> int:
     """Work lists of a decode plan: a CTA for each list and row tile, no more CTAs than SMs."""
-    few = step_of("decode", kv_format, num_heads, config) is DECODE_FEW_FP8
-    return max(1, min(MAX_PARTS, num_sms // -(-num_heads // (FEW_ROWS if few else TILE_M))))
+    rows = FEW_ROWS if has_few_rows(kv_format, num_heads, config) else TILE_M
+    return max(1, min(MAX_PARTS, num_sms // -(-num_heads // rows)))
+
+
+def prefill_min_blocks(config: KernelConfig) -> int:
+    """`min_blocks` in whole pairs: its planner counts in pairs and would round an odd number down."""
+    return config.min_blocks + config.min_blocks % 2

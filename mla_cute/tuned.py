@@ -13,8 +13,7 @@ of SMs is not used. MLA_CUTE_TUNED=0 turns files off.
 An entry can serve a call when
 
 * op, kv_format, q_fp8 and page class are the call's (page class: rows of a TMA box, or gathered,
-  `registry.box_rows_of`), and for decode the number of 64-row tiles of the heads, and over FP8 caches whether there are
-  at most 16 heads;
+  `registry.box_rows_of`), and for decode the number of 64-row tiles of the heads and whether there are at most 16;
 * num_heads, q_len, batch and kv_len are each within a factor of 4 of the call's. A coordinate of the call beyond what
   the entries of this class span counts as the span's end, if they span a factor of 4: a batch larger than the largest
   one timed runs as that one does. From a single point nothing is extrapolated.
@@ -22,7 +21,7 @@ An entry can serve a call when
 Of these the one at the smallest distance, the sum of |log2| of the four ratios; of several the one with the nearest
 page_size, then the largest kv_len, then the first of a sorted file. A call that knows no kv_len leaves its ratio out.
 Batch-invariant plans take the default: an entry's kernel would depend on the batch, and results with it. The default
-of an FP8 decode step with more than 16 heads and a known, small kv_len is the few-rows kernel (config.small_fp8_step).
+of a decode step with more than 16 heads and a known, small kv_len is the few-rows kernel (config.is_small_step).
 
 MLA_CUTE_LOG=1 logs each new selection. Logger "mla_cute": without the variable selections are DEBUG and that there is
 no file is INFO, with it both are WARNING, which logging shows unless told otherwise. All three variables are read when
@@ -43,8 +42,8 @@ from collections.abc import Sequence
 import torch
 
 from . import jit
-from .config import KernelConfig, default_config, small_fp8_step
-from .kernels.registry import FEW_ROWS, TILE_M, box_rows_of
+from .config import FEW_ROWS, KernelConfig, default_config, is_small_step, with_kernel
+from .kernels.registry import TILE_M, box_rows_of
 from .shape_log import read_shapes
 from .steps import step_of
 from .tuned_file import SCHEMA, Entry, TunedFile, When, dump, file_name, load, merge, parse, sort_key
@@ -132,10 +131,10 @@ def default_for(when: When, sm_count: int, batch_invariant: bool = False) -> Ker
     rows = when.num_heads if when.op == "decode" else TILE_M
     config = default_config(rows, when.page_size, when.batch, sm_count)
     # Another kernel is other bits: not by what else is in the batch, where a request's bits are its own.
-    may_change = when.op == "decode" and when.kv_format and when.num_heads > FEW_ROWS and not batch_invariant
+    may_change = when.op == "decode" and when.num_heads > FEW_ROWS and not batch_invariant
     if may_change and sm_count and when.kv_len is not None:
-        if small_fp8_step(when.num_heads, when.batch, when.kv_len, when.q_fp8, sm_count):
-            config = dataclasses.replace(config, fp8_kernel="few_rows")
+        if is_small_step(when.kv_format, when.q_fp8, when.num_heads, when.batch, when.kv_len, sm_count):
+            config = with_kernel(config, when.kv_format, "few_rows")
     return config
 
 
@@ -293,7 +292,7 @@ class _Class:
 def _class_of(when: When) -> tuple[object, ...]:
     rows: tuple[object, ...] = ()
     if when.op == "decode":
-        rows = (-(-when.num_heads // TILE_M), bool(when.kv_format) and when.num_heads <= FEW_ROWS)
+        rows = (-(-when.num_heads // TILE_M), when.num_heads <= FEW_ROWS)
     return (when.op, when.kv_format, when.q_fp8, box_rows_of(when.page_size), *rows)
 
 

@@ -44,6 +44,8 @@ def random_batches(count: int, seed: int) -> list[Batch]:
                 KernelConfig(min_blocks=2, item_overhead=0, split_penalty=0),
                 KernelConfig(min_blocks=8, item_overhead=9, split_penalty=3),
                 KernelConfig(min_blocks=64, item_overhead=1, split_penalty=1000),
+                KernelConfig(cut_unit=1, min_blocks=1, item_overhead=2, split_penalty=0),
+                KernelConfig(cut_unit=1, min_blocks=3, item_overhead=4, split_penalty=6),
             ]
         )
         batches.append(Batch(tuple(lengths), num_heads, config, rng.random() < 0.25))

@@ -24,8 +24,8 @@ def even_up(x: int) -> int:
     return x + x % 2
 
 
-def blocks_of(length: int) -> int:
-    return 2 * -(-length // (2 * BLOCK))
+def up(x: int, unit: int) -> int:
+    return -(-x // unit) * unit
 
 
 def plan(
@@ -36,10 +36,11 @@ def plan(
     config: KernelConfig,
     batch_invariant: bool = False,
 ) -> Plan:
-    blocks = [blocks_of(length) for length in lengths]
+    unit = config.cut_unit
+    blocks = [up(-(-length // BLOCK), unit) for length in lengths]
     overhead = config.item_overhead
     if batch_invariant:
-        sizes = [max(even_up(-(-n // FIXED_MAX_PIECES)), FIXED_MIN_BLOCKS) for n in blocks]
+        sizes = [max(up(-(-n // FIXED_MAX_PIECES), unit), FIXED_MIN_BLOCKS) for n in blocks]
         cuts = [list(range(0, n, size)) + [n] if n else [0] for n, size in zip(blocks, sizes, strict=True)]
         line, begins = 0, []
         for edges in cuts:
@@ -70,7 +71,7 @@ def plan(
         if b == batch:
             return batch, 0
         offset = k * payload - line[b] - overhead
-        offset = max(offset - offset % 2, 0)
+        offset = max(offset - offset % unit, 0)
         return (b + 1, 0) if offset >= blocks[b] else (b, offset)
 
     whole = [whole_cut(k) for k in range(parts + 1)]
@@ -78,15 +79,15 @@ def plan(
     line_cost = payload + overhead + config.split_penalty
     limit = None
     if sum(n > 0 for n in blocks) <= parts:
-        limit = max(config.min_blocks, even_up(-(-sum(blocks) // parts)))
+        limit = max(config.min_blocks, up(-(-sum(blocks) // parts), unit))
         while sum(-(-n // limit) for n in blocks) > parts:
-            limit += 2
+            limit += unit
     pieces_cost = limit + overhead + config.split_penalty if limit else None
     use_pieces = pieces_cost is not None and pieces_cost <= line_cost
     if whole_cost <= (pieces_cost if use_pieces else line_cost):
         bounds = [(b, 0) for b in whole]
     elif use_pieces:
-        sizes = [even_up(-(-n // -(-n // limit))) if n else 2 for n in blocks]
+        sizes = [up(-(-n // -(-n // limit)), unit) if n else unit for n in blocks]
         cuts = [list(range(0, n, size)) + [n] if n else [0] for n, size in zip(blocks, sizes, strict=True)]
         total = sum(len(edges) - 1 for edges in cuts)
         starts = [min(k, total) for k in range(parts + 1)]

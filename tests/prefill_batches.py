@@ -54,6 +54,7 @@ def random_prefill_batches(count: int, seed: int) -> list[PrefillBatch]:
                 KernelConfig(min_blocks=2, item_overhead=0, split_penalty=0),
                 KernelConfig(min_blocks=8, item_overhead=9, split_penalty=3),
                 KernelConfig(min_blocks=64, item_overhead=1, split_penalty=1000),
+                KernelConfig(cut_unit=1, min_blocks=3, item_overhead=4, split_penalty=6),
             ]
         )
         batches.append(

@@ -162,7 +162,7 @@ def _tail_limit(tail: list[Tile], parts: int, config: KernelConfig) -> int:
     best = None
     longest = max(tile.blocks for tile in tail)
     for p in range(1, 65):
-        most = max(config.min_blocks, even_up(-(-longest // p)))
+        most = max(even_up(config.min_blocks), even_up(-(-longest // p)))
         pieces = [_pieces(tile, size) for tile, size in _tail_cuts(tail, most).items()]
         if sum(pieces) <= TAIL_ITEMS_PER_PART * parts:
             cost = -(-sum(pieces) // parts) * (most + config.item_overhead)

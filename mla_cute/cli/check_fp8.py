@@ -19,8 +19,7 @@ from .. import quant
 from .._testing import DecodeCase, make_case
 from .._testing_fp8 import Fp8Case, compare_fp8, expected_fp8, make_fp8
 from ..bench.runner import source_digest
-from ..config import ACCURACIES, KernelConfig
-from ..kernels.registry import FEW_ROWS
+from ..config import ACCURACIES, FEW_ROWS, KernelConfig
 from ..reference import decode_reference
 
 SCHEMA = 1

@@ -41,7 +41,7 @@ from .._testing import (
 from .._testing_fp8 import LAYOUTS as FP8_LAYOUTS
 from .._testing_fp8 import Fp8Case, Fp8Expected, expected_fp8, judge_fp8, make_fp8
 from .._testing_prefill import SPARE_QUERIES, make_prefill_case
-from ..config import KernelConfig
+from ..config import KERNELS, KernelConfig
 from ..tuning.command import parse_budget
 from .check import independent
 from .watchdog import Watchdog
@@ -110,8 +110,10 @@ class Scenario:
             self.entry,
             "with a plan" if self.with_plan else "without a plan",
             *(["batch-invariant"] if self.batch_invariant else []),
-            *([] if self.config is None else [f"min_blocks {self.config.min_blocks}"]),
         ]
+        if (config := self.config) is not None:
+            kernel = config.fp8_kernel if self.layout else config.kernel
+            options += [f"kernel {kernel}", f"cut_unit {config.cut_unit}", f"min_blocks {config.min_blocks}"]
         return (
             f"{self.op} {self.kind}, {self.num_heads} heads, page size {self.page_size}, {cache}, "
             f"{len(self.steps[0])} requests{tokens}, up to {longest} keys, {self.cache_layout} caches, "
@@ -158,11 +160,17 @@ def draw(seed: int, on_gpu: bool) -> Scenario:
 
 
 def _config(rng: random.Random) -> KernelConfig | None:
-    """None, or one that cuts requests in another way; what compiled code depends on stays."""
+    """None, or one that has another kernel or cuts requests in another way; the launch configuration stays."""
     if rng.random() < 0.6:
         return None
+    kernel, cut_unit = rng.choice(KERNELS), rng.choice((1, 2))
     return KernelConfig(
-        min_blocks=rng.choice((2, 4, 16)), item_overhead=rng.choice((0, 4, 20)), split_penalty=rng.choice((0, 6, 50))
+        kernel=kernel,
+        fp8_kernel=kernel,
+        cut_unit=cut_unit,
+        min_blocks=cut_unit * rng.choice((1, 3, 8)),
+        item_overhead=rng.choice((0, 4, 20)),
+        split_penalty=rng.choice((0, 6, 50)),
     )
 
 

@@ -6,8 +6,9 @@ from cutlass.cute.runtime import make_fake_stream
 
 from ..config import LaunchConfig
 from .fake import fake_step_tensors
+from .few_rows_sm90 import FewRowsSm90
 from .merge import Merge
-from .registry import DECODE, DecodeKey
+from .registry import DECODE, DECODE_FEW, DecodeKey
 from .row_map import HeadRows
 from .rows_sm90 import RowsSm90
 
@@ -64,6 +65,56 @@ class Decode:
             num_parts,
             Int32(0),
             scale_log2,
+            lse_scale,
+            stream,
+        )
+        self.merge(table, part, out, lse, num_parts, merge_x, merge_y, lse_scale, stream)
+
+
+class DecodeFew(Decode):
+    """As Decode, with FewRowsSm90."""
+
+    name = DECODE_FEW.name
+
+    def __init__(self, key: DecodeKey, config: LaunchConfig):
+        self.rows = FewRowsSm90(key.dtype, key.box_rows, config)
+        self.merge = Merge(key.dtype, False, config)
+
+    @cute.jit
+    def __call__(
+        self,
+        q_nope: cute.Tensor,
+        q_pe: cute.Tensor,
+        ckv_cache: cute.Tensor,
+        kpe_cache: cute.Tensor,
+        kv_indices: cute.Tensor,
+        table: cute.Tensor,
+        part: cute.Tensor,
+        out: cute.Tensor,
+        lse: cute.Tensor,
+        num_parts: Int32,
+        merge_x: Int32,
+        merge_y: Int32,
+        scale_log2: Float32,
+        lse_scale: Float32,
+        stream,
+    ):
+        self.rows(
+            q_nope,
+            q_pe,
+            ckv_cache,
+            kpe_cache,
+            None,
+            kv_indices,
+            table,
+            out,
+            lse,
+            part,
+            num_parts,
+            Int32(0),
+            scale_log2,
+            scale_log2,
+            Float32(1.0),
             lse_scale,
             stream,
         )

@@ -1,18 +1,19 @@
-"""Few-rows MLA over an FP8 cache for Hopper: 16 query rows (heads of one token) on mma.sync, nothing padded.
+"""Few-rows MLA for Hopper: 16 query rows (heads of one token) on mma.sync, nothing padded.
 
-    S = Q K^T, O += P V on m16n8k16, float16 inputs (rope in its own 16-bit type), float32 accumulators
+    S = Q K^T, O += P V on m16n8k16, 16-bit inputs, float32 accumulators
 
-wgmma would pad 16 heads to its 64 rows and take longer than the loads. e4m3 is converted to float16 exactly, in
-registers; Q (under a power of two per row) and P are float16, so nothing is lost beyond the cache's own rounding.
+wgmma would pad 16 heads to its 64 rows. Over an FP8 cache that takes longer than the loads: e4m3 is converted to
+float16 exactly, in registers; Q (under a power of two per row) and P are float16, so nothing is lost beyond the cache's
+own rounding (few_rows_fp8.py). Over a 16-bit cache it is a matter of latency: a tile is half of a pair, there is less
+code, and no copy of P waits for another warpgroup (few_rows_16bit.py).
 
 More heads are tiles of 16, a CTA each, which find the keys in L2: for steps so small that time is latency.
 
-One CTA per SM, persistent over the planner's work items: 8 consumer warps and the FP8 row-tile kernel's producer warps
-with its ring of K tiles (rows_fp8_producer.py).
+One CTA per SM, persistent over the planner's work items: 8 consumer warps and the producer warps of ring_producer.py.
 
     warp w      QK: S[16 rows, tokens 8 w .. 8 w + 7] over all 576 channels; Q in registers for the whole item.
-                K by ldmatrix: a thread gets 4 channels of a token, in whose order Q was loaded
-                PV: O[16 rows, channels 64 w .. 64 w + 63]; V by transposing ldmatrix and a byte permute
+                K by ldmatrix (FP8: a thread gets 4 channels of a token, in whose order Q was loaded)
+                PV: O[16 rows, channels 64 w .. 64 w + 63]; V by transposing ldmatrix (FP8: and a byte permute)
     P           goes to the other warps through shared memory, in the order of mma's A fragments
 
     per tile i  softmax(i), QK(i + 1), PV(i): the exchange of P hides behind QK
@@ -23,7 +24,8 @@ with its ring of K tiles (rows_fp8_producer.py).
 
 Row maxima are not exchanged: P is made relative to the references that hold so far, and only when some P (or scale) of
 a tile leaves its range, and in the first tile of an item, all warps together move references and unit (`_move`).
-Registers: 240 / 24 (small pages 232 / 40). Shared memory: five (format "group": four) tiles of 36 to 41 KiB.
+Registers: 240 / 24 (small pages 232 / 40). Shared memory: five (format "group": four) tiles of 36 to 41 KiB, or three
+of 72 KiB.
 """
 
 import cutlass
@@ -32,42 +34,30 @@ from cutlass import Float32, Int32, Int64, Uint8, const_expr, memory
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from ..config import LaunchConfig
+from .few_rows_16bit import SixteenBitTiles
 from .few_rows_consumer import FewRowsConsumer
-from .few_rows_params import (
-    MB_P,
-    MB_TOTAL,
-    NUM_WARPS,
-    P_WORDS,
-    Q_TOTAL_STEPS,
-    ROWS,
-    STEP_BYTES,
-    FewParams,
-    FewSmem,
-)
+from .few_rows_fp8 import Fp8Tiles
+from .few_rows_params import MB_P, MB_TOTAL, NUM_WARPS, P_WORDS, ROWS, FewParams, FewSmem
 from .paged_kv import TILE_N
+from .ring_producer import RingProducer, smem_layout
 from .row_map import HeadRows
 from .rows_fp8_params import MB_EMPTY, MB_FULL
-from .rows_fp8_producer import Fp8Producer, smem_layout
 from .rows_params import DTYPES, HEAD_DIM_ROPE, HEAD_DIM_V
 
 NUM_THREADS = 384
 
 
-class FewRowsSm90(Fp8Producer, FewRowsConsumer):
-    """Main kernel of decode over FP8 caches, for few heads or few keys. See the module docstring."""
+class _FewRows(RingProducer, FewRowsConsumer):
+    in_pairs = False
 
-    def __init__(self, dtype: str, box_rows: int, kv_format: str, q_fp8: bool, config: LaunchConfig):
+    def __init__(self, dtype: str, box_rows: int, by_tma: bool, kv_format: str, q_fp8: bool, config: LaunchConfig):
         self.dtype = DTYPES[dtype]
         self.rows = HeadRows()
         self.q_fp8 = q_fp8
-        # With eight boxes and scales a tile the TMA producer spills.
-        self._set_cache(box_rows, box_rows > (0 if kv_format == "tensor" else 8), config.evict_first, kv_format)
-        # P times the scales of each channel group.
-        self.p_tiles = max(1, self.num_scales)
-        self.q_steps = 8 if kv_format == "group" else 24
-        self.num_stages = 4 if kv_format == "group" else 5
+        self._set_cache(box_rows, by_tma, config.evict_first, kv_format)
+        self._set_tiles()
         self.use_pdl = config.use_pdl
-        self.regs_consumer, self.regs_producer = (240, 24) if box_rows > 16 else (232, 40)
+        self.regs_consumer, self.regs_producer = (240, 24) if box_rows > (16 if kv_format else 0) else (232, 40)
 
     # ------------------------------------------------------------------ host
 
@@ -76,9 +66,9 @@ class FewRowsSm90(Fp8Producer, FewRowsConsumer):
         self,
         q_nope: cute.Tensor,  # (tokens, H, 512); e4m3 as bytes here and below
         q_pe: cute.Tensor,  # (tokens, H, 64)
-        ckv: cute.Tensor,  # (pages, page_size, 512) bytes
+        ckv: cute.Tensor,  # (pages, page_size, 512)
         kpe: cute.Tensor,  # (pages, page_size, 64)
-        scales: cute.Tensor,  # (pages, page_size, 1 or 4) float32; format "tensor": not read
+        scales: cute.Tensor | None,  # (pages, page_size, 1 or 4) float32; format "tensor": not read
         kv_indices: cute.Tensor,  # (n,) page ids
         table: cute.Tensor,  # (rows, 8): the plan, see planner.py
         out: cute.Tensor,  # (tokens, H, 512)
@@ -129,21 +119,24 @@ class FewRowsSm90(Fp8Producer, FewRowsConsumer):
     def _smem(self, p):
         rope_dtype = Uint8 if self.rope_fp8 else self.dtype
         scales = max(1, self.num_scales)
-        kept = (Q_TOTAL_STEPS - self.q_steps) * STEP_BYTES
-        transient = max(self.q_steps * STEP_BYTES, 2 * self.p_tiles * P_WORDS * 4)
+        num_scales = scales * TILE_N * self.num_stages if self.kv_format else 4
+        # Three 16-bit tiles leave 11 KiB for the rest.
+        num_row_scales, num_big = (32, NUM_WARPS) if self.kv_format else (2, 1)
+        kept = self.q_kept_bytes
+        transient = max(self.q_transient_bytes, 2 * self.p_tiles * P_WORDS * 4)
 
         @cute.struct
         class Storage:
             mbar: cute.struct.MemRange[Int64, MB_TOTAL]
             sProduce: cute.struct.MemRange[Int32, 32]
             sLoop: cute.struct.MemRange[Int32, 5 * NUM_WARPS]
-            sRow: cute.struct.MemRange[Float32, 32]
+            sRow: cute.struct.MemRange[Float32, num_row_scales]
             sFlags: cute.struct.MemRange[Int32, 2 * NUM_WARPS]
             sMax: cute.struct.MemRange[Float32, 16 * NUM_WARPS]
-            sBig: cute.struct.MemRange[Float32, NUM_WARPS]
-            sScales: cute.struct.Align[cute.struct.MemRange[Float32, scales * TILE_N * self.num_stages], 16]
+            sBig: cute.struct.MemRange[Float32, num_big]
+            sScales: cute.struct.Align[cute.struct.MemRange[Float32, num_scales], 16]
             sQP: cute.struct.Align[cute.struct.MemRange[Uint8, kept + transient], 16]
-            sK: cute.struct.Align[cute.struct.MemRange[Uint8, self.num_stages * TILE_N * HEAD_DIM_V], 1024]
+            sK: cute.struct.Align[cute.struct.MemRange[self.kv_dtype, self.num_stages * TILE_N * HEAD_DIM_V], 1024]
             sR: cute.struct.Align[cute.struct.MemRange[rope_dtype, self.num_stages * TILE_N * HEAD_DIM_ROPE], 1024]
 
         st = memory.SmemAllocator().allocate(Storage)
@@ -151,7 +144,9 @@ class FewRowsSm90(Fp8Producer, FewRowsConsumer):
             mbar=st.mbar.data_ptr(),
             sK_sub=st.sK.get_tensor(p.lay_sub.outer, swizzle=p.lay_sub.inner),
             sR_tma=st.sR.get_tensor(p.lay_r.outer, swizzle=p.lay_r.inner),
-            sScales=st.sScales.get_tensor(cute.make_layout((TILE_N, scales, self.num_stages))),
+            sScales=st.sScales.get_tensor(cute.make_layout((TILE_N, scales, self.num_stages)))
+            if self.kv_format
+            else None,
             k_address=Int32(st.sK.data_ptr().toint()),
             r_address=Int32(st.sR.data_ptr().toint()),
             q_address=Int32(st.sQP.data_ptr().toint()),
@@ -159,10 +154,10 @@ class FewRowsSm90(Fp8Producer, FewRowsConsumer):
             scale_address=Int32(st.sScales.data_ptr().toint()),
             sProduce=st.sProduce.get_tensor(cute.make_layout((8, 4))),
             sLoop=st.sLoop.get_tensor(cute.make_layout((5, NUM_WARPS))),
-            sRow=st.sRow.get_tensor(cute.make_layout((16, 2))),
+            sRow=st.sRow.get_tensor(cute.make_layout((num_row_scales // 2, 2))),
             sFlags=st.sFlags.get_tensor(cute.make_layout((NUM_WARPS, 2))),
             sMax=st.sMax.get_tensor(cute.make_layout((16, NUM_WARPS), stride=(NUM_WARPS, 1))),
-            sBig=st.sBig.get_tensor(cute.make_layout(NUM_WARPS)),
+            sBig=st.sBig.get_tensor(cute.make_layout(num_big)),
         )
 
     @cute.kernel
@@ -192,3 +187,18 @@ class FewRowsSm90(Fp8Producer, FewRowsConsumer):
         else:
             cute.arch.setmaxregister_increase(self.regs_consumer)
             self._consume(p, s, part, (cta - part * p.num_tiles) * ROWS, warp_idx, cute.arch.lane_idx())
+
+
+class FewRowsFp8Sm90(_FewRows, Fp8Tiles):
+    """Main kernel of decode over FP8 caches, for few heads or few keys. See the module docstring."""
+
+    def __init__(self, dtype: str, box_rows: int, kv_format: str, q_fp8: bool, config: LaunchConfig):
+        # With eight boxes and scales a tile the TMA producer spills.
+        super().__init__(dtype, box_rows, box_rows > (0 if kv_format == "tensor" else 8), kv_format, q_fp8, config)
+
+
+class FewRowsSm90(_FewRows, SixteenBitTiles):
+    """The same over 16-bit caches."""
+
+    def __init__(self, dtype: str, box_rows: int, config: LaunchConfig):
+        super().__init__(dtype, box_rows, box_rows > 0, "", False, config)

@@ -2,7 +2,7 @@
 
     part     one work list; `parts` of them, run by num_tiles CTAs each (one per 64-head row tile of a request)
     item     (request, kv_begin, kv_end) run by one part; requests cut into several items write partial rows
-    block    64 tokens; cuts lie on even blocks, since the main kernel takes blocks in pairs
+    block    64 tokens; cuts lie on multiples of `cut_unit` blocks: of pairs, as row tiles take them, or of one
 
 Three ways to cut, the cheapest by its largest part is taken (in blocks; `overhead` for starting an item, `penalty`
 for having partials at all):
@@ -35,7 +35,7 @@ from cutlass import Int32, const_expr, memory
 from cutlass.cute.runtime import make_fake_stream
 
 from .fake import fake_tensor, sym64
-from .plan_common import NUM_THREADS, NUM_WARPS, PlannerBase, even, even_up, fake_ints
+from .plan_common import NUM_THREADS, NUM_WARPS, PlannerBase, fake_ints
 from .registry import BLOCK, FIXED_MAX_PIECES, FIXED_MIN_BLOCKS, MAX_PARTS, PLANNER
 
 
@@ -56,6 +56,7 @@ class PlanParams:
     min_blocks: Int32
     overhead: Int32
     penalty: Int32
+    odd: Int32  # cut_unit - 1
 
 
 class Planner(PlannerBase):
@@ -67,7 +68,7 @@ class Planner(PlannerBase):
             fake_ints(cute.sym_int()),
             fake_tensor(Int32, (cute.sym_int(), 8), (8, 1), 16),
             fake_tensor(Int32, (4, cute.sym_int()), (sym64(), 1), 4),
-            *(Int32(1) for _ in range(7)),
+            *(Int32(1) for _ in range(8)),
             make_fake_stream(use_tvm_ffi_env_stream=True),
         )
 
@@ -85,6 +86,7 @@ class Planner(PlannerBase):
         min_blocks: Int32,
         overhead: Int32,
         penalty: Int32,
+        cut_unit: Int32,  # 1 or 2
         stream,
     ):
         params = PlanParams(
@@ -103,6 +105,7 @@ class Planner(PlannerBase):
             min_blocks=min_blocks,
             overhead=overhead,
             penalty=penalty,
+            odd=cut_unit - 1,
         )
         self.kernel(params).launch(grid=[1, 1, 1], block=[NUM_THREADS, 1, 1], stream=stream, use_pdl=self.use_pdl)
 
@@ -110,20 +113,24 @@ class Planner(PlannerBase):
 
     @cute.jit
     def _blocks(self, p, b):
-        """Blocks of request b, rounded up to even; 0 when empty or past the batch."""
+        """Blocks of request b, rounded up to cut_unit; 0 when empty or past the batch."""
         blocks = Int32(0)
         if b < p.batch:
             length, _ = self._request(p, b)
-            blocks = 2 * cute.ceil_div(length, 2 * BLOCK)
+            blocks = self._up(p, cute.ceil_div(length, BLOCK))
         return blocks
 
+    def _up(self, p, blocks):
+        """To the next multiple of cut_unit."""
+        return blocks + (blocks & p.odd)
+
     @cute.jit
-    def _piece_blocks(self, blocks, limit):
-        """Blocks per piece (even) of a request of `blocks` blocks: equal pieces of at most `limit`, or invariant."""
+    def _piece_blocks(self, p, blocks, limit):
+        """Blocks per piece of a request of `blocks` blocks: equal pieces of at most `limit`, or invariant."""
         if const_expr(self.key.batch_invariant):
-            size = cutlass.max(even_up(cute.ceil_div(blocks, FIXED_MAX_PIECES)), Int32(FIXED_MIN_BLOCKS))
+            size = cutlass.max(self._up(p, cute.ceil_div(blocks, FIXED_MAX_PIECES)), Int32(FIXED_MIN_BLOCKS))
         else:
-            size = even_up(cute.ceil_div(blocks, cute.ceil_div(blocks, limit)))
+            size = self._up(p, cute.ceil_div(blocks, cute.ceil_div(blocks, limit)))
         return size
 
     @cute.jit
@@ -153,7 +160,7 @@ class Planner(PlannerBase):
             if blocks > 0:
                 pieces = Int32(1)
                 if limit > 0:
-                    pieces = cute.ceil_div(blocks, self._piece_blocks(blocks, limit))
+                    pieces = cute.ceil_div(blocks, self._piece_blocks(p, blocks, limit))
             cost, cost_sum = self._scan(blocks + pieces * p.overhead, s_warp, t)
             count, count_sum = self._scan(pieces, s_warp, t)
             if b <= p.batch:
@@ -227,7 +234,7 @@ class Planner(PlannerBase):
             if b < p.batch:
                 blocks = self._blocks(p, b)
                 if blocks > 0:
-                    step = self._piece_blocks(blocks, Int32(1)) + p.overhead
+                    step = self._piece_blocks(p, blocks, Int32(1)) + p.overhead
                     index = index + cutlass.min(cute.ceil_div(x - p.mCost[b], step), p.mCount[b + 1] - index)
             if t == p.parts:
                 index = num_items
@@ -243,7 +250,7 @@ class Planner(PlannerBase):
             b = self._last_at_or_before(p.mCount, p.batch, i)
             first = p.mCount[b]
             blocks = self._blocks(p, b)
-            size = self._piece_blocks(blocks, limit)
+            size = self._piece_blocks(p, blocks, limit)
             row = i * p.num_heads
             if p.mCount[b + 1] - first == 1:
                 row = Int32(-1)
@@ -252,7 +259,8 @@ class Planner(PlannerBase):
 
     @cute.jit
     def _smallest_limit(self, p, t, s_warp, num_requests, num_blocks):
-        """Smallest even P >= min_blocks that cuts the requests into at most `parts` pieces; 0 if there is none.
+        """Smallest multiple P >= min_blocks of cut_unit that cuts the requests into at most `parts` pieces; 0 if there
+        is none.
 
         16-ary search, one candidate per warp. At most `parts` requests are not empty here, but empty ones may be
         any number, so every warp walks the whole batch.
@@ -261,14 +269,14 @@ class Planner(PlannerBase):
         w = t // 32
         lo = Int32(0)
         if num_requests <= p.parts:
-            lo = cutlass.max(p.min_blocks, even_up(cute.ceil_div(num_blocks, p.parts))) // 2
-            hi = cutlass.max(lo, num_blocks // 2)
+            lo = cutlass.max(p.min_blocks, self._up(p, cute.ceil_div(num_blocks, p.parts))) >> p.odd
+            hi = cutlass.max(lo, num_blocks >> p.odd)
             while lo < hi:
                 step = (hi - lo + NUM_WARPS - 1) // NUM_WARPS
                 mine = cutlass.min(lo + w * step, hi)
                 n = Int32(0)
                 for b in cutlass.range(lane, p.batch, 32, unroll=1):
-                    n = n + cute.ceil_div(self._blocks(p, b), 2 * mine)
+                    n = n + cute.ceil_div(self._blocks(p, b), mine << p.odd)
                 for i in cutlass.range_constexpr(5):
                     n = n + cute.arch.shuffle_sync_bfly(n, offset=16 >> i)
                 if lane == 0:
@@ -287,7 +295,7 @@ class Planner(PlannerBase):
                 cute.arch.sync_threads()
                 lo = below
                 hi = above
-        return 2 * lo
+        return lo << p.odd
 
     @cute.jit
     def _cut(self, p, payload, k):
@@ -298,7 +306,8 @@ class Planner(PlannerBase):
             x = k * payload
             b = self._last_at_or_before(p.mCost, p.batch, x)
             if b < p.batch:
-                off = cutlass.max(even(x - p.mCost[b] - p.overhead), Int32(0))
+                off = cutlass.max(x - p.mCost[b] - p.overhead, Int32(0))
+                off = off - (off & p.odd)
                 if off >= self._blocks(p, b):
                     off = Int32(0)
                     b = b + 1

@@ -17,8 +17,6 @@ KV_FORMATS = ("tensor", "token", "group")
 
 # Planner geometry, shared by its device and host sides (kernels/planner.py explains them).
 BLOCK = 64
-# Heads up to which decode over an FP8 cache has a kernel of its own (few_rows_sm90.py).
-FEW_ROWS = 16
 TILE_M = 64
 # A partial row in 32-bit words: 512 outputs as 16-bit integers, the float32 log-sum-exp in base 2, what an integer is
 # worth in each half of the row, padding to whole 128-byte lines: rows that straddle sectors made the partial stores of
@@ -107,6 +105,7 @@ class MergeStatesKey:
 
 
 DECODE = KernelRef("decode_rows_sm90", "mla_cute.kernels.decode", "Decode")
+DECODE_FEW = KernelRef("decode_few_sm90", "mla_cute.kernels.decode", "DecodeFew")
 PLANNER = KernelRef("planner", "mla_cute.kernels.planner", "Planner")
 PREFILL = KernelRef("prefill_rows_sm90", "mla_cute.kernels.prefill", "Prefill")
 DECODE_FP8 = KernelRef("decode_fp8_sm90", "mla_cute.kernels.step_fp8", "DecodeFp8")
@@ -149,12 +148,14 @@ def variants(
     config = config or KernelConfig()
     found: list[tuple[KernelRef, object, LaunchConfig]] = []
     for op, main, key, main_fp8, planner, planner_key in (
-        ("decode", DECODE, DecodeKey, (DECODE_FP8, DECODE_FEW_FP8), PLANNER, PlannerKey),
-        ("prefill", PREFILL, PrefillKey, (PREFILL_FP8,), PREFILL_PLANNER, PrefillPlannerKey),
+        ("decode", (DECODE, DECODE_FEW), DecodeKey, (DECODE_FP8, DECODE_FEW_FP8), PLANNER, PlannerKey),
+        ("prefill", (PREFILL,), PrefillKey, (PREFILL_FP8,), PREFILL_PLANNER, PrefillPlannerKey),
     ):
         if op in ops:
             if "" in kv_formats:
-                found += [(main, key(dtype, box), config.launch()) for dtype in dtypes for box in boxes]
+                found += [
+                    (kernel, key(dtype, box), config.launch()) for kernel in main for dtype in dtypes for box in boxes
+                ]
             found += [
                 (fp8_kernel, Fp8Key(dtype, box, kv_format, q_fp8), config.launch())
                 for fp8_kernel in main_fp8

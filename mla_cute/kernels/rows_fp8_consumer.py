@@ -74,7 +74,7 @@ class Fp8Consumer:
     def _consume(self, p, s, part, head0, t, wg: int):
         # What the loop over items needs waits in shared memory: every thread writes and reads it for itself.
         s.sLoop[0] = self.rows.num_items(p, part)
-        s.sLoop[1] = self._first_row(p, part)
+        s.sLoop[1] = p.mTable[part, 5] if const_expr(self.rows.header_is_item) else Int32(0)
         s.sLoop[2] = head0
         s.sLoop[3] = part
         self._consume_items(p, s, self._fragments(p, s, t), wg)
@@ -119,6 +119,9 @@ class Fp8Consumer:
         if const_expr(wg == 0):
             if (f.t < 2) & (it < s.sLoop[0]):
                 table_row = self.rows.item_row(p, s.sLoop[3], s.sLoop[1], it)
+                if const_expr(self.rows.header_is_item):
+                    # The part's own row holds its first item, and is on its way already.
+                    table_row = cutlass.select_(it == 0, s.sLoop[3], table_row)
                 slot = it % 4
                 src = p.mTable.iterator.toint() + Int64(table_row) * 32 + Int64(f.t * 16)
                 dst = Int32(s.sItem.iterator.toint()) + slot * 32 + f.t * 16

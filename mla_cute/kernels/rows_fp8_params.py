@@ -14,8 +14,8 @@ BAR_MAX, BAR_P, BAR_Q, BAR_EPI, BAR_FILL0, BAR_FILL1, BAR_P_FREE0, BAR_P_FREE1 =
 MAX_STAGES = 6
 MB_FULL, MB_EMPTY, MB_TOTAL = 0, MAX_STAGES, 2 * MAX_STAGES
 NUM_CONSUMERS = 256
-# Scales of a token, by format.
-NUM_SCALES = {"tensor": 0, "token": 1, "group": 4}
+# Scales of a token, by format; "" is a 16-bit cache.
+NUM_SCALES = {"": 0, "tensor": 0, "token": 1, "group": 4}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,16 +43,16 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from ..config import LaunchConfig
 from .paged_kv import TILE_N
 from .registry import TILE_M
+from .ring_producer import RingProducer, smem_layout
 from .row_map import HeadRows, PackedRows
 from .rows_fp8_consumer import Fp8Consumer
 from .rows_fp8_params import MB_EMPTY, MB_FULL, MB_TOTAL, Fp8Params, Fp8Smem
-from .rows_fp8_producer import Fp8Producer, smem_layout
 from .rows_params import DTYPES, HEAD_DIM_ROPE, HEAD_DIM_V
 
 NUM_THREADS = 384
 
 
-class RowsFp8Sm90(Fp8Producer, Fp8Consumer):
+class RowsFp8Sm90(RingProducer, Fp8Consumer):
     """Main kernel of decode (HeadRows) and prefill (PackedRows) over FP8 caches. See the module docstring."""
 
     def __init__(

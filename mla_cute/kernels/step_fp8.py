@@ -6,7 +6,7 @@ from cutlass.cute.runtime import make_fake_stream
 
 from ..config import LaunchConfig
 from .fake import fake_tensor, sym64
-from .few_rows_sm90 import FewRowsSm90
+from .few_rows_sm90 import FewRowsFp8Sm90
 from .merge import Merge
 from .registry import DECODE_FEW_FP8, DECODE_FP8, PART_ROW, PREFILL_FP8, Fp8Key
 from .row_map import HeadRows, PackedRows
@@ -15,7 +15,7 @@ from .rows_fp8_sm90 import RowsFp8Sm90
 from .rows_params import HEAD_DIM_ROPE, HEAD_DIM_V
 
 
-def _fake_tensors(main: RowsFp8Sm90 | FewRowsSm90) -> tuple:
+def _fake_tensors(main: RowsFp8Sm90 | FewRowsFp8Sm90) -> tuple:
     """q_nope, q_pe, ckv_cache, kpe_cache, scales, kv_indices, table, part, out and lse."""
     tokens, heads, pages, page = (cute.sym_int() for _ in range(4))
     rope = Uint8 if main.rope_fp8 else main.dtype
@@ -45,7 +45,7 @@ def _fake_tensors(main: RowsFp8Sm90 | FewRowsSm90) -> tuple:
 
 
 class _Step:
-    rows: RowsFp8Sm90 | FewRowsSm90
+    rows: RowsFp8Sm90 | FewRowsFp8Sm90
     num_sizes: int
 
     def compile_args(self) -> tuple:
@@ -97,12 +97,12 @@ class DecodeFp8(_Step):
 
 
 class DecodeFewFp8(DecodeFp8):
-    """As DecodeFp8, with FewRowsSm90: at most 16 heads."""
+    """As DecodeFp8, with FewRowsFp8Sm90: at most 16 heads."""
 
     name = DECODE_FEW_FP8.name
 
     def __init__(self, key: Fp8Key, config: LaunchConfig):
-        self.rows = FewRowsSm90(key.dtype, key.box_rows, key.kv_format, key.q_fp8, config)
+        self.rows = FewRowsFp8Sm90(key.dtype, key.box_rows, key.kv_format, key.q_fp8, config)
         self.merge = Merge(key.dtype, False, config)
 
 

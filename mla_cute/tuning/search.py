@@ -21,7 +21,7 @@ from .space import changes
 # Rounds that a rung adds, as many of them as take RUNG_SECONDS, but at least LEAST_ROUNDS. Medians of single 10 us
 # kernels settle within 1 % after some 100 samples.
 RUNGS = (4, 8, 16, 32, 64, 128)
-RUNG_SECONDS = 0.8
+RUNG_SECONDS = 0.4
 # Beside its kernels a replay takes the host up to this long, when its graph has to be captured.
 REPLAY_US = 300.0
 LEAST_ROUNDS = 4

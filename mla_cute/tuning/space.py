@@ -1,6 +1,6 @@
 """Candidate configurations of a shape, and which of them plan the same work.
 
-Tuned are the main kernel where there are two (FP8 decode), the two switches that compiled code
+Tuned are the main kernel where there are two (decode) and with it cut_unit, the two switches that compiled code
 depends on (evict_first, use_pdl), and the three numbers the planner cuts by (min_blocks, item_overhead,
 split_penalty). `accuracy` changes results and is left as the default has it.
 
@@ -16,21 +16,21 @@ import dataclasses
 import itertools
 from collections.abc import Hashable, Iterator
 
-from ..config import KernelConfig, why_infeasible
+from ..config import KernelConfig, why_infeasible, with_kernel
 from ..kernels.registry import (
     BLOCK,
     COST_CLASSES,
-    DECODE_FEW_FP8,
     MAX_PARTS,
     TAIL_ITEMS_PER_PART,
     TILE_M,
 )
-from ..steps import Variant, decode_parts, planner_variant, step_of, step_variant
+from ..steps import Variant, decode_parts, has_few_rows, planner_variant, prefill_min_blocks, step_variant
 from ..tuned import When, default_for
 
-MIN_BLOCKS = (2, 4, 8, 16)
+MIN_BLOCKS = (1, 2, 4, 8, 16)
 ITEM_OVERHEADS = (2, 4, 8)
-# 0: cut whenever that balances; 64 blocks, 4096 tokens per CTA: hardly ever.
+# 0: cut whenever that balances; 64 blocks, 4096 tokens per CTA: hardly ever. In decode none above the default's: the
+# batches timed are uniform and balance by themselves, a ragged one left whole waits for its longest request.
 SPLIT_PENALTIES = (0, 3, 6, 12, 64)
 _MAX_CUTS = 64  # kernels/prefill_balanced.py's
 
@@ -38,7 +38,7 @@ _MAX_CUTS = 64  # kernels/prefill_balanced.py's
 def candidates(when: When, num_sms: int = 132) -> list[KernelConfig]:
     """Feasible configurations worth timing for a shape on a GPU of `num_sms` SMs, the default first.
 
-    The planner's numbers and the compiled switches are crossed; the other FP8 kernel gets the planner's numbers only.
+    The planner's numbers and the compiled switches are crossed; the other main kernel gets the planner's numbers only.
     """
     default = default_for(when, num_sms)
     planned = _planned(when, default, num_sms)
@@ -48,10 +48,9 @@ def candidates(when: When, num_sms: int = 132) -> list[KernelConfig]:
         for use_pdl in (default.use_pdl, not default.use_pdl)
         for config in planned
     ]
-    if when.op == "decode" and when.kv_format:
-        few = step_of(when.op, when.kv_format, when.num_heads, default) is DECODE_FEW_FP8
-        other = dataclasses.replace(default, fp8_kernel="rows" if few else "few_rows")
-        found += _planned(when, other, num_sms)
+    if when.op == "decode":
+        kernel = "rows" if has_few_rows(when.kv_format, when.num_heads, default) else "few_rows"
+        found += _planned(when, with_kernel(default, when.kv_format, kernel), num_sms)
     return [config for config in dict.fromkeys(found) if why_infeasible(config) is None]
 
 
@@ -59,7 +58,8 @@ def _planned(when: When, default: KernelConfig, num_sms: int) -> list[KernelConf
     """`default` with the planner's numbers varied, one configuration for each plan, itself first."""
     planned: dict[Hashable, KernelConfig] = {}
     for config in (default, *_planner_grid(default)):
-        if why_infeasible(config) is None:
+        cuts_less = when.op == "decode" and config.split_penalty > default.split_penalty
+        if why_infeasible(config) is None and not cuts_less:
             planned.setdefault(plan_signature(when, config, num_sms), config)
     return list(planned.values())
 
@@ -96,7 +96,7 @@ def plan_signature(when: When, config: KernelConfig, num_sms: int) -> Hashable:
     assert when.kv_len is not None
     if when.op == "decode":
         parts = decode_parts(when.kv_format, when.num_heads, config, num_sms)
-        return _decode_signature(when.batch, 2 * -(-when.kv_len // (2 * BLOCK)), parts, config)
+        return _decode_signature(when.batch, _up(-(-when.kv_len // BLOCK), config.cut_unit), parts, config)
     tail = _prefill_tail(when, min(MAX_PARTS, num_sms))
     return _tail_limit(tail, min(MAX_PARTS, num_sms), config) if tail else None
 
@@ -116,7 +116,7 @@ def _decode_signature(batch: int, blocks: int, parts: int, config: KernelConfig)
         if b >= batch:
             return batch, 0
         offset = max(into - overhead, 0)
-        offset -= offset % 2
+        offset -= offset % config.cut_unit
         return (b + 1, 0) if offset >= blocks else (b, offset)
 
     whole = tuple(whole_bound(k) for k in range(parts + 1))
@@ -124,16 +124,16 @@ def _decode_signature(batch: int, blocks: int, parts: int, config: KernelConfig)
     cut_cost = payload + overhead + config.split_penalty
     limit = 0
     if batch <= parts:
-        limit = max(config.min_blocks, _even_up(-(-batch * blocks // parts)))
+        limit = max(config.min_blocks, _up(-(-batch * blocks // parts), config.cut_unit))
         while batch * -(-blocks // limit) > parts:
-            limit += 2
+            limit += config.cut_unit
     use_pieces = 0 < limit <= payload
     if use_pieces:
         cut_cost = limit + overhead + config.split_penalty
     if whole_cost <= cut_cost:
         return ("cuts", tuple((b, 0) for b in whole))
     if use_pieces:
-        return ("pieces", _even_up(-(-blocks // -(-blocks // limit))))
+        return ("pieces", _up(-(-blocks // -(-blocks // limit)), config.cut_unit))
     return ("cuts", tuple(line_bound(k) for k in range(parts + 1)))
 
 
@@ -159,8 +159,8 @@ def _tail_limit(tail: list[int], parts: int, config: KernelConfig) -> tuple[int,
     """Blocks of a piece of each tile of the tail."""
     best: tuple[int, tuple[int, ...]] | None = None
     for c in range(1, _MAX_CUTS + 1):
-        limit = max(config.min_blocks, _even_up(-(-max(tail) // c)))
-        sizes = tuple(_even_up(-(-n // -(-n // limit))) for n in tail)
+        limit = max(prefill_min_blocks(config), _up(-(-max(tail) // c), 2))
+        sizes = tuple(_up(-(-n // -(-n // limit)), 2) for n in tail)
         items = sum(-(-n // size) for n, size in zip(tail, sizes, strict=True))
         if items > TAIL_ITEMS_PER_PART * parts:
             continue
@@ -172,5 +172,5 @@ def _tail_limit(tail: list[int], parts: int, config: KernelConfig) -> tuple[int,
     return best[1]
 
 
-def _even_up(x: int) -> int:
-    return x + x % 2
+def _up(x: int, unit: int) -> int:
+    return -(-x // unit) * unit

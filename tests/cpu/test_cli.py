@@ -338,12 +338,25 @@ def test_demo_compiles_and_shows_the_machine_code(monkeypatch):
     assert cells[5] == "512"  # threads
 
 
+INFO = {
+    "registers": 168, "spill_bytes": 8, "smem_bytes": 1024, "threads": 384, "kernels": [], "instructions": None,
+    "compile_seconds": 1.0, "cached": False,
+}  # fmt: skip
+
+
+def test_demo_shows_both_kinds_of_tensor_core_instructions(monkeypatch):
+    counts = {"HGMMA": 88, "HMMA": 136, "UTMALDG": 9, "LDGSTS": 36}
+    shown = ["HGMMA", "HMMA", "UTMALDG", "cp.async"]
+    for instructions, wanted in ((counts, ["88", "136", "9", "36"]), (None, ["-"] * 4)):
+        monkeypatch.setattr(showing.jit, "compile_info", lambda *_, i=instructions: INFO | {"instructions": i})
+        (row,), spilling = showing.compile_rows(showing.showcase_variants()[:1], lambda *_: None)
+        cells = dict(zip(showing.KERNEL_COLUMNS, row, strict=True))
+        assert [cells[name] for name in shown] == wanted
+        assert spilling == 1
+
+
 def test_demo_fails_when_a_kernel_spills(monkeypatch):
-    info = {
-        "registers": 168, "spill_bytes": 8, "smem_bytes": 1024, "threads": 384, "kernels": [], "instructions": None,
-        "compile_seconds": 1.0, "cached": False,
-    }  # fmt: skip
-    monkeypatch.setattr(showing.jit, "compile_info", lambda *variant: info)
+    monkeypatch.setattr(showing.jit, "compile_info", lambda *variant: INFO)
     result = run("demo", "--kernels", "2")
     assert result.exit_code == 1
     assert "FAILED 2 kernels spill registers" in result.output
@@ -351,10 +364,12 @@ def test_demo_fails_when_a_kernel_spills(monkeypatch):
 
 def test_demo_shows_page_sizes_64_and_1_the_planner_and_prefill():
     labels = [showing.label(variant) for variant in showing.showcase_variants()]
-    assert len(labels) == 4
+    assert len(labels) == 6
     assert any(text.startswith("prefill") for text in labels)
-    assert any("TMA boxes of 64 rows" in text for text in labels)
-    assert any("cp.async gather" in text for text in labels)
+    for kernel in ("decode_rows_sm90", "decode_few_sm90"):
+        of_kernel = [text for text in labels if text.startswith(kernel)]
+        assert any("TMA boxes of 64 rows" in text for text in of_kernel)
+        assert any("cp.async gather" in text for text in of_kernel)
     assert any(text.startswith("planner") for text in labels)
 
 

@@ -2,18 +2,22 @@
 
 import collections
 import functools
+import pathlib
 
 import pytest
 
-from mla_cute import jit, sass
+import mla_cute
+from mla_cute import jit, sass, tuned
 from mla_cute.config import KernelConfig
 from mla_cute.kernels import registry
+from mla_cute.tuning import space
 
 MAX_SMEM_BYTES = 232448  # shared memory a CTA can opt in to on sm_90
 MAX_REGISTERS_PER_SM = 65536
 
 VARIANTS = registry.variants()
 STEPS = [v for v in VARIANTS if v[0] in (registry.DECODE, registry.PREFILL)]
+FEW_ROWS_STEPS = [v for v in VARIANTS if v[0] is registry.DECODE_FEW]
 PLANNERS = [v for v in VARIANTS if v[0] in (registry.PLANNER, registry.PREFILL_PLANNER)]
 APPENDS = registry.append_variants()
 MERGES = registry.merge_states_variants()
@@ -48,10 +52,24 @@ NATIVE_FP8 = [
 ]
 
 
+def _shipped():
+    """What calls with the shipped tuned files' configurations compile, beside the above."""
+    found = []
+    for path in sorted((pathlib.Path(mla_cute.__file__).parent / "tuned_data").glob("*.json")):
+        for entry in tuned.load(path).entries:
+            found += space.variants_of(entry.when, entry.config, "bfloat16")
+    known = {*VARIANTS, *COVERED_FP8, *NATIVE_FP8}
+    return [v for v in dict.fromkeys(found) if v not in known]
+
+
+SHIPPED = _shipped()
+
+
 def name(variant):
     kernel, key, config = variant
     native = ["native"] if config is not None and config.accuracy == "native" else []
-    return "-".join([kernel.name, *(str(value) for value in vars(key).values()), *native])
+    changed = [] if config is None else [f"no_{n}" for n in ("evict_first", "use_pdl") if not getattr(config, n)]
+    return "-".join([kernel.name, *(str(value) for value in vars(key).values()), *native, *changed])
 
 
 @functools.cache
@@ -68,19 +86,19 @@ def nvdisasm():
 
 
 def test_registry_is_complete():
-    for kernel in (registry.DECODE, registry.PREFILL):
-        keys = [v[1] for v in STEPS if v[0] == kernel]
+    for kernel in (registry.DECODE, registry.DECODE_FEW, registry.PREFILL):
+        keys = [v[1] for v in VARIANTS if v[0] == kernel]
         assert {(key.dtype, key.box_rows) for key in keys} == {
             (dtype, box) for dtype in ("bfloat16", "float16") for box in (64, 32, 16, 8, 0)
         }
     for kernel in (registry.PLANNER, registry.PREFILL_PLANNER):
         assert len([v for v in PLANNERS if v[0] == kernel]) == 6
     assert len(set(VARIANTS)) == len(VARIANTS)
-    assert len(STEPS) + len(PLANNERS) == len(VARIANTS)
+    assert len(STEPS) + len(FEW_ROWS_STEPS) + len(PLANNERS) == len(VARIANTS)
     assert len({repr(v) for v in VARIANTS}) == len(VARIANTS), "keys with equal repr would share a cache entry"
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, *APPENDS, *MERGES, *COVERED_FP8, *NATIVE_FP8], ids=name)
+@pytest.mark.parametrize("variant", [*VARIANTS, *APPENDS, *MERGES, *COVERED_FP8, *NATIVE_FP8, *SHIPPED], ids=name)
 def test_resources(variant, caplog):
     facts, opcodes = compiled(variant)
     assert facts["spill_bytes"] == 0
@@ -114,6 +132,24 @@ def test_step_instructions(variant):
         assert mnemonics["LDGSTS"] == 0
         # per K tile 9 sub-tiles of 64 columns; each needs 64 / box_rows boxes
         assert mnemonics["UTMALDG"] >= 64 // key.box_rows
+
+
+@pytest.mark.parametrize("variant", FEW_ROWS_STEPS, ids=name)
+def test_few_rows_instructions(variant):
+    """All on mma.sync; nothing is converted, and every K fragment is read once."""
+    _, opcodes = compiled(variant)
+    key = variant[1]
+    mnemonics = sass.instruction_counts_of(opcodes)
+    assert mnemonics["HGMMA"] == 0
+    hmma = {o: n for o, n in opcodes.items() if o.startswith("HMMA")}
+    assert set(hmma) == {"HMMA.16816.F32.BF16" if key.dtype == "bfloat16" else "HMMA.16816.F32"}
+    # A tile: 36 for scores, 32 for P V; the first tile's scores and the last one's P V stand outside the loop.
+    assert sum(hmma.values()) == 2 * (36 + 32)
+    transposed = sum(n for o, n in opcodes.items() if o.startswith("LDSM.16.MT88"))
+    assert transposed == 2 * 16
+    assert mnemonics["USETMAXREG"] >= 2
+    assert (mnemonics["UTMALDG"] == 0) == (key.box_rows == 0)
+    assert (mnemonics["LDGSTS"] == 0) == (key.box_rows > 0)
 
 
 def test_fp8_registry_is_complete():

@@ -23,14 +23,14 @@ def test_an_entry_is_explained(folders):
     write(folders.user, entry(batch=4, kv_len=4096), entry(CONFIG, batch=32))
     found = mla_cute.explain(num_heads=16, page_size=64, batch=64, max_kv_len=16384, device=META)
     assert found.selection == tuned.select(when(batch=64, kv_len=16384), META)
-    assert (found.config, found.distance, found.kernel) == (CONFIG, 2.0, "decode_rows_sm90")
+    assert (found.config, found.distance, found.kernel) == (CONFIG, 2.0, "decode_few_sm90")
     assert str(found).splitlines() == [
         f"decode, 16 heads, page size 64, batch 64, length 16384, 16-bit cache, on {NAME} (meta, {SMS} SMs)",
         f"  from      user {FILE} entry 1",
         "  timed     decode, 16 heads, page size 64, batch 32, length 8192, 16-bit cache; distance 2.00",
         "            40 us, default 44 us, next best 42.5 us: 1.100x",
         f"  config    {CONFIG}",
-        "  kernel    decode_rows_sm90",
+        "  kernel    decode_few_sm90",
     ]
     again = mla_cute.explain(num_heads=16, page_size=64, batch=64, max_kv_len=16384, device=META)
     assert again == found
@@ -49,6 +49,17 @@ def test_a_default_is_explained(folders):
     ]
 
 
+def test_the_kernel_of_a_default_is_that_of_its_heads(folders):
+    for num_heads, kernel in ((16, "decode_few_sm90"), (17, "decode_rows_sm90")):
+        found = mla_cute.explain(num_heads=num_heads, page_size=64, batch=3, device=META)
+        assert (found.selection.entry, found.kernel) == (None, kernel)
+        assert f"  kernel    {kernel}" in str(found).splitlines()
+    # With lengths known to be few it is the other one: it says so, and why is in the configuration.
+    small = mla_cute.explain(num_heads=17, page_size=64, batch=3, max_kv_len=1024, device=META)
+    assert (small.config.kernel, small.config.cut_unit, small.kernel) == ("few_rows", 1, "decode_few_sm90")
+    assert "kernel='few_rows'" in str(small)
+
+
 def test_the_cpu_runs_the_reference(folders):
     found = mla_cute.explain(num_heads=16, page_size=64, batch=3, device="cpu")
     assert found.kernel == "float32 reference"
@@ -58,30 +69,37 @@ def test_the_cpu_runs_the_reference(folders):
 
 
 @pytest.mark.parametrize(
-    ("op", "num_heads", "fp8_kernel", "kernel"),
+    ("op", "kv_format", "num_heads", "config", "kernel"),
     [
-        ("decode", 16, "auto", "decode_few_fp8_sm90"),
-        ("decode", 16, "few_rows", "decode_few_fp8_sm90"),
-        ("decode", 16, "rows", "decode_fp8_sm90"),
-        ("decode", 64, "auto", "decode_fp8_sm90"),
-        ("prefill", 16, "auto", "prefill_fp8_sm90"),
+        ("decode", "token", 16, {"kernel": "rows"}, "decode_few_fp8_sm90"),
+        ("decode", "token", 16, {"fp8_kernel": "few_rows"}, "decode_few_fp8_sm90"),
+        ("decode", "token", 16, {"fp8_kernel": "rows"}, "decode_fp8_sm90"),
+        ("decode", "token", 64, {"kernel": "few_rows"}, "decode_fp8_sm90"),
+        ("decode", "token", 64, {"fp8_kernel": "few_rows"}, "decode_few_fp8_sm90"),
+        ("prefill", "token", 16, {"fp8_kernel": "few_rows"}, "prefill_fp8_sm90"),
+        ("decode", "", 16, {"fp8_kernel": "rows"}, "decode_few_sm90"),
+        ("decode", "", 16, {"kernel": "few_rows"}, "decode_few_sm90"),
+        ("decode", "", 16, {"kernel": "rows"}, "decode_rows_sm90"),
+        ("decode", "", 64, {"fp8_kernel": "few_rows"}, "decode_rows_sm90"),
+        ("decode", "", 64, {"kernel": "few_rows"}, "decode_few_sm90"),
+        ("prefill", "", 16, {"kernel": "few_rows"}, "prefill_rows_sm90"),
     ],
 )
-def test_the_kernel_is_the_one_that_runs(folders, monkeypatch, op, num_heads, fp8_kernel, kernel):
+def test_the_kernel_is_the_one_that_runs(folders, monkeypatch, op, kv_format, num_heads, config, kernel):
     asked = []
     monkeypatch.setattr(plan, "num_sms", lambda device: SMS)
     monkeypatch.setattr(jit, "get", lambda ref, key, config: asked.append(ref.name) or (lambda *arguments: None))
-    shape = {"kv_format": "token", "num_heads": num_heads}
-    write(folders.user, entry(KernelConfig(fp8_kernel=fp8_kernel), op=op, **shape))
+    shape = {"kv_format": kv_format, "num_heads": num_heads}
+    write(folders.user, entry(KernelConfig(**config), op=op, **shape))
     found = mla_cute.explain(op, page_size=64, batch=8, device=META, **shape)
-    assert found.kernel == kernel
+    assert (found.config, found.kernel) == (KernelConfig(**config), kernel)
     indptr = torch.zeros(9, dtype=torch.int32, device=META)
     if op == "decode":
         made = mla_cute.plan_decode(indptr, page_size=64, **shape)
-        problem = plan.DecodeProblem(8, num_heads, 64, 9, torch.bfloat16, META, "token", False)
+        problem = plan.DecodeProblem(8, num_heads, 64, 9, torch.bfloat16, META, kv_format, False)
     else:
         made = mla_cute.plan_prefill(indptr, indptr, page_size=64, total_q=8, **shape)
-        problem = plan.PrefillProblem(8, 8, num_heads, 64, 9, True, torch.bfloat16, META, "token", False)
+        problem = plan.PrefillProblem(8, 8, num_heads, 64, 9, True, torch.bfloat16, META, kv_format, False)
     assert made.selection == found.selection
     asked.clear()
     made.launcher(problem, False)

@@ -596,17 +596,21 @@ def steps(monkeypatch):
     return recorded
 
 
+@pytest.mark.parametrize(
+    ("num_heads", "decode_kernels"),
+    [(16, (registry.DECODE_FEW, registry.DECODE_FEW_FP8)), (17, (registry.DECODE, registry.DECODE_FP8))],
+)
 @pytest.mark.parametrize("page_size", [64, 1, 24])
-def test_one_plan_asks_for_the_step_of_each_cache(steps, page_size):
+def test_one_plan_asks_for_the_step_of_each_cache(steps, page_size, num_heads, decode_kernels):
     meta = torch.device("meta")
     indptr = torch.zeros(5, dtype=torch.int32, device=meta)
-    sizes = {"num_heads": 16, "page_size": page_size}
+    sizes = {"num_heads": num_heads, "page_size": page_size}
     decode = mla_cute.plan_decode(indptr, **sizes)
     prefill = mla_cute.plan_prefill(indptr, indptr, **sizes, total_q=15)
     box = registry.box_rows_of(page_size)
     for made, kernels, facts in (
-        (decode, (registry.DECODE, registry.DECODE_FEW_FP8), (4, 16, page_size, 9)),
-        (prefill, (registry.PREFILL, registry.PREFILL_FP8), (4, 15, 16, page_size, 9, True)),
+        (decode, decode_kernels, (4, num_heads, page_size, 9)),
+        (prefill, (registry.PREFILL, registry.PREFILL_FP8), (4, 15, num_heads, page_size, 9, True)),
     ):
         kind = DecodeProblem if made is decode else PrefillProblem
         bf16_key = (registry.DecodeKey if made is decode else registry.PrefillKey)("bfloat16", box)
@@ -625,47 +629,57 @@ def test_one_plan_asks_for_the_step_of_each_cache(steps, page_size):
 
 
 @pytest.mark.parametrize(
-    ("num_heads", "fp8_kernel", "kernel"),
+    ("num_heads", "chosen", "few"),
     [
-        (16, "auto", registry.DECODE_FEW_FP8),
-        (16, "few_rows", registry.DECODE_FEW_FP8),
-        (16, "rows", registry.DECODE_FP8),
-        (17, "auto", registry.DECODE_FP8),
-        (17, "few_rows", registry.DECODE_FEW_FP8),
-        (128, "few_rows", registry.DECODE_FEW_FP8),
-        (17, "rows", registry.DECODE_FP8),
+        (16, "auto", True),
+        (16, "few_rows", True),
+        (16, "rows", False),
+        (17, "auto", False),
+        (17, "few_rows", True),
+        (128, "few_rows", True),
+        (17, "rows", False),
     ],
 )
-def test_the_config_chooses_the_kernel_of_few_rows(steps, num_heads, fp8_kernel, kernel):
+@pytest.mark.parametrize("field", ["kernel", "fp8_kernel"])
+def test_the_config_chooses_the_kernel_of_few_rows(steps, field, num_heads, chosen, few):
+    """Each field for its kind of cache; over the other kind the kernel stays that of the heads."""
     meta = torch.device("meta")
     indptr = torch.zeros(5, dtype=torch.int32, device=meta)
-    config = mla_cute.KernelConfig(fp8_kernel=fp8_kernel)
+    config = mla_cute.KernelConfig(**{field: chosen})
     made = mla_cute.plan_decode(indptr, num_heads=num_heads, page_size=64, config=config)
+    few_fp8, few_16bit = (few if field == name else num_heads <= 16 for name in ("fp8_kernel", "kernel"))
     steps.clear()
     made.launcher(DecodeProblem(4, num_heads, 64, 9, BF16, meta, "group", True), False)
+    kernel = registry.DECODE_FEW_FP8 if few_fp8 else registry.DECODE_FP8
     assert steps == [(kernel, registry.Fp8Key("bfloat16", 64, "group", True))]
     steps.clear()
     made.launcher(DecodeProblem(4, num_heads, 64, 9, BF16, meta), False)
-    assert steps == [(registry.DECODE, registry.DecodeKey("bfloat16", 64))]
+    kernel = registry.DECODE_FEW if few_16bit else registry.DECODE
+    assert steps == [(kernel, registry.DecodeKey("bfloat16", 64))]
 
 
 @pytest.mark.parametrize(
-    ("num_heads", "fp8_kernel", "kv_format", "ctas"),
-    [(16, "auto", "tensor", 132), (64, "auto", "tensor", 132), (65, "auto", "group", 66), (32, "few_rows", "token", 66),
-     (100, "few_rows", "tensor", 18), (128, "few_rows", "tensor", 16), (128, "few_rows", "", 66)],
+    ("num_heads", "config", "kv_format", "ctas"),
+    [(16, {}, "tensor", 132), (64, {}, "tensor", 132), (65, {}, "group", 66),
+     (32, {"fp8_kernel": "few_rows"}, "token", 66), (100, {"fp8_kernel": "few_rows"}, "tensor", 18),
+     (128, {"fp8_kernel": "few_rows"}, "tensor", 16), (128, {"kernel": "few_rows"}, "tensor", 66),
+     (128, {"fp8_kernel": "few_rows"}, "", 66), (128, {"kernel": "few_rows"}, "", 16),
+     (100, {"kernel": "few_rows"}, "", 18), (32, {"kernel": "few_rows"}, "", 66), (32, {}, "", 132), (65, {}, "", 66),
+     (16, {}, "", 132), (16, {"kernel": "rows"}, "", 132)],
 )  # fmt: skip
-def test_row_tiles_of_the_kernel_share_the_sms(steps, num_heads, fp8_kernel, kv_format, ctas):
+def test_row_tiles_of_the_kernel_share_the_sms(steps, num_heads, config, kv_format, ctas):
     """A plan has as many work lists as there are SMs for each row tile of the kernel it is made for."""
     indptr = torch.zeros(5, dtype=torch.int32, device=torch.device("meta"))
-    config = mla_cute.KernelConfig(fp8_kernel=fp8_kernel)
+    config = mla_cute.KernelConfig(**config)
     made = mla_cute.plan_decode(indptr, num_heads=num_heads, page_size=64, config=config, kv_format=kv_format)
     assert made.num_parts == ctas
 
 
-def test_an_unknown_fp8_kernel_is_refused(steps):
+@pytest.mark.parametrize("field", ["kernel", "fp8_kernel"])
+def test_an_unknown_kernel_is_refused(steps, field):
     indptr = torch.zeros(5, dtype=torch.int32, device=torch.device("meta"))
-    with pytest.raises(ValueError, match=r"config: fp8_kernel: expected one of .*, got 'few'"):
-        mla_cute.plan_decode(indptr, num_heads=16, page_size=64, config=mla_cute.KernelConfig(fp8_kernel="few"))
+    with pytest.raises(ValueError, match=rf"config: {field}: expected one of .*, got 'few'"):
+        mla_cute.plan_decode(indptr, num_heads=16, page_size=64, config=mla_cute.KernelConfig(**{field: "few"}))
 
 
 def launched(call: Call, packs_rows: bool = False, **change) -> tuple:

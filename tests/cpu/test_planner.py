@@ -29,7 +29,7 @@ def test_every_token_is_in_one_item(batch):
     for request, begin, end, _, row in plan.items:
         assert begin == covered[request], "pieces of a request follow one another"
         assert begin < end <= batch.lengths[request]
-        assert begin % (2 * BLOCK) == 0, "cuts lie on pairs of blocks"
+        assert begin % (batch.config.cut_unit * BLOCK) == 0
         first, count = plan.splits[request]
         assert row == (-1 if count == 1 else first + pieces[request] * batch.num_heads)
         covered[request] = end
@@ -63,12 +63,12 @@ def test_no_part_is_much_longer_than_the_mean(batch):
     """The largest part, overheads included, is within what the planner's cost says it chose."""
     plan, parts = plan_of(batch)
     overhead = batch.config.item_overhead
-    blocks = [planner_model.blocks_of(n) for n in batch.lengths]
+    blocks = [planner_model.up(-(-n // BLOCK), batch.config.cut_unit) for n in batch.lengths]
     line = sum(n + overhead for n in blocks if n)
     payload = max(-(-line // parts), batch.config.min_blocks)
-    # A part has its share, up to two blocks for even cuts, and one item more than the line charges it for; whole
-    # requests are kept while they cost at most the penalty more.
-    assert max(plan.loads) <= payload + 2 + overhead + batch.config.split_penalty
+    # A part has its share, up to cut_unit blocks for where cuts may lie, and one item more than the line charges it
+    # for; whole requests are kept while they cost at most the penalty more.
+    assert max(plan.loads) <= payload + batch.config.cut_unit + overhead + batch.config.split_penalty
     if plan.how == "whole":
         assert all(count <= 1 for _, count in plan.splits)
     if plan.how == "pieces":
@@ -91,7 +91,8 @@ def test_invariant_cuts_depend_on_the_own_length_alone(length):
 @pytest.mark.parametrize(
     ("lengths", "num_heads", "how", "largest"),
     [
-        ([8192], 16, "pieces", 2),
+        ([8192], 16, "pieces", 1),
+        ([8192], 17, "pieces", 2),
         ([1024] * 16, 16, "pieces", 2),
         ([8192] * 16, 16, "pieces", 16),
         ([8192] * 128, 16, "whole", 128),
@@ -111,6 +112,9 @@ def test_what_is_chosen_for_common_batches(lengths, num_heads, how, largest):
     ("field", "value"),
     [
         ("kernel", "columns"),
+        ("cut_unit", 0),
+        ("cut_unit", 3),
+        ("min_blocks", 0),
         ("min_blocks", 1),
         ("min_blocks", 3),
         ("item_overhead", -1),

@@ -152,7 +152,7 @@ def test_no_part_is_much_longer_than_the_mean(batch):
     if tail:
         tiles = prefill_planner_model.ranked(plan.tiles)[uncut:]
         whole = max(tile.blocks for tile in tiles) + overhead
-        assert of_tail <= max(whole, batch.config.min_blocks + overhead)
+        assert of_tail <= max(whole, planner_model.even_up(batch.config.min_blocks) + overhead)
 
 
 REQUESTS = [(1, 100000), (4, 5000), (37, 8192), (300, 300), (50, 20), (1000, 131072)]

@@ -399,7 +399,10 @@ def test_variants_by_op():
     everything = registry.variants()
     decode, prefill = registry.variants(ops=("decode",)), registry.variants(ops=("prefill",))
     assert everything == decode + prefill
-    assert {kernel for kernel, _, _ in decode} == {registry.DECODE, registry.PLANNER}
+    keys = {kernel: {key for of, key, _ in decode if of is kernel} for kernel, _, _ in decode}
+    steps = {registry.DecodeKey(d, b) for d in registry.DTYPES for b in registry.BOX_ROWS}
+    assert set(keys) == {registry.DECODE, registry.DECODE_FEW, registry.PLANNER}
+    assert keys[registry.DECODE] == keys[registry.DECODE_FEW] == steps
     keys = {kernel: {key for of, key, _ in prefill if of is kernel} for kernel, _, _ in prefill}
     assert keys == {
         registry.PREFILL: {registry.PrefillKey(d, b) for d in registry.DTYPES for b in registry.BOX_ROWS},

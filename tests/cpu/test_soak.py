@@ -1,20 +1,23 @@
 """The soak and the sanitizer command, on a machine without a GPU and with a fake compute-sanitizer."""
 
 import dataclasses
+import itertools
 import os
 import pathlib
 import subprocess
 import sys
 import textwrap
 
+import planner_model
 import pytest
 import torch
 
 import mla_cute
 from mla_cute import gpu as gpu_facts
-from mla_cute import reference
+from mla_cute import jit, plan, reference, steps
 from mla_cute.cli import check as checking
 from mla_cute.cli import sanitize, soak
+from mla_cute.config import KERNELS, KernelConfig, why_infeasible
 from mla_cute.jit import KernelRef
 from mla_cute.kernels import registry
 
@@ -70,11 +73,28 @@ def test_scenarios_meet_everything():
         "lse_base": (2, "e"),
     }.items():
         assert {getattr(scenario, name) for scenario in drawn} == set(values), name
+    configs = [(scenario, scenario.config) for scenario in drawn if scenario.config is not None]
+    assert len(configs) < len(drawn)
+    assert all(why_infeasible(config) is None for _, config in configs)
+    decode = [(bool(s.layout), s.num_heads > 16, c) for s, c in configs if s.op == "decode"]
+    assert {(fp8, many, c.fp8_kernel if fp8 else c.kernel, c.cut_unit) for fp8, many, c in decode} == set(
+        itertools.product((False, True), (False, True), KERNELS, (1, 2))
+    )
+    assert {config.min_blocks % 2 for _, config in configs if config.cut_unit == 1} == {0, 1}
+    assert {config.launch() for _, config in configs} == {KernelConfig().launch()}, "compiled once"
     for box, pages in soak.PAGE_SIZES.items():
         assert {registry.box_rows_of(page) for page in pages} == {box}
     assert {len(scenario.steps[0]) for scenario in drawn} >= {1, 40}
     assert max(kv for s in drawn for step in s.steps for _, kv in step) > 15000
     assert any(q > kv > 0 for s in drawn for step in s.steps for q, kv in step)
+
+
+def test_the_line_of_a_scenario_names_kernel_and_cuts():
+    config = KernelConfig(kernel="few_rows", fp8_kernel="rows", cut_unit=1, min_blocks=3)
+    for layout, kernel in (("", "few_rows"), ("token", "rows")):
+        scenario = dataclasses.replace(soak.draw(0, True), layout=layout, config=config)
+        assert str(scenario).endswith(f"kernel {kernel}, cut_unit 1, min_blocks 3")
+    assert "cut_unit" not in str(dataclasses.replace(scenario, config=None))
 
 
 def test_steps_fit_the_same_buffers_and_are_bounded():
@@ -208,6 +228,58 @@ def test_cases_meet_every_kernel_format_and_way_to_load():
         for op in registry.OPS:
             assert {f"{op}-{kv_format}-h16-page64", f"{op}-{kv_format}-h16-page1"} <= names
         assert f"append-{kv_format}" in names
+
+
+def scenarios_of(op):
+    """(case, its scenario) of the sanitizer's calls of an op that run a main kernel."""
+    found = [(case, case.run.args[0]) for name, case in sanitize.cases().items() if f"{op}-planner" not in name]
+    return [(case, scenario) for case, scenario in found if getattr(scenario, "op", None) == op]
+
+
+def test_cases_name_the_kernel_that_runs(monkeypatch):
+    """Their plans take it from the configuration, whatever the lengths and the GPU's tuned file say."""
+    monkeypatch.setattr(plan, "num_sms", lambda device: 132)
+    asked = []
+    monkeypatch.setattr(jit, "get", lambda ref, key, config: asked.append(ref) or (lambda *arguments: None))
+    meta = torch.device("meta")
+    indptr = torch.zeros(9, dtype=torch.int32, device=meta)
+    for case, scenario in scenarios_of("decode"):
+        sizes = {"num_heads": scenario.num_heads, "page_size": scenario.page_size, "kv_format": scenario.layout}
+        made = mla_cute.plan_decode(indptr, **sizes, q_fp8=scenario.q_fp8, max_kv_len=1130, config=scenario.config)
+        facts = (scenario.num_heads, scenario.page_size, 9, scenario.dtype, meta, scenario.layout, scenario.q_fp8)
+        asked.clear()
+        made.launcher(plan.DecodeProblem(8, *facts), False)
+        assert asked == [case.kernel]
+        assert scenario.config.cut_unit == (1 if "few" in case.kernel.name else 2)
+        assert (scenario.config.fp8_kernel if scenario.layout else scenario.config.kernel) != "auto"
+    names = {case.name: case.kernel for case, _ in scenarios_of("decode")}
+    for page_size in (64, 1):
+        assert names[f"decode-bf16-h16-page{page_size}"] is registry.DECODE_FEW
+        assert names[f"decode-bf16-h40-page{page_size}"] is registry.DECODE_FEW
+        assert names[f"decode-bf16-h128-page{page_size}"] is registry.DECODE
+
+
+@pytest.mark.parametrize("num_sms", [114, 132])
+def test_decode_cases_cut_and_go_on(num_sms):
+    seen = set()
+    for case, scenario in scenarios_of("decode"):
+        kv_lens = [kv for _, kv in scenario.steps[0]]
+        parts = steps.decode_parts(scenario.layout, scenario.num_heads, scenario.config, num_sms)
+        made = planner_model.plan(kv_lens, [0] * len(kv_lens), parts, scenario.num_heads, scenario.config)
+        longest = kv_lens.index(max(kv_lens))
+        if len(kv_lens) > parts:
+            assert max(end - begin for begin, end in itertools.pairwise(made.starts)) > 1
+            seen.add((case.kernel, "several items"))
+        else:
+            pieces = [(begin, end) for request, begin, end, *_ in made.items if request == longest]
+            assert len(pieces) == made.splits[longest][1] == 2
+            assert all(end - begin > 6 * registry.BLOCK for begin, end in pieces), "more than the slots of a ring"
+            assert pieces[1][0] % 128 == (64 if "few" in case.kernel.name else 0)
+            seen.add((case.kernel, "cut"))
+    few = (registry.DECODE_FEW, registry.DECODE_FEW_FP8)
+    assert seen == {(kernel, "cut") for kernel in (*few, registry.DECODE, registry.DECODE_FP8)} | {
+        (kernel, "several items") for kernel in few
+    }
 
 
 def test_cases_run_and_tell_a_wrong_result(monkeypatch, capsys):

@@ -144,7 +144,7 @@ def test_long_kernels_get_fewer_rounds():
         return [call[2] for call in measurer.asked if call[0] == "samples"]
 
     assert rounds(10.0) == list(RUNGS)
-    assert rounds(30_000.0) == [4, 8, 13, 13, 13, 13]
+    assert rounds(30_000.0) == [4, 6, 6, 6, 6, 6]
     assert rounds(1e6) == [search.LEAST_ROUNDS] * len(RUNGS)
 
 

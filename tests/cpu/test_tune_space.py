@@ -9,22 +9,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mla_cute.config import KernelConfig, why_infeasible
-from mla_cute.kernels.registry import MAX_PARTS, TILE_M
+from mla_cute.config import KERNELS, KernelConfig, why_infeasible
+from mla_cute.kernels.registry import BLOCK, MAX_PARTS, DecodeKey
 from mla_cute.tuned import When, default_for
 from mla_cute.tuning import recipes, space
 
 CONFIGS = st.builds(
     KernelConfig,
-    min_blocks=st.sampled_from(space.MIN_BLOCKS),
+    cut_unit=st.sampled_from((1, 2)),
+    min_blocks=st.sampled_from((*space.MIN_BLOCKS, 3)),
     item_overhead=st.sampled_from((0, *space.ITEM_OVERHEADS)),
     split_penalty=st.sampled_from(space.SPLIT_PENALTIES),
-)
+).filter(lambda config: why_infeasible(config) is None)
 SMS = st.sampled_from((20, 78, 114, 132))
 
 
+def few_rows(when, config):
+    kernel = config.fp8_kernel if when.kv_format else config.kernel
+    return kernel == "few_rows" or (kernel == "auto" and when.num_heads <= 16)
+
+
 def decode_plan(when, config, num_sms):
-    parts = max(1, min(MAX_PARTS, num_sms // -(-when.num_heads // TILE_M)))
+    parts = max(1, min(MAX_PARTS, num_sms // -(-when.num_heads // (16 if few_rows(when, config) else 64))))
     plan = planner_model.plan([when.kv_len] * when.batch, [0] * when.batch, parts, when.num_heads, config)
     return plan.items, plan.starts, plan.splits
 
@@ -43,7 +49,7 @@ def prefill_plan(when, config, num_sms):
         st.just("decode"),
         st.just(""),
         st.just(False),
-        st.sampled_from((1, 16, 64, 65, 128)),
+        st.sampled_from((1, 16, 17, 64, 65, 128)),
         st.just(64),
         st.just(1),
         st.integers(1, 300),
@@ -51,9 +57,11 @@ def prefill_plan(when, config, num_sms):
     ),
     CONFIGS,
     CONFIGS,
+    st.sampled_from(KERNELS),
     SMS,
 )
-def test_equal_signatures_of_decode_are_equal_plans(when, a, b, num_sms):
+def test_equal_signatures_of_decode_are_equal_plans(when, a, b, kernel, num_sms):
+    a, b = (dataclasses.replace(config, kernel=kernel) for config in (a, b))
     same = space.plan_signature(when, a, num_sms) == space.plan_signature(when, b, num_sms)
     if same:
         assert decode_plan(when, a, num_sms) == decode_plan(when, b, num_sms)
@@ -81,6 +89,23 @@ def test_equal_signatures_of_prefill_are_equal_plans(when, a, b, num_sms):
     assert same == (prefill_plan(when, a, num_sms) == prefill_plan(when, b, num_sms))
 
 
+@pytest.mark.parametrize("min_blocks", [1, 3, 5, 7, 9, 15])
+def test_prefill_rounds_odd_min_blocks_up(min_blocks):
+    """A tile of one block more stays whole: from 3 on, the number itself or rounded down to even would cut it."""
+    even = min_blocks + 1
+
+    def cut(blocks, **config):
+        when = When("prefill", "", False, 16, 64, 4, 1, blocks * BLOCK)
+        config = KernelConfig(**config, item_overhead=0, split_penalty=0)
+        return space.plan_signature(when, config, 132), prefill_plan(when, config, 132)
+
+    for pieces in (1, 2):
+        found = cut(pieces * even, cut_unit=1, min_blocks=min_blocks)
+        assert found == cut(pieces * even, cut_unit=1, min_blocks=even) == cut(pieces * even, min_blocks=even)
+        signature, (items, _) = found
+        assert (signature, len(items)) == ((even,), pieces)
+
+
 def test_long_prefill_whose_costs_share_classes():
     when = When("prefill", "", False, 128, 64, 130, 1, 200_000)
     for a, b in itertools.combinations((KernelConfig(), KernelConfig(item_overhead=8), KernelConfig(min_blocks=16)), 2):
@@ -98,27 +123,60 @@ def test_candidates_begin_with_the_default_and_can_run(name):
         for config in found:
             assert why_infeasible(config) is None
             assert config.accuracy == default.accuracy
+            if when.op == "prefill":
+                assert config.cut_unit == default.cut_unit == 2
         switches = {(config.evict_first, config.use_pdl) for config in found}
         assert switches == set(itertools.product((True, False), repeat=2))
 
 
-def test_no_two_candidates_run_the_same():
-    when = When("decode", "", False, 16, 64, 1, 4, 1024)
+@pytest.mark.parametrize("kv_format", ["", "group"])
+@pytest.mark.parametrize("num_heads", [16, 64, 128])
+def test_no_two_candidates_run_the_same(num_heads, kv_format):
+    when = When("decode", kv_format, False, num_heads, 64, 1, 4, 1024)
     found = space.candidates(when, 132)
-    runs = [(config.launch(), str(decode_plan(when, config, 132))) for config in found]
+    runs = [(few_rows(when, config), config.launch(), str(decode_plan(when, config, 132))) for config in found]
     assert len(set(runs)) == len(runs)
-    # 1024 tokens of 4 requests leave several ways to cut on 132 SMs
-    assert len({plan for _, plan in runs}) > 3
+    # 1024 tokens of 4 requests leave several ways to cut on 132 SMs, for either kernel
+    for few in (True, False):
+        assert len({plan for of, _, plan in runs if of is few}) > 3
 
 
-def test_the_fp8_kernel_is_tuned_where_there_are_two():
-    def kernels(op, num_heads, kv_format):
-        when = When(op, kv_format, False, num_heads, 64, 1, 16, 8192)
-        return {config.fp8_kernel for config in space.candidates(when, 132)}
+def test_the_kernel_is_tuned_where_there_are_two():
+    def kernels(op, num_heads, kv_format, batch=16):
+        when = When(op, kv_format, False, num_heads, 64, 1, batch, 8192)
+        field, other = ("fp8_kernel", "kernel") if kv_format else ("kernel", "fp8_kernel")
+        found = space.candidates(when, 132)
+        assert {getattr(config, other) for config in found} == {"auto"}
+        return {getattr(config, field) for config in found}
 
-    assert kernels("decode", 16, "group") == {"auto", "rows"}
-    assert kernels("decode", 17, "group") == {"auto", "few_rows"}
-    assert kernels("decode", 16, "") == kernels("prefill", 16, "group") == {"auto"}
+    for kv_format in ("", "group"):
+        assert kernels("decode", 16, kv_format) == {"auto", "rows"}
+        assert kernels("decode", 17, kv_format) == kernels("decode", 128, kv_format) == {"auto", "few_rows"}
+        # A small step's default names the kernel.
+        assert kernels("decode", 32, kv_format, batch=1) == {"few_rows", "rows"}
+        assert kernels("prefill", 16, kv_format) == kernels("prefill", 128, kv_format) == {"auto"}
+
+
+@pytest.mark.parametrize("kv_format", ["", "group"])
+@pytest.mark.parametrize("num_heads", [16, 17, 64, 128])
+def test_each_kernel_is_tuned_with_the_pieces_it_takes(num_heads, kv_format):
+    # One request: how far it is cut is what min_blocks says.
+    when = When("decode", kv_format, False, num_heads, 64, 1, 1, 8192)
+    pieces = {True: set(), False: set()}
+    for config in space.candidates(when, 132):
+        assert why_infeasible(config) is None
+        assert config.cut_unit == (1 if few_rows(when, config) else 2)
+        pieces[few_rows(when, config)].add(config.min_blocks)
+    assert 1 in pieces[True]
+    assert pieces[False] <= set(space.MIN_BLOCKS) - {1}
+    assert all(len(found) > 1 for found in pieces.values()), "not only the default's"
+
+
+@pytest.mark.parametrize(("op", "most"), [("decode", 3), ("prefill", 64)])
+def test_no_decode_candidate_cuts_less_than_the_default(op, most):
+    """Uniform batches balance when left whole; the ragged ones that an entry also serves would not."""
+    when = When(op, "", False, 16, 64, 1 if op == "decode" else 500, 64, 1024)
+    assert max(config.split_penalty for config in space.candidates(when, 132)) <= most
 
 
 def test_variants_are_what_a_call_compiles():
@@ -134,7 +192,12 @@ def test_variants_are_what_a_call_compiles():
     assert names(decode, KernelConfig(fp8_kernel="rows"))[0][0] == "decode_fp8_sm90"
     assert names(dataclasses.replace(decode, num_heads=17))[0][0] == "decode_fp8_sm90"
     bf16 = dataclasses.replace(decode, kv_format="", q_fp8=False)
-    assert names(bf16)[0][0] == "decode_rows_sm90"
+    assert names(bf16)[0] == ("decode_few_sm90", DecodeKey("bfloat16", 32))
+    assert names(bf16, KernelConfig(kernel="rows"))[0] == ("decode_rows_sm90", DecodeKey("bfloat16", 32))
+    assert names(bf16, KernelConfig(fp8_kernel="rows"))[0][0] == "decode_few_sm90"
+    many = dataclasses.replace(bf16, num_heads=17)
+    assert names(many)[0][0] == "decode_rows_sm90"
+    assert names(many, KernelConfig(kernel="few_rows"))[0][0] == "decode_few_sm90"
     prefill = dataclasses.replace(bf16, op="prefill", q_len=2)
     assert [name for name, _ in names(prefill)] == ["prefill_rows_sm90", "prefill_planner"]
     assert names(dataclasses.replace(prefill, kv_format="group"))[0][0] == "prefill_fp8_sm90"

@@ -16,7 +16,7 @@ from tuned_case import FILE, META, NAME, SMS, Folders, entry, tuned_file, values
 
 import mla_cute
 from mla_cute import jit, tuned
-from mla_cute.config import FP8_KERNELS, KernelConfig, why_infeasible
+from mla_cute.config import KERNELS, KernelConfig, default_config, why_infeasible, with_kernel
 from mla_cute.kernels.registry import box_rows_of
 from mla_cute.tuned import Entry, Grid, When
 
@@ -127,8 +127,23 @@ def without_entry_field(name: str) -> dict:
         (with_entry(config=None), "entry 1: config: expected an object, got None"),
         (with_config(stages=3), "entry 1: config: unknown fields ['stages']; known are ["),
         (with_config(min_blocks=True), "entry 1: config.min_blocks: expected int, got True"),
-        (with_config(min_blocks=3), "entry 1: config: min_blocks: expected an even number >= 2, got 3"),
-        (with_config(kernel="none"), "entry 1: config: kernel: expected one of ('rows',), got 'none'"),
+        (with_config(min_blocks=3), "entry 1: config: min_blocks: expected a positive multiple of cut_unit 2, got 3"),
+        (with_config(min_blocks=0), "entry 1: config: min_blocks: expected a positive multiple of cut_unit 2, got 0"),
+        (
+            with_config(cut_unit=1, min_blocks=0),
+            "entry 1: config: min_blocks: expected a positive multiple of cut_unit 1, got 0",
+        ),
+        (with_config(cut_unit=3, min_blocks=3), "entry 1: config: cut_unit: expected 1 or 2, got 3"),
+        (with_config(cut_unit=0), "entry 1: config: cut_unit: expected 1 or 2, got 0"),
+        (with_config(cut_unit=True), "entry 1: config.cut_unit: expected int, got True"),
+        (
+            with_config(kernel="none"),
+            "entry 1: config: kernel: expected one of ('auto', 'rows', 'few_rows'), got 'none'",
+        ),
+        (
+            with_config(fp8_kernel="few"),
+            "entry 1: config: fp8_kernel: expected one of ('auto', 'rows', 'few_rows'), got 'few'",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said_with_its_name_and_entry(values, message):
@@ -137,8 +152,26 @@ def test_what_is_wrong_with_a_file_is_said_with_its_name_and_entry(values, messa
 
 
 def test_fields_of_a_config_that_a_file_does_not_name_have_their_default():
-    file = tuned.parse(with_entry(config={"min_blocks": 4}), "some.json")
-    assert file.entries[1].config == KernelConfig(min_blocks=4)
+    for named in ({"min_blocks": 4}, {"cut_unit": 1}, {"cut_unit": 1, "min_blocks": 1}, {"kernel": "few_rows"}):
+        file = tuned.parse(with_entry(config=named), "some.json")
+        assert file.entries[1].config == KernelConfig(**named)
+
+
+def test_kernels_and_where_they_cut_come_back(tmp_path):
+    configs = [
+        KernelConfig(kernel=kernel, fp8_kernel=fp8_kernel, cut_unit=unit, min_blocks=blocks * unit)
+        for kernel in KERNELS
+        for fp8_kernel in KERNELS
+        for unit in (1, 2)
+        for blocks in (1, 3)
+    ]
+    entries = tuple(entry(config, batch=batch) for batch, config in enumerate(configs, start=1))
+    path = write(tmp_path / FILE, *entries)
+    assert tuned.load(path).entries == entries
+    values = [at["config"] for at in values_of(*entries)["entries"]]
+    assert [(at["kernel"], at["cut_unit"], at["min_blocks"]) for at in values] == [
+        (config.kernel, config.cut_unit, config.min_blocks) for config in configs
+    ]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b'{"schema": 1, "gpu": NaN'])
@@ -271,12 +304,35 @@ def test_files_can_be_turned_off(folders, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("op", "num_heads", "split_penalty"), [("decode", 16, 3), ("decode", 128, 10), ("prefill", 128, 6)]
+    ("op", "num_heads", "split_penalty", "unit"),
+    [
+        ("decode", 16, 3, 1),
+        ("decode", 17, 4, 2),
+        ("decode", 128, 10, 2),
+        ("prefill", 16, 6, 2),
+        ("prefill", 128, 6, 2),
+    ],
 )
-def test_the_default_is_that_of_the_rows_of_an_item(folders, op, num_heads, split_penalty):
+def test_the_default_is_that_of_the_rows_of_an_item(folders, op, num_heads, split_penalty, unit):
     selection = tuned.select(when(op=op, num_heads=num_heads), META)
-    assert selection.config == KernelConfig(split_penalty=split_penalty)
+    assert selection.config == KernelConfig(split_penalty=split_penalty, cut_unit=unit, min_blocks=unit)
     assert selection.source == f"default: no tuned file {FILE}"
+
+
+@pytest.mark.parametrize("num_heads", [16, 17])
+@pytest.mark.parametrize(
+    ("kv_format", "field", "other"), [("", "kernel", "fp8_kernel"), ("group", "fp8_kernel", "kernel")]
+)
+def test_another_kernel_comes_with_its_pieces(kv_format, field, other, num_heads):
+    config = dataclasses.replace(default_config(num_heads, 64, 8, SMS), evict_first=False, item_overhead=7)
+    for kernel, unit in (("rows", 2), ("few_rows", 1)):
+        changed = with_kernel(config, kv_format, kernel)
+        assert (getattr(changed, field), getattr(changed, other)) == (kernel, "auto")
+        assert (changed.cut_unit, changed.min_blocks) == (unit, unit)
+        assert why_infeasible(changed) is None
+        back = dataclasses.replace(changed, **{field: "auto"}, cut_unit=config.cut_unit, min_blocks=config.min_blocks)
+        assert back == config, "nothing else changes"
+        assert with_kernel(changed, kv_format, kernel) == changed
 
 
 def test_a_device_that_is_no_gpu_takes_the_default(folders):
@@ -349,10 +405,15 @@ def test_an_entry_of_another_class_serves_no_call(other):
     [
         ({"kv_format": "token"}, {"kv_format": "group"}, False),
         ({"kv_format": "token", "q_fp8": True}, {"kv_format": "token"}, False),
-        # FP8 decode has a kernel of its own up to 16 heads, prefill and 16-bit decode have not.
+        # Decode has a kernel of its own up to 16 heads, prefill has not.
         ({"kv_format": "token", "num_heads": 17}, {"kv_format": "token", "num_heads": 16}, False),
+        ({"kv_format": "token", "num_heads": 16}, {"kv_format": "token", "num_heads": 17}, False),
         ({"kv_format": "token", "num_heads": 9}, {"kv_format": "token", "num_heads": 16}, True),
-        ({"num_heads": 17}, {"num_heads": 16}, True),
+        ({"num_heads": 17}, {"num_heads": 16}, False),
+        ({"num_heads": 16}, {"num_heads": 17}, False),
+        ({"num_heads": 9}, {"num_heads": 16}, True),
+        ({"num_heads": 17}, {"num_heads": 64}, True),
+        ({"op": "prefill", "num_heads": 17}, {"op": "prefill", "num_heads": 16}, True),
         ({"op": "prefill", "kv_format": "token", "num_heads": 17}, {"op": "prefill", "kv_format": "token"}, True),
         ({"op": "prefill", "num_heads": 128}, {"op": "prefill", "num_heads": 64}, True),
         ({"num_heads": 128}, {"num_heads": 64}, False),
@@ -367,11 +428,22 @@ def test_classes(call, there, serves):
     assert (nearest(when(**call), entry(**there)) is not None) is serves
 
 
-@pytest.mark.parametrize("name", ["batch", "kv_len", "num_heads"])
-def test_a_factor_of_four_is_the_reach(name):
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [("decode", "batch"), ("decode", "kv_len"), *(("prefill", n) for n in ("batch", "kv_len", "q_len", "num_heads"))],
+)
+def test_a_factor_of_four_is_the_reach(op, name):
     at = 12
     for value, serves in ((3, True), (48, True), (2, False), (49, False)):
-        assert (nearest(when(**{name: value}), entry(**{name: at})) is not None) is serves, value
+        assert (nearest(when(op=op, **{name: value}), entry(op=op, **{name: at})) is not None) is serves, value
+
+
+@pytest.mark.parametrize("kv_format", ["", "token"])
+def test_a_factor_of_four_is_the_reach_of_few_heads(kv_format):
+    """Of decode; the classes of more than 16 heads are no wider than that."""
+    for at, value, serves in ((16, 4, True), (16, 3, False), (3, 12, True), (3, 13, False)):
+        call, there = when(num_heads=value, kv_format=kv_format), entry(num_heads=at, kv_format=kv_format)
+        assert (nearest(call, there) is not None) is serves, (at, value)
 
 
 def test_every_coordinate_has_to_be_in_reach():
@@ -428,17 +500,27 @@ def test_of_equally_near_entries_the_one_of_the_page_size_wins():
         ({"num_heads": 128, "batch": 1, "kv_len": 8192}, False),
         ({"num_heads": 128, "batch": 1, "kv_len": 8192, "q_fp8": False}, True),
         ({"num_heads": 64, "batch": 16, "kv_len": 1024, "q_fp8": False}, True),
-        # What is not known, not FP8 or not decode; up to 16 heads "auto" is few_rows.
+        ({"num_heads": 32, "batch": 4, "kv_len": 8192, "kv_format": "", "q_fp8": False}, True),
+        ({"num_heads": 32, "batch": 16, "kv_len": 8192, "kv_format": "", "q_fp8": False}, False),
+        ({"num_heads": 64, "batch": 1, "kv_len": 8192, "kv_format": "", "q_fp8": False}, True),
+        ({"num_heads": 64, "batch": 16, "kv_len": 1024, "kv_format": "", "q_fp8": False}, False),
+        ({"num_heads": 128, "batch": 1, "kv_len": 1024, "kv_format": "", "q_fp8": False}, True),
+        ({"num_heads": 128, "batch": 1, "kv_len": 4096, "kv_format": "", "q_fp8": False}, False),
+        # What is not known or not decode; up to 16 heads "auto" is few_rows.
         ({"num_heads": 64, "batch": 1, "kv_len": None}, False),
-        ({"num_heads": 64, "batch": 1, "kv_len": 1024, "kv_format": "", "q_fp8": False}, False),
         ({"num_heads": 64, "batch": 1, "kv_len": 1024, "op": "prefill"}, False),
         ({"num_heads": 16, "batch": 1, "kv_len": 1024}, False),
     ],
 )
-def test_small_fp8_steps_of_many_heads_take_few_rows_by_default(facts, few):
+def test_small_steps_of_many_heads_take_few_rows_by_default(facts, few):
     shape = when(**{"kv_format": "tensor", "q_fp8": True} | facts)
-    assert tuned.default_for(shape, 132).fp8_kernel == ("few_rows" if few else "auto")
-    assert tuned.default_for(shape, 132, batch_invariant=True).fp8_kernel == "auto"
+    field, other = ("fp8_kernel", "kernel") if shape.kv_format else ("kernel", "fp8_kernel")
+    config = tuned.default_for(shape, 132)
+    assert getattr(config, field) == ("few_rows" if few else "auto")
+    assert getattr(config, other) == "auto"
+    runs_few = few or (shape.op == "decode" and shape.num_heads <= 16)
+    assert config.cut_unit == config.min_blocks == (1 if runs_few else 2)
+    assert getattr(tuned.default_for(shape, 132, batch_invariant=True), field) == "auto"
 
 
 OPS = st.sampled_from(["decode", "prefill"])
@@ -464,7 +546,9 @@ def whens(draw, lengths=SIZES):
 def entry_lists(draw):
     found = []
     for shape in draw(st.lists(whens(), min_size=1, max_size=30, unique=True)):
-        config = KernelConfig(fp8_kernel=draw(st.sampled_from(FP8_KERNELS)), min_blocks=draw(st.sampled_from([2, 8])))
+        kernels = {name: draw(st.sampled_from(KERNELS)) for name in ("kernel", "fp8_kernel")}
+        unit = draw(st.sampled_from([1, 2]))
+        config = KernelConfig(**kernels, cut_unit=unit, min_blocks=unit * draw(st.sampled_from([1, 4])))
         found.append(Entry(shape, config, 1.0, 1.0, None))
     return found
 
@@ -473,7 +557,7 @@ def in_reach(call: When, there: When) -> bool:
     """Of the class, and within a factor of 4 without regard to the ends of ranges."""
     same = [(w.op, w.kv_format, w.q_fp8, box_rows_of(w.page_size)) for w in (call, there)]
     if call.op == "decode":
-        tiles = [(-(-w.num_heads // 64), bool(w.kv_format) and w.num_heads <= 16) for w in (call, there)]
+        tiles = [(-(-w.num_heads // 64), w.num_heads <= 16) for w in (call, there)]
         if tiles[0] != tiles[1]:
             return False
     pairs = [(call.num_heads, there.num_heads), (call.q_len, there.q_len), (call.batch, there.batch)]
@@ -540,6 +624,6 @@ def test_selections_are_said_where_asked_each_once(folders, caplog, monkeypatch)
         "min_blocks=8",
     ):
         assert text in first
-    assert first.endswith("kernel decode_rows_sm90")
+    assert first.endswith("kernel decode_few_sm90")
     assert f"batch 500, length 8192, 16-bit cache: default: no entry of user {FILE} is near" in second
     assert not any("\n" in message for message in caplog.messages)

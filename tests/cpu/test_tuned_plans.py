@@ -77,6 +77,38 @@ def test_plans_run_with_the_tuned_configuration(folders, no_kernels):
         assert made.config == tuned.default_for(made.selection.when, SMS)
 
 
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("num_heads", [16, 17])
+def test_decode_planners_are_told_where_to_cut(folders, no_kernels, num_heads, batch_invariant):
+    """The default's unit without a file, an entry's with one, the caller's in any case; last of the arguments."""
+
+    def planned(**options):
+        made = make_plans(num_heads=num_heads, batch_invariant=batch_invariant, **options)
+        return {(p.config.cut_unit, p._planner_args[-1]) for name, p in made.items() if name.startswith("decode")}
+
+    default = 1 if num_heads == 16 else 2
+    assert planned() == {(default, default)}
+    for unit in (1, 2):
+        config = KernelConfig(cut_unit=unit, min_blocks=2 * unit)
+        assert planned(config=config) == {(unit, unit)}
+        write(folders.user, entry(config, num_heads=num_heads))
+        tuned.clear()
+        used = default if batch_invariant else unit
+        assert planned() == {(used, used)}
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize(("min_blocks", "of_prefill"), [(1, 2), (2, 2), (3, 4), (8, 8)])
+def test_prefill_planners_get_whole_pairs(folders, no_kernels, min_blocks, of_prefill, batch_invariant):
+    config = KernelConfig(cut_unit=1, min_blocks=min_blocks, item_overhead=7, split_penalty=5)
+    for name, made in make_plans(config=config, batch_invariant=batch_invariant).items():
+        is_decode = name.startswith("decode")
+        costs = (min_blocks if is_decode else of_prefill, 7, 5)
+        after = (1,) if is_decode else (1, made.max_tiles)  # cut_unit; causal, tiles
+        assert made._planner_args[-len(costs + after) :] == costs + after
+        assert made.config == config
+
+
 def test_plans_of_nothing(folders, no_kernels):
     none = torch.zeros(1, dtype=torch.int32, device=META)
     sizes = {"num_heads": 16, "page_size": 64}

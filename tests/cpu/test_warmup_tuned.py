@@ -56,16 +56,17 @@ def test_the_launch_configurations_of_the_entries(folders):
         entry(NO_PDL),
         entry(NO_HINT, page_size=1),
         entry(KernelConfig(split_penalty=40), batch=64),  # cut by the planner at run time: nothing to compile
+        entry(KernelConfig(cut_unit=1, min_blocks=1), batch=128),  # as is this
         entry(NO_HINT, op="prefill", q_len=100),
     )
     no_pdl, no_hint = NO_PDL.launch(), NO_HINT.launch()
     assert extra() == {
-        (registry.DECODE, DecodeKey("bfloat16", 64), no_pdl),
+        (registry.DECODE_FEW, DecodeKey("bfloat16", 64), no_pdl),
         *planners(registry.PLANNER, PlannerKey, NO_PDL),
-        (registry.DECODE, DecodeKey("bfloat16", 0), no_hint),
+        (registry.DECODE_FEW, DecodeKey("bfloat16", 0), no_hint),
         (registry.PREFILL, PrefillKey("bfloat16", 64), no_hint),
     }
-    both = {(registry.DECODE, DecodeKey(dtype, 64), no_pdl) for dtype in registry.DTYPES}
+    both = {(registry.DECODE_FEW, DecodeKey(dtype, 64), no_pdl) for dtype in registry.DTYPES}
     assert both <= extra(dtypes=registry.DTYPES)
 
 
@@ -80,7 +81,27 @@ def test_entries_that_were_not_asked_for(folders, change):
 
 def test_a_page_size_of_the_same_class_counts(folders):
     write(folders.shipped, entry(NO_PDL, page_size=128))
-    assert (registry.DECODE, DecodeKey("bfloat16", 64), NO_PDL.launch()) in extra(page_sizes=(64,))
+    assert (registry.DECODE_FEW, DecodeKey("bfloat16", 64), NO_PDL.launch()) in extra(page_sizes=(64,))
+
+
+def test_entries_name_the_kernel_that_runs(folders):
+    few = KernelConfig(kernel="few_rows", evict_first=False, cut_unit=1, min_blocks=1)
+    rows = KernelConfig(kernel="rows", evict_first=False)
+    write(
+        folders.shipped,
+        entry(rows),
+        entry(few, num_heads=64, page_size=1),
+        entry(NO_PDL, num_heads=128),
+        entry(KernelConfig(kernel="few_rows", cut_unit=1), num_heads=32),  # the default has that kernel too
+        entry(few, op="prefill", q_len=9),
+    )
+    assert extra() == {
+        (registry.DECODE, DecodeKey("bfloat16", 64), rows.launch()),
+        (registry.DECODE_FEW, DecodeKey("bfloat16", 0), few.launch()),
+        (registry.DECODE, DecodeKey("bfloat16", 64), NO_PDL.launch()),
+        *planners(registry.PLANNER, PlannerKey, NO_PDL),
+        (registry.PREFILL, PrefillKey("bfloat16", 64), few.launch()),
+    }
 
 
 def test_fp8_entries_name_the_kernel_that_runs(folders):
@@ -115,7 +136,7 @@ def test_files_that_calls_do_not_use(folders, monkeypatch):
     assert extra() == set()
     monkeypatch.delenv("MLA_CUTE_TUNED")
     write(folders.user, entry(NO_HINT))  # hides the shipped one
-    assert extra() == {(registry.DECODE, DecodeKey("bfloat16", 64), NO_HINT.launch())}
+    assert extra() == {(registry.DECODE_FEW, DecodeKey("bfloat16", 64), NO_HINT.launch())}
 
 
 def test_a_broken_file_is_named(folders):
@@ -125,13 +146,16 @@ def test_a_broken_file_is_named(folders):
 
 
 def test_what_is_selected_is_what_calls_run_with(folders):
-    write(folders.shipped, entry(NO_PDL), entry(NO_HINT, op="prefill", q_len=100))
+    write(folders.shipped, entry(NO_PDL), entry(NO_HINT, num_heads=128), entry(NO_HINT, op="prefill", q_len=100))
     selected = set(_warmup.selected(**ASKED))
-    for op, q_len in (("decode", 1), ("prefill", 100)):
-        found = tuned.choose(op, "", False, 16, 64, q_len, 8, 8192, torch.device("cuda", 0))
+    decode, prefill = DecodeKey("bfloat16", 64), PrefillKey("bfloat16", 64)
+    for op, num_heads, q_len, ref, key in (
+        ("decode", 16, 1, registry.DECODE_FEW, decode),
+        ("decode", 128, 1, registry.DECODE, decode),
+        ("prefill", 16, 100, registry.PREFILL, prefill),
+    ):
+        found = tuned.choose(op, "", False, num_heads, 64, q_len, 8, 8192, torch.device("cuda", 0))
         assert found.entry is not None
-        key = DecodeKey("bfloat16", 64) if op == "decode" else PrefillKey("bfloat16", 64)
-        ref = registry.DECODE if op == "decode" else registry.PREFILL
         assert (ref, key, found.config.launch()) in selected
 
 
@@ -157,4 +181,4 @@ def test_warmup_compiles_what_is_selected(folders, monkeypatch):
     monkeypatch.setattr(_warmup, "warmup", lambda variants, **options: compiled.extend(variants) or [])
     jit.warmup(page_sizes=(64,))
     assert compiled == _warmup.selected(**ASKED | {"page_sizes": (64,)})
-    assert (registry.DECODE, DecodeKey("bfloat16", 64), NO_PDL.launch()) in compiled
+    assert (registry.DECODE_FEW, DecodeKey("bfloat16", 64), NO_PDL.launch()) in compiled

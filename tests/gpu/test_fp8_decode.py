@@ -14,7 +14,8 @@ import mla_cute
 from mla_cute import quant
 from mla_cute._testing import CACHE_LAYOUTS, OUT_LAYOUTS, Q_LAYOUTS, make_case, run_case
 from mla_cute._testing_fp8 import LAYOUTS, Fp8Case, compare_fp8, expected_fp8, judge_fp8, make_fp8, run_fp8
-from mla_cute.kernels.registry import FEW_ROWS, KV_FORMATS, box_rows_of
+from mla_cute.config import FEW_ROWS
+from mla_cute.kernels.registry import KV_FORMATS, box_rows_of
 
 # What these tests compile: (kernel, dtype, box rows, format, e4m3 queries). Full boxes in bfloat16 with every format
 # and query; every other way of loading, which both kernels share, with every format.

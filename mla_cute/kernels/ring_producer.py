@@ -1,9 +1,10 @@
-"""The producer warpgroup of the FP8 row-tile kernel: K tiles from the paged cache into swizzled shared memory.
+"""The producer warpgroup of the FP8 row-tile and the few-rows kernels: K tiles from the paged cache into swizzled
+shared memory, through a ring.
 
-A K tile is 64 tokens: four 64 x 128 sub-tiles of e4m3 ckv (8 KiB each, 128-byte swizzle), one 64 x 64 of rope (16-bit:
-8 KiB, 128-byte swizzle; e4m3: 4 KiB, 64-byte swizzle) and 64 x {0, 1, 4} float32 scales. Tiles go through a ring of
-`num_stages` slots with one full and one empty mbarrier each. Page classes and rows past kv_end: paged_kv.py. Scales are
-always gathered, by cp.async of 4 bytes, to [group][token]: a [.., 1] row is no TMA box.
+A K tile is 64 tokens: sub-tiles of ckv, 64 x 128 bytes each (four of e4m3, eight of 16 bits; 128-byte swizzle), one
+64 x 64 of rope (16-bit: 8 KiB, 128-byte swizzle; e4m3: 4 KiB, 64-byte swizzle) and 64 x {0, 1, 4} float32 scales. The
+ring has `num_stages` slots with one full and one empty mbarrier each. Page classes and rows past kv_end: paged_kv.py.
+Scales are always gathered, by cp.async of 4 bytes, to [group][token]: a [.., 1] row is no TMA box.
 """
 
 import cutlass
@@ -15,7 +16,7 @@ from . import paged_kv, sync
 from .fp8 import cp_async_small
 from .paged_kv import TILE_N, TmaLoader, cp_async_16, rows_of_block
 from .rows_fp8_params import MB_EMPTY, MB_FULL, NUM_SCALES
-from .rows_params import load_item
+from .rows_params import HEAD_DIM_V, load_item
 
 SUB_BYTES = 64 * 128
 
@@ -47,12 +48,13 @@ def load_scales(p, s, page, row, at, num_scales: Constexpr, valid, slot):
         cp_async_small(dst, src, 4, valid, g * TILE_N * 4, g * 4)
 
 
-class TmaFp8Loader(TmaLoader):
-    """Lane i looks up box i. Warp w loads ckv sub-tile w of every tile; warp 0 also the rope, warp 1 the scales."""
+class TmaRingLoader(TmaLoader):
+    """Lane i looks up box i. Warp w loads a quarter of every tile's ckv sub-tiles; warp 0 also the rope, warp 1 the
+    scales."""
 
-    def __init__(self, box_rows: int, evict_first: bool, rope_row_bytes: int, num_scales: int):
+    def __init__(self, box_rows: int, evict_first: bool, num_subs: int, rope_row_bytes: int, num_scales: int):
         super().__init__(box_rows, evict_first)
-        self.rope_row_bytes, self.num_scales = rope_row_bytes, num_scales
+        self.num_subs, self.rope_row_bytes, self.num_scales = num_subs, rope_row_bytes, num_scales
         self.full_arrivals = 4 + (32 if num_scales else 0)
 
     def look_up(self, p, index_base, block, kv_end, w, lane):
@@ -78,43 +80,47 @@ class TmaFp8Loader(TmaLoader):
                         valid = Int32(1)
                     load_scales(p, s, own_page, own_row, at, self.num_scales, valid, slot)
                 cute.arch.cp_async_mbarrier_arrive_noinc(full)
-        sK = cute.group_modes(cute.flat_divide(s.sK_sub, (self.box_rows, 128)), 0, 2)
+        box = (self.box_rows, HEAD_DIM_V // self.num_subs)
+        sK = cute.group_modes(cute.flat_divide(s.sK_sub, box), 0, 2)
         sR = cute.group_modes(cute.flat_divide(s.sR_tma, (self.box_rows, 64)), 0, 2)
-        gK = cute.group_modes(cute.local_tile(p.mCkv, (self.box_rows, 128), (None, None, None)), 0, 2)
+        gK = cute.group_modes(cute.local_tile(p.mCkv, box, (None, None, None)), 0, 2)
         gR = cute.group_modes(cute.local_tile(p.mKpe, (self.box_rows, 64), (None, 0, None)), 0, 2)
         tKs, tKg = cpasync.tma_partition(p.tma_ckv, 0, cute.make_layout(1), sK, gK)
         tRs, tRg = cpasync.tma_partition(p.tma_kpe, 0, cute.make_layout(1), sR, gR)
-        row_bytes = Int32(128)
+        own = self.num_subs // 4
+        row_bytes = Int32(128 * own)
         if w == 0:
-            row_bytes = Int32(128 + self.rope_row_bytes)
+            row_bytes = Int32(128 * own + self.rope_row_bytes)
         sync.expect_tx(full, boxes * self.box_rows * row_bytes)
         for i in cutlass.range_constexpr(self.num_boxes):
             # Not before the wait: eight boxes' would take 16 registers.
             box_page, box_row = (uniform(cute.arch.shuffle_sync(x, i)) for x in (page, row))
             if i < boxes:
-                self._copy(p.tma_ckv, tKg[None, box_row, w, box_page], tKs[None, i, 0, slot * 4 + w], full)
+                for k in cutlass.range_constexpr(own):
+                    to = tKs[None, i, 0, slot * self.num_subs + w * own + k]
+                    self._copy(p.tma_ckv, tKg[None, box_row, w * own + k, box_page], to, full)
                 if w == 0:
                     self._copy(p.tma_kpe, tRg[None, box_row, box_page], tRs[None, i, 0, slot], full)
 
 
-class GatherFp8Loader:
+class GatherRingLoader:
     """cp.async of 16 bytes per lane; warp w takes rows 16 w .. 16 w + 15, lane l looks up token 16 w + l % 16.
 
-    One instruction copies a ckv row, four 16-bit or eight e4m3 rope rows.
+    One instruction copies an e4m3 ckv row or half a 16-bit one, four 16-bit or eight e4m3 rope rows.
     """
 
     generic_proxy = True
     full_arrivals = 128
 
-    def __init__(self, rope_row_bytes: int, num_scales: int):
-        self.rope_row_bytes, self.num_scales = rope_row_bytes, num_scales
+    def __init__(self, num_subs: int, rope_row_bytes: int, num_scales: int):
+        self.num_subs, self.rope_row_bytes, self.num_scales = num_subs, rope_row_bytes, num_scales
 
     def look_up(self, p, index_base, block, kv_end, w, lane):
         return token_row(p, index_base, block * TILE_N + w * 16 + lane % 16, kv_end)
 
     @cute.jit
     def fill(self, p, s, page, row, block, kv_end, slot, phase, w, lane):
-        """As TmaFp8Loader's."""
+        """As TmaRingLoader's."""
         at = w * 16 + lane % 16
         ckv = page * p.ckv_page_units + row * p.ckv_row_units
         kpe = page * p.kpe_page_units + row * p.kpe_row_units
@@ -125,11 +131,12 @@ class GatherFp8Loader:
         cute.arch.mbarrier_wait(s.mbar + MB_EMPTY + slot, phase)
         # Swizzle: the 16-byte chunk index is xored with row % 8.
         chunk = lane % 8
-        dst = Int32(s.sK_sub.iterator.toint()) + slot * (4 * SUB_BYTES) + lane // 8 * SUB_BYTES + w * 2048
+        dst = Int32(s.sK_sub.iterator.toint()) + slot * (self.num_subs * SUB_BYTES) + lane // 8 * SUB_BYTES + w * 2048
         src = p.mCkv.iterator.toint() + Int64(lane * 16)
         for i in cutlass.range_constexpr(16):
             from_row = src + Int64(Uint32(cute.arch.shuffle_sync(ckv, i))) * Int64(Uint32(p.ckv_unit))
-            cp_async_16(dst + (chunk ^ (i % 8)) * 16, from_row, num_rows, i, i * 128, 0)
+            for k in cutlass.range_constexpr(self.num_subs // 4):
+                cp_async_16(dst + (chunk ^ (i % 8)) * 16, from_row, num_rows, i, k * 4 * SUB_BYTES + i * 128, k * 512)
         dst = Int32(s.sR_tma.iterator.toint()) + slot * (TILE_N * self.rope_row_bytes) + w * 16 * self.rope_row_bytes
         src = p.mKpe.iterator.toint() + Int64(rope_chunk * 16)
         left = num_rows - sub_row
@@ -148,20 +155,25 @@ class GatherFp8Loader:
         cute.arch.cp_async_mbarrier_arrive_noinc(s.mbar + MB_FULL + slot)
 
 
-class Fp8Producer:
-    """Methods of RowsFp8Sm90 and FewRowsSm90."""
+class RingProducer:
+    """Methods of RowsFp8Sm90 and of the few-rows kernels."""
+
+    # Consumers take tiles in pairs.
+    in_pairs = True
 
     def _set_cache(self, box_rows: int, by_tma: bool, evict_first: bool, kv_format: str) -> None:
-        """Facts of the cache, and what loads it."""
+        """Facts of the cache, and what loads it; `kv_format` "" is a cache of `self.dtype`."""
         self.kv_format = kv_format
         self.num_scales = NUM_SCALES[kv_format]
         self.rope_fp8 = kv_format == "tensor"
+        self.kv_dtype = Uint8 if kv_format else self.dtype
+        self.num_subs = 4 if kv_format else 8
         self.box_rows, self.by_tma = box_rows, by_tma
         rope_row_bytes = 64 if self.rope_fp8 else 128
         if by_tma:
-            self.loader = TmaFp8Loader(box_rows, evict_first, rope_row_bytes, self.num_scales)
+            self.loader = TmaRingLoader(box_rows, evict_first, self.num_subs, rope_row_bytes, self.num_scales)
         else:
-            self.loader = GatherFp8Loader(rope_row_bytes, self.num_scales)
+            self.loader = GatherRingLoader(self.num_subs, rope_row_bytes, self.num_scales)
 
     def _cache_params(self, ckv, kpe) -> dict:
         """Host side: what the loaders read of the caches, as fields of the kernel's parameters."""
@@ -170,10 +182,12 @@ class Fp8Producer:
         tma_ckv, mCkv, tma_kpe, mKpe = None, ckv, None, kpe
         if self.by_tma:
             op = cpasync.CopyBulkTensorTileG2SOp()
-            box, rope_box = (self.box_rows, 128), (self.box_rows, 64)
+            box, rope_box = (self.box_rows, HEAD_DIM_V // self.num_subs), (self.box_rows, 64)
             ckv_view = cute.make_tensor(ckv.iterator, cute.select(ckv.layout, mode=[1, 2, 0]))
             kpe_view = cute.make_tensor(kpe.iterator, cute.select(kpe.layout, mode=[1, 2, 0]))
-            tma_ckv, mCkv = cpasync.make_tiled_tma_atom(op, ckv_view, smem_layout(Kind.K_SW128, Uint8, box), box)
+            tma_ckv, mCkv = cpasync.make_tiled_tma_atom(
+                op, ckv_view, smem_layout(Kind.K_SW128, self.kv_dtype, box), box
+            )
             tma_kpe, mKpe = cpasync.make_tiled_tma_atom(
                 op, kpe_view, smem_layout(rope_kind, rope_dtype, rope_box), rope_box
             )
@@ -184,25 +198,26 @@ class Fp8Producer:
             "tma_kpe": tma_kpe,
             "mKpe": mKpe,
             "page_size": Int32(cute.size(ckv, mode=[1])),
-            "ckv_unit": ckv_unit,
+            "ckv_unit": ckv_unit * (self.kv_dtype.width // 8),
             "ckv_page_units": Int32(ckv.stride[0] // ckv_unit),
             "ckv_row_units": Int32(ckv.stride[1] // ckv_unit),
             "kpe_unit": kpe_unit * (rope_dtype.width // 8),
             "kpe_page_units": Int32(kpe.stride[0] // kpe_unit),
             "kpe_row_units": Int32(kpe.stride[1] // kpe_unit),
-            "lay_sub": smem_layout(Kind.K_SW128, Uint8, (TILE_N, 128, 4 * self.num_stages)),
+            "lay_sub": smem_layout(
+                Kind.K_SW128, self.kv_dtype, (TILE_N, HEAD_DIM_V // self.num_subs, self.num_subs * self.num_stages)
+            ),
         }
-
-    def _first_row(self, p, part):
-        return p.mTable[part, 5] if const_expr(self.rows.header_is_item) else Int32(0)
 
     @cute.jit
     def _produce(self, p, s, part, w, lane):
-        """Tiles of all items of the part, an even number per item: a pair's second tile may hold no token."""
+        """Tiles of all items of the part. Where consumers take pairs, an even number per item: the second tile of the
+        last pair may hold no token."""
         item = cute.make_rmem_tensor(8, Int32)
         # The loop over items keeps these in words of shared memory that each warp writes and reads for itself.
         s.sProduce[0, w] = self.rows.num_items(p, part)
-        s.sProduce[1, w] = self._first_row(p, part)
+        # A part's own row holds its first item beside where the others are: one trip to memory less.
+        s.sProduce[1, w] = part if const_expr(self.rows.header_is_item) else Int32(0)
         slot = Int32(0)
         phase = Int32(1)
         s.sProduce[5, w] = Int32(0)
@@ -210,10 +225,16 @@ class Fp8Producer:
             it = s.sProduce[5, w]
             s.sProduce[5, w] = it + 1
             load_item(p.mTable, self.rows.item_row(p, part, s.sProduce[1, w], it), item)
+            if const_expr(self.rows.header_is_item):
+                if it == 0:
+                    s.sProduce[1, w] = item[5]
             s.sProduce[2, w] = item[3]
             s.sProduce[3, w] = item[2]
             block = item[1] // TILE_N
-            s.sProduce[4, w] = block + (cute.ceil_div(item[2], TILE_N) - block + 1) // 2 * 2
+            end = cute.ceil_div(item[2], TILE_N)
+            if const_expr(self.in_pairs):
+                end = block + (end - block + 1) // 2 * 2
+            s.sProduce[4, w] = end
             page, row = self.loader.look_up(p, item[3], block, item[2], w, lane)
             while block < s.sProduce[4, w]:
                 kv_end = s.sProduce[3, w]
