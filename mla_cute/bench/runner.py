@@ -9,10 +9,12 @@ import json
 import math
 import os
 import pathlib
+import signal
 import statistics
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -491,6 +493,19 @@ def source_digest() -> str:
     return digest.hexdigest()
 
 
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt, in the main thread, where alone a handler can be set."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def run(
     cases: Sequence[Case | PrefillCase],
     *,
@@ -504,7 +519,8 @@ def run(
     on_row: Callable[[dict[str, Any]], None] | None = None,
     preset: str | None = None,
 ) -> dict[str, Any]:
-    """Measure `cases` and return the record. A case that fails is a row with "error"; Ctrl-C ends the run early."""
+    """Measure `cases` and return the record. A case that fails is a row with "error"; Ctrl-C, or a SIGTERM as `timeout`
+    sends it, ends the run early."""
     begin = time.monotonic()
     say = progress or (lambda done, total, label: None)
     name = gpu.name if gpu is not None else None
@@ -536,7 +552,7 @@ def run(
     if any(case.kv_format for case in cases):
         host_cases["fp8_"] = Case(16, 1, 64, kv_format="tensor")
     pool = KvPool.of([*cases, *host_cases.values()], timer.device)
-    with contextlib.suppress(KeyboardInterrupt):
+    with _sigterm_interrupts(), contextlib.suppress(KeyboardInterrupt):
         say(1, total, "host time of a call")
         record["ceilings"]["empty_graph_us"] = empty_graph_us(timer)
         try:

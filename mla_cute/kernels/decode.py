@@ -52,23 +52,20 @@ class Decode:
         lse_scale: Float32,
         stream,
     ):
-        self.rows(
-            q_nope,
-            q_pe,
-            ckv_cache,
-            kpe_cache,
-            kv_indices,
-            table,
-            out,
-            lse,
-            part,
-            num_parts,
-            Int32(0),
-            scale_log2,
-            lse_scale,
+        self._main(
+            q_nope, q_pe, ckv_cache, kpe_cache, kv_indices, table, out, lse, part, num_parts, scale_log2, lse_scale,
             stream,
-        )
+        )  # fmt: skip
         self.merge(table, part, out, lse, num_parts, merge_x, merge_y, lse_scale, stream)
+
+    def _main(
+        self, q_nope, q_pe, ckv, kpe, kv_indices, table, out, lse, part, num_parts, scale_log2, lse_scale, stream
+    ) -> None:
+        first_item = Int32(0)  # prefill's
+        self.rows(
+            q_nope, q_pe, ckv, kpe, kv_indices, table, out, lse, part, num_parts, first_item, scale_log2, lse_scale,
+            stream,
+        )  # fmt: skip
 
 
 class DecodeFew(Decode):
@@ -80,42 +77,11 @@ class DecodeFew(Decode):
         self.rows = FewRowsSm90(key.dtype, key.box_rows, config)
         self.merge = Merge(key.dtype, False, config)
 
-    @cute.jit
-    def __call__(
-        self,
-        q_nope: cute.Tensor,
-        q_pe: cute.Tensor,
-        ckv_cache: cute.Tensor,
-        kpe_cache: cute.Tensor,
-        kv_indices: cute.Tensor,
-        table: cute.Tensor,
-        part: cute.Tensor,
-        out: cute.Tensor,
-        lse: cute.Tensor,
-        num_parts: Int32,
-        merge_x: Int32,
-        merge_y: Int32,
-        scale_log2: Float32,
-        lse_scale: Float32,
-        stream,
-    ):
+    def _main(
+        self, q_nope, q_pe, ckv, kpe, kv_indices, table, out, lse, part, num_parts, scale_log2, lse_scale, stream
+    ) -> None:
+        cache_scales, first_item, out_scale = None, Int32(0), Float32(1.0)  # FP8's, prefill's
         self.rows(
-            q_nope,
-            q_pe,
-            ckv_cache,
-            kpe_cache,
-            None,
-            kv_indices,
-            table,
-            out,
-            lse,
-            part,
-            num_parts,
-            Int32(0),
-            scale_log2,
-            scale_log2,
-            Float32(1.0),
-            lse_scale,
-            stream,
-        )
-        self.merge(table, part, out, lse, num_parts, merge_x, merge_y, lse_scale, stream)
+            q_nope, q_pe, ckv, kpe, cache_scales, kv_indices, table, out, lse, part, num_parts, first_item, scale_log2,
+            scale_log2, out_scale, lse_scale, stream,
+        )  # fmt: skip

@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 import json
 import math
+import os
+import signal
 import sys
 import types
 
@@ -576,11 +578,15 @@ def test_a_failing_case_keeps_the_others(small_rotation):
     assert any("page size 1 is broken" in text for text in report.summary(record))
 
 
-def test_interrupt_keeps_the_finished_rows(small_rotation):
-    def stop(row):
-        raise KeyboardInterrupt
+def _interrupt():
+    raise KeyboardInterrupt
 
-    record = bench(SMALL, on_row=stop)
+
+@pytest.mark.parametrize("stop", [_interrupt, lambda: os.kill(os.getpid(), signal.SIGTERM)], ids=["ctrl_c", "sigterm"])
+def test_interrupt_keeps_the_finished_rows(small_rotation, stop):
+    handler = signal.getsignal(signal.SIGTERM)
+    record = bench(SMALL, on_row=lambda row: stop())
+    assert signal.getsignal(signal.SIGTERM) is handler
     assert len(record["rows"]) == 1
     assert not record["complete"]
     assert record["rows"][0]["read_share"] > 0
