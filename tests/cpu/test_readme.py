@@ -7,13 +7,14 @@ import re
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+GRID = "tune/measurements/NVIDIA_H200/grid_2026-11-28.txt"
 FP8_SPEED = "tune/measurements/NVIDIA_H200/fp8_2026-11-28.json"
 FP8_ERROR = "tune/measurements/NVIDIA_H200/fp8_check_2026-11-28.json"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def record():
-    """The record of the bf16 tables; the README names another one for the host's time, and two of FP8 caches."""
+    """The record of the prefill table; the README names another one for the host's time, and two of FP8 caches."""
     fp8, errors, path, other = re.findall(r"\]\((tune/measurements/[^)]+\.json)\)", README)
     assert (fp8, errors) == (FP8_SPEED, FP8_ERROR)
     assert other.endswith("prefill_bf16_2026-11-24.json")
@@ -25,12 +26,17 @@ def load(path):
 
 
 def decode_rows():
+    """By heads, batch, tokens and page size: what the bench printed of a case, by column."""
+    lines = (ROOT / GRID).read_text(encoding="utf-8").splitlines()
+    at = next(i for i, line in enumerate(lines) if line.split()[:1] == ["H"])
     found = {}
-    for row in record()["rows"]:
-        case = row["case"]
-        assert row["check"]["ok"], case
-        if "groups" not in case:
-            found[case["num_heads"], case["batch"], case["kv_len"], case["page_size"]] = row
+    for words in map(str.split, lines[at + 1 :]):
+        assert len(words) == 17, "a case that failed or is wrong prints otherwise"
+        if words[2].isdigit():
+            names = ("us", "us_min", "us_p90", "plan_us", "us_amortised", "us_chained", "gbps", "read_share", "tflops")
+            values = (float(word.rstrip("%")) for word in words[5:])
+            found[tuple(map(int, words[:4]))] = dict(zip((*names, "cublas_share"), values, strict=False))
+    assert len(found) > 200
     return found
 
 
@@ -50,7 +56,7 @@ def test_decode_table_is_the_records():
     rows = decode_rows()
     for heads, batch, *times in found:
         for kv_len, us in zip((1024, 8192, 32768), times, strict=True):
-            assert us == f"{rows[int(heads), int(batch), kv_len, 64]['us_amortised']:.1f}", (heads, batch, kv_len)
+            assert us == str(rows[int(heads), int(batch), kv_len, 64]["us_amortised"]), (heads, batch, kv_len)
 
 
 def test_prefill_table_is_the_records():
@@ -102,14 +108,14 @@ def test_fp8_errors_are_the_records():
 def test_sentences_are_the_records():
     measured, rows = record(), decode_rows()
     text = README.replace("\n", " ").replace("  ", " ")
-    ceiling = measured["ceilings"]["used"]["read_gbps"]
-    shares = [round(100 * rows[heads, 128, 8192, 64]["gbps"] / ceiling) for heads in (16, 64)]
+    shares = [round(rows[heads, 128, 8192, 64]["read_share"]) for heads in (16, 64)]
     assert f"{shares[0]} % and {shares[1]} % of the read bandwidth" in text
-    assert f"({ceiling:.0f} GB/s)" in text
     wide = rows[128, 64, 8192, 64]
-    beside = wide["cublas_beside_tflops"]
-    assert f"{wide['tflops']:.0f} TFLOP/s, {100 * wide['tflops'] / beside:.0f} % of what cuBLAS" in text
-    assert f"({beside:.0f} TFLOP/s)" in text
+    ceiling = re.search(r"read bandwidth measured in the same run \((\d+) GB/s\)", text)
+    assert abs(wide["gbps"] / wide["read_share"] * 100 - int(ceiling[1])) < 10
+    assert (
+        f"{wide['tflops']:.0f} TFLOP/s, {wide['cublas_share']:.0f} % of what cuBLAS reached at the run's start" in text
+    )
     start, end = (measured["ceilings"][when]["cublas_bf16_tflops"] for when in ("start", "end"))
     assert f"({start:.0f} TFLOP/s at its start; {end:.0f} at its end" in text
     drafts = [prefill_rows()[16, 128, tokens, 8192] for tokens in (2, 4)]
@@ -121,7 +127,7 @@ def test_sentences_are_the_records():
     for heads, batch, page, ratio_text in (
         (16, 128, 1, "1.08x"),
         (128, 64, 1, "1.12x"),
-        (16, 128, 16, "1.02x"),
+        (16, 128, 16, "1.00x"),
         (128, 64, 16, "1.10x"),
     ):
         ratio = rows[heads, batch, 8192, page]["us_amortised"] / rows[heads, batch, 8192, 64]["us_amortised"]
