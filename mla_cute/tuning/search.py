@@ -32,6 +32,7 @@ SAME = 0.005
 # Candidates that may be picked and not confirmed before the default stays.
 DUELS = 3
 # How verdicts begin that are no failure.
+NO_TIME = "not compiled: no time was left"
 ORDINARY = ("chosen", "default", "not chosen", "dropped", "not compiled")
 
 

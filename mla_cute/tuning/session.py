@@ -21,8 +21,10 @@ from .store import Measured, Store
 
 # What a shape takes until one was timed, for the first decision whether another fits the budget.
 FIRST_SHAPE_S = 4.0
-# Of the budget, for compiling: what is not compiled then is left out.
+# Of the budget, for compiling: what is not compiled then is left out. The kernels of the defaults may take more, since
+# without its default a shape cannot be tuned.
 COMPILE_SHARE = 0.5
+DEFAULTS_SHARE = 0.8
 
 Compile = Callable[[Iterable[Variant], Callable[[int, int], bool]], Mapping[Variant, str]]
 
@@ -138,6 +140,8 @@ def _tune(
         def step(live: int) -> None:
             screen.step(done, len(todo), f"{when}: {live} of {len(candidates[when])} candidates", left)
 
+        if unfit.get(candidates[when][0]) == search.NO_TIME:
+            continue  # left out: the same command goes on with it
         step(len(candidates[when]) - len(unfit))
         result = search.tune_shape(measurer, when, candidates[when], unfit, step)
         shape = Measured.of(when, task.dtype, task.digest, task.made_with, clock() - now, result)
@@ -161,13 +165,13 @@ def _compile(
     """Kernels of the defaults first: a shape without its default cannot be tuned."""
     defaults = [v for when, found in candidates.items() for v in space.variants_of(when, found[0], task.dtype)]
     others = [v for when, found in candidates.items() for c in found for v in space.variants_of(when, c, task.dtype)]
-    begin = clock()
-    last = begin + COMPILE_SHARE * (deadline - begin)
+    begin, num_defaults = clock(), len(dict.fromkeys(defaults))
 
     def step(done: int, total: int) -> bool:
         spent = clock() - begin
         screen.step(done, total, "compiling kernels", spent / done * (total - done))
-        return clock() < last
+        share = DEFAULTS_SHARE if done < num_defaults else COMPILE_SHARE
+        return clock() < begin + share * (deadline - begin)
 
     missing = compile_variants([*defaults, *others], step)
     for (kernel, key, launch), why in missing.items():

@@ -19,7 +19,7 @@ from typing import Any
 from .. import _warmup, jit
 from ..config import KernelConfig
 from ..tuned import When
-from .search import CandidateError, ShapeError, StartError
+from .search import NO_TIME, CandidateError, ShapeError, StartError
 from .space import Variant
 
 # Importing torch, initialising CUDA, filling the pool (a fifth of a second per 10 GB).
@@ -196,7 +196,7 @@ def compile_variants(
     Raises StartError when the directory of compiled kernels cannot be written: processes could not share anything.
     """
     missing = [variant for variant in dict.fromkeys(variants) if not jit.is_cached(*variant)]
-    left = dict.fromkeys(missing, "not compiled: no time was left")
+    left = dict.fromkeys(missing, NO_TIME)
     if not missing:
         return left
     if not jit.is_writable():

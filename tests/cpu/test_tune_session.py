@@ -10,7 +10,7 @@ from tune_case import DECODE, GPU, MADE_WITH, FakeMeasurer
 from mla_cute import tuned
 from mla_cute.config import KernelConfig
 from mla_cute.tuned import When
-from mla_cute.tuning import session, space, store
+from mla_cute.tuning import search, session, space, store
 from mla_cute.tuning.recipes import coarse_first
 from mla_cute.tuning.search import StartError
 from mla_cute.tuning.session import Task
@@ -267,6 +267,35 @@ def test_compiling_takes_its_share_of_the_budget_and_what_is_missing_is_left_out
     launches = {trial["verdict"] for trial in outcome.tuned[0].candidates}
     assert "not compiled: no time was left" in launches
     assert any("not compiled" in text for text in screen.lines)
+
+
+def test_a_shape_whose_default_had_no_time_is_left_out(tmp_path):
+    def compiling(wanted, step):
+        return dict.fromkeys(wanted, search.NO_TIME)
+
+    outcome, measurer, _ = run(task(tmp_path), compiling=compiling)
+    assert len(outcome.left_out) == 6
+    assert not outcome.failed
+    assert measurer.asked == []
+    outcome, _, _ = run(task(tmp_path))
+    assert len(outcome.tuned) == 6
+
+
+def test_the_defaults_kernels_may_take_more_of_the_budget(tmp_path):
+    clock, compiled = Clock(), []
+
+    def compiling(wanted, step):
+        wanted = list(dict.fromkeys(wanted))
+        for done, variant in enumerate(wanted, start=1):
+            clock.now += 35
+            compiled.append(variant)
+            if not step(done, len(wanted)):
+                return dict.fromkeys(wanted[done:], search.NO_TIME)
+        return {}
+
+    outcome, _, _ = run(task(tmp_path, budget_s=100.0), compiling=compiling, clock=clock)
+    assert compiled == space.variants_of(DECODE, tuned.default_for(DECODE, 132), "bfloat16")
+    assert len(outcome.tuned) == 6
 
 
 def test_a_shape_whose_default_does_not_compile_fails(tmp_path):
