@@ -7,7 +7,7 @@ import types
 
 import pytest
 import torch
-from test_bench import CEILINGS, FakeLibrary, FakeTimer, bench, shrink_rotation
+from bench_case import CEILINGS, FakeLibrary, FakeTimer, bench, shrink_rotation
 
 from mla_cute.bench import __main__ as command
 from mla_cute.bench import cases as cases_module

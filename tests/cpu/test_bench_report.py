@@ -8,7 +8,7 @@ import re
 import sys
 
 import pytest
-from test_bench import CEILINGS, H200, SMALL, FakeLibrary, FakeTimer, bench, shrink_rotation, wrong_page
+from bench_case import CEILINGS, H200, SMALL, FakeLibrary, FakeTimer, bench, shrink_rotation, wrong_page
 
 import mla_cute
 from mla_cute.bench import __main__ as command

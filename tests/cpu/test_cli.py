@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from test_bench import CEILINGS, H200, SMALL, FakeLibrary, FakeTimer, bench, shrink_rotation, wrong_page
+from bench_case import CEILINGS, H200, SMALL, FakeLibrary, FakeTimer, bench, shrink_rotation, wrong_page
 from typer.testing import CliRunner
 
 import mla_cute.cli

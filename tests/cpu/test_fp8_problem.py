@@ -1,80 +1,41 @@
-"""FP8 calls: which are legal, what each wrong argument raises, and what the step is launched with."""
+"""FP8 calls: which are legal, and what each wrong argument raises."""
 
-import dataclasses
 import math
 import re
 import timeit
-import types
 
 import pytest
 import torch
-from fp8_case import FORMAT_OF, LAYOUTS, Fp8Operands, make_fp8
-from prefill_case import make_prefill
+from fp8_call_case import (
+    ARRAY,
+    BF16,
+    CHECKS,
+    CPU,
+    E4M3,
+    FORM,
+    FP16,
+    HEADS,
+    LAYOUT,
+    NUM_PAGES,
+    PAGE_SIZE,
+    Q_FP8,
+    TOTAL_Q,
+    make_call,
+)
+from fp8_case import FORMAT_OF
 
 import mla_cute
-from mla_cute import api, jit, plan, quant
 from mla_cute import problem as shared
-from mla_cute._testing import make_case
-from mla_cute.kernels import registry
-from mla_cute.problem import DecodeProblem, check_decode, check_decode_block_table
-from mla_cute.problem_prefill import PrefillProblem, check_prefill, check_prefill_block_table
+from mla_cute.problem import DecodeProblem, check_decode
+from mla_cute.problem_prefill import PrefillProblem
 
-E4M3, BF16, FP16 = torch.float8_e4m3fn, torch.bfloat16, torch.float16
-TOTAL_Q, HEADS, PAGE_SIZE, NUM_PAGES = 15, 16, 8, 9
-CPU = torch.device("cpu")
-FORMS = ("decode", "decode_table", "prefill", "prefill_table")
-CHECKS = dict(
-    zip(FORMS, (check_decode, check_decode_block_table, check_prefill, check_prefill_block_table), strict=True)
-)
 CALLS = {
     "decode": mla_cute.mla_paged_decode,
     "decode_table": mla_cute.mla_paged_decode_block_table,
     "prefill": mla_cute.mla_paged_prefill,
     "prefill_table": mla_cute.mla_paged_prefill_block_table,
 }
-FORM = pytest.mark.parametrize("form", FORMS)
-LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
-Q_FP8 = pytest.mark.parametrize("q_fp8", [False, True], ids=["q16", "q8"])
 DTYPE = pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
-
-
-@dataclasses.dataclass
-class Call:
-    """Keywords of one call, the FP8 operands behind them, and the guards of its outputs."""
-
-    form: str
-    arguments: dict
-    fp8: Fp8Operands
-    guards: tuple
-
-    def check(self, **change):
-        return CHECKS[self.form](**self.arguments | change)
-
-    def untouched(self) -> bool:
-        return all(guard.untouched() for guard in self.guards)
-
-
-def make_call(form: str, layout: str, q_fp8: bool, outputs: bool = True, dtype: torch.dtype = BF16) -> Call:
-    """9 pages of 8 tokens; kv_indptr [0, 2, 2, 3, 6], qo_indptr [0, 4, 6, 6, 15]; 4 or 15 query tokens."""
-    names = ("kv_indptr", "kv_indices", "kv_last_page_len")
-    if "table" in form:
-        names = ("block_table", "seq_lens")
-    if "prefill" in form:
-        names += ("qo_indptr",)
-        case = make_prefill([4, 2, 0, 9], [9, 0, 1, 24], num_heads=HEADS, page_size=PAGE_SIZE, dtype=dtype)
-        metadata = case.table if "table" in form else case.csr
-        fp8 = make_fp8(case.caches, layout, q_fp8, (case.q_nope, case.q_pe))
-    else:
-        case = make_case([9, 0, 1, 24], num_heads=HEADS, page_size=PAGE_SIZE, dtype=dtype)
-        metadata = {name: getattr(case, name) for name in names}
-        fp8 = make_fp8(case, layout, q_fp8)
-    guards = (case.guarded_out, case.guarded_lse)
-    arguments = {name: metadata[name] for name in names} | {"sm_scale": 0.1} | fp8.tensors | fp8.scales
-    if outputs:
-        out, lse = (guard.tensor for guard in guards)
-        # guards are as wide as the case's dtype: any 16-bit one fits
-        arguments |= {"out": out.view(fp8.dtype), "lse": lse}
-    return Call(form, arguments, fp8, guards)
 
 
 def problem_of(form: str, dtype: torch.dtype, kv_format: str, q_fp8: bool) -> DecodeProblem | PrefillProblem:
@@ -167,7 +128,6 @@ def test_a_call_is_checked_in_microseconds():
 # ------------------------------------------------------------------------------------------------ wrong arguments
 
 HALF_CACHE = zeros(NUM_PAGES, PAGE_SIZE, 64)
-ARRAY = torch.ones(NUM_PAGES, PAGE_SIZE, 4)
 NUMBER = "expected a Python number, got "
 RANGE = "expected a positive number from 2^-126 to 2^126, got "
 
@@ -463,356 +423,3 @@ def test_products_that_float32_cannot_hold(form, layout, change, named):
         assert call.check(**{name: value}) == call.check()
     with pytest.raises(ValueError, match=f"^{named}: expected a product with sm_scale and q_scale from 2"):
         call.check(**change)
-
-
-# ------------------------------------------------------------------------------------------------ on a GPU
-
-
-class OnGpu(torch.Tensor):
-    """A CPU tensor that says it is on a GPU, where strides and addresses matter."""
-
-    is_cuda = True
-
-
-def on_gpu(arguments: dict) -> dict:
-    return {name: x.as_subclass(OnGpu) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
-
-
-def wide(x, width):
-    return torch.zeros(*x.shape[:-1], width).to(x.dtype)[..., : x.shape[-1]]
-
-
-def misaligned(x, num_bytes):
-    """The shape of x at an address `num_bytes` bytes past an aligned one."""
-    elements = num_bytes // x.itemsize
-    return torch.zeros(x.numel() + elements).to(x.dtype)[elements:].view(x.shape)
-
-
-OPERANDS = ("q_nope", "q_pe", "ckv_cache", "kpe_cache", "out")
-ADDRESS = "expected a base address that is a multiple of 16 bytes, got 0x"
-STRIDES = r"expected strides that are multiples of (4|8|16) elements (16 bytes), got strides ["
-
-
-@FORM
-@LAYOUT
-@Q_FP8
-@pytest.mark.parametrize("early_exit", [True, False])
-def test_aligned_views_are_legal(monkeypatch, form, layout, q_fp8, early_exit):
-    if not early_exit:
-        monkeypatch.setattr(shared, "_usual_fp8", lambda *arguments: None)
-    call = make_call(form, layout, q_fp8)
-    arguments = on_gpu(call.arguments)
-    assert CHECKS[form](**arguments).odd_strides is not early_exit
-    for name in OPERANDS[:4]:
-        x = arguments[name]
-        padded = wide(x, x.shape[-1] + 16 // x.itemsize).as_subclass(OnGpu)
-        assert CHECKS[form](**arguments | {name: padded}).odd_strides is not early_exit
-
-
-@FORM
-@pytest.mark.parametrize(("layout", "q_fp8"), [("tensor", False), ("tensor", True), ("token", True), ("group", False)])
-@pytest.mark.parametrize("name", OPERANDS)
-def test_operands_have_to_be_aligned(form, layout, q_fp8, name):
-    arguments = on_gpu(make_call(form, layout, q_fp8).arguments)
-    x = arguments[name].as_subclass(torch.Tensor)
-    bad = [
-        (misaligned(x, 8), ADDRESS),
-        (misaligned(x, x.itemsize), ADDRESS),
-        (wide(x, x.shape[-1] + 8 // x.itemsize), STRIDES),
-        (wide(x, x.shape[-1] + 1), STRIDES),
-    ]
-    for value, says in bad:
-        pattern = re.escape(says).replace(r"\(4\|8\|16\)", "(4|8|16)")
-        with pytest.raises(ValueError, match=f"^{name}: {pattern}"):
-            CHECKS[form](**arguments | {name: value.as_subclass(OnGpu)})
-    every_other = torch.zeros(*x.shape[:-1], 2 * x.shape[-1]).to(x.dtype)[..., ::2].as_subclass(OnGpu)
-    with pytest.raises(ValueError, match=f"^{name}: expected stride 1 in the last dimension, got strides"):
-        CHECKS[form](**arguments | {name: every_other})
-
-
-@FORM
-def test_group_scales_have_to_be_aligned(form):
-    arguments = on_gpu(make_call(form, "group", False).arguments)
-    for value, says in (
-        (misaligned(ARRAY, 4), "expected a base address that is a multiple of 16 bytes, got 0x"),
-        (misaligned(ARRAY, 8), "expected a base address that is a multiple of 16 bytes, got 0x"),
-        (wide(ARRAY, 5), "expected strides that are multiples of 4 elements (16 bytes), got strides [40, 5, 1]"),
-        (wide(ARRAY, 6), "expected strides that are multiples of 4 elements (16 bytes), got strides [48, 6, 1]"),
-        (
-            torch.ones(NUM_PAGES, PAGE_SIZE, 8)[..., ::2],
-            "expected stride 1 in the last dimension, got strides [64, 8, 2]",
-        ),
-    ):
-        with pytest.raises(ValueError, match=f"^ckv_scale_arr: {re.escape(says)}"):
-            CHECKS[form](**arguments | {"ckv_scale_arr": value.as_subclass(OnGpu)})
-    wider = wide(ARRAY, 8).as_subclass(OnGpu)
-    assert not CHECKS[form](**arguments | {"ckv_scale_arr": wider}).odd_strides
-
-
-@FORM
-def test_token_scales_may_lie_anywhere(form):
-    arguments = on_gpu(make_call(form, "token", False).arguments)
-    array = torch.ones(NUM_PAGES, PAGE_SIZE, 1)
-    for value in (misaligned(array, 4), wide(array, 5), wide(array, 164)):
-        assert not CHECKS[form](**arguments | {"ckv_scale_arr": value.as_subclass(OnGpu)}).odd_strides
-    strange_last = array.as_strided(array.shape, (PAGE_SIZE, 1, 7)).as_subclass(OnGpu)
-    assert CHECKS[form](**arguments | {"ckv_scale_arr": strange_last}).odd_strides
-
-
-@pytest.mark.parametrize("form", ["decode", "prefill_table"])
-def test_rows_of_656_bytes_are_usual(form):
-    """Strides of 656 bytes, 164 floats and 328 bfloat16, in pages of any size and with gaps between them."""
-    arguments = on_gpu(make_call(form, "group656", True).arguments)
-    pool = torch.zeros(NUM_PAGES, PAGE_SIZE + 3, quant.GROUP_ROW_BYTES, dtype=torch.uint8)[:, :PAGE_SIZE]
-    ckv, array, kpe = (x.as_subclass(OnGpu) for x in quant.group_rows(pool))
-    assert (ckv.stride(1), array.stride(1), kpe.stride(1)) == (656, 164, 328)
-    problem = CHECKS[form](**arguments | {"ckv_cache": ckv, "ckv_scale_arr": array, "kpe_cache": kpe})
-    assert problem.kv_format == "group"
-    assert not problem.odd_strides
-
-
-def test_strides_of_size_one_dimensions_may_be_anything():
-    case = make_case([1], num_heads=1, page_size=1, num_pages=1)
-    names = ("kv_indptr", "kv_indices", "sm_scale")
-    for layout in ("tensor", "token", "group"):
-        fp8 = make_fp8(case, layout, True)
-        arguments = {name: getattr(case, name) for name in names} | fp8.tensors | fp8.scales
-        for name in ("q_nope", "q_pe", "ckv_cache", "kpe_cache", "ckv_scale_arr"):
-            if name in arguments:
-                x = arguments[name]
-                arguments[name] = x.view(torch.uint8).view(x.dtype).as_strided(x.shape, (7, 3, 1))
-        assert check_decode(**on_gpu(arguments)).odd_strides
-
-
-# ------------------------------------------------------------------------------------------------ plans and launches
-
-
-@pytest.fixture
-def steps(monkeypatch):
-    """Plans on the meta device allocate as on a GPU of 132 SMs; the kernels they ask for are recorded."""
-    recorded = []
-    monkeypatch.setattr(plan, "num_sms", lambda device: 132)
-    monkeypatch.setattr(jit, "get", lambda kernel, key, config: recorded.append((kernel, key)) or (lambda *a: None))
-    return recorded
-
-
-@pytest.mark.parametrize(
-    ("num_heads", "decode_kernels"),
-    [(16, (registry.DECODE_FEW, registry.DECODE_FEW_FP8)), (17, (registry.DECODE, registry.DECODE_FP8))],
-)
-@pytest.mark.parametrize("page_size", [64, 1, 24])
-def test_one_plan_asks_for_the_step_of_each_cache(steps, page_size, num_heads, decode_kernels):
-    meta = torch.device("meta")
-    indptr = torch.zeros(5, dtype=torch.int32, device=meta)
-    sizes = {"num_heads": num_heads, "page_size": page_size}
-    decode = mla_cute.plan_decode(indptr, **sizes)
-    prefill = mla_cute.plan_prefill(indptr, indptr, **sizes, total_q=15)
-    box = registry.box_rows_of(page_size)
-    for made, kernels, facts in (
-        (decode, decode_kernels, (4, num_heads, page_size, 9)),
-        (prefill, (registry.PREFILL, registry.PREFILL_FP8), (4, 15, num_heads, page_size, 9, True)),
-    ):
-        kind = DecodeProblem if made is decode else PrefillProblem
-        bf16_key = (registry.DecodeKey if made is decode else registry.PrefillKey)("bfloat16", box)
-        for problem, kernel, key in (
-            (kind(*facts, BF16, meta), kernels[0], bf16_key),
-            (kind(*facts, BF16, meta, "tensor", False), kernels[1], registry.Fp8Key("bfloat16", box, "tensor", False)),
-            (kind(*facts, FP16, meta, "tensor", True), kernels[1], registry.Fp8Key("float16", box, "tensor", True)),
-            (kind(*facts, FP16, meta, "token", False), kernels[1], registry.Fp8Key("float16", box, "token", False)),
-            (kind(*facts, BF16, meta, "group", True), kernels[1], registry.Fp8Key("bfloat16", box, "group", True)),
-        ):
-            steps.clear()
-            made.launcher(problem, False)
-            assert steps == [(kernel, key)]
-            made.launcher(problem, False)
-            assert len(steps) == 1, "the same problem asks once"
-
-
-@pytest.mark.parametrize(
-    ("num_heads", "chosen", "few"),
-    [
-        (16, "auto", True),
-        (16, "few_rows", True),
-        (16, "rows", False),
-        (17, "auto", False),
-        (17, "few_rows", True),
-        (128, "few_rows", True),
-        (17, "rows", False),
-    ],
-)
-@pytest.mark.parametrize("field", ["kernel", "fp8_kernel"])
-def test_the_config_chooses_the_kernel_of_few_rows(steps, field, num_heads, chosen, few):
-    """Each field for its kind of cache; over the other kind the kernel stays that of the heads."""
-    meta = torch.device("meta")
-    indptr = torch.zeros(5, dtype=torch.int32, device=meta)
-    config = mla_cute.KernelConfig(**{field: chosen})
-    made = mla_cute.plan_decode(indptr, num_heads=num_heads, page_size=64, config=config)
-    few_fp8, few_16bit = (few if field == name else num_heads <= 16 for name in ("fp8_kernel", "kernel"))
-    steps.clear()
-    made.launcher(DecodeProblem(4, num_heads, 64, 9, BF16, meta, "group", True), False)
-    kernel = registry.DECODE_FEW_FP8 if few_fp8 else registry.DECODE_FP8
-    assert steps == [(kernel, registry.Fp8Key("bfloat16", 64, "group", True))]
-    steps.clear()
-    made.launcher(DecodeProblem(4, num_heads, 64, 9, BF16, meta), False)
-    kernel = registry.DECODE_FEW if few_16bit else registry.DECODE
-    assert steps == [(kernel, registry.DecodeKey("bfloat16", 64))]
-
-
-@pytest.mark.parametrize(
-    ("num_heads", "config", "kv_format", "ctas"),
-    [(16, {}, "tensor", 132), (64, {}, "tensor", 132), (65, {}, "group", 66),
-     (32, {"fp8_kernel": "few_rows"}, "token", 66), (100, {"fp8_kernel": "few_rows"}, "tensor", 18),
-     (128, {"fp8_kernel": "few_rows"}, "tensor", 16), (128, {"kernel": "few_rows"}, "tensor", 66),
-     (128, {"fp8_kernel": "few_rows"}, "", 66), (128, {"kernel": "few_rows"}, "", 16),
-     (100, {"kernel": "few_rows"}, "", 18), (32, {"kernel": "few_rows"}, "", 66), (32, {}, "", 132), (65, {}, "", 66),
-     (16, {}, "", 132), (16, {"kernel": "rows"}, "", 132)],
-)  # fmt: skip
-def test_row_tiles_of_the_kernel_share_the_sms(steps, num_heads, config, kv_format, ctas):
-    """A plan has as many work lists as there are SMs for each row tile of the kernel it is made for."""
-    indptr = torch.zeros(5, dtype=torch.int32, device=torch.device("meta"))
-    config = mla_cute.KernelConfig(**config)
-    made = mla_cute.plan_decode(indptr, num_heads=num_heads, page_size=64, config=config, kv_format=kv_format)
-    assert made.num_parts == ctas
-
-
-@pytest.mark.parametrize("field", ["kernel", "fp8_kernel"])
-def test_an_unknown_kernel_is_refused(steps, field):
-    indptr = torch.zeros(5, dtype=torch.int32, device=torch.device("meta"))
-    with pytest.raises(ValueError, match=rf"config: {field}: expected one of .*, got 'few'"):
-        mla_cute.plan_decode(indptr, num_heads=16, page_size=64, config=mla_cute.KernelConfig(**{field: "few"}))
-
-
-def launched(call: Call, packs_rows: bool = False, **change) -> tuple:
-    """The arguments that the step of this call gets."""
-    arguments = {"lse_base": 2, "out": None, "lse": None} | call.arguments | change
-    options = ("ckv_scale", "kpe_scale", "q_scale")
-    scales = dict.fromkeys(options, 1.0) | {"ckv_scale_arr": None}
-    scales |= {name: arguments[name] for name in scales if name in arguments}
-    stand_in = types.SimpleNamespace(has_work=True, packs_rows=packs_rows, table="table", part="part", grid=(5, 6, 7))
-    recorded = []
-    problem = CHECKS[call.form](**on_gpu(call.arguments | change))
-    result = api.launch_step(
-        lambda *got: recorded.append(got), problem, stand_in,
-        *(arguments[name] for name in ("q_nope", "q_pe", "ckv_cache", "kpe_cache")),
-        "indices", arguments["sm_scale"], arguments["out"], arguments["lse"], arguments["lse_base"], True,
-        scales["ckv_scale"], scales["kpe_scale"], scales["ckv_scale_arr"], scales["q_scale"],
-    )  # fmt: skip
-    (got,) = recorded
-    assert got[8] is result[0]
-    assert got[9] is result[1]
-    return got
-
-
-def same_memory(got: torch.Tensor, x: torch.Tensor) -> bool:
-    return (got.data_ptr(), got.shape, got.stride()) == (x.data_ptr(), x.shape, x.stride())
-
-
-@FORM
-@LAYOUT
-@Q_FP8
-def test_what_the_step_is_launched_with(form, layout, q_fp8):
-    call = make_call(form, layout, q_fp8)
-    q_nope, q_pe, ckv, kpe, scales, indices, table, part, out, lse, *numbers = launched(call)
-    for got, name in ((q_nope, "q_nope"), (q_pe, "q_pe"), (ckv, "ckv_cache"), (kpe, "kpe_cache")):
-        x = call.arguments[name]
-        assert got.dtype is (torch.uint8 if x.dtype is E4M3 else x.dtype)
-        assert same_memory(got, x)
-    assert (indices, table, part) == ("indices", "table", "part")
-    assert out is call.arguments["out"]
-    assert lse is call.arguments["lse"]
-    assert scales.dtype is torch.float32
-    assert scales.dim() == 3
-    tensor = layout == "tensor"
-    assert same_memory(scales, lse.unsqueeze(-1) if tensor else call.arguments["ckv_scale_arr"])
-    ckv_scale, kpe_scale = (call.arguments.get(name, 1.0) for name in ("ckv_scale", "kpe_scale"))
-    q_scale = call.arguments.get("q_scale", 1.0)
-    assert (ckv_scale != kpe_scale) is tensor
-    assert (q_scale != 1.0) is q_fp8
-    per_score = 0.1 * math.log2(math.e)
-    assert numbers[:3] == [5, 6, 7]
-    assert numbers[3:] == pytest.approx(
-        [per_score * ckv_scale * q_scale, per_score * kpe_scale * (q_scale if tensor else 1.0), ckv_scale, 1.0]
-    )
-    assert all(type(x) is float for x in numbers[3:])
-
-
-def test_launch_in_base_e_with_ints_for_scales():
-    *_, nope, rope, factor, lse_scale = launched(
-        make_call("decode", "tensor", True), lse_base="e", ckv_scale=3, kpe_scale=5, q_scale=7, sm_scale=1
-    )
-    assert [nope, rope, factor, lse_scale] == pytest.approx([21 / math.log(2), 35 / math.log(2), 3.0, math.log(2)])
-    assert all(type(x) is float for x in (nope, rope, factor, lse_scale))
-
-
-@FORM
-def test_launch_allocates_the_output(form):
-    for layout, q_fp8, dtype, want in (
-        ("tensor", True, FP16, BF16),
-        ("tensor", False, FP16, FP16),
-        ("group", True, FP16, FP16),
-        ("token", True, BF16, BF16),
-    ):
-        call = make_call(form, layout, q_fp8, outputs=False, dtype=dtype)
-        got = launched(call)
-        assert (got[8].dtype, list(got[8].shape)) == (want, list(call.arguments["q_nope"].shape))
-        assert got[8].is_contiguous()
-        assert (got[9].dtype, list(got[9].shape)) == (torch.float32, list(got[8].shape[:2]))
-
-
-@LAYOUT
-@Q_FP8
-def test_prefill_rows_are_made_even(layout, q_fp8):
-    call = make_call("prefill", layout, q_fp8)
-    for name in ("q_nope", "q_pe"):
-        x = call.arguments[name]
-        uneven = torch.zeros(x.shape[0], x.shape[1] + 1, x.shape[2]).to(x.dtype)[:, :-1]
-        uneven.view(torch.uint8).copy_(x.view(torch.uint8))
-        call.arguments[name] = uneven
-    got = launched(call, packs_rows=True)
-    for x, name in zip(got[:2], ("q_nope", "q_pe"), strict=True):
-        want = call.arguments[name]
-        assert x.stride(0) == x.shape[1] * x.stride(1)
-        assert torch.equal(x.view(torch.uint8), want.view(torch.uint8))
-
-
-def test_odd_strides_are_packed_for_the_launch():
-    case = make_case([1], num_heads=1, page_size=1, num_pages=1)
-    for layout in ("token", "group"):
-        fp8 = make_fp8(case, layout, True)
-        arguments = (
-            {name: getattr(case, name) for name in ("kv_indptr", "kv_indices", "sm_scale")} | fp8.tensors | fp8.scales
-        )
-        last = 9 if layout == "token" else 1
-        for name in ("q_nope", "q_pe", "ckv_cache", "kpe_cache"):
-            arguments[name] = arguments[name].as_strided(arguments[name].shape, (7, 3, 1))
-        array = arguments["ckv_scale_arr"]
-        arguments["ckv_scale_arr"] = array.as_strided(array.shape, (7, 3, last))
-        got = launched(Call("decode", arguments, fp8, ()))
-        for x in got[:5]:
-            assert x.stride() == torch.empty(x.shape).stride()
-
-
-# ------------------------------------------------------------------------------------------------ the registry
-
-
-def test_variants_of_fp8_caches():
-    assert registry.variants(kv_formats=("",)) == registry.variants()
-    everything = registry.variants(kv_formats=("", *registry.KV_FORMATS))
-    assert [v for v in everything if not isinstance(v[1], registry.Fp8Key)] == registry.variants()
-    for kernel in (registry.DECODE_FP8, registry.DECODE_FEW_FP8, registry.PREFILL_FP8):
-        keys = [key for of_kernel, key, _ in everything if of_kernel is kernel]
-        assert len(keys) == len(set(keys)) == 3 * 2 * 2 * 5
-        assert set(keys) == {
-            registry.Fp8Key(dtype, box, kv_format, q_fp8)
-            for dtype in registry.DTYPES
-            for box in registry.BOX_ROWS
-            for kv_format in registry.KV_FORMATS
-            for q_fp8 in (False, True)
-        }
-    only = registry.variants(("bfloat16",), (64,), ops=("decode",), kv_formats=("group",))
-    assert [(kernel, key) for kernel, key, _ in only if kernel is not registry.PLANNER] == [
-        (kernel, registry.Fp8Key("bfloat16", 64, "group", q_fp8))
-        for kernel in (registry.DECODE_FP8, registry.DECODE_FEW_FP8)
-        for q_fp8 in (False, True)
-    ]
-    assert len(only) == 4 + 6, "planners are needed for any cache"

@@ -1,0 +1,249 @@
+"""FP8 calls: which kernels their plans ask for, and what the step is launched with."""
+
+import math
+import types
+
+import pytest
+import torch
+from fp8_call_case import BF16, CHECKS, E4M3, FORM, FP16, LAYOUT, Q_FP8, Call, make_call, on_gpu
+from fp8_case import make_fp8
+
+import mla_cute
+from mla_cute import api, jit, plan
+from mla_cute._testing import make_case
+from mla_cute.kernels import registry
+from mla_cute.problem import DecodeProblem
+from mla_cute.problem_prefill import PrefillProblem
+
+# ------------------------------------------------------------------------------------------------ plans and launches
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Plans on the meta device allocate as on a GPU of 132 SMs; the kernels they ask for are recorded."""
+    recorded = []
+    monkeypatch.setattr(plan, "num_sms", lambda device: 132)
+    monkeypatch.setattr(jit, "get", lambda kernel, key, config: recorded.append((kernel, key)) or (lambda *a: None))
+    return recorded
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "decode_kernels"),
+    [(16, (registry.DECODE_FEW, registry.DECODE_FEW_FP8)), (17, (registry.DECODE, registry.DECODE_FP8))],
+)
+@pytest.mark.parametrize("page_size", [64, 1, 24])
+def test_one_plan_asks_for_the_step_of_each_cache(steps, page_size, num_heads, decode_kernels):
+    meta = torch.device("meta")
+    indptr = torch.zeros(5, dtype=torch.int32, device=meta)
+    sizes = {"num_heads": num_heads, "page_size": page_size}
+    decode = mla_cute.plan_decode(indptr, **sizes)
+    prefill = mla_cute.plan_prefill(indptr, indptr, **sizes, total_q=15)
+    box = registry.box_rows_of(page_size)
+    for made, kernels, facts in (
+        (decode, decode_kernels, (4, num_heads, page_size, 9)),
+        (prefill, (registry.PREFILL, registry.PREFILL_FP8), (4, 15, num_heads, page_size, 9, True)),
+    ):
+        kind = DecodeProblem if made is decode else PrefillProblem
+        bf16_key = (registry.DecodeKey if made is decode else registry.PrefillKey)("bfloat16", box)
+        for problem, kernel, key in (
+            (kind(*facts, BF16, meta), kernels[0], bf16_key),
+            (kind(*facts, BF16, meta, "tensor", False), kernels[1], registry.Fp8Key("bfloat16", box, "tensor", False)),
+            (kind(*facts, FP16, meta, "tensor", True), kernels[1], registry.Fp8Key("float16", box, "tensor", True)),
+            (kind(*facts, FP16, meta, "token", False), kernels[1], registry.Fp8Key("float16", box, "token", False)),
+            (kind(*facts, BF16, meta, "group", True), kernels[1], registry.Fp8Key("bfloat16", box, "group", True)),
+        ):
+            steps.clear()
+            made.launcher(problem, False)
+            assert steps == [(kernel, key)]
+            made.launcher(problem, False)
+            assert len(steps) == 1, "the same problem asks once"
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "chosen", "few"),
+    [
+        (16, "auto", True),
+        (16, "few_rows", True),
+        (16, "rows", False),
+        (17, "auto", False),
+        (17, "few_rows", True),
+        (128, "few_rows", True),
+        (17, "rows", False),
+    ],
+)
+@pytest.mark.parametrize("field", ["kernel", "fp8_kernel"])
+def test_the_config_chooses_the_kernel_of_few_rows(steps, field, num_heads, chosen, few):
+    """Each field for its kind of cache; over the other kind the kernel stays that of the heads."""
+    meta = torch.device("meta")
+    indptr = torch.zeros(5, dtype=torch.int32, device=meta)
+    config = mla_cute.KernelConfig(**{field: chosen})
+    made = mla_cute.plan_decode(indptr, num_heads=num_heads, page_size=64, config=config)
+    few_fp8, few_16bit = (few if field == name else num_heads <= 16 for name in ("fp8_kernel", "kernel"))
+    steps.clear()
+    made.launcher(DecodeProblem(4, num_heads, 64, 9, BF16, meta, "group", True), False)
+    kernel = registry.DECODE_FEW_FP8 if few_fp8 else registry.DECODE_FP8
+    assert steps == [(kernel, registry.Fp8Key("bfloat16", 64, "group", True))]
+    steps.clear()
+    made.launcher(DecodeProblem(4, num_heads, 64, 9, BF16, meta), False)
+    kernel = registry.DECODE_FEW if few_16bit else registry.DECODE
+    assert steps == [(kernel, registry.DecodeKey("bfloat16", 64))]
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "config", "kv_format", "ctas"),
+    [(16, {}, "tensor", 132), (64, {}, "tensor", 132), (65, {}, "group", 66),
+     (32, {"fp8_kernel": "few_rows"}, "token", 66), (100, {"fp8_kernel": "few_rows"}, "tensor", 18),
+     (128, {"fp8_kernel": "few_rows"}, "tensor", 16), (128, {"kernel": "few_rows"}, "tensor", 66),
+     (128, {"fp8_kernel": "few_rows"}, "", 66), (128, {"kernel": "few_rows"}, "", 16),
+     (100, {"kernel": "few_rows"}, "", 18), (32, {"kernel": "few_rows"}, "", 66), (32, {}, "", 132), (65, {}, "", 66),
+     (16, {}, "", 132), (16, {"kernel": "rows"}, "", 132)],
+)  # fmt: skip
+def test_row_tiles_of_the_kernel_share_the_sms(steps, num_heads, config, kv_format, ctas):
+    """A plan has as many work lists as there are SMs for each row tile of the kernel it is made for."""
+    indptr = torch.zeros(5, dtype=torch.int32, device=torch.device("meta"))
+    config = mla_cute.KernelConfig(**config)
+    made = mla_cute.plan_decode(indptr, num_heads=num_heads, page_size=64, config=config, kv_format=kv_format)
+    assert made.num_parts == ctas
+
+
+@pytest.mark.parametrize("field", ["kernel", "fp8_kernel"])
+def test_an_unknown_kernel_is_refused(steps, field):
+    indptr = torch.zeros(5, dtype=torch.int32, device=torch.device("meta"))
+    with pytest.raises(ValueError, match=rf"config: {field}: expected one of .*, got 'few'"):
+        mla_cute.plan_decode(indptr, num_heads=16, page_size=64, config=mla_cute.KernelConfig(**{field: "few"}))
+
+
+def launched(call: Call, packs_rows: bool = False, **change) -> tuple:
+    """The arguments that the step of this call gets."""
+    arguments = {"lse_base": 2, "out": None, "lse": None} | call.arguments | change
+    options = ("ckv_scale", "kpe_scale", "q_scale")
+    scales = dict.fromkeys(options, 1.0) | {"ckv_scale_arr": None}
+    scales |= {name: arguments[name] for name in scales if name in arguments}
+    stand_in = types.SimpleNamespace(has_work=True, packs_rows=packs_rows, table="table", part="part", grid=(5, 6, 7))
+    recorded = []
+    problem = CHECKS[call.form](**on_gpu(call.arguments | change))
+    result = api.launch_step(
+        lambda *got: recorded.append(got), problem, stand_in,
+        *(arguments[name] for name in ("q_nope", "q_pe", "ckv_cache", "kpe_cache")),
+        "indices", arguments["sm_scale"], arguments["out"], arguments["lse"], arguments["lse_base"], True,
+        scales["ckv_scale"], scales["kpe_scale"], scales["ckv_scale_arr"], scales["q_scale"],
+    )  # fmt: skip
+    (got,) = recorded
+    assert got[8] is result[0]
+    assert got[9] is result[1]
+    return got
+
+
+def same_memory(got: torch.Tensor, x: torch.Tensor) -> bool:
+    return (got.data_ptr(), got.shape, got.stride()) == (x.data_ptr(), x.shape, x.stride())
+
+
+@FORM
+@LAYOUT
+@Q_FP8
+def test_what_the_step_is_launched_with(form, layout, q_fp8):
+    call = make_call(form, layout, q_fp8)
+    q_nope, q_pe, ckv, kpe, scales, indices, table, part, out, lse, *numbers = launched(call)
+    for got, name in ((q_nope, "q_nope"), (q_pe, "q_pe"), (ckv, "ckv_cache"), (kpe, "kpe_cache")):
+        x = call.arguments[name]
+        assert got.dtype is (torch.uint8 if x.dtype is E4M3 else x.dtype)
+        assert same_memory(got, x)
+    assert (indices, table, part) == ("indices", "table", "part")
+    assert out is call.arguments["out"]
+    assert lse is call.arguments["lse"]
+    assert scales.dtype is torch.float32
+    assert scales.dim() == 3
+    tensor = layout == "tensor"
+    assert same_memory(scales, lse.unsqueeze(-1) if tensor else call.arguments["ckv_scale_arr"])
+    ckv_scale, kpe_scale = (call.arguments.get(name, 1.0) for name in ("ckv_scale", "kpe_scale"))
+    q_scale = call.arguments.get("q_scale", 1.0)
+    assert (ckv_scale != kpe_scale) is tensor
+    assert (q_scale != 1.0) is q_fp8
+    per_score = 0.1 * math.log2(math.e)
+    assert numbers[:3] == [5, 6, 7]
+    assert numbers[3:] == pytest.approx(
+        [per_score * ckv_scale * q_scale, per_score * kpe_scale * (q_scale if tensor else 1.0), ckv_scale, 1.0]
+    )
+    assert all(type(x) is float for x in numbers[3:])
+
+
+def test_launch_in_base_e_with_ints_for_scales():
+    *_, nope, rope, factor, lse_scale = launched(
+        make_call("decode", "tensor", True), lse_base="e", ckv_scale=3, kpe_scale=5, q_scale=7, sm_scale=1
+    )
+    assert [nope, rope, factor, lse_scale] == pytest.approx([21 / math.log(2), 35 / math.log(2), 3.0, math.log(2)])
+    assert all(type(x) is float for x in (nope, rope, factor, lse_scale))
+
+
+@FORM
+def test_launch_allocates_the_output(form):
+    for layout, q_fp8, dtype, want in (
+        ("tensor", True, FP16, BF16),
+        ("tensor", False, FP16, FP16),
+        ("group", True, FP16, FP16),
+        ("token", True, BF16, BF16),
+    ):
+        call = make_call(form, layout, q_fp8, outputs=False, dtype=dtype)
+        got = launched(call)
+        assert (got[8].dtype, list(got[8].shape)) == (want, list(call.arguments["q_nope"].shape))
+        assert got[8].is_contiguous()
+        assert (got[9].dtype, list(got[9].shape)) == (torch.float32, list(got[8].shape[:2]))
+
+
+@LAYOUT
+@Q_FP8
+def test_prefill_rows_are_made_even(layout, q_fp8):
+    call = make_call("prefill", layout, q_fp8)
+    for name in ("q_nope", "q_pe"):
+        x = call.arguments[name]
+        uneven = torch.zeros(x.shape[0], x.shape[1] + 1, x.shape[2]).to(x.dtype)[:, :-1]
+        uneven.view(torch.uint8).copy_(x.view(torch.uint8))
+        call.arguments[name] = uneven
+    got = launched(call, packs_rows=True)
+    for x, name in zip(got[:2], ("q_nope", "q_pe"), strict=True):
+        want = call.arguments[name]
+        assert x.stride(0) == x.shape[1] * x.stride(1)
+        assert torch.equal(x.view(torch.uint8), want.view(torch.uint8))
+
+
+def test_odd_strides_are_packed_for_the_launch():
+    case = make_case([1], num_heads=1, page_size=1, num_pages=1)
+    for layout in ("token", "group"):
+        fp8 = make_fp8(case, layout, True)
+        arguments = (
+            {name: getattr(case, name) for name in ("kv_indptr", "kv_indices", "sm_scale")} | fp8.tensors | fp8.scales
+        )
+        last = 9 if layout == "token" else 1
+        for name in ("q_nope", "q_pe", "ckv_cache", "kpe_cache"):
+            arguments[name] = arguments[name].as_strided(arguments[name].shape, (7, 3, 1))
+        array = arguments["ckv_scale_arr"]
+        arguments["ckv_scale_arr"] = array.as_strided(array.shape, (7, 3, last))
+        got = launched(Call("decode", arguments, fp8, ()))
+        for x in got[:5]:
+            assert x.stride() == torch.empty(x.shape).stride()
+
+
+# ------------------------------------------------------------------------------------------------ the registry
+
+
+def test_variants_of_fp8_caches():
+    assert registry.variants(kv_formats=("",)) == registry.variants()
+    everything = registry.variants(kv_formats=("", *registry.KV_FORMATS))
+    assert [v for v in everything if not isinstance(v[1], registry.Fp8Key)] == registry.variants()
+    for kernel in (registry.DECODE_FP8, registry.DECODE_FEW_FP8, registry.PREFILL_FP8):
+        keys = [key for of_kernel, key, _ in everything if of_kernel is kernel]
+        assert len(keys) == len(set(keys)) == 3 * 2 * 2 * 5
+        assert set(keys) == {
+            registry.Fp8Key(dtype, box, kv_format, q_fp8)
+            for dtype in registry.DTYPES
+            for box in registry.BOX_ROWS
+            for kv_format in registry.KV_FORMATS
+            for q_fp8 in (False, True)
+        }
+    only = registry.variants(("bfloat16",), (64,), ops=("decode",), kv_formats=("group",))
+    assert [(kernel, key) for kernel, key, _ in only if kernel is not registry.PLANNER] == [
+        (kernel, registry.Fp8Key("bfloat16", 64, "group", q_fp8))
+        for kernel in (registry.DECODE_FP8, registry.DECODE_FEW_FP8)
+        for q_fp8 in (False, True)
+    ]
+    assert len(only) == 4 + 6, "planners are needed for any cache"
