@@ -101,14 +101,18 @@ def default_config(num_heads: int, page_size: int, batch: int, num_sms: int) -> 
     """The configuration used when no tuned entry applies."""
     del page_size, batch, num_sms
     config = KernelConfig(split_penalty=2 + (4 * min(num_heads, 128) + 63) // 64)
-    # "auto": pieces as the few-rows kernel takes them.
-    return dataclasses.replace(config, cut_unit=1, min_blocks=1) if num_heads <= FEW_ROWS else config
+    return _with_pieces(config, few_rows=num_heads <= FEW_ROWS)
+
+
+def _with_pieces(config: KernelConfig, few_rows: bool) -> KernelConfig:
+    """`config` with the smallest pieces that few_rows, or else row tiles, take."""
+    unit = 1 if few_rows else 2
+    return dataclasses.replace(config, cut_unit=unit, min_blocks=unit)
 
 
 def with_kernel(config: KernelConfig, kv_format: str, kernel: str) -> KernelConfig:
     """`config` with that main kernel ("rows" or "few_rows") for a cache, and the pieces it takes."""
-    unit = 1 if kernel == "few_rows" else 2
-    config = dataclasses.replace(config, cut_unit=unit, min_blocks=unit)
+    config = _with_pieces(config, few_rows=kernel == "few_rows")
     return dataclasses.replace(config, fp8_kernel=kernel) if kv_format else dataclasses.replace(config, kernel=kernel)
 
 

@@ -11,7 +11,6 @@ import os
 import pathlib
 import signal
 import statistics
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,6 +23,7 @@ from .. import gpu as gpu_facts
 from .. import quant
 from .._testing_fp8 import E4M3_NOISE
 from ..config import KernelConfig
+from ..jit import replace_file
 from .cases import (
     BARS,
     DTYPES,
@@ -601,13 +601,5 @@ def write_json(path: pathlib.Path, record: dict[str, Any]) -> None:
     """Write atomically: a reader sees the old file or the whole new one."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(record, file, indent=1, allow_nan=False)
-            file.write("\n")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    replace_file(path, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
+    os.chmod(path, 0o644)

@@ -11,7 +11,7 @@ from cutlass import Float32, Int32, Int64, Uint32, const_expr
 from . import fp8, sync
 from .few_rows_params import BAR_EPI, NUM_CONSUMERS, P_WORDS, SUB_BYTES
 from .paged_kv import TILE_N
-from .rows_fp8_params import MB_EMPTY, MB_FULL
+from .rows_fp8_params import MB_FULL
 from .rows_params import HEAD_DIM_V
 
 TILE_BYTES = 8 * SUB_BYTES
@@ -31,7 +31,7 @@ class SixteenBitTiles:
         self.q_steps, self.q_pass_steps = (NOPE_STEPS, 16) if self.by_tma else (NOPE_STEPS - 4, 8)
         self.q_kept_bytes = ((NOPE_STEPS - self.q_steps) // 4 + 1) * Q_SUB_BYTES
         self.q_transient_bytes = self.q_pass_steps // 4 * Q_SUB_BYTES
-        self.mma_dtype = "bf16" if self.dtype.__name__ == "BFloat16" else "f16"
+        self.mma_dtype = fp8.ptx_name(self.dtype)
 
     def _to_p_pair(self, low, high):
         return fp8.to_16bit_pair(low, high, self.dtype)
@@ -99,35 +99,35 @@ class SixteenBitTiles:
             score = ((acc[0][j] + acc[1][j]) + (acc[2][j] + acc[3][j])) * p.nope_scale_log2
             f.rNext[j] = score if token + j % 2 < left else -Float32.inf
 
+    def _v_address(self, s, f, slot):
+        """Of the sub-tile that this warp's channels are."""
+        return s.k_address + slot * TILE_BYTES + f.w * SUB_BYTES
+
     @cute.jit
-    def _pv(self, s, f, slot, parity, left):
-        tile = s.k_address + slot * TILE_BYTES + f.w * SUB_BYTES
+    def _clear_tail(self, s, f, slot, left):
+        tile = self._v_address(s, f, slot)
         if left < TILE_N:
-            # Rows past kv_end may hold NaN: zero this warp's 64 channels of them.
             lane = fp8.thread_index() % 32
             for row in cutlass.range(cutlass.max(left, Int32(0)) + lane // 8, TILE_N, 4, unroll=1):
                 zero = Uint32(0)
                 fp8.store_shared(tile + row * 128 + lane % 8 * 16, [zero, zero, zero, zero])
             sync.fence_smem_writes()
             cute.arch.sync_warp()
+
+    def _multiply_v(self, s, f, slot, parity, acc: list) -> None:
+        tile = self._v_address(s, f, slot)
         r8 = f.lane % 8
         quarter = f.lane // 8
         row = quarter % 2 * 8 + r8
         at = [tile + row * 128 + ((2 * c + quarter // 2) ^ r8) * 16 for c in range(4)]
         p_at = s.p_address + (parity * P_WORDS + f.lane * 4) * 4
-        acc = [[f.rO[t * 4 + j] for j in range(4)] for t in range(8)]
-        for kk in cutlass.range_constexpr(4):
+        for kk in range(4):
             a = fp8.load_shared_16(p_at, kk * 512)
-            for c in cutlass.range_constexpr(4):
+            for c in range(4):
                 x = fp8.ldmatrix_x4(at[c], kk * 2048, True)
-                for e in cutlass.range_constexpr(2):
+                for e in range(2):
                     t = 2 * c + e
                     acc[t] = fp8.mma_m16n8k16(acc[t], a, [x[2 * e], x[2 * e + 1]], self.mma_dtype)
-        for t in cutlass.range_constexpr(8):
-            for j in cutlass.range_constexpr(4):
-                f.rO[t * 4 + j] = acc[t][j]
-        cute.arch.sync_warp()
-        sync.arrive_once_per_warp(s.mbar + MB_EMPTY + slot)
 
     # -------------------------------------------------------------- epilogue
 

@@ -17,6 +17,7 @@ from .few_rows_params import (
 from .paged_kv import TILE_N
 from .registry import INT16_BIAS, INT16_MAX, PART_LSE
 from .rows_fp8_consumer import MAX_P, MAX_SCALED_P, MAX_UNITS
+from .rows_fp8_params import MB_EMPTY
 
 _TO_INT = INT16_MAX * (1 - 2.0**-20)
 
@@ -208,6 +209,18 @@ class FewRowsConsumer:
             largest = softmax.quad_max(largest)
             if f.lane == 0:
                 s.sBig[f.w] = largest
+
+    @cute.jit
+    def _pv(self, s, f, slot, parity, left):
+        # Rows past kv_end may hold NaN: this warp's 64 channels of them become zeros.
+        self._clear_tail(s, f, slot, left)
+        acc = [[f.rO[t * 4 + j] for j in range(4)] for t in range(8)]
+        self._multiply_v(s, f, slot, parity, acc)
+        for t in cutlass.range_constexpr(8):
+            for j in cutlass.range_constexpr(4):
+                f.rO[t * 4 + j] = acc[t][j]
+        cute.arch.sync_warp()
+        sync.arrive_once_per_warp(s.mbar + MB_EMPTY + slot)
 
     # -------------------------------------------------------------- epilogue
 

@@ -10,7 +10,7 @@ from cutlass import Float32, Int32, Int64, Uint32, const_expr
 from . import fp8, sync
 from .few_rows_params import BAR_EPI, NUM_CONSUMERS, P_WORDS, Q_TOTAL_STEPS, STEP_BYTES, SUB_BYTES
 from .paged_kv import TILE_N
-from .rows_fp8_params import MB_EMPTY, MB_FULL
+from .rows_fp8_params import MB_FULL
 
 TILE_BYTES = 4 * SUB_BYTES
 
@@ -138,9 +138,9 @@ class Fp8Tiles:
         else:
             at = s.r_address + slot * (TILE_N * 128) + rows * 128
             x = [word for half in range(2) for word in fp8.ldmatrix_x4(at + ((chunk + 4 * half) ^ r8) * 16, 0, False)]
-            name = "bf16" if self.dtype.__name__ == "BFloat16" else "f16"
             for m in cutlass.range_constexpr(4):
-                acc[4] = self._multiply_q(s, f, acc[4], 32 + m, (x[2 * m], x[2 * m + 1]), name)
+                b = x[2 * m], x[2 * m + 1]
+                acc[4] = self._multiply_q(s, f, acc[4], 32 + m, b, fp8.ptx_name(self.dtype))
         nope = self._combine(s, f, slot, acc)
         token = f.w * 8 + f.l4 * 2
         for j in cutlass.range_constexpr(4):
@@ -168,11 +168,14 @@ class Fp8Tiles:
             sums = [sums[j] * scales[j % 2] for j in range(4)]
         return sums
 
+    def _v_address(self, s, f, slot):
+        """Of the sub-tile whose half this warp's channels are."""
+        return s.k_address + slot * TILE_BYTES + f.w // 2 * SUB_BYTES
+
     @cute.jit
-    def _pv(self, s, f, slot, parity, left):
-        tile = s.k_address + slot * TILE_BYTES + f.w // 2 * SUB_BYTES
+    def _clear_tail(self, s, f, slot, left):
+        tile = self._v_address(s, f, slot)
         if left < TILE_N:
-            # Rows past kv_end may hold NaN: zero this warp's 64 channels of them.
             lane = fp8.thread_index() % 32
             chunk = f.w % 2 * 4 + lane % 4
             first = cutlass.max(left, Int32(0)) + lane // 4
@@ -181,28 +184,25 @@ class Fp8Tiles:
                 fp8.store_shared(tile + row * 128 + (chunk ^ (row % 8)) * 16, [zero, zero, zero, zero])
             sync.fence_smem_writes()
             cute.arch.sync_warp()
+
+    def _multiply_v(self, s, f, slot, parity, acc: list) -> None:
+        tile = self._v_address(s, f, slot)
         r8 = f.lane % 8
         quarter = f.lane // 8
         row = quarter % 2 * 8 + r8
         chunk = f.w % 2 * 4 + quarter // 2
         at = [tile + row * 128 + ((chunk + 2 * c) ^ r8) * 16 for c in range(2)]
-        group = f.w // 2 if const_expr(self.p_tiles > 1) else Int32(0)
+        group = f.w // 2 if self.p_tiles > 1 else Int32(0)
         p_at = s.p_address + ((parity * self.p_tiles + group) * P_WORDS + f.lane * 4) * 4
-        acc = [[f.rO[t * 4 + j] for j in range(4)] for t in range(8)]
-        for kk in cutlass.range_constexpr(4):
+        for kk in range(4):
             a = fp8.load_shared_16(p_at, kk * 512)
-            for c in cutlass.range_constexpr(2):
+            for c in range(2):
                 x = fp8.ldmatrix_x4(at[c], kk * 2048, True)
                 y = [fp8.e4m3x4_to_f16(fp8.transpose_pairs(v)) for v in x]
-                for q in cutlass.range_constexpr(2):
+                for q in range(2):
                     t = (2 * c + q) * 2
-                    for e in cutlass.range_constexpr(2):
+                    for e in range(2):
                         acc[t + e] = fp8.mma_m16n8k16(acc[t + e], a, [y[2 * q][e], y[2 * q + 1][e]], "f16")
-        for t in cutlass.range_constexpr(8):
-            for j in cutlass.range_constexpr(4):
-                f.rO[t * 4 + j] = acc[t][j]
-        cute.arch.sync_warp()
-        sync.arrive_once_per_warp(s.mbar + MB_EMPTY + slot)
 
     # -------------------------------------------------------------- epilogue
 

@@ -6,11 +6,12 @@ from typing import Any
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 
+from ..config import FEW_ROWS
 from .rows_fp8_params import MAX_STAGES
 
 NUM_WARPS = 8
 NUM_CONSUMERS = 32 * NUM_WARPS
-ROWS = 16
+ROWS = FEW_ROWS
 BAR_MOVE, BAR_EPI = 1, 2
 MB_P = 2 * MAX_STAGES
 MB_TOTAL = MB_P + 2

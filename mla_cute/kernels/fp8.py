@@ -47,10 +47,14 @@ def to_f16x2(low, high):
     return Uint32(asm(T.i32(), 1, [low, high], "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", False)[0])
 
 
+def ptx_name(dtype) -> str:
+    """Of a 16-bit float: "bf16" or "f16"."""
+    return "bf16" if dtype.__name__ == "BFloat16" else "f16"
+
+
 def to_16bit_pair(low, high, dtype):
     """Two float32 as a word of two bfloat16 or float16."""
-    name = "bf16x2" if dtype.width == 16 and dtype.__name__ == "BFloat16" else "f16x2"
-    return Uint32(asm(T.i32(), 1, [low, high], f"cvt.rn.{name}.f32 $0, $2, $1;", "=r,f,f", False)[0])
+    return Uint32(asm(T.i32(), 1, [low, high], f"cvt.rn.{ptx_name(dtype)}x2.f32 $0, $2, $1;", "=r,f,f", False)[0])
 
 
 def to_e4m3x4(x: list):
@@ -85,7 +89,7 @@ def _f16_to_f32(pair) -> list:
 
 def unpack_16bit(x, dtype) -> tuple:
     """The two 16-bit floats of a word, as float32."""
-    if dtype.__name__ != "BFloat16":
+    if ptx_name(dtype) == "f16":
         return tuple(_f16_to_f32(x))
     text = "{ .reg .b32 a, b; shl.b32 a, $2, 16; and.b32 b, $2, 0xffff0000; mov.b32 $0, a; mov.b32 $1, b; }"
     low, high = asm(T.f32(), 2, [x], text, "=f,=f,r", False)
@@ -105,8 +109,7 @@ def thread_index():
 
 def max_abs_16bit(a, b, dtype):
     """Per half: the larger of a and |b|, two 16-bit floats in a word; NaN is ignored."""
-    name = "bf16x2" if dtype.__name__ == "BFloat16" else "f16x2"
-    text = f"{{ .reg .b32 x; and.b32 x, $2, 0x7fff7fff; max.{name} $0, $1, x; }}"
+    text = f"{{ .reg .b32 x; and.b32 x, $2, 0x7fff7fff; max.{ptx_name(dtype)}x2 $0, $1, x; }}"
     return Uint32(asm(T.i32(), 1, [a, b], text, "=r,r,r", False)[0])
 
 

@@ -17,7 +17,6 @@ from bench_case import (
     FakeTimer,
     bench,
     row_of,
-    shrink_rotation,
     wrong_page,
 )
 
@@ -25,11 +24,6 @@ from mla_cute.bench import cases as cases_module
 from mla_cute.bench import report, runner
 from mla_cute.bench.cases import PUBLIC_BEST_GPU, Case
 from mla_cute.reference import decode_reference
-
-
-@pytest.fixture
-def small_rotation(monkeypatch):
-    shrink_rotation(monkeypatch)
 
 
 def test_record_rows_and_arithmetic(small_rotation):

@@ -9,7 +9,6 @@ from bench_case import (
     FP8_CASES,
     SMALL,
     row_of,
-    shrink_rotation,
 )
 
 from mla_cute.bench import cases as cases_module
@@ -30,11 +29,6 @@ TABLE = """
 128 64 37.8 251.6 1005.4
 128 128 68.0 475.0 1743.4
 """
-
-
-@pytest.fixture
-def small_rotation(monkeypatch):
-    shrink_rotation(monkeypatch)
 
 
 def table_cells():

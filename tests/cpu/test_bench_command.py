@@ -4,18 +4,13 @@ import sys
 import types
 
 import pytest
-from bench_case import CEILINGS, FP8_CASES, SMALL, FakeLibrary, FakeTimer, bench, shrink_rotation, wrong_page
+from bench_case import CEILINGS, FP8_CASES, SMALL, FakeLibrary, FakeTimer, bench, wrong_page
 
 from mla_cute.bench import __main__ as command
 from mla_cute.bench import peers as peers_module
 from mla_cute.bench import report, runner
 from mla_cute.bench.cases import PRESETS, Case
 from mla_cute.reference import decode_reference, decode_reference_block_table
-
-
-@pytest.fixture
-def small_rotation(monkeypatch):
-    shrink_rotation(monkeypatch)
 
 
 def test_compare(tmp_path, small_rotation, capsys):

@@ -7,7 +7,7 @@ import types
 
 import pytest
 import torch
-from bench_case import CEILINGS, FakeLibrary, FakeTimer, bench, shrink_rotation
+from bench_case import CEILINGS, FakeLibrary, FakeTimer, bench
 
 from mla_cute.bench import __main__ as command
 from mla_cute.bench import cases as cases_module
@@ -22,11 +22,6 @@ SMALL = [
     PrefillCase(3, ((1, 20, 20),), 1),
     PrefillCase(1, ((2, 3, 128),), 64, causal=False),
 ]
-
-
-@pytest.fixture
-def small_rotation(monkeypatch):
-    shrink_rotation(monkeypatch)
 
 
 def brute_pairs(case):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mla_cute._testing import make_case
-from mla_cute._testing_fp8 import LAYOUTS, Fp8Case, make_fp8, run_fp8
+from mla_cute._testing_fp8 import LAYOUTS, Fp8Case, make_fp8
 from mla_cute.config import FEW_ROWS
 from mla_cute.kernels.registry import KV_FORMATS, box_rows_of
 
@@ -46,8 +46,3 @@ def make(layout, q_fp8, lengths, num_heads=16, page_size=64, dtype=BF16, prepare
     if prepare is not None:
         prepare(case)
     return make_fp8(case, layout, q_fp8, **fp8 or {})
-
-
-def check(fp8: Fp8Case, **kwargs) -> None:
-    verdict = run_fp8(fp8, **kwargs)
-    assert verdict.ok, verdict

@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from mla_cute._testing import DecodeCase, Verdict, expected_of, judge, run_case
+from mla_cute._testing_fp8 import Fp8Case, run_fp8
 from mla_cute._testing_prefill import PrefillCase, make_prefill_case
 from mla_cute._testing_runs import capture, plan_of
 
 __all__ = [
-    "ENTRIES", "MIXED", "bits", "capture", "check", "decode", "judge_outputs", "make_prefill", "owned", "plan_of",
-    "same_bits", "spread_cache",
+    "ENTRIES", "MIXED", "bits", "capture", "check", "check_fp8", "decode", "judge_outputs", "make_prefill", "owned",
+    "plan_of", "same_bits", "spread_cache",
 ]  # fmt: skip
 
 ENTRIES = ("csr", "block_table")
@@ -28,6 +29,11 @@ def make_prefill(requests, num_heads=16, page_size=64, **kwargs) -> PrefillCase:
 
 def check(case: DecodeCase, **kwargs) -> None:
     verdict = run_case(case, **kwargs)
+    assert verdict.ok, verdict
+
+
+def check_fp8(fp8: Fp8Case, **kwargs) -> None:
+    verdict = run_fp8(fp8, **kwargs)
     assert verdict.ok, verdict
 
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from gpu_helpers import ENTRIES, bits, decode, plan_of, same_bits
+from gpu_helpers import ENTRIES, bits, check, decode, plan_of, same_bits
 
 import mla_cute
 from mla_cute._testing import compare, expected_of, make_case, run_case, sweep
@@ -13,11 +13,6 @@ from mla_cute._testing import compare, expected_of, make_case, run_case, sweep
 BOTH_ENTRIES = pytest.mark.parametrize("entry", ENTRIES)
 # One page size for each way of loading: gather, boxes of 8, 16 and 32 rows, full boxes; and one that is above the tile.
 LOADS = (1, 24, 16, 32, 64, 256)
-
-
-def check(case, **kwargs):
-    verdict = run_case(case, **kwargs)
-    assert verdict.ok, verdict
 
 
 @pytest.mark.parametrize("spec", sweep(), ids=str)

@@ -6,8 +6,9 @@ import random
 
 import pytest
 import torch
-from fp8_decode_case import BF16, BOTH_KERNELS, BOTH_Q, EVERY_LAYOUT, FP16, VARIANTS, check, make
+from fp8_decode_case import BF16, BOTH_KERNELS, BOTH_Q, EVERY_LAYOUT, FP16, VARIANTS, make
 from gpu_helpers import ENTRIES, bits, plan_of, same_bits
+from gpu_helpers import check_fp8 as check
 
 import mla_cute
 from mla_cute._testing import CACHE_LAYOUTS, OUT_LAYOUTS, Q_LAYOUTS, make_case, run_case

@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from fp8_decode_case import BF16, BOTH_KERNELS, BOTH_Q, EVERY_LAYOUT, FP16, check, make
+from fp8_decode_case import BF16, BOTH_KERNELS, BOTH_Q, EVERY_LAYOUT, FP16, make
+from gpu_helpers import check_fp8 as check
 from gpu_helpers import same_bits
 
 import mla_cute

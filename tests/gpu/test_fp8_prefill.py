@@ -8,10 +8,11 @@ import random
 import pytest
 import torch
 from gpu_helpers import ENTRIES, MIXED, owned, plan_of, same_bits
+from gpu_helpers import check_fp8 as check
 
 import mla_cute
 from mla_cute._testing import CACHE_LAYOUTS, OUT_LAYOUTS, Q_LAYOUTS, DecodeCase, run_case
-from mla_cute._testing_fp8 import LAYOUTS, Fp8Case, compare_fp8, expected_fp8, make_fp8, run_fp8
+from mla_cute._testing_fp8 import LAYOUTS, Fp8Case, compare_fp8, expected_fp8, make_fp8
 from mla_cute._testing_prefill import make_prefill_case
 from mla_cute.kernels.registry import box_rows_of
 
@@ -55,11 +56,6 @@ def make(layout, q_fp8, requests, num_heads=16, page_size=64, dtype=BF16, prepar
     if prepare is not None:
         prepare(case)
     return make_fp8(case, layout, q_fp8, **fp8 or {})
-
-
-def check(fp8: Fp8Case, **kwargs) -> None:
-    verdict = run_fp8(fp8, **kwargs)
-    assert verdict.ok, verdict
 
 
 def check_same(fp8: Fp8Case, want, **kwargs) -> None:

@@ -1,0 +1,60 @@
+"""Which kernel, and which pieces of requests, calls take that no tuned entry serves."""
+
+import dataclasses
+
+import pytest
+from tuned_case import SMS, when
+
+from mla_cute import tuned
+from mla_cute.config import default_config, why_infeasible, with_kernel
+
+
+@pytest.mark.parametrize("num_heads", [16, 17])
+@pytest.mark.parametrize(
+    ("kv_format", "field", "other"), [("", "kernel", "fp8_kernel"), ("group", "fp8_kernel", "kernel")]
+)
+def test_another_kernel_comes_with_its_pieces(kv_format, field, other, num_heads):
+    config = dataclasses.replace(default_config(num_heads, 64, 8, SMS), evict_first=False, item_overhead=7)
+    for kernel, unit in (("rows", 2), ("few_rows", 1)):
+        changed = with_kernel(config, kv_format, kernel)
+        assert (getattr(changed, field), getattr(changed, other)) == (kernel, "auto")
+        assert (changed.cut_unit, changed.min_blocks) == (unit, unit)
+        assert why_infeasible(changed) is None
+        back = dataclasses.replace(changed, **{field: "auto"}, cut_unit=config.cut_unit, min_blocks=config.min_blocks)
+        assert back == config, "nothing else changes"
+        assert with_kernel(changed, kv_format, kernel) == changed
+
+
+@pytest.mark.parametrize(
+    ("facts", "few"),
+    [
+        # Measured faster with few_rows on 132 SMs, or not: docs/performance.md.
+        ({"num_heads": 32, "batch": 1, "kv_len": 32768}, True),
+        ({"num_heads": 32, "batch": 16, "kv_len": 8192}, False),
+        ({"num_heads": 64, "batch": 1, "kv_len": 8192}, True),
+        ({"num_heads": 64, "batch": 1, "kv_len": 32768}, False),
+        ({"num_heads": 128, "batch": 1, "kv_len": 4096}, True),
+        ({"num_heads": 128, "batch": 1, "kv_len": 8192}, False),
+        ({"num_heads": 128, "batch": 1, "kv_len": 8192, "q_fp8": False}, True),
+        ({"num_heads": 64, "batch": 16, "kv_len": 1024, "q_fp8": False}, True),
+        ({"num_heads": 32, "batch": 4, "kv_len": 8192, "kv_format": "", "q_fp8": False}, True),
+        ({"num_heads": 32, "batch": 16, "kv_len": 8192, "kv_format": "", "q_fp8": False}, False),
+        ({"num_heads": 64, "batch": 1, "kv_len": 8192, "kv_format": "", "q_fp8": False}, True),
+        ({"num_heads": 64, "batch": 16, "kv_len": 1024, "kv_format": "", "q_fp8": False}, False),
+        ({"num_heads": 128, "batch": 1, "kv_len": 1024, "kv_format": "", "q_fp8": False}, True),
+        ({"num_heads": 128, "batch": 1, "kv_len": 4096, "kv_format": "", "q_fp8": False}, False),
+        # What is not known or not decode; up to 16 heads "auto" is few_rows.
+        ({"num_heads": 64, "batch": 1, "kv_len": None}, False),
+        ({"num_heads": 64, "batch": 1, "kv_len": 1024, "op": "prefill"}, False),
+        ({"num_heads": 16, "batch": 1, "kv_len": 1024}, False),
+    ],
+)
+def test_small_steps_of_many_heads_take_few_rows_by_default(facts, few):
+    shape = when(**{"kv_format": "tensor", "q_fp8": True} | facts)
+    field, other = ("fp8_kernel", "kernel") if shape.kv_format else ("kernel", "fp8_kernel")
+    config = tuned.default_for(shape, 132)
+    assert getattr(config, field) == ("few_rows" if few else "auto")
+    assert getattr(config, other) == "auto"
+    runs_few = few or (shape.op == "decode" and shape.num_heads <= 16)
+    assert config.cut_unit == config.min_blocks == (1 if runs_few else 2)
+    assert getattr(tuned.default_for(shape, 132, batch_invariant=True), field) == "auto"
