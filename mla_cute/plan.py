@@ -20,7 +20,6 @@ from .kernels.registry import (
     FIXED_MAX_PIECES,
     FIXED_MIN_BLOCKS,
     KV_FORMATS,
-    MERGE_COL_TILES,
     PART_ROW,
     PLANNER,
     PlannerKey,
@@ -35,6 +34,8 @@ if TYPE_CHECKING:
 _DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # Merge CTAs that fit an SM: 256 threads of up to 128 registers (kernels/merge.py).
 _MERGE_CTAS_PER_SM = 2
+# Those that have work when a row has 65 to 128 pieces: 8 tasks of four warps.
+_MERGE_CTAS_PER_ROW = 4
 
 
 def check_enabled() -> bool:
@@ -148,7 +149,7 @@ class Plan:
         self._scratch = torch.empty((scratch_rows, self.batch + 1), dtype=torch.int32, device=self.device)
         ctas = _MERGE_CTAS_PER_SM * sms
         self.merge_y = max(1, min(max_entries, entries_at_once, ctas))
-        self.merge_x = max(1, min(rows_per_entry * MERGE_COL_TILES, ctas // self.merge_y))
+        self.merge_x = max(1, min(rows_per_entry * _MERGE_CTAS_PER_ROW, ctas // self.merge_y))
         self._planner = jit.get(planner, key, self.config.planner_launch())
 
     def _cut_costs(self) -> tuple[int, int, int]:

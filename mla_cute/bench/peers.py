@@ -3,7 +3,9 @@
 Only public interfaces are used. A peer that is not installed says so; one that cannot run a case says why.
 """
 
+import contextlib
 import importlib
+import importlib.metadata
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -25,14 +27,27 @@ class Peer(ABC):
 
     name: str
     module: str
+    # Another package that brings the same functions, and where they are in it.
+    bundled_in: tuple[str, str] | None = None
 
     def __init__(self) -> None:
-        self._package = importlib.import_module(self.module)
+        self._bundle = ""
+        try:
+            self._package = importlib.import_module(self.module)
+        except ImportError:
+            if self.bundled_in is None:
+                raise
+            package, module = self.bundled_in
+            with contextlib.suppress(ImportError):
+                self._package = importlib.import_module(module)
+                self._bundle = f"{package} {importlib.metadata.version(package)}"
+            if not self._bundle:
+                raise
         self.outputs: dict[int, torch.Tensor] = {}
 
     @property
     def version(self) -> str | None:
-        return getattr(self._package, "__version__", None)
+        return f"of {self._bundle}" if self._bundle else getattr(self._package, "__version__", None)
 
     def caches(self, inputs: "Inputs") -> tuple[torch.Tensor, torch.Tensor]:
         """ckv and kpe as this peer reads them."""
@@ -84,6 +99,7 @@ class FlashMLA(Peer):
     """
 
     name, module = "flash_mla", "flash_mla"
+    bundled_in = ("vllm", "vllm.third_party.flashmla.flash_mla_interface")
 
     def caches(self, inputs: "Inputs") -> tuple[torch.Tensor, torch.Tensor]:
         return inputs.fused_cache[..., :512], inputs.fused_cache[..., 512:]

@@ -2,10 +2,11 @@
 
 The plan lists what was not written by one item: requests (decode, their H rows) or row tiles (prefill, up to 64 rows).
 Grid (x, y), at most 2 CTAs of 8 warps per SM: row y of the grid walks the list's entries y, y + grid_y, ...; its CTAs
-share the entry's units of (row, 256 columns). A step without splits costs one wave of CTAs that read a zero. A unit
-belongs to G warps, 8 columns per lane, G = min(8, power of two >= n / 8) for n pieces: warp g takes pieces g, g + G,
-..., eight in flight, and the G triples (m, l, o) are added through shared memory in order of g. The order depends on n
-alone, so the result is the same bits whatever the batch and the grid.
+share the entry's tasks. A step without splits costs one wave of CTAs that read a zero.
+
+    task       (row, 256, 128 or 64 of its columns), 8 columns per lane. n pieces are dealt to the 1, 2 or 4 groups of
+               lanes of a warp, and from 33 on to 2, 4 or 8 warps: at most IN_FLIGHT each, all in one trip to memory
+    order      of the additions: a function of n alone, so the bits are the same whatever the batch and the grid
 
 n = 0: rows that see no key, zeros and -inf.  n = 1: not listed, the main kernel has written the output.
 
@@ -20,14 +21,15 @@ from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T
 
 from ..config import LaunchConfig
-from .registry import INT16_BIAS, MERGE_COL_TILES, PART_LSE, PART_ROW
-from .rows_params import DTYPES, HEAD_DIM_V
+from .registry import INT16_BIAS, MAX_PARTS, PART_LSE, PART_ROW
+from .rows_params import DTYPES
 from .softmax import NEG_BIG, exp2
 
 NUM_WARPS = 8
-COLS = HEAD_DIM_V // MERGE_COL_TILES
-# Pieces a warp loads before it uses the first.
+# Pieces of a group of lanes.
 IN_FLIGHT = 8
+
+assert MAX_PARTS <= 4 * NUM_WARPS * IN_FLIGHT
 
 
 def _load_in_order(part, row, word, num_words: int) -> list:
@@ -91,9 +93,8 @@ class Merge:
         grid_x, grid_y, _ = cute.arch.grid_dim()
         warp = cute.arch.make_warp_uniform(t // 32)
         lane = t % 32
-        alloc = memory.SmemAllocator()
-        s_o = alloc.allocate_tensor(Float32, cute.make_layout((NUM_WARPS, COLS), stride=(COLS, 1)), 16)
-        s_ml = alloc.allocate_tensor(Float32, cute.make_layout((NUM_WARPS, 2), stride=(2, 1)), 16)
+        # Sums of the 8 lanes that a warp's share of a task ends in: 8 columns, m, l.
+        s_sums = memory.SmemAllocator().allocate_tensor(Float32, cute.make_layout((12, 8, NUM_WARPS)), 16)
         # Both at once, the row in hope that there is one: a dependent load costs 0.5 us.
         num_merges = table[0, 7]
         row0, first, n, rows = self._entry(table, num_parts + y, out)
@@ -103,17 +104,26 @@ class Merge:
         for merge in cutlass.range(y, num_merges, grid_y, unroll=1):
             if merge > y:
                 row0, first, n, rows = self._entry(table, num_parts + merge, out)
-            group = Int32(1)
-            while (group * IN_FLIGHT < n) & (group < NUM_WARPS):
-                group = group * 2
-            units_at_once = NUM_WARPS // group
-            num_units = rows * MERGE_COL_TILES
-            for unit0 in cutlass.range(x * units_at_once, num_units, grid_x * units_at_once, unroll=1):
-                unit = unit0 + warp // group
+            # Logarithms of the groups of lanes and of the warps that pieces are dealt to.
+            lane_log = Int32(0)
+            if n > IN_FLIGHT:
+                lane_log = Int32(1)
+            if n > 2 * IN_FLIGHT:
+                lane_log = Int32(2)
+            warp_log = Int32(0)
+            while (4 * IN_FLIGHT << warp_log) < n:
+                warp_log = warp_log + 1
+            tasks = rows << (lane_log + 1)
+            at_once = NUM_WARPS >> warp_log
+            for task0 in cutlass.range(x * at_once, tasks, grid_x * at_once, unroll=1):
+                task = task0 + (warp >> warp_log)
                 if n == 0:
-                    self._empty(out, lse, row0, unit, num_units, lane)
+                    self._empty(out, lse, row0, task, tasks, lane)
                 else:
-                    self._unit(part, out, lse, s_o, s_ml, row0, first, n, rows, group, unit, warp, lane, lse_scale)
+                    self._task(
+                        part, out, lse, s_sums, row0, first, n, rows, task, tasks, lane_log, warp_log, warp, lane,
+                        lse_scale,
+                    )  # fmt: skip
 
     def _entry(self, table, at, out):
         """(first row or token, first partial row, pieces, rows) of a list entry."""
@@ -133,92 +143,107 @@ class Merge:
         return bits.bitcast(Float32) - Float32(INT16_BIAS)
 
     @cute.jit
-    def _empty(self, out, lse, row0, unit, num_units, lane):
-        if unit < num_units:
-            token, head = self._token_and_head(out, row0, unit // MERGE_COL_TILES)
-            col = unit % MERGE_COL_TILES
+    def _empty(self, out, lse, row0, task, tasks, lane):
+        if task < tasks:
+            token, head = self._token_and_head(out, row0, task // 2)
+            half = task % 2
             zero = cute.make_rmem_tensor(8, self.dtype)
             zero.fill(0.0)
-            cute.autovec_copy(zero, cute.local_tile(out[token, head, None], (8,), (col * 32 + lane,)))
-            if (lane == 0) & (col == 0):
+            cute.autovec_copy(zero, cute.local_tile(out[token, head, None], (8,), (half * 32 + lane,)))
+            if (lane == 0) & (half == 0):
                 lse[token, head] = -Float32.inf
 
     @cute.jit
-    def _unit(self, part, out, lse, s_o, s_ml, row0, first, n, rows, group, unit, warp, lane, lse_scale):
-        num_units = rows * MERGE_COL_TILES
-        row = unit // MERGE_COL_TILES
-        col = unit % MERGE_COL_TILES
-        g = warp % group
+    def _task(
+        self, part, out, lse, s_sums, row0, first, n, rows, task, tasks, lane_log, warp_log, warp, lane, lse_scale
+    ):
+        width_log = 5 - lane_log
+        groups = Int32(1) << (lane_log + warp_log)
+        group = ((warp & ((1 << warp_log) - 1)) << lane_log) + (lane >> width_log)
+        # Warps without a task run the last one: all meet at the barriers.
+        own = cutlass.min(task, tasks - 1)
+        row = own >> (lane_log + 1)
+        segment = own & ((2 << lane_log) - 1)
+        unit = (segment << width_log) + (lane & ((1 << width_log) - 1))  # of 8 columns
         words = cute.make_rmem_tensor((4, IN_FLIGHT), Int32)
+        at0 = first + row
+        self._load(part, words, at0, group, groups, n, rows, unit, 0)
+        if n > IN_FLIGHT // 2:
+            self._load(part, words, at0, group, groups, n, rows, unit, IN_FLIGHT // 2)
+        # Lanes i, i + 8, ... of a group have the lse and scale of its piece i.
+        mine = group + lane % IN_FLIGHT * groups
+        at = at0 + cutlass.min(mine, n - 1) * rows
+        piece_lse = _load_in_order(part, at, Int32(PART_LSE), 1)[0].bitcast(Float32)
+        scale = _load_in_order(part, at, PART_LSE + 1 + (segment >> lane_log), 1)[0].bitcast(Float32)
+        if mine >= n:
+            piece_lse = -Float32.inf
+        m = cute.arch.fmax(piece_lse, Float32(NEG_BIG))
+        for offset in cutlass.range_constexpr(5):
+            m = cute.arch.fmax(m, cute.arch.shuffle_sync_bfly(m, offset=1 << offset))
+        weight = exp2(piece_lse - m)
+        total = weight
+        for offset in cutlass.range_constexpr(3):
+            total = total + cute.arch.shuffle_sync_bfly(total, offset=1 << offset)
+        weight = weight * scale
         acc = cute.make_rmem_tensor(8, Float32)
-        other = cute.make_rmem_tensor(8, Float32)
         acc.fill(0.0)
-        m = Float32(NEG_BIG)
-        total = Float32(0.0)
-        if unit < num_units:
-            for s0 in cutlass.range(g, n, group * IN_FLIGHT, unroll=1):
-                # Past the last piece the last one is read again, for a weight of 0: ptxas issues predicated loads one
-                # by one, with a wait for each.
-                for i in cutlass.range_constexpr(IN_FLIGHT):
-                    at = first + row + cutlass.min(s0 + i * group, n - 1) * rows
-                    for k, word in enumerate(_load_in_order(part, at, (col * 32 + lane) * 4, 4)):
-                        words[k, i] = word
-                # Lane i has the lse and scale of piece i % 8.
-                mine = s0 + lane % IN_FLIGHT * group
-                at = first + row + cutlass.min(mine, n - 1) * rows
-                piece_lse = _load_in_order(part, at, Int32(PART_LSE), 1)[0].bitcast(Float32)
-                scale = _load_in_order(part, at, PART_LSE + 1 + col, 1)[0].bitcast(Float32)
-                if mine >= n:
-                    piece_lse = -Float32.inf
-                m_new = piece_lse
-                for offset in cutlass.range_constexpr(3):
-                    m_new = cute.arch.fmax(m_new, cute.arch.shuffle_sync_bfly(m_new, offset=1 << offset))
-                m_new = cute.arch.fmax(m_new, m)
-                keep = exp2(m - m_new)
-                m = m_new
-                weight = exp2(piece_lse - m)
-                weights = weight
-                for offset in cutlass.range_constexpr(3):
-                    weights = weights + cute.arch.shuffle_sync_bfly(weights, offset=1 << offset)
-                total = total * keep + weights
-                weight = weight * scale
+        self._add(acc, words, weight, lane >> width_log << width_log, 0)
+        if n > IN_FLIGHT // 2:
+            self._add(acc, words, weight, lane >> width_log << width_log, IN_FLIGHT // 2)
+        for i in cutlass.range_constexpr(2):
+            if lane_log > i:  # groups are 16, or 16 and 8 lanes apart
+                total = total + cute.arch.shuffle_sync_bfly(total, offset=16 >> i)
                 for k in cutlass.range_constexpr(8):
-                    acc[k] = acc[k] * keep
-                for i in cutlass.range_constexpr(IN_FLIGHT):
-                    w = cute.arch.shuffle_sync(weight, i)
-                    for k in cutlass.range_constexpr(8):
-                        acc[k] = acc[k] + w * self._from_int16(words[k // 2, i], k % 2)
-        if group > 1:
-            cute.autovec_copy(acc, cute.local_tile(s_o, (1, 8), (warp, lane))[0, None])
-            if lane == 0:
-                s_ml[warp, 0] = m
-                s_ml[warp, 1] = total
-            cute.arch.sync_threads()
-            if g == 0:
-                m_all = m
-                for k in cutlass.range(1, group, unroll=1):
-                    m_all = cute.arch.fmax(m_all, s_ml[warp + k, 0])
-                scale = exp2(m - m_all)
-                m = m_all
-                total = total * scale
-                for i in cutlass.range_constexpr(8):
-                    acc[i] = acc[i] * scale
-                for k in cutlass.range(1, group, unroll=1):
-                    scale = exp2(s_ml[warp + k, 0] - m)
-                    total = total + s_ml[warp + k, 1] * scale
-                    cute.autovec_copy(cute.local_tile(s_o, (1, 8), (warp + k, lane))[0, None], other)
-                    for i in cutlass.range_constexpr(8):
-                        acc[i] = acc[i] + other[i] * scale
-            cute.arch.sync_threads()
-        if (g == 0) & (unit < num_units):
+                    acc[k] = acc[k] + cute.arch.shuffle_sync_bfly(acc[k], offset=16 >> i)
+        if warp_log > 0:
+            m, total = self._add_warps(s_sums, acc, m, total, group, warp, lane, warp_log)
+        if (group == 0) & (task < tasks):
             # Every score of the row may be -inf: 0 and -inf then, not NaN.
             inv = Float32(0.0)
             if total > 0.0:
                 inv = 1.0 / total
             token, head = self._token_and_head(out, row0, row)
             half = cute.make_rmem_tensor(8, self.dtype)
-            for i in cutlass.range_constexpr(8):
-                half[i] = (acc[i] * inv).to(self.dtype)
-            cute.autovec_copy(half, cute.local_tile(out[token, head, None], (8,), (col * 32 + lane,)))
-            if (lane == 0) & (col == 0):
+            for k in cutlass.range_constexpr(8):
+                half[k] = (acc[k] * inv).to(self.dtype)
+            cute.autovec_copy(half, cute.local_tile(out[token, head, None], (8,), (unit,)))
+            if unit == 0:
                 lse[token, head] = (m + cute.math.log2(total)) * lse_scale
+
+    def _load(self, part, words, at0, group, groups, n, rows, unit, begin: int) -> None:
+        """Half of the pieces of the lane's group. Past the last piece the last one is read again, for a weight of 0:
+        ptxas issues predicated loads one by one, with a wait for each."""
+        for i in range(begin, begin + IN_FLIGHT // 2):
+            at = at0 + cutlass.min(group + i * groups, n - 1) * rows
+            for k, word in enumerate(_load_in_order(part, at, unit * 4, 4)):
+                words[k, i] = word
+
+    def _add(self, acc, words, weight, lane0, begin: int) -> None:
+        """The same pieces, weighted; lane0 + i has the weight of piece i."""
+        for i in range(begin, begin + IN_FLIGHT // 2):
+            w = cute.arch.shuffle_sync(weight, lane0 + i)
+            for k in range(8):
+                acc[k] = acc[k] + w * self._from_int16(words[k // 2, i], k % 2)
+
+    @cute.jit
+    def _add_warps(self, s_sums, acc, m, total, group, warp, lane, warp_log):
+        """The sums of 2^warp_log warps of a task in the first of them; four groups of lanes there have them each."""
+        mine = s_sums[None, lane % 8, warp]
+        if lane < 8:
+            for k in cutlass.range_constexpr(8):
+                mine[k] = acc[k]
+            mine[8] = m
+            mine[9] = total
+        cute.arch.sync_threads()
+        if group < 4:
+            for w in cutlass.range(1, 1 << warp_log, unroll=1):
+                theirs = s_sums[None, lane % 8, warp + w]
+                m_new = cute.arch.fmax(m, theirs[8])
+                keep = exp2(m - m_new)
+                add = exp2(theirs[8] - m_new)
+                m = m_new
+                total = total * keep + theirs[9] * add
+                for k in cutlass.range_constexpr(8):
+                    acc[k] = acc[k] * keep + theirs[k] * add
+        cute.arch.sync_threads()
+        return m, total

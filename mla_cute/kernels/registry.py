@@ -25,8 +25,6 @@ TILE_M = 64
 # twice the bytes, which at 64 heads, batch 16 and 1024 tokens are as many as the cache's.
 PART_ROW = 288
 PART_LSE = 256
-# Column tiles of a row that the merge treats apart: the halves that the main kernel's two consumers wrote.
-MERGE_COL_TILES = 2
 # The largest integer, and what the integers are added to in float32 so that they fill its low bits.
 INT16_MAX = 32767.0
 INT16_BIAS = float(2**23 + 2**15)

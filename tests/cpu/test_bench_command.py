@@ -1,5 +1,6 @@
 """The bench's command line without a GPU: comparison, selection of cases, wrong arguments, peers."""
 
+import importlib.metadata
 import sys
 import types
 
@@ -203,6 +204,21 @@ def test_peers_are_timed_and_checked(monkeypatch, small_rotation):
     names = ["flashinfer", "flash_mla"]
     assert report.cells(fused, names)[-2:] == ("103.5 (1.00x)", "103.5 (1.00x)")
     assert report.cells(paged, names)[-1] == "unsupported"
+
+
+def test_flash_mla_of_vllm_stands_in_for_the_package(monkeypatch, small_rotation):
+    module = fake_flash_mla()
+    del module.__version__
+    for name in ("vllm", "vllm.third_party", "vllm.third_party.flashmla"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "vllm.third_party.flashmla.flash_mla_interface", module)
+    version = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.20.2" if name == "vllm" else version(name))
+    found, status = peers_module.installed()
+    assert status["flash_mla"] == {"present": True, "version": "of vllm 0.20.2"}
+    assert status["flashinfer"]["present"] is False
+    [row] = bench([Case(2, 2, 200, 64)], peers=(found, status))["rows"]
+    assert row["peers"]["flash_mla"]["check"]["ok"]
 
 
 def test_a_peer_that_raises_is_recorded(monkeypatch, small_rotation):

@@ -17,6 +17,8 @@ COUNTS = {
     "small": 7,
     "deepseek-v3-tp8": DECODE_GRID + 2 * 2 + 2 * 2 * 2,
     "deepseek-v3-dp": DECODE_GRID + 2 * 2 + 2 * 2 * 2,
+    # 64 and 128 heads over 16-bit caches, 16 over FP8 ones, 64 and 128 over those, prefill.
+    "deepseek-v3-formats": 2 * 5 * 3 + 3 * 2 * 4 + 2 * 3 * 6 + 2 * 6 + 2,
     "kimi-k2-tp8": DECODE_GRID + 2 * 2 * 2,
     # 16-bit caches have no e4m3 queries: 7 kinds of cache and query.
     "full": 5 * 5 * 5 * 2 * 7 + 5 * 3 * 3 * 2 * 2 * 7,
@@ -92,7 +94,7 @@ def test_errors_name_file_table_and_key(text, message):
 
 
 def test_an_unknown_name_lists_the_recipes_and_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ValueError, match="deepseek-v3-dp, deepseek-v3-tp8, full, kimi-k2-tp8, small, got 'deepseek'"):
+    with pytest.raises(ValueError, match="-formats, deepseek-v3-tp8, full, kimi-k2-tp8, small, got 'deepseek'"):
         recipes.load("deepseek")
     with pytest.raises(FileNotFoundError, match=r"none\.toml"):
         recipes.load(str(tmp_path / "none.toml"))

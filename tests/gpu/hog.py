@@ -66,7 +66,7 @@ def compile_hog():
 
 
 @contextlib.contextmanager
-def beside(hog):
+def beside(hog, ctas=HOG_SMS):
     """A compiled hog runs on another stream while the block does; AssertionError when it gave up before the end.
 
     What the block launches must have run once before: no module can be loaded beside a kernel that does not end.
@@ -77,7 +77,7 @@ def beside(hog):
     side = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(side):
-        hog(source, target, stop, HOG_SMS, HOG_MOST)
+        hog(source, target, stop, ctas, HOG_MOST)
     try:
         yield
         torch.cuda.current_stream().synchronize()
