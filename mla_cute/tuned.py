@@ -16,7 +16,9 @@ An entry can serve a call when
   `registry.box_rows_of`), and for decode the number of 64-row tiles of the heads and whether there are at most 16;
 * num_heads, q_len, batch and kv_len are each within a factor of 4 of the call's. A coordinate of the call beyond what
   the entries of this class span counts as the span's end, if they span a factor of 4: a batch larger than the largest
-  one timed runs as that one does. From a single point nothing is extrapolated.
+  one timed runs as that one does. From a single point nothing is extrapolated;
+* it does not run more than 16 heads on few_rows in a step larger than its own (batch * kv_len * tiles of 16 heads), or
+  of unknown length: that kernel reads the keys again for every tile, so it is for small steps.
 
 Of these the one at the smallest distance, the sum of |log2| of the four ratios; of several the one with the nearest
 page_size, then the largest kv_len, then the first of a sorted file. A call that knows no kv_len leaves its ratio out.
@@ -45,7 +47,7 @@ from . import jit
 from .config import FEW_ROWS, KernelConfig, default_config, is_small_step, with_kernel
 from .kernels.registry import TILE_M, box_rows_of
 from .shape_log import read_shapes
-from .steps import step_of
+from .steps import has_few_rows, step_of
 from .tuned_file import SCHEMA, Entry, TunedFile, When, dump, file_name, load, merge, parse, sort_key
 
 __all__ = [
@@ -262,9 +264,15 @@ class _Class:
             indices, key=lambda index: (-(entries[index].when.kv_len or 0), sort_key(entries[index].when))
         )
         self._points = [
-            (index, math.log2(entries[index].when.page_size), _coordinates(entries[index].when)) for index in in_order
+            (
+                index,
+                math.log2(entries[index].when.page_size),
+                _coordinates(entries[index].when),
+                _most_work(entries[index]),
+            )
+            for index in in_order
         ]
-        columns = zip(*(coordinates for *_, coordinates in self._points), strict=True)
+        columns = zip(*(coordinates for _, _, coordinates, _ in self._points), strict=True)
         self._spans = [(min(column), max(column)) for column in columns]
 
     def nearest(self, when: When) -> int | None:
@@ -273,8 +281,11 @@ class _Class:
             for x, (low, high) in zip(_coordinates(when), self._spans, strict=False)
         )
         page = math.log2(when.page_size)
+        work = _work(when)
         best, best_key = None, (math.inf, math.inf)
-        for index, entry_page, point in self._points:
+        for index, entry_page, point, most in self._points:
+            if work > most:
+                continue
             total = 0.0
             for x, y in zip(at, point, strict=False):
                 step = x - y if x > y else y - x
@@ -287,6 +298,23 @@ class _Class:
                 if key < best_key:
                     best, best_key = index, key
         return best
+
+
+def _work(when: When) -> float:
+    """Of few_rows: tokens that its tiles of 16 heads read; infinite where the length is not known."""
+    return math.inf if when.kv_len is None else when.batch * when.kv_len * -(-when.num_heads // FEW_ROWS)
+
+
+def _most_work(entry: Entry) -> float:
+    """Beyond which the entry serves no call."""
+    when = entry.when
+    if (
+        when.op != "decode"
+        or when.num_heads <= FEW_ROWS
+        or not has_few_rows(when.kv_format, when.num_heads, entry.config)
+    ):
+        return math.inf
+    return _work(when) if when.kv_len is not None else -math.inf
 
 
 def _class_of(when: When) -> tuple[object, ...]:

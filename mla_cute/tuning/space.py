@@ -1,8 +1,8 @@
 """Candidate configurations of a shape, and which of them plan the same work.
 
-Tuned are the main kernel where there are two (decode) and with it cut_unit, the two switches that compiled code
-depends on (evict_first, use_pdl), and the three numbers the planner cuts by (min_blocks, item_overhead,
-split_penalty). `accuracy` changes results and is left as the default has it.
+Tuned are the main kernel where there are two (decode) and with it cut_unit, evict_first, and the three numbers the
+planner cuts by (min_blocks, item_overhead, split_penalty). `accuracy` changes results, and what use_pdl saves is time
+behind the kernels in front, which the call timed alone does not have: both are left as the default has them.
 
 Planner numbers act through the plan alone, so of those that give a shape the same plan only the first is a candidate.
 `plan_signature` decides that on the host: it follows kernels/planner.py and kernels/prefill_balanced.py for a batch of
@@ -38,14 +38,13 @@ _MAX_CUTS = 64  # kernels/prefill_balanced.py's
 def candidates(when: When, num_sms: int = 132) -> list[KernelConfig]:
     """Feasible configurations worth timing for a shape on a GPU of `num_sms` SMs, the default first.
 
-    The planner's numbers and the compiled switches are crossed; the other main kernel gets the planner's numbers only.
+    The planner's numbers are crossed with evict_first; the other main kernel gets the planner's numbers only.
     """
     default = default_for(when, num_sms)
     planned = _planned(when, default, num_sms)
     found = [
-        dataclasses.replace(config, evict_first=evict_first, use_pdl=use_pdl)
+        dataclasses.replace(config, evict_first=evict_first)
         for evict_first in (default.evict_first, not default.evict_first)
-        for use_pdl in (default.use_pdl, not default.use_pdl)
         for config in planned
     ]
     if when.op == "decode":

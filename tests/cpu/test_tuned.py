@@ -472,6 +472,26 @@ def test_of_equally_near_entries_the_one_of_the_page_size_wins():
         assert (found.when.page_size, found.when.kv_len) == (page_size, 8192)
 
 
+@pytest.mark.parametrize("kv_format", ["", "tensor"])
+def test_few_rows_of_many_heads_is_for_steps_no_larger_than_its_own(kv_format):
+    many = {"num_heads": 128, "kv_format": kv_format}
+    few = entry(KernelConfig(kernel="few_rows", fp8_kernel="few_rows"), batch=2, **many)
+    rows = entry(OTHER, batch=8, kv_len=32768, **many)
+    for call, taken in (
+        ({"batch": 2, "kv_len": 8192}, few),
+        ({"batch": 1, "kv_len": 8192}, few),
+        ({"batch": 4, "kv_len": 4096}, few),
+        ({"batch": 2, "kv_len": 8193}, rows),
+        ({"batch": 3, "kv_len": 8192}, rows),
+        ({"batch": 2, "kv_len": None}, rows),
+    ):
+        assert nearest(when(**many | call), few, rows) is taken, call
+    assert nearest(when(**many | {"batch": 2, "kv_len": None}), few) is None
+    # Up to 16 heads the kernel reads the keys once, and row tiles are for steps of any size.
+    assert nearest(when(batch=8, kv_len=32768), entry(batch=2, kv_len=8192)) is not None
+    assert nearest(when(**many | {"batch": 2, "kv_len": 8192}), rows) is rows
+
+
 OPS = st.sampled_from(["decode", "prefill"])
 SIZES = st.integers(1, 20).map(lambda n: n * n)
 
@@ -502,8 +522,14 @@ def entry_lists(draw):
     return found
 
 
-def in_reach(call: When, there: When) -> bool:
-    """Of the class, and within a factor of 4 without regard to the ends of ranges."""
+def in_reach(call: When, at: Entry) -> bool:
+    """Of the class, within a factor of 4 without regard to the ends of ranges, and not too large for its kernel."""
+    there = at.when
+    kernel = at.config.fp8_kernel if there.kv_format else at.config.kernel
+    if there.op == "decode" and there.num_heads > 16 and kernel == "few_rows":
+        tiles = [-(-w.num_heads // 16) for w in (call, there)]
+        if call.kv_len is None or call.batch * call.kv_len * tiles[0] > there.batch * there.kv_len * tiles[1]:
+            return False
     same = [(w.op, w.kv_format, w.q_fp8, box_rows_of(w.page_size)) for w in (call, there)]
     if call.op == "decode":
         tiles = [(-(-w.num_heads // 64), w.num_heads <= 16) for w in (call, there)]
@@ -521,13 +547,13 @@ def test_the_nearest_entry(entries, call, random):
     grid = Grid(tuned_file(*entries))
     index = grid.nearest(call)
     if index is None:
-        assert not any(in_reach(call, at.when) for at in entries)
+        assert not any(in_reach(call, at) for at in entries)
     else:
         taken = entries[index]
         assert why_infeasible(taken.config) is None
         assert (taken.when.op, taken.when.kv_format, taken.when.q_fp8) == (call.op, call.kv_format, call.q_fp8)
         for at in entries:
-            if in_reach(call, at.when):
+            if in_reach(call, at):
                 assert tuned.distance(call, taken.when) <= tuned.distance(call, at.when) + 1e-6
     # Whatever the order in the file, and however often.
     shuffled = random.sample(entries, len(entries))
