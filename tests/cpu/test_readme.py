@@ -118,8 +118,8 @@ def test_sentences_are_the_records():
     wide = rows[128, 64, 8192, 64]
     at_start = wide["tflops"] / table["ceilings"]["start"]["cublas_bf16_tflops"]
     assert (
-        f"run at {wide['tflops']:.0f} TFLOP/s, {100 * wide['cublas_share']:.0f} % of the best that cuBLAS reached in the "
-        f"run and {100 * at_start:.0f} % of what it reached at its start" in text
+        f"run at {wide['tflops']:.0f} TFLOP/s, {100 * wide['cublas_share']:.0f} % of the best that cuBLAS reached in "
+        f"the run and {100 * at_start:.0f} % of what it reached at its start" in text
     )
     start, end = (more["ceilings"][when]["cublas_bf16_tflops"] for when in ("start", "end"))
     assert f"({start:.0f} TFLOP/s at its start; {end:.0f} at its end" in text
