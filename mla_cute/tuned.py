@@ -17,8 +17,10 @@ An entry can serve a call when
 * num_heads, q_len, batch and kv_len are each within a factor of 4 of the call's. A coordinate of the call beyond what
   the entries of this class span counts as the span's end, if they span a factor of 4: a batch larger than the largest
   one timed runs as that one does. From a single point nothing is extrapolated;
-* it does not run more than 16 heads on few_rows in a step larger than its own (batch * kv_len * tiles of 16 heads), or
-  of unknown length: that kernel reads the keys again for every tile, so it is for small steps.
+* its kernel fits the size of the step (batch * kv_len * tiles of 16 heads), where decode has more than 16 heads:
+  few_rows reads the keys again for every tile, so an entry with it serves no larger step than its own, nor one of
+  unknown length. One with row tiles serves a step whose default is few_rows if its own default is that, too, and the
+  step is no smaller than its own.
 
 Of these the one at the smallest distance, the sum of |log2| of the four ratios; of several the one with the nearest
 page_size, then the largest kv_len, then the first of a sorted file. A call that knows no kv_len leaves its ratio out.
@@ -161,7 +163,8 @@ def _select(when: When, device: torch.device, batch_invariant: bool) -> Selectio
     if gpu is None:
         return Selection(default_for(when, 0), f"default: {device} is no GPU", None, when)
     name, sm_count = gpu
-    default = functools.partial(Selection, default_for(when, sm_count, batch_invariant), entry=None, when=when)
+    untuned = default_for(when, sm_count, batch_invariant)
+    default = functools.partial(Selection, untuned, entry=None, when=when)
     if is_off():
         return default("default: MLA_CUTE_TUNED=0")
     if batch_invariant:
@@ -182,7 +185,7 @@ def _select(when: When, device: torch.device, batch_invariant: bool) -> Selectio
     if made_on["sm_count"] != sm_count:
         _say_once(f"{path} is not used: made with {made_on['sm_count']} SMs, this {name} has {sm_count}")
         return default(f"default: {source} was made with {made_on['sm_count']} SMs, this GPU has {sm_count}")
-    index = grid.nearest(when)
+    index = grid.nearest(when, when.op == "decode" and has_few_rows(when.kv_format, when.num_heads, untuned))
     if index is None:
         return default(f"default: no entry of {source} is near")
     entry = grid.file.entries[index]
@@ -247,18 +250,19 @@ class Grid:
         classes: dict[tuple[object, ...], list[int]] = {}
         for index, entry in enumerate(file.entries):
             classes.setdefault(_class_of(entry.when), []).append(index)
-        self._classes = {key: _Class(file.entries, indices) for key, indices in classes.items()}
+        sms = file.gpu["sm_count"]
+        self._classes = {key: _Class(file.entries, indices, sms) for key, indices in classes.items()}
 
-    def nearest(self, when: When) -> int | None:
-        """Index of the entry that serves `when`; None if none does."""
+    def nearest(self, when: When, small: bool = False) -> int | None:
+        """Index of the entry that serves `when`; None if none does. `small`: the default is few_rows."""
         found = self._classes.get(_class_of(when))
-        return found.nearest(when) if found is not None else None
+        return found.nearest(when, small) if found is not None else None
 
 
 class _Class:
     """Entries that differ in nothing but coordinates and configuration."""
 
-    def __init__(self, entries: Sequence[Entry], indices: Sequence[int]):
+    def __init__(self, entries: Sequence[Entry], indices: Sequence[int], sm_count: int):
         # The better of two at one distance comes first.
         in_order = sorted(
             indices, key=lambda index: (-(entries[index].when.kv_len or 0), sort_key(entries[index].when))
@@ -268,14 +272,14 @@ class _Class:
                 index,
                 math.log2(entries[index].when.page_size),
                 _coordinates(entries[index].when),
-                _most_work(entries[index]),
+                *_work_span(entries[index], sm_count),
             )
             for index in in_order
         ]
-        columns = zip(*(coordinates for _, _, coordinates, _ in self._points), strict=True)
+        columns = zip(*(coordinates for _, _, coordinates, *_ in self._points), strict=True)
         self._spans = [(min(column), max(column)) for column in columns]
 
-    def nearest(self, when: When) -> int | None:
+    def nearest(self, when: When, small: bool) -> int | None:
         at = tuple(
             x if high - low < _SPAN else min(max(x, low), high)
             for x, (low, high) in zip(_coordinates(when), self._spans, strict=False)
@@ -283,8 +287,8 @@ class _Class:
         page = math.log2(when.page_size)
         work = _work(when)
         best, best_key = None, (math.inf, math.inf)
-        for index, entry_page, point, most in self._points:
-            if work > most:
+        for index, entry_page, point, least, most in self._points:
+            if work > most or (small and work < least):
                 continue
             total = 0.0
             for x, y in zip(at, point, strict=False):
@@ -305,16 +309,15 @@ def _work(when: When) -> float:
     return math.inf if when.kv_len is None else when.batch * when.kv_len * -(-when.num_heads // FEW_ROWS)
 
 
-def _most_work(entry: Entry) -> float:
-    """Beyond which the entry serves no call."""
+def _work_span(entry: Entry, sm_count: int) -> tuple[float, float]:
+    """Least work of a call with few_rows as its default, and most of any call, that the entry's kernel is fit for."""
     when = entry.when
-    if (
-        when.op != "decode"
-        or when.num_heads <= FEW_ROWS
-        or not has_few_rows(when.kv_format, when.num_heads, entry.config)
-    ):
-        return math.inf
-    return _work(when) if when.kv_len is not None else -math.inf
+    if when.op != "decode" or when.num_heads <= FEW_ROWS:
+        return 0.0, math.inf
+    if has_few_rows(when.kv_format, when.num_heads, entry.config):
+        return 0.0, _work(when)
+    won = has_few_rows(when.kv_format, when.num_heads, default_for(when, sm_count))
+    return _work(when) if won else math.inf, math.inf
 
 
 def _class_of(when: When) -> tuple[object, ...]:

@@ -473,7 +473,7 @@ def test_of_equally_near_entries_the_one_of_the_page_size_wins():
 
 
 @pytest.mark.parametrize("kv_format", ["", "tensor"])
-def test_few_rows_of_many_heads_is_for_steps_no_larger_than_its_own(kv_format):
+def test_the_kernel_of_many_heads_goes_by_the_size_of_the_step(kv_format):
     many = {"num_heads": 128, "kv_format": kv_format}
     few = entry(KernelConfig(kernel="few_rows", fp8_kernel="few_rows"), batch=2, **many)
     rows = entry(OTHER, batch=8, kv_len=32768, **many)
@@ -487,9 +487,17 @@ def test_few_rows_of_many_heads_is_for_steps_no_larger_than_its_own(kv_format):
     ):
         assert nearest(when(**many | call), few, rows) is taken, call
     assert nearest(when(**many | {"batch": 2, "kv_len": None}), few) is None
-    # Up to 16 heads the kernel reads the keys once, and row tiles are for steps of any size.
+    # Row tiles are for steps of any size; where the default is few_rows, if they won over it in no larger a step.
+    grid = Grid(tuned_file(rows))
+    for batch in (2, 8):
+        assert grid.nearest(when(**many | {"batch": batch, "kv_len": 32768})) == 0
+        assert grid.nearest(when(**many | {"batch": batch, "kv_len": 32768}), small=True) is None
+    grid = Grid(tuned_file(entry(OTHER, batch=1, kv_len=1024, **many)))
+    for batch, kv_len, serves in ((1, 1024, True), (2, 512, True), (1, 4096, True), (1, 1023, False), (2, 500, False)):
+        assert grid.nearest(when(**many | {"batch": batch, "kv_len": kv_len})) == 0
+        assert (grid.nearest(when(**many | {"batch": batch, "kv_len": kv_len}), small=True) == 0) is serves
+    # Up to 16 heads the kernel reads the keys once.
     assert nearest(when(batch=8, kv_len=32768), entry(batch=2, kv_len=8192)) is not None
-    assert nearest(when(**many | {"batch": 2, "kv_len": 8192}), rows) is rows
 
 
 OPS = st.sampled_from(["decode", "prefill"])
