@@ -17,10 +17,10 @@ in front of it has completed. Everything after the wait is one round trip to the
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr, memory
-from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T
 
 from ..config import LaunchConfig
+from . import fp8
 from .registry import INT16_BIAS, MAX_PARTS, PART_LSE, PART_ROW
 from .rows_params import DTYPES
 from .softmax import NEG_BIG, exp2
@@ -33,21 +33,13 @@ assert MAX_PARTS <= 4 * NUM_WARPS * IN_FLIGHT
 
 
 def _load_in_order(part, row, word, num_words: int) -> list:
-    """`num_words` words of a partial row from word `word` on. Volatile, so that ptxas neither moves a load down to
-    its first use nor what the last loads are needed for up between the first: 1 us for 8 pieces."""
+    """One or four words of a partial row from word `word` on. Volatile, so that ptxas neither moves a load down to its
+    first use nor what the last loads are needed for up between the first: 1 us for 8 pieces."""
     address = part.iterator.toint() + (Int64(row) * PART_ROW + Int64(word)) * 4
-    i32 = T.i32()
     targets = ", ".join(f"${k}" for k in range(num_words))
-    loaded = llvm.inline_asm(
-        llvm.StructType.get_literal([i32] * num_words) if num_words > 1 else i32,
-        [address.ir_value()],
-        f"ld.volatile.global.v4.b32 {{{targets}}}, [$4];" if num_words > 1 else "ld.volatile.global.b32 $0, [$1];",
-        ",".join(["=r"] * num_words + ["l"]),
-        has_side_effects=True,
-        is_align_stack=False,
-        asm_dialect=llvm.AsmDialect.AD_ATT,
-    )
-    return [Int32(llvm.extractvalue(i32, loaded, [k])) for k in range(num_words)] if num_words > 1 else [Int32(loaded)]
+    vector, targets = (".v4", f"{{{targets}}}") if num_words > 1 else ("", targets)
+    text = f"ld.volatile.global{vector}.b32 {targets}, [${num_words}];"
+    return [Int32(x) for x in fp8.asm(T.i32(), num_words, [address], text, "=r," * num_words + "l", True)]
 
 
 class Merge:

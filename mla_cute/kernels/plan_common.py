@@ -11,10 +11,6 @@ NUM_THREADS = 512
 NUM_WARPS = NUM_THREADS // 32
 
 
-def even_up(x):
-    return x + x % 2
-
-
 def fake_ints(n):
     return fake_tensor(Int32, (n,), (1,), 4)
 
