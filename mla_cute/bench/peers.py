@@ -3,15 +3,14 @@
 Only public interfaces are used. A peer that is not installed says so; one that cannot run a case says why.
 """
 
-import contextlib
 import importlib
-import importlib.metadata
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .. import _toolchain as toolchain
 from .cases import PrefillCase
 
 if TYPE_CHECKING:
@@ -22,32 +21,35 @@ class Unsupported(Exception):
     """The peer does not offer this case: a page size, a cache format."""
 
 
+def _first_of(*modules: str) -> tuple[str, Any]:
+    """The first module that can be imported, with its name; else the error of the first."""
+    errors = []
+    for name in modules:
+        try:
+            return name, importlib.import_module(name)
+        except ImportError as error:
+            errors.append(error)
+    raise errors[0]
+
+
 class Peer(ABC):
     """`calls(inputs)` gives one callable per rotation slot; each fills `outputs[slot]` with [total_q, H, 512]."""
 
     name: str
     module: str
-    # Another package that brings the same functions, and where they are in it.
-    bundled_in: tuple[str, str] | None = None
+    # Where another package has the same functions.
+    bundled_as: str | None = None
 
     def __init__(self) -> None:
-        self._bundle = ""
-        try:
-            self._package = importlib.import_module(self.module)
-        except ImportError:
-            if self.bundled_in is None:
-                raise
-            package, module = self.bundled_in
-            with contextlib.suppress(ImportError):
-                self._package = importlib.import_module(module)
-                self._bundle = f"{package} {importlib.metadata.version(package)}"
-            if not self._bundle:
-                raise
+        self._found_as, self._package = _first_of(self.module, *filter(None, [self.bundled_as]))
         self.outputs: dict[int, torch.Tensor] = {}
 
     @property
     def version(self) -> str | None:
-        return f"of {self._bundle}" if self._bundle else getattr(self._package, "__version__", None)
+        if self._found_as == self.module:
+            return getattr(self._package, "__version__", None)
+        bundle = self._found_as.partition(".")[0]
+        return f"of {bundle} {toolchain.version(bundle)}"
 
     def caches(self, inputs: "Inputs") -> tuple[torch.Tensor, torch.Tensor]:
         """ckv and kpe as this peer reads them."""
@@ -99,7 +101,7 @@ class FlashMLA(Peer):
     """
 
     name, module = "flash_mla", "flash_mla"
-    bundled_in = ("vllm", "vllm.third_party.flashmla.flash_mla_interface")
+    bundled_as = "vllm.third_party.flashmla.flash_mla_interface"
 
     def caches(self, inputs: "Inputs") -> tuple[torch.Tensor, torch.Tensor]:
         return inputs.fused_cache[..., :512], inputs.fused_cache[..., 512:]
