@@ -9,8 +9,8 @@ from mla_cute._testing_prefill import PrefillCase, make_prefill_case
 from mla_cute._testing_runs import capture, plan_of
 
 __all__ = [
-    "ENTRIES", "MIXED", "bits", "capture", "check", "check_fp8", "decode", "judge_outputs", "make_prefill", "owned",
-    "plan_of", "same_bits", "spread_cache",
+    "ENTRIES", "MIXED", "bits", "capture", "check", "check_fp8", "decode", "judge_outputs", "make_prefill",
+    "other_bits", "owned", "plan_of", "same_bits", "spread_cache",
 ]  # fmt: skip
 
 ENTRIES = ("csr", "block_table")
@@ -45,6 +45,11 @@ def owned(case: DecodeCase) -> tuple[torch.Tensor, torch.Tensor]:
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool((bits(a) == bits(b)).all())
+
+
+def other_bits(case: DecodeCase, out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    """How many elements of the case's outputs are not the `bits` given; stays on the device."""
+    return (bits(case.out) != out).sum() + (bits(case.lse) != lse).sum()
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:
