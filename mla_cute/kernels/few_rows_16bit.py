@@ -9,8 +9,8 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32, const_expr
 
 from . import fp8, sync
-from .few_rows_params import BAR_EPI, NUM_CONSUMERS, P_WORDS, SUB_BYTES
-from .paged_kv import TILE_N
+from .few_rows_params import BAR_EPI, NUM_CONSUMERS, P_WORDS
+from .paged_kv import SUB_BYTES, TILE_N
 from .rows_fp8_params import MB_FULL
 from .rows_params import HEAD_DIM_V
 

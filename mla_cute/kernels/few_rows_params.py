@@ -17,8 +17,6 @@ MB_P = 2 * MAX_STAGES
 MB_TOTAL = MB_P + 2
 # P of a tile in mma's A fragments: four steps of 16 tokens, 32 lanes, four words.
 P_WORDS = 4 * 32 * 4
-# 64 tokens x 128 bytes of K.
-SUB_BYTES = 64 * 128
 # FP8: Q in A fragments: 32 steps of 16 channels, the rope's four, and four that take zeros; a step is 32 lanes of four
 # words. The warps keep the first `q_steps` in registers, and P takes their place in shared memory; the others stay
 # there, in front of them.

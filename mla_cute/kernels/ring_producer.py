@@ -14,11 +14,9 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from . import paged_kv, sync
 from .fp8 import cp_async_small
-from .paged_kv import TILE_N, TmaLoader, cp_async_16, rows_of_block
+from .paged_kv import SUB_BYTES, TILE_N, TmaLoader, cp_async_16, rows_of_block
 from .rows_fp8_params import MB_EMPTY, MB_FULL, NUM_SCALES
 from .rows_params import HEAD_DIM_V, load_item
-
-SUB_BYTES = 64 * 128
 
 
 def smem_layout(kind, dtype, shape: tuple):
