@@ -7,7 +7,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32
 
-from .registry import INT16_BIAS, INT16_MAX, TILE_M
+from .registry import INT16_BIAS, INT16_MOST, TILE_M
 
 
 def inverse_sum(s, f, row: int):
@@ -47,12 +47,11 @@ def pack_int16(s, f, words):
         largest = cute.arch.fmax(maxima[r][0], maxima[r][1], nan=True)
         for offset in (1, 2):
             largest = cute.arch.fmax(largest, cute.arch.shuffle_sync_bfly(largest, offset=offset), nan=True)
-        # A little under INT16_MAX: the approximate reciprocal may be off by an ulp, the product must not exceed it.
-        to_int = Float32(INT16_MAX * (1 - 2.0**-20)) * cute.arch.rcp_approx(largest)
+        to_int = Float32(INT16_MOST) * cute.arch.rcp_approx(largest)
         for j in range(32):
             low, high = (f.O[r, 2 * j + i] * to_int + Float32(INT16_BIAS) for i in range(2))
             words[r, j] = Uint32(cute.arch.prmt(low.bitcast(Int32), high.bitcast(Int32), 0x5410))
-        worth.append(largest * inverse_sum(s, f, r) * Float32(1.0 / (INT16_MAX * (1 - 2.0**-20))))
+        worth.append(largest * inverse_sum(s, f, r) * Float32(1.0 / INT16_MOST))
     return worth
 
 

@@ -15,11 +15,9 @@ from .few_rows_params import (
     FewFragments,
 )
 from .paged_kv import TILE_N
-from .registry import INT16_BIAS, INT16_MAX, PART_LSE
+from .registry import INT16_BIAS, INT16_MOST, PART_LSE
 from .rows_fp8_consumer import MAX_P, MAX_SCALED_P, MAX_UNITS
 from .rows_fp8_params import MB_EMPTY
-
-_TO_INT = INT16_MAX * (1 - 2.0**-20)
 
 
 class FewRowsConsumer:
@@ -273,13 +271,13 @@ class FewRowsConsumer:
         half = f.w // 4
         for w in cutlass.range_constexpr(4):
             largest = cute.arch.fmax(largest, s.sMax[row, half * 4 + w], nan=True)
-        to_int = Float32(_TO_INT) * cute.arch.rcp_approx(largest)
+        to_int = Float32(INT16_MOST) * cute.arch.rcp_approx(largest)
         if head < p.num_heads:
             at = p.mPart.iterator.toint() + Int64(part_row + head) * Int64(4 * p.mPart.stride[0])
             for c in cutlass.range_constexpr(4):
                 self._store_integers(f, at, c, self._quad(f, c, r), to_int)
             if (f.l4 == 0) & (f.w % 4 == 0):
-                p.mPart[part_row + head, PART_LSE + 1 + half] = largest * inverse * Float32(1.0 / _TO_INT)
+                p.mPart[part_row + head, PART_LSE + 1 + half] = largest * inverse * Float32(1.0 / INT16_MOST)
 
     def _largest(self, f, r: int):
         largest = Float32(1.0e-30)

@@ -25,8 +25,9 @@ TILE_M = 64
 # twice the bytes, which at 64 heads, batch 16 and 1024 tokens are as many as the cache's.
 PART_ROW = 288
 PART_LSE = 256
-# The largest integer, and what the integers are added to in float32 so that they fill its low bits.
-INT16_MAX = 32767.0
+# What a row's largest element becomes: a little under the largest integer, which the product must not exceed, since the
+# approximate reciprocal may be off by an ulp. And what the integers are added to in float32 to fill its low bits.
+INT16_MOST = 32767.0 * (1 - 2.0**-20)
 INT16_BIAS = float(2**23 + 2**15)
 MAX_PARTS = 256
 FIXED_MIN_BLOCKS = 16

@@ -9,10 +9,8 @@ import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32
 
 from . import fp8, sync
-from .registry import INT16_BIAS, INT16_MAX, PART_LSE
+from .registry import INT16_BIAS, INT16_MOST, PART_LSE
 from .rows_fp8_params import BAR_FILL0
-
-_TO_INT = INT16_MAX * (1 - 2.0**-20)
 
 
 def _row(f, j: int, e: int):
@@ -79,7 +77,7 @@ def store_partial(p, s, f, part_row, rows, scale, wg: Constexpr):
             largest = s.scratch[row, 0, wg]
             for i in cutlass.range_constexpr(3):
                 largest = cute.arch.fmax(largest, s.scratch[row, i + 1, wg], nan=True)
-            to_int = Float32(_TO_INT) * cute.arch.rcp_approx(largest)
+            to_int = Float32(INT16_MOST) * cute.arch.rcp_approx(largest)
             words = []
             for m in cutlass.range_constexpr(4):
                 words.append(_to_int16_pair(*_pair(f, m, j, e), to_int))
@@ -88,7 +86,7 @@ def store_partial(p, s, f, part_row, rows, scale, wg: Constexpr):
                 for m in cutlass.range_constexpr(4):
                     fp8.store_global(at + 128 * m, [words[m]])
                 if (f.lane < 4) & (f.t < 32):
-                    worth = largest * _inverse_sum(s, row) * scale * Float32(1.0 / _TO_INT)
+                    worth = largest * _inverse_sum(s, row) * scale * Float32(1.0 / INT16_MOST)
                     p.mPart[part_row + row, PART_LSE + 1 + wg] = worth
 
 
