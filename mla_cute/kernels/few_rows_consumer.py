@@ -65,7 +65,6 @@ class FewRowsConsumer:
             if it == 0:
                 s.sLoop[1, w] = p.mTable[table_row, 5]
             left = kv_end - kv_begin  # tokens from the tile at hand on
-            num_tiles = cute.ceil_div(left, TILE_N)
             self._load_q(p, s, f, request, s.sLoop[4, w])
             f.rO.fill(0.0)
             f.rL.fill(0.0)
@@ -73,7 +72,7 @@ class FewRowsConsumer:
             f.rUnit[0] = Float32(2.0**-100)
             f.first[0] = Int32(1)
             self._scores(p, s, f, slot, phase, left)
-            for _ in cutlass.range(num_tiles - 1, unroll=1):
+            while left > TILE_N:
                 self._next_scores(f)
                 self._softmax(p, s, f, slot, parity, left)
                 next_slot = slot + 1

@@ -24,7 +24,7 @@ One CTA per SM, persistent over the planner's work items: 8 consumer warps and t
 
 Row maxima are not exchanged: P is made relative to the references that hold so far, and only when some P (or scale) of
 a tile leaves its range, and in the first tile of an item, all warps together move references and unit (`_move`).
-Registers: 240 / 24 (small pages 232 / 40). Shared memory: five (format "group": four) tiles of 36 to 41 KiB, or three
+Registers: 240 / 24 (gather 232 / 40). Shared memory: five (format "group": four) tiles of 36 to 41 KiB, or three
 of 72 KiB.
 """
 
@@ -50,14 +50,14 @@ NUM_THREADS = 384
 class _FewRows(RingProducer, FewRowsConsumer):
     in_pairs = False
 
-    def __init__(self, dtype: str, box_rows: int, by_tma: bool, kv_format: str, q_fp8: bool, config: LaunchConfig):
+    def __init__(self, dtype: str, box_rows: int, kv_format: str, q_fp8: bool, config: LaunchConfig):
         self.dtype = DTYPES[dtype]
         self.rows = HeadRows()
         self.q_fp8 = q_fp8
-        self._set_cache(box_rows, by_tma, config.evict_first, kv_format)
+        self._set_cache(box_rows, config.evict_first, kv_format)
         self._set_tiles()
         self.use_pdl = config.use_pdl
-        self.regs_consumer, self.regs_producer = (240, 24) if box_rows > (16 if kv_format else 0) else (232, 40)
+        self.regs_consumer, self.regs_producer = (240, 24) if box_rows else (232, 40)
 
     # ------------------------------------------------------------------ host
 
@@ -192,13 +192,9 @@ class _FewRows(RingProducer, FewRowsConsumer):
 class FewRowsFp8Sm90(_FewRows, Fp8Tiles):
     """Main kernel of decode over FP8 caches, for few heads or few keys. See the module docstring."""
 
-    def __init__(self, dtype: str, box_rows: int, kv_format: str, q_fp8: bool, config: LaunchConfig):
-        # With eight boxes and scales a tile the TMA producer spills.
-        super().__init__(dtype, box_rows, box_rows > (0 if kv_format == "tensor" else 8), kv_format, q_fp8, config)
-
 
 class FewRowsSm90(_FewRows, SixteenBitTiles):
     """The same over 16-bit caches."""
 
     def __init__(self, dtype: str, box_rows: int, config: LaunchConfig):
-        super().__init__(dtype, box_rows, box_rows > 0, "", False, config)
+        super().__init__(dtype, box_rows, "", False, config)

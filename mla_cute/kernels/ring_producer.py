@@ -90,15 +90,15 @@ class TmaRingLoader(TmaLoader):
         if w == 0:
             row_bytes = Int32(128 * own + self.rope_row_bytes)
         sync.expect_tx(full, boxes * self.box_rows * row_bytes)
-        for i in cutlass.range_constexpr(self.num_boxes):
-            # Not before the wait: eight boxes' would take 16 registers.
-            box_page, box_row = (uniform(cute.arch.shuffle_sync(x, i)) for x in (page, row))
-            if i < boxes:
-                for k in cutlass.range_constexpr(own):
-                    to = tKs[None, i, 0, slot * self.num_subs + w * own + k]
-                    self._copy(p.tma_ckv, tKg[None, box_row, w * own + k, box_page], to, full)
-                if w == 0:
-                    self._copy(p.tma_kpe, tRg[None, box_row, box_page], tRs[None, i, 0, slot], full)
+        # Not unrolled: ptxas then keeps an address of a descriptor for every copy.
+        for i in cutlass.range(boxes, unroll=1):
+            box_page = uniform(cute.arch.shuffle_sync(page, i))
+            box_row = uniform(cute.arch.shuffle_sync(row, i))
+            for k in cutlass.range_constexpr(own):
+                to = tKs[None, i, 0, slot * self.num_subs + w * own + k]
+                self._copy(p.tma_ckv, tKg[None, box_row, w * own + k, box_page], to, full)
+            if w == 0:
+                self._copy(p.tma_kpe, tRg[None, box_row, box_page], tRs[None, i, 0, slot], full)
 
 
 class GatherRingLoader:
@@ -159,16 +159,16 @@ class RingProducer:
     # Consumers take tiles in pairs.
     in_pairs = True
 
-    def _set_cache(self, box_rows: int, by_tma: bool, evict_first: bool, kv_format: str) -> None:
+    def _set_cache(self, box_rows: int, evict_first: bool, kv_format: str) -> None:
         """Facts of the cache, and what loads it; `kv_format` "" is a cache of `self.dtype`."""
         self.kv_format = kv_format
         self.num_scales = NUM_SCALES[kv_format]
         self.rope_fp8 = kv_format == "tensor"
         self.kv_dtype = Uint8 if kv_format else self.dtype
         self.num_subs = 4 if kv_format else 8
-        self.box_rows, self.by_tma = box_rows, by_tma
+        self.box_rows, self.by_tma = box_rows, box_rows > 0
         rope_row_bytes = 64 if self.rope_fp8 else 128
-        if by_tma:
+        if self.by_tma:
             self.loader = TmaRingLoader(box_rows, evict_first, self.num_subs, rope_row_bytes, self.num_scales)
         else:
             self.loader = GatherRingLoader(self.num_subs, rope_row_bytes, self.num_scales)

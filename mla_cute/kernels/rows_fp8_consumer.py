@@ -97,12 +97,11 @@ class Fp8Consumer:
             f.rRef.fill(0.0)
             f.rUnit[0] = Float32(2.0**-100)
             left = s.sItem[slot, 2] - s.sItem[slot, 1]
-            num_pairs = (cute.ceil_div(s.sItem[slot, 2], TILE_N) - s.sItem[slot, 1] // TILE_N + 1) >> 1
             gap = self.rows.gap(p, s, slot)
             if const_expr(self.ahead):
                 self._start_nope(p, s, f, tile + wg, 0)
             # The last pair apart: tails, and nothing to start ahead, are only there.
-            for _ in cutlass.range(num_pairs - 1, unroll=1):
+            while left > 2 * TILE_N:
                 self._pair(p, s, f, tile, left, it % 4, gap, wg, False)
                 tile += 2
                 left -= 2 * TILE_N

@@ -67,7 +67,7 @@ class RowsFp8Sm90(RingProducer, Fp8Consumer):
         self.dtype = DTYPES[dtype]
         self.rows = rows
         self.q_fp8 = q_fp8
-        self._set_cache(box_rows, box_rows > 0, config.evict_first, kv_format)
+        self._set_cache(box_rows, config.evict_first, kv_format)
         self.rope_dtype = Float8E4M3FN if self.rope_fp8 else self.dtype
         self.q_terms = 1 if q_fp8 else 2
         self.rope_terms = self.q_terms if self.rope_fp8 else 1

@@ -174,10 +174,7 @@ def test_fp8_step_instructions(variant):
         assert any(o.startswith("HGMMA.64x64x16.F32") for o in opcodes)
     assert mnemonics["LDSM"] > 0, "V^T comes through a transposing ldmatrix"
     assert mnemonics["USETMAXREG"] >= 2
-    gathers = key.box_rows == 0 or (
-        kernel is registry.DECODE_FEW_FP8 and key.box_rows == 8 and key.kv_format != "tensor"
-    )
-    assert (mnemonics["UTMALDG"] == 0) == gathers
+    assert (mnemonics["UTMALDG"] == 0) == (key.box_rows == 0)
 
 
 @pytest.mark.parametrize("variant", NATIVE_FP8, ids=name)
