@@ -19,7 +19,8 @@ from cutlass.cute.runtime import make_fake_stream
 from cutlass.cutlass_dsl import T
 
 from .fake import fake_tensor, sym64
-from .fp8 import E4M3_MAX, asm, load_global_16, row_address, store_global, to_e4m3x4, unpack_16bit
+from .fp8 import E4M3_MAX, load_global_16, row_address, store_global, to_e4m3x4, unpack_16bit
+from .ptx import asm
 from .registry import APPEND, AppendKey
 from .rows_params import DTYPES, HEAD_DIM_ROPE, HEAD_DIM_V
 

@@ -16,10 +16,10 @@ rows are zeroed by the consumers.
 import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64, Uint32, const_expr
-from cutlass._mlir.dialects import llvm
 from cutlass.cute.nvgpu import cpasync
 
 from . import sync
+from .ptx import asm
 
 TILE_N = 64
 SUB_ELEMS = 64 * 64
@@ -31,16 +31,11 @@ EVICT_FIRST = 0x12F0000000000000
 
 def cp_async_16(smem_addr, gmem_addr, num_rows=1, row: int = 0, smem_offset: int = 0, gmem_offset: int = 0) -> None:
     """16 bytes to shared memory; where row >= num_rows it writes zeros and reads nothing."""
-    llvm.inline_asm(
-        None,
-        [smem_addr.ir_value(), gmem_addr.ir_value(), Int32(num_rows).ir_value()],
+    text = (
         f"{{ .reg .pred p; setp.le.s32 p, $2, {row};"
-        f" cp.async.cg.shared.global.L2::256B [$0+{smem_offset}], [$1+{gmem_offset}], 16, p; }}",
-        "r,l,r,~{memory}",
-        has_side_effects=True,
-        is_align_stack=False,
-        asm_dialect=llvm.AsmDialect.AD_ATT,
+        f" cp.async.cg.shared.global.L2::256B [$0+{smem_offset}], [$1+{gmem_offset}], 16, p; }}"
     )
+    asm(None, 0, [smem_addr, gmem_addr, Int32(num_rows)], text, "r,l,r,~{memory}", True)
 
 
 @cute.jit

@@ -403,7 +403,9 @@ class Fp8Consumer:
         leaves = (totals[0] > most) | (totals[1] > most) | self._is_first(s, item_slot, left)
         if self.num_scales > 0:
             leaves = leaves | self._scale_leaves(s, f, slots[own], valid[own])
-        self._move_if(s, f, slots, valid, sums, sync.sync_any(BAR_P, NUM_CONSUMERS, leaves), item_slot, wg, last)
+        self._ask_to_move(s, tile, leaves)
+        sync.sync(BAR_P, NUM_CONSUMERS)
+        self._move_if(s, f, slots, valid, sums, tile, item_slot, wg, last)
         for r in range(2):
             f.rL[r] = f.rL[r] + sums[r]
         scales = None
@@ -433,8 +435,14 @@ class Fp8Consumer:
         sync.arrive(BAR_P_FREE0 + other, NUM_CONSUMERS)
 
     @cute.jit
-    def _move_if(self, s, f, slots, valid, sums, leaves, item_slot, wg: Constexpr, last: Constexpr):
-        if leaves != 0:
+    def _ask_to_move(self, s, tile, leaves):
+        """Before BAR_P. Pairs take turns at two words: a warp may still have to read the last pair's."""
+        if leaves:
+            s.sLeaves[tile // 2 % 2] = tile + 1
+
+    @cute.jit
+    def _move_if(self, s, f, slots, valid, sums, tile, item_slot, wg: Constexpr, last: Constexpr):
+        if s.sLeaves[tile // 2 % 2] == tile + 1:
             self._move(s, f, slots, valid, sums, self._is_first(s, item_slot, valid[0]), wg, last)
 
     @cute.jit

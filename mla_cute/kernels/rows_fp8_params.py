@@ -83,6 +83,7 @@ class Fp8Smem:
     sItem: cute.Tensor
     sProduce: cute.Tensor  # (word, producer warp)
     sLoop: cute.Tensor  # number of items, table row of the first, head0, part
+    sLeaves: cute.Tensor  # of even and odd pairs: 1 + the tile of the last one that needed `_move`
     k_words: cute.Tensor
 
 

@@ -20,7 +20,7 @@ each consumer owns half of the channels of O^T.
     empty[slot]      8 warps          a consumer when the last of its V fragments is in registers; producer
 
     named barrier    arrive -> wait
-    P                both consumers: P of both tiles is in shared memory; and a vote whether the pair needs `_move`
+    P                both consumers: P of both tiles is in shared memory, and who asks for `_move` has said so
     P_FREE0, 1       wg 1 (0) has drained its P V of a pair -> wg 0 (1), before it writes its next P
     MAX              inside `_move`: the row maxima of both tiles are published
     Q, EPI           both consumers: Q is in shared memory; the item's record, row sums and addresses are
@@ -37,7 +37,7 @@ Shared memory: Q 64 (e4m3: 32) KiB + its rope 8 or less, P 16, three (e4m3 Q: fo
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as sm90
-from cutlass import Float8E4M3FN, Float16, Float32, Int32, Int64, Uint8, const_expr, memory
+from cutlass import Float8E4M3FN, Float16, Float32, Int32, Int64, Uint8, Uint32, const_expr, memory
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 
 from ..config import LaunchConfig
@@ -163,6 +163,7 @@ class RowsFp8Sm90(RingProducer, Fp8Consumer):
             sAddress: cute.struct.MemRange[Int64, TILE_M]
             sProduce: cute.struct.MemRange[Int32, 32]
             sLoop: cute.struct.MemRange[Int32, 4]
+            sLeaves: cute.struct.MemRange[Uint32, 2]
             sItem: cute.struct.Align[cute.struct.MemRange[Int32, 32], 16]
             sScales: cute.struct.Align[
                 cute.struct.MemRange[Float32, max(1, self.num_scales) * TILE_N * self.num_stages], 16
@@ -207,6 +208,7 @@ class RowsFp8Sm90(RingProducer, Fp8Consumer):
             sItem=st.sItem.get_tensor(cute.make_layout((4, 8), stride=(8, 1))),
             sProduce=plain(st.sProduce, 8, 4),
             sLoop=plain(st.sLoop, 4),
+            sLeaves=plain(st.sLeaves, 2),
             # Raw words of K for zeroing tails: whole 128-byte rows, which the swizzle permutes within themselves.
             k_words=cute.make_tensor(
                 cute.recast_ptr(st.sK.data_ptr(), dtype=Int64),
@@ -230,6 +232,8 @@ class RowsFp8Sm90(RingProducer, Fp8Consumer):
                 for i in cutlass.range_constexpr(self.num_stages):
                     cute.arch.mbarrier_init(s.mbar + MB_FULL + i, self.loader.full_arrivals)
                     cute.arch.mbarrier_init(s.mbar + MB_EMPTY + i, 8)
+                for i in cutlass.range_constexpr(2):
+                    s.sLeaves[i] = Uint32(0)
         cute.arch.mbarrier_init_fence()
         part = cta // p.num_tiles
         head0 = (cta - part * p.num_tiles) * TILE_M
