@@ -14,13 +14,15 @@ The plan is read before griddepcontrol.wait: the main kernel triggers this one o
 in front of it has completed. Everything after the wait is one round trip to the partials: lse and o together.
 """
 
+import dataclasses
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr, memory
 from cutlass.cutlass_dsl import T
 
 from ..config import LaunchConfig
-from . import fp8
+from .ptx import asm
 from .registry import INT16_BIAS, MAX_PARTS, PART_LSE, PART_ROW
 from .rows_params import DTYPES
 from .softmax import NEG_BIG, exp2
@@ -32,14 +34,38 @@ IN_FLIGHT = 8
 assert MAX_PARTS <= 4 * NUM_WARPS * IN_FLIGHT
 
 
-def _load_in_order(part, row, word, num_words: int) -> list:
-    """One or four words of a partial row from word `word` on. Volatile, so that ptxas neither moves a load down to its
-    first use nor what the last loads are needed for up between the first: 1 us for 8 pieces."""
+@dataclasses.dataclass(frozen=True)
+class MergeParams:
+    table: cute.Tensor  # (rows, 8): the plan, see planner.py and prefill_planner.py
+    part: cute.Tensor  # (rows, PART_ROW) words: see registry.py
+    out: cute.Tensor  # (tokens, H, 512)
+    lse: cute.Tensor  # (tokens, H) float32
+    num_parts: Int32
+    lse_scale: Float32  # 1 for base 2, ln 2 for base e
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What a list entry says, and how its pieces are dealt."""
+
+    row0: Int32  # first row (prefill) or token (decode)
+    first: Int32  # first partial row
+    n: Int32  # pieces
+    rows: Int32
+    lane_log: Int32  # logarithm of the groups of lanes of a warp
+    warp_log: Int32  # and of the warps of a task
+
+    @property
+    def tasks(self):
+        return self.rows << (self.lane_log + 1)
+
+
+def _load_in_order(part, row, word) -> list:
+    """Four words of a partial row from word `word` on. Volatile, so that ptxas neither moves a load down to its first
+    use nor what the last loads are needed for up between the first: 1 us for 8 pieces."""
     address = part.iterator.toint() + (Int64(row) * PART_ROW + Int64(word)) * 4
-    targets = ", ".join(f"${k}" for k in range(num_words))
-    vector, targets = (".v4", f"{{{targets}}}") if num_words > 1 else ("", targets)
-    text = f"ld.volatile.global{vector}.b32 {targets}, [${num_words}];"
-    return [Int32(x) for x in fp8.asm(T.i32(), num_words, [address], text, "=r," * num_words + "l", True)]
+    text = "ld.volatile.global.v4.b32 {$0, $1, $2, $3}, [$4];"
+    return [Int32(x) for x in asm(T.i32(), 4, [address], text, "=r,=r,=r,=r,l", True)]
 
 
 class Merge:
@@ -52,17 +78,17 @@ class Merge:
     @cute.jit
     def __call__(
         self,
-        table: cute.Tensor,  # (rows, 8): the plan, see planner.py and prefill_planner.py
-        part: cute.Tensor,  # (rows, PART_ROW) words: see registry.py
-        out: cute.Tensor,  # (tokens, H, 512)
-        lse: cute.Tensor,  # (tokens, H) float32
+        table: cute.Tensor,
+        part: cute.Tensor,
+        out: cute.Tensor,
+        lse: cute.Tensor,
         num_parts: Int32,
         grid_x: Int32,
         grid_y: Int32,
-        lse_scale: Float32,  # 1 for base 2, ln 2 for base e
+        lse_scale: Float32,
         stream,
     ):
-        self.kernel(table, part, out, lse, num_parts, lse_scale).launch(
+        self.kernel(MergeParams(table, part, out, lse, num_parts, lse_scale)).launch(
             grid=[grid_x, grid_y, 1],
             block=[32 * NUM_WARPS, 1, 1],
             min_blocks_per_mp=1,
@@ -71,15 +97,7 @@ class Merge:
         )
 
     @cute.kernel
-    def kernel(
-        self,
-        table: cute.Tensor,
-        part: cute.Tensor,
-        out: cute.Tensor,
-        lse: cute.Tensor,
-        num_parts: Int32,
-        lse_scale: Float32,
-    ):
+    def kernel(self, p: MergeParams):
         t, _, _ = cute.arch.thread_idx()
         x, y, _ = cute.arch.block_idx()
         grid_x, grid_y, _ = cute.arch.grid_dim()
@@ -88,15 +106,14 @@ class Merge:
         # Sums of the 8 lanes that a warp's share of a task ends in: 8 columns, m, l.
         s_sums = memory.SmemAllocator().allocate_tensor(Float32, cute.make_layout((12, 8, NUM_WARPS)), 16)
         # Both at once, the row in hope that there is one: a dependent load costs 0.5 us.
-        num_merges = table[0, 7]
-        row0, first, n, rows = self._entry(table, num_parts + y, out)
+        num_merges = p.table[0, 7]
+        row0, first, n, rows = self._read(p, p.num_parts + y)
         if const_expr(self.use_pdl):
             cute.arch.griddepcontrol_launch_dependents()
             cute.arch.griddepcontrol_wait()
         for merge in cutlass.range(y, num_merges, grid_y, unroll=1):
             if merge > y:
-                row0, first, n, rows = self._entry(table, num_parts + merge, out)
-            # Logarithms of the groups of lanes and of the warps that pieces are dealt to.
+                row0, first, n, rows = self._read(p, p.num_parts + merge)
             lane_log = Int32(0)
             if n > IN_FLIGHT:
                 lane_log = Int32(1)
@@ -105,29 +122,26 @@ class Merge:
             warp_log = Int32(0)
             while (4 * IN_FLIGHT << warp_log) < n:
                 warp_log = warp_log + 1
-            tasks = rows << (lane_log + 1)
+            entry = Entry(row0, first, n, rows, lane_log, warp_log)
             at_once = NUM_WARPS >> warp_log
-            for task0 in cutlass.range(x * at_once, tasks, grid_x * at_once, unroll=1):
+            for task0 in cutlass.range(x * at_once, entry.tasks, grid_x * at_once, unroll=1):
                 task = task0 + (warp >> warp_log)
                 if n == 0:
-                    self._empty(out, lse, row0, task, tasks, lane)
+                    self._empty(p, entry, task, lane)
                 else:
-                    self._task(
-                        part, out, lse, s_sums, row0, first, n, rows, task, tasks, lane_log, warp_log, warp, lane,
-                        lse_scale,
-                    )  # fmt: skip
+                    self._task(p, s_sums, entry, task, warp, lane)
 
-    def _entry(self, table, at, out):
-        """(first row or token, first partial row, pieces, rows) of a list entry."""
-        rows = table[at, 3] if self.packed else Int32(cute.size(out, mode=[1]))
-        return table[at, 0], table[at, 1], table[at, 2], rows
+    def _read(self, p, at):
+        """(row0, first, n, rows) of the list entry in table row `at`."""
+        rows = p.table[at, 3] if self.packed else Int32(cute.size(p.out, mode=[1]))
+        return p.table[at, 0], p.table[at, 1], p.table[at, 2], rows
 
-    def _token_and_head(self, out, row0, row):
+    def _token_and_head(self, p, entry, row):
         if not self.packed:
-            return row0, row
-        num_heads = Int32(cute.size(out, mode=[1]))
-        token = (row0 + row) // num_heads
-        return token, row0 + row - token * num_heads
+            return entry.row0, row
+        num_heads = Int32(cute.size(p.out, mode=[1]))
+        token = (entry.row0 + row) // num_heads
+        return token, entry.row0 + row - token * num_heads
 
     def _from_int16(self, pair, half: int):
         """Integer `half` of a pair as float32: its bits under the exponent of 2^23, less the bias (epilogue.py)."""
@@ -135,38 +149,36 @@ class Merge:
         return bits.bitcast(Float32) - Float32(INT16_BIAS)
 
     @cute.jit
-    def _empty(self, out, lse, row0, task, tasks, lane):
-        if task < tasks:
-            token, head = self._token_and_head(out, row0, task // 2)
+    def _empty(self, p, entry, task, lane):
+        if task < entry.tasks:
+            token, head = self._token_and_head(p, entry, task // 2)
             half = task % 2
             zero = cute.make_rmem_tensor(8, self.dtype)
             zero.fill(0.0)
-            cute.autovec_copy(zero, cute.local_tile(out[token, head, None], (8,), (half * 32 + lane,)))
+            cute.autovec_copy(zero, cute.local_tile(p.out[token, head, None], (8,), (half * 32 + lane,)))
             if (lane == 0) & (half == 0):
-                lse[token, head] = -Float32.inf
+                p.lse[token, head] = -Float32.inf
 
     @cute.jit
-    def _task(
-        self, part, out, lse, s_sums, row0, first, n, rows, task, tasks, lane_log, warp_log, warp, lane, lse_scale
-    ):
+    def _task(self, p, s_sums, entry, task, warp, lane):
+        n, rows, lane_log, warp_log = entry.n, entry.rows, entry.lane_log, entry.warp_log
         width_log = 5 - lane_log
         groups = Int32(1) << (lane_log + warp_log)
         group = ((warp & ((1 << warp_log) - 1)) << lane_log) + (lane >> width_log)
         # Warps without a task run the last one: all meet at the barriers.
-        own = cutlass.min(task, tasks - 1)
+        own = cutlass.min(task, entry.tasks - 1)
         row = own >> (lane_log + 1)
         segment = own & ((2 << lane_log) - 1)
         unit = (segment << width_log) + (lane & ((1 << width_log) - 1))  # of 8 columns
         words = cute.make_rmem_tensor((4, IN_FLIGHT), Int32)
-        at0 = first + row
-        self._load(part, words, at0, group, groups, n, rows, unit, 0)
+        self._load(p, words, entry, row, group, groups, unit, 0)
         if n > IN_FLIGHT // 2:
-            self._load(part, words, at0, group, groups, n, rows, unit, IN_FLIGHT // 2)
+            self._load(p, words, entry, row, group, groups, unit, IN_FLIGHT // 2)
         # Lanes i, i + 8, ... of a group have the lse and scale of its piece i.
         mine = group + lane % IN_FLIGHT * groups
-        at = at0 + cutlass.min(mine, n - 1) * rows
-        piece_lse = _load_in_order(part, at, Int32(PART_LSE), 1)[0].bitcast(Float32)
-        scale = _load_in_order(part, at, PART_LSE + 1 + (segment >> lane_log), 1)[0].bitcast(Float32)
+        stats = _load_in_order(p.part, self._partial_row(entry, row, mine), PART_LSE)
+        piece_lse, *scales = (x.bitcast(Float32) for x in stats)
+        scale = cutlass.select_(segment >> lane_log == 0, scales[0], scales[1])
         if mine >= n:
             piece_lse = -Float32.inf
         m = cute.arch.fmax(piece_lse, Float32(NEG_BIG))
@@ -189,25 +201,29 @@ class Merge:
                     acc[k] = acc[k] + cute.arch.shuffle_sync_bfly(acc[k], offset=16 >> i)
         if warp_log > 0:
             m, total = self._add_warps(s_sums, acc, m, total, group, warp, lane, warp_log)
-        if (group == 0) & (task < tasks):
+        if (group == 0) & (task < entry.tasks):
             # Every score of the row may be -inf: 0 and -inf then, not NaN.
             inv = Float32(0.0)
             if total > 0.0:
                 inv = 1.0 / total
-            token, head = self._token_and_head(out, row0, row)
+            token, head = self._token_and_head(p, entry, row)
             half = cute.make_rmem_tensor(8, self.dtype)
             for k in cutlass.range_constexpr(8):
                 half[k] = (acc[k] * inv).to(self.dtype)
-            cute.autovec_copy(half, cute.local_tile(out[token, head, None], (8,), (unit,)))
+            cute.autovec_copy(half, cute.local_tile(p.out[token, head, None], (8,), (unit,)))
             if unit == 0:
-                lse[token, head] = (m + cute.math.log2(total)) * lse_scale
+                p.lse[token, head] = (m + cute.math.log2(total)) * p.lse_scale
 
-    def _load(self, part, words, at0, group, groups, n, rows, unit, begin: int) -> None:
-        """Half of the pieces of the lane's group. Past the last piece the last one is read again, for a weight of 0:
-        ptxas issues predicated loads one by one, with a wait for each."""
+    def _partial_row(self, entry, row, piece):
+        """Past the last piece the last one is read again, for a weight of 0: ptxas issues predicated loads one by one,
+        with a wait for each."""
+        return entry.first + row + cutlass.min(piece, entry.n - 1) * entry.rows
+
+    def _load(self, p, words, entry, row, group, groups, unit, begin: int) -> None:
+        """Half of the pieces of the lane's group."""
         for i in range(begin, begin + IN_FLIGHT // 2):
-            at = at0 + cutlass.min(group + i * groups, n - 1) * rows
-            for k, word in enumerate(_load_in_order(part, at, unit * 4, 4)):
+            at = self._partial_row(entry, row, group + i * groups)
+            for k, word in enumerate(_load_in_order(p.part, at, unit * 4)):
                 words[k, i] = word
 
     def _add(self, acc, words, weight, lane0, begin: int) -> None:
