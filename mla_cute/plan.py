@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # Merge CTAs that fit an SM: 256 threads of up to 128 registers (kernels/merge.py).
 _MERGE_CTAS_PER_SM = 2
-# Those that have work when a row has 65 to 128 pieces: 8 tasks of four warps.
+# Those that have work when a row has 65 to 128 pieces: 4 tasks of all their warps.
 _MERGE_CTAS_PER_ROW = 4
 
 

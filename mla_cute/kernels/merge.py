@@ -4,8 +4,8 @@ The plan lists what was not written by one item: requests (decode, their H rows)
 Grid (x, y), at most 2 CTAs of 8 warps per SM: row y of the grid walks the list's entries y, y + grid_y, ...; its CTAs
 share the entry's tasks. A step without splits costs one wave of CTAs that read a zero.
 
-    task       (row, 256, 128 or 64 of its columns), 8 columns per lane. n pieces are dealt to the 1, 2 or 4 groups of
-               lanes of a warp, and from 33 on to 2, 4 or 8 warps: at most IN_FLIGHT each, all in one trip to memory
+    task       (row, 256, 128 or 64 of its columns), 8 columns per lane, of a warp; from 33 pieces on of all 8 warps.
+               A warp's pieces are dealt to 1, 2 or 4 groups of lanes: at most IN_FLIGHT each, all in one trip to memory
     order      of the additions: a function of n alone, so the bits are the same whatever the batch and the grid
 
 n = 0: rows that see no key, zeros and -inf.  n = 1: not listed, the main kernel has written the output.
@@ -27,9 +27,12 @@ from .registry import INT16_BIAS, MAX_PARTS, PART_LSE, PART_ROW
 from .rows_params import DTYPES
 from .softmax import NEG_BIG, exp2
 
-NUM_WARPS = 8
-# Pieces of a group of lanes.
+NUM_WARPS_LOG = 3
+NUM_WARPS = 1 << NUM_WARPS_LOG
+# Pieces of a group of lanes; of a warp there are up to four times as many.
 IN_FLIGHT = 8
+SUM_WORDS = 256 + 4
+SUM_MAX, SUM_WEIGHTS = 256, 257
 
 assert MAX_PARTS <= 4 * NUM_WARPS * IN_FLIGHT
 
@@ -53,7 +56,7 @@ class Entry:
     n: Int32  # pieces
     rows: Int32
     lane_log: Int32  # logarithm of the groups of lanes of a warp
-    warp_log: Int32  # and of the warps of a task
+    warp_log: Int32  # and of the warps of a task: 0 or 3
 
     @property
     def tasks(self):
@@ -66,6 +69,15 @@ def _load_in_order(part, row, word) -> list:
     address = part.iterator.toint() + (Int64(row) * PART_ROW + Int64(word)) * 4
     text = "ld.volatile.global.v4.b32 {$0, $1, $2, $3}, [$4];"
     return [Int32(x) for x in asm(T.i32(), 4, [address], text, "=r,=r,=r,=r,l", True)]
+
+
+def _warp_max(x):
+    """As integers, whose order is that of floats once the magnitudes of negative ones are turned."""
+    text = (
+        "{ .reg .b32 s, t; shr.s32 s, $1, 31; and.b32 s, s, 0x7fffffff; xor.b32 t, $1, s; redux.sync.max.s32 t, t, -1;"
+        " shr.s32 s, t, 31; and.b32 s, s, 0x7fffffff; xor.b32 $0, t, s; }"
+    )
+    return Int32(asm(T.i32(), 1, [x.bitcast(Int32)], text, "=r,r", True)[0]).bitcast(Float32)
 
 
 class Merge:
@@ -103,8 +115,8 @@ class Merge:
         grid_x, grid_y, _ = cute.arch.grid_dim()
         warp = cute.arch.make_warp_uniform(t // 32)
         lane = t % 32
-        # Sums of the 8 lanes that a warp's share of a task ends in: 8 columns, m, l.
-        s_sums = memory.SmemAllocator().allocate_tensor(Float32, cute.make_layout((12, 8, NUM_WARPS)), 16)
+        # What each warp has of a task of all: sums of up to 256 columns, m, l; whole words of 16 bytes.
+        s_sums = memory.SmemAllocator().allocate_tensor(Float32, cute.make_layout((SUM_WORDS, NUM_WARPS)), 16)
         # Both at once, the row in hope that there is one: a dependent load costs 0.5 us.
         num_merges = p.table[0, 7]
         row0, first, n, rows = self._read(p, p.num_parts + y)
@@ -114,14 +126,15 @@ class Merge:
         for merge in cutlass.range(y, num_merges, grid_y, unroll=1):
             if merge > y:
                 row0, first, n, rows = self._read(p, p.num_parts + merge)
-            lane_log = Int32(0)
-            if n > IN_FLIGHT:
-                lane_log = Int32(1)
-            if n > 2 * IN_FLIGHT:
-                lane_log = Int32(2)
             warp_log = Int32(0)
-            while (4 * IN_FLIGHT << warp_log) < n:
-                warp_log = warp_log + 1
+            if n > 4 * IN_FLIGHT:
+                warp_log = Int32(NUM_WARPS_LOG)
+            of_warp = (n + (1 << warp_log) - 1) >> warp_log
+            lane_log = Int32(0)
+            if of_warp > IN_FLIGHT:
+                lane_log = Int32(1)
+            if of_warp > 2 * IN_FLIGHT:
+                lane_log = Int32(2)
             entry = Entry(row0, first, n, rows, lane_log, warp_log)
             at_once = NUM_WARPS >> warp_log
             for task0 in cutlass.range(x * at_once, entry.tasks, grid_x * at_once, unroll=1):
@@ -161,7 +174,7 @@ class Merge:
 
     @cute.jit
     def _task(self, p, s_sums, entry, task, warp, lane):
-        n, rows, lane_log, warp_log = entry.n, entry.rows, entry.lane_log, entry.warp_log
+        n, lane_log, warp_log = entry.n, entry.lane_log, entry.warp_log
         width_log = 5 - lane_log
         groups = Int32(1) << (lane_log + warp_log)
         group = ((warp & ((1 << warp_log) - 1)) << lane_log) + (lane >> width_log)
@@ -171,19 +184,17 @@ class Merge:
         segment = own & ((2 << lane_log) - 1)
         unit = (segment << width_log) + (lane & ((1 << width_log) - 1))  # of 8 columns
         words = cute.make_rmem_tensor((4, IN_FLIGHT), Int32)
+        # Before the words: weights take longer. Lanes i, i + 8, ... of a group have lse and scales of its piece i.
+        mine = group + lane % IN_FLIGHT * groups
+        stats = _load_in_order(p.part, self._partial_row(entry, row, mine), PART_LSE)
         self._load(p, words, entry, row, group, groups, unit, 0)
         if n > IN_FLIGHT // 2:
             self._load(p, words, entry, row, group, groups, unit, IN_FLIGHT // 2)
-        # Lanes i, i + 8, ... of a group have the lse and scale of its piece i.
-        mine = group + lane % IN_FLIGHT * groups
-        stats = _load_in_order(p.part, self._partial_row(entry, row, mine), PART_LSE)
         piece_lse, *scales = (x.bitcast(Float32) for x in stats)
         scale = cutlass.select_(segment >> lane_log == 0, scales[0], scales[1])
         if mine >= n:
             piece_lse = -Float32.inf
-        m = cute.arch.fmax(piece_lse, Float32(NEG_BIG))
-        for offset in cutlass.range_constexpr(5):
-            m = cute.arch.fmax(m, cute.arch.shuffle_sync_bfly(m, offset=1 << offset))
+        m = _warp_max(cute.arch.fmax(piece_lse, Float32(NEG_BIG)))
         weight = exp2(piece_lse - m)
         total = weight
         for offset in cutlass.range_constexpr(3):
@@ -199,20 +210,28 @@ class Merge:
                 total = total + cute.arch.shuffle_sync_bfly(total, offset=16 >> i)
                 for k in cutlass.range_constexpr(8):
                     acc[k] = acc[k] + cute.arch.shuffle_sync_bfly(acc[k], offset=16 >> i)
+        token, head = self._token_and_head(p, entry, row)
         if warp_log > 0:
-            m, total = self._add_warps(s_sums, acc, m, total, group, warp, lane, warp_log)
-        if (group == 0) & (task < entry.tasks):
-            # Every score of the row may be -inf: 0 and -inf then, not NaN.
-            inv = Float32(0.0)
-            if total > 0.0:
-                inv = 1.0 / total
-            token, head = self._token_and_head(p, entry, row)
+            self._join(p, s_sums, acc, m, total, lane_log, segment, token, head, warp, lane)
+        elif (group == 0) & (task < entry.tasks):
+            inverse = self._inverse(total)
             half = cute.make_rmem_tensor(8, self.dtype)
             for k in cutlass.range_constexpr(8):
-                half[k] = (acc[k] * inv).to(self.dtype)
+                half[k] = (acc[k] * inverse).to(self.dtype)
             cute.autovec_copy(half, cute.local_tile(p.out[token, head, None], (8,), (unit,)))
             if unit == 0:
-                p.lse[token, head] = (m + cute.math.log2(total)) * p.lse_scale
+                self._put_lse(p, token, head, m, total)
+
+    @cute.jit
+    def _inverse(self, total):
+        """Every score of a row may be -inf: 0 and -inf then, not NaN."""
+        inverse = Float32(0.0)
+        if total > 0.0:
+            inverse = 1.0 / total
+        return inverse
+
+    def _put_lse(self, p, token, head, m, total) -> None:
+        p.lse[token, head] = (m + cute.math.log2(total)) * p.lse_scale
 
     def _partial_row(self, entry, row, piece):
         """Past the last piece the last one is read again, for a weight of 0: ptxas issues predicated loads one by one,
@@ -234,24 +253,29 @@ class Merge:
                 acc[k] = acc[k] + w * self._from_int16(words[k // 2, i], k % 2)
 
     @cute.jit
-    def _add_warps(self, s_sums, acc, m, total, group, warp, lane, warp_log):
-        """The sums of 2^warp_log warps of a task in the first of them; four groups of lanes there have them each."""
-        mine = s_sums[None, lane % 8, warp]
-        if lane < 8:
-            for k in cutlass.range_constexpr(8):
-                mine[k] = acc[k]
-            mine[8] = m
-            mine[9] = total
+    def _join(self, p, s_sums, acc, m, total, lane_log, segment, token, head, warp, lane):
+        """The sums of all warps of the CTA, which have a task together: a column for each thread."""
+        columns = Int32(256) >> lane_log
+        if lane * 8 < columns:
+            cute.autovec_copy(acc, cute.local_tile(s_sums[None, warp], (8,), (lane,)))
+        if lane == 0:
+            s_sums[SUM_MAX, warp] = m
+            s_sums[SUM_WEIGHTS, warp] = total
         cute.arch.sync_threads()
-        if group < 4:
-            for w in cutlass.range(1, 1 << warp_log, unroll=1):
-                theirs = s_sums[None, lane % 8, warp + w]
-                m_new = cute.arch.fmax(m, theirs[8])
-                keep = exp2(m - m_new)
-                add = exp2(theirs[8] - m_new)
-                m = m_new
-                total = total * keep + theirs[9] * add
-                for k in cutlass.range_constexpr(8):
-                    acc[k] = acc[k] * keep + theirs[k] * add
+        # Lanes w, w + 8, ... have the weight of warp w.
+        their_max = s_sums[SUM_MAX, lane % NUM_WARPS]
+        m_all = _warp_max(their_max)
+        weight = exp2(their_max - m_all)
+        total_all = weight * s_sums[SUM_WEIGHTS, lane % NUM_WARPS]
+        for offset in cutlass.range_constexpr(NUM_WARPS_LOG):
+            total_all = total_all + cute.arch.shuffle_sync_bfly(total_all, offset=1 << offset)
+        weight = weight * self._inverse(total_all)
+        column = warp * 32 + lane
+        if column < columns:
+            x = Float32(0.0)
+            for w in cutlass.range_constexpr(NUM_WARPS):
+                x = x + cute.arch.shuffle_sync(weight, w) * s_sums[column, w]
+            p.out[token, head, segment * columns + column] = x.to(self.dtype)
+            if segment * columns + column == 0:
+                self._put_lse(p, token, head, m_all, total_all)
         cute.arch.sync_threads()
-        return m, total
