@@ -158,7 +158,8 @@ class MlaCuteMetadataBuilder(MLACommonMetadataBuilder[MlaCuteMetadata]):
         dcp_size = vllm_config.parallel_config.decode_context_parallel_size
         # the layers gather the query heads of the group
         num_heads = self.num_heads * dcp_size
-        kv_format = _FORMATS.get(vllm_config.cache_config.cache_dtype, "")
+        # of these layers: kv_cache_dtype_skip_layers keeps some out of an FP8 cache
+        kv_format = _FORMATS.get(kv_cache_spec.cache_dtype_str or vllm_config.cache_config.cache_dtype, "")
         self._batch_invariant = bool(envs.VLLM_BATCH_INVARIANT)
         self._plans = StepPlans(
             num_heads=num_heads,

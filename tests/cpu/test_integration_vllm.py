@@ -302,6 +302,15 @@ def test_rows_of_656_bytes(backend, requests):
     check(case, impl.forward_mqa(parts(case.q), pool, metadata, layer), cache=real)
 
 
+def test_layers_outside_the_fp8_cache_plan_for_their_own(backend, monkeypatch):
+    seen = []
+    monkeypatch.setattr(backend, "StepPlans", lambda **facts: seen.append(facts))
+    config = make_config("fp8", heads=128)
+    for cache_dtype in ("fp8", "auto"):
+        make_builder(backend.MlaCuteMetadataBuilder, config, cache_dtype)
+    assert [(facts["kv_format"], facts["q_fp8"]) for facts in seen] == [("tensor", True), ("", False)]
+
+
 def test_who_quantizes_queries(backend):
     for cache_dtype, heads, expected in (
         ("auto", 128, False), ("fp8", 64, False), ("fp8", 65, True), ("fp8_e4m3", 128, True),

@@ -72,8 +72,10 @@ def make_config(cache_dtype="auto", *, heads=4, dcp=1, block_size=8, dtype=torch
     )
 
 
-def make_builder(cls, config):
-    spec = SimpleNamespace(block_size=config.cache_config.block_size)
+def make_builder(cls, config, cache_dtype=None):
+    """`cache_dtype`: of the layers at hand, where it is not the configured one."""
+    cache = config.cache_config
+    spec = SimpleNamespace(block_size=cache.block_size, cache_dtype_str=cache_dtype or cache.cache_dtype)
     return cls(spec, [LAYER], config, torch.device("cpu"))
 
 
