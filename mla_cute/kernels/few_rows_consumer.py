@@ -72,7 +72,7 @@ class FewRowsConsumer:
             f.rUnit[0] = Float32(2.0**-100)
             f.first[0] = Int32(1)
             self._scores(p, s, f, slot, phase, left)
-            while left > TILE_N:
+            for _ in cutlass.range(cute.ceil_div(left, TILE_N) - 1, unroll=1):
                 self._next_scores(f)
                 self._softmax(p, s, f, slot, parity, left)
                 next_slot = slot + 1
