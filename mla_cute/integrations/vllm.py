@@ -6,8 +6,9 @@ Written for vLLM 0.33.0. With both packages installed vLLM finds it by itself (e
 That release pins nvidia-cutlass-dsl 4.8.0 and this library 4.8.1: pip cannot install both in one command. Install vLLM
 first and this library after it; pip replaces 4.8.0 and reports the conflict. Its own DSL kernels on 4.8.1 are untried.
 
-What has run: the backend with the classes of vLLM 0.33.0, and with stand-ins for them, on CPU tensors. It has never run
-inside an engine or on a GPU.
+What has run: engines of vLLM 0.33.0 on an H200, small models with random weights (tests/gpu/test_vllm_engine.py; torch
+2.11 instead of the release's 2.14, inductor off), and the backend with stand-ins on CPU tensors. Decode context
+parallelism ran only with the latter.
 
 * `forward_mqa` is this library's; prompts (`forward_mha`) stay vLLM's. Requests of up to 128 new tokens come to
   `forward_mqa`, in batches of mixed lengths: absorbed attention of q tokens over L keys takes q L H 2176 FLOP, vLLM's
