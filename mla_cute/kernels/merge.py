@@ -178,7 +178,7 @@ class Merge:
         width_log = 5 - lane_log
         groups = Int32(1) << (lane_log + warp_log)
         group = ((warp & ((1 << warp_log) - 1)) << lane_log) + (lane >> width_log)
-        # Warps without a task run the last one: all meet at the barriers.
+        # Warps without a task read the last one's, and store nothing.
         own = cutlass.min(task, entry.tasks - 1)
         row = own >> (lane_log + 1)
         segment = own & ((2 << lane_log) - 1)

@@ -97,7 +97,7 @@ class DecodeFp8(_Step):
 
 
 class DecodeFewFp8(DecodeFp8):
-    """As DecodeFp8, with FewRowsFp8Sm90: at most 16 heads."""
+    """As DecodeFp8, with FewRowsFp8Sm90."""
 
     name = DECODE_FEW_FP8.name
 

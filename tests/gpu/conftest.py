@@ -13,6 +13,10 @@ def _default_configurations(monkeypatch):
     tuned.clear()
 
 
+# What torch may keep between tests: processes of pytest-xdist share the GPU, and fifteen filled the 80 GB of an H100.
+KEPT_BYTES = 1 << 30
+
+
 @pytest.fixture(autouse=True)
 def _finish_kernels(request):
     yield
@@ -21,3 +25,5 @@ def _finish_kernels(request):
     except RuntimeError as error:
         # The context is lost: whatever ran after this would fail for the same reason.
         pytest.exit(f"{request.node.nodeid} left the GPU with an error: {error}", returncode=1)
+    if torch.cuda.memory_reserved() > KEPT_BYTES:
+        torch.cuda.empty_cache()
