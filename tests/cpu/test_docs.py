@@ -228,16 +228,19 @@ def test_times_of_queries_are_the_records():
     for heads, *cells in found:
         keys = [(kv_format, q_fp8) for kv_format in ("tensor", "group") for q_fp8 in (False, True)]
         assert cells == [f"{rows[(int(heads), (128, 8192, 'None'), *key)]:.1f}" for key in keys], heads
-    saved = {}  # by whether 16-bit and e4m3 queries run the kernel for few heads
+    saved = {}  # by whether 16-bit and e4m3 queries run the kernel for few heads; both: up to 16 heads, and beyond
     for (*case, q_fp8), us in rows.items():
         if q_fp8:
-            kernels = few[(*case, False)], few[(*case, True)]
-            saved.setdefault(kernels, []).append(100 * (1 - us / rows[(*case, False)]))
-    assert saved.keys() == {(True, True), (False, False), (True, False)}
-    assert max(saved[True, True]) < 3, "more than two runs of one kernel differ by"
-    ranges = {kernels: f"save {min(found):.0f} to {max(found):.0f} %" for kernels, found in saved.items()}
+            kinds = few[(*case, False)], few[(*case, True)]
+            if all(kinds):
+                kinds = "16 heads" if case[0] <= 16 else "more heads"
+            saved.setdefault(kinds, []).append(100 * (1 - us / rows[(*case, False)]))
+    assert saved.keys() == {"16 heads", "more heads", (False, False), (True, False)}
+    assert max(saved["16 heads"]) < 1.5
+    ranges = {kinds: f"save {min(found):.0f} to {max(found):.0f} %" for kinds, found in saved.items()}
     text = prose("formats")
-    assert f"e4m3 queries gain nothing (they {ranges[True, True]} in the record's cases)" in text
+    assert f"with 16 heads e4m3 queries gain nothing (they {ranges['16 heads']} in the record's cases)" in text
+    assert f"in small steps of more they {ranges['more heads']};" in text
     assert f"in prefill with 16 too, e4m3 queries {ranges[False, False]} in the record's cases" in text
     assert f"but e4m3 ones do not: there they {ranges[True, False]}." in text
 
