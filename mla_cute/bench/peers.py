@@ -36,17 +36,16 @@ class Peer(ABC):
     """`calls(inputs)` gives one callable per rotation slot; each fills `outputs[slot]` with [total_q, H, 512]."""
 
     name: str
-    module: str
-    # Where another package has the same functions.
-    bundled_as: str | None = None
+    # The package, and then where another one has the same functions.
+    modules: tuple[str, ...]
 
     def __init__(self) -> None:
-        self._found_as, self._package = _first_of(self.module, *filter(None, [self.bundled_as]))
+        self._found_as, self._package = _first_of(*self.modules)
         self.outputs: dict[int, torch.Tensor] = {}
 
     @property
     def version(self) -> str | None:
-        if self._found_as == self.module:
+        if self._found_as == self.modules[0]:
             return getattr(self._package, "__version__", None)
         bundle = self._found_as.partition(".")[0]
         return f"of {bundle} {toolchain.version(bundle)}"
@@ -62,7 +61,7 @@ class Peer(ABC):
 class FlashInfer(Peer):
     """BatchMLAPagedAttentionWrapper. Its plan runs on the host and is left out of its time."""
 
-    name, module = "flashinfer", "flashinfer"
+    name, modules = "flashinfer", ("flashinfer",)
 
     def calls(self, inputs: "Inputs") -> list[Callable[[], Any]]:
         case = inputs.case
@@ -100,8 +99,7 @@ class FlashMLA(Peer):
     It has fused caches only, so it always reads the pool as one 576-wide buffer: the same bytes, other values.
     """
 
-    name, module = "flash_mla", "flash_mla"
-    bundled_as = "vllm.third_party.flashmla.flash_mla_interface"
+    name, modules = "flash_mla", ("flash_mla", "vllm.third_party.flashmla.flash_mla_interface")
 
     def caches(self, inputs: "Inputs") -> tuple[torch.Tensor, torch.Tensor]:
         return inputs.fused_cache[..., :512], inputs.fused_cache[..., 512:]
