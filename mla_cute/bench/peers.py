@@ -14,7 +14,7 @@ from .. import _toolchain as toolchain
 from .cases import PrefillCase
 
 if TYPE_CHECKING:
-    from .runner import Inputs
+    from .inputs import Inputs
 
 
 class Unsupported(Exception):

@@ -21,6 +21,7 @@ import torch
 from .. import gpu as gpu_facts
 from ..bench import runner
 from ..bench.cases import Case, PrefillCase
+from ..bench.inputs import Inputs, KvPool, make_inputs
 from ..bench.timing import CudaTimer, Replay, read_gbps
 from ..config import KernelConfig
 from ..tuned import When
@@ -93,7 +94,7 @@ class _Running:
 
 @dataclasses.dataclass
 class _Open:
-    inputs: runner.Inputs
+    inputs: Inputs
     running: dict[KernelConfig, _Running] = dataclasses.field(default_factory=dict)
     # By slot: what the default wrote.
     wanted: dict[int, tuple[torch.Tensor, torch.Tensor]] = dataclasses.field(default_factory=dict)
@@ -109,7 +110,7 @@ class Device:
         """`memory`: bytes that pool and inputs of a shape may take; larger shapes are refused when they are opened."""
         self._dtype, self._timer, self._library, self._memory, self._alive = dtype, timer, library, memory, alive
         cases = [case_of(when, dtype) for when in whens]
-        self._pool = runner.KvPool.of([case for case in cases if footprint(case) <= memory], timer.device)
+        self._pool = KvPool.of([case for case in cases if footprint(case) <= memory], timer.device)
         self._shape: _Open | None = None
         self._random = random.Random(0)
 
@@ -142,7 +143,7 @@ class Device:
             raise ShapeError(
                 f"needs {footprint(case) / 1e9:.1f} GB of GPU memory, {self._memory / 1e9:.1f} GB are there"
             )
-        inputs = runner.make_inputs(case, self._pool, self._timer.device)
+        inputs = make_inputs(case, self._pool, self._timer.device)
         self._shape = _Open(inputs)
         self._alive()
         self._run(self._shape, default)
@@ -221,7 +222,7 @@ def footprint(case: Case | PrefillCase) -> int:
     return case.pool_bytes + rows * (case.q_bytes + 2 * 512 + 4)
 
 
-def _judged(inputs: runner.Inputs) -> list[int]:
+def _judged(inputs: Inputs) -> list[int]:
     """The slots that `spot_check` looks at."""
     return sorted({0, inputs.num_slots // 2, inputs.num_slots - 1})
 

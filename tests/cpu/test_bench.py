@@ -23,6 +23,7 @@ from bench_case import (
 from mla_cute.bench import cases as cases_module
 from mla_cute.bench import report, runner
 from mla_cute.bench.cases import PUBLIC_BEST_GPU, Case
+from mla_cute.bench.inputs import KvPool, make_inputs
 from mla_cute.reference import decode_reference
 
 
@@ -106,7 +107,7 @@ def test_speed_of_a_kernel_that_forgets_a_scale_is_marked(case, name, small_rota
         return decode_reference(*args, **options)
 
     [row] = bench([case], FakeLibrary.make(forgets))["rows"]
-    there = name in runner.make_inputs(case, runner.KvPool.of([case], torch.device("cpu")), torch.device("cpu")).scales
+    there = name in make_inputs(case, KvPool.of([case], torch.device("cpu")), torch.device("cpu")).scales
     assert row["check"]["ok"] is not there
 
 

@@ -14,6 +14,7 @@ from bench_case import (
 from mla_cute.bench import cases as cases_module
 from mla_cute.bench import report, runner
 from mla_cute.bench.cases import BARS, PRESETS, PUBLIC_BEST_US, Case
+from mla_cute.bench.inputs import KvPool, make_inputs
 from mla_cute.problem import check_decode
 
 # The cells of the project's table of public kernels, written out here once more: bench.cases must not drift from it.
@@ -133,8 +134,8 @@ def test_bytes_and_flop_of_a_case():
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.label)
 def test_slots_are_disjoint_random_pages_of_the_pool(case, small_rotation):
-    pool = runner.KvPool(case.pool_tokens + 5, torch.device("cpu"))
-    inputs = runner.make_inputs(case, pool, torch.device("cpu"))
+    pool = KvPool(case.pool_tokens + 5, torch.device("cpu"))
+    inputs = make_inputs(case, pool, torch.device("cpu"))
     ids = inputs.kv_indices.flatten()
     assert inputs.num_slots == case.num_slots > 1
     assert ids.unique().numel() == ids.numel() == case.num_slots * case.batch * case.pages[0]
@@ -155,7 +156,7 @@ def test_slots_are_disjoint_random_pages_of_the_pool(case, small_rotation):
 
 def test_separate_caches_do_not_overlap(small_rotation):
     case = Case(4, 2, 100, 16)
-    pool = runner.KvPool(case.pool_tokens, torch.device("cpu"))
+    pool = KvPool(case.pool_tokens, torch.device("cpu"))
     ckv, kpe, _, scales = pool.caches(case)
     assert scales == {}
     assert ckv.data_ptr() + ckv.numel() * 2 <= kpe.data_ptr()
@@ -208,7 +209,7 @@ def test_wrong_fp8_cases(options, message):
 @pytest.mark.parametrize("case", FP8_CASES, ids=lambda case: case.label)
 def test_fp8_pools_hold_random_data_of_the_format(case, small_rotation):
     device = torch.device("cpu")
-    inputs = runner.make_inputs(case, runner.KvPool.of([case], device), device)
+    inputs = make_inputs(case, KvPool.of([case], device), device)
     ckv, kpe, scales = inputs.ckv_cache, inputs.kpe_cache, inputs.scales
     ids = inputs.kv_indices.flatten()
     assert ids.unique().numel() == ids.numel() == case.num_slots * case.batch * case.pages[0]

@@ -14,6 +14,7 @@ from mla_cute.bench import cases as cases_module
 from mla_cute.bench import peers as peers_module
 from mla_cute.bench import report, runner
 from mla_cute.bench.cases import PREFILL_BARS, PRESETS, Case, PrefillCase, case_of
+from mla_cute.bench.inputs import KvPool, make_inputs
 from mla_cute.reference import decode_reference, prefill_reference, prefill_reference_block_table
 
 SMALL = [
@@ -98,8 +99,8 @@ def test_bars_and_preset():
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.label)
 def test_slots_of_a_ragged_case(case, small_rotation):
-    pool = runner.KvPool(case.pool_tokens + 5, torch.device("cpu"))
-    inputs = runner.make_inputs(case, pool, torch.device("cpu"))
+    pool = KvPool(case.pool_tokens + 5, torch.device("cpu"))
+    inputs = make_inputs(case, pool, torch.device("cpu"))
     ids = inputs.kv_indices.flatten()
     assert ids.unique().numel() == ids.numel() == case.num_slots * sum(case.pages)
     assert inputs.q_nope.shape == inputs.out.shape == (case.num_slots, case.total_q, case.num_heads, 512)

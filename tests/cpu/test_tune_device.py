@@ -7,6 +7,7 @@ import torch
 
 from mla_cute.bench import cases as cases_module
 from mla_cute.bench import runner
+from mla_cute.bench.inputs import KvPool, make_inputs
 from mla_cute.config import KernelConfig
 from mla_cute.tuned import When
 from mla_cute.tuning import device as device_module
@@ -185,7 +186,7 @@ def test_a_shape_beyond_the_memory_is_refused_and_does_not_size_the_pool():
 @pytest.mark.parametrize("when", [DECODE, PREFILL, FP8])
 def test_footprint_is_what_pool_and_inputs_take(when):
     case = case_of(when, "bfloat16")
-    inputs = runner.make_inputs(case, runner.KvPool.of([case], torch.device("cpu")), torch.device("cpu"))
+    inputs = make_inputs(case, KvPool.of([case], torch.device("cpu")), torch.device("cpu"))
     tensors = (inputs.q_nope, inputs.q_pe, inputs.out, inputs.lse)
     assert device_module.footprint(case) == case.pool_bytes + sum(x.nbytes for x in tensors)
 

@@ -1,0 +1,164 @@
+"""The tensors of a case: one pool of cache rows for all, pages of it for each rotation slot, queries and outputs."""
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import quant
+from .cases import DTYPES, HEAD_DIM_CKV, HEAD_DIM_KPE, TOKEN_BYTES, Case, PrefillCase
+
+SM_SCALE = 192**-0.5  # DeepSeek-V3: 128 + 64 dimensions per head before absorption
+# The scale of e4m3 numbers in the pool and of e4m3 queries, both made from standard normal data: 448 is 7 units.
+FP8_SCALE = 1 / 64
+
+
+def filling(case: Case | PrefillCase) -> tuple[str, ...]:
+    """What the pool has to be filled as for a case: as its parts lie, where those are of several types."""
+    return (case.dtype,) if not case.kv_format else (case.dtype, case.kv_format, case.layout)
+
+
+class KvPool:
+    """One allocation that every case carves its pages from: standard normal data in rows of 576 16-bit elements, or in
+    an FP8 format."""
+
+    def __init__(self, num_tokens: int, device: torch.device, seed: int = 0):
+        """`num_tokens` of a 16-bit cache; 1.76 to 2 times as many of an FP8 one."""
+        self.num_tokens = num_tokens
+        self._words = torch.empty(num_tokens * (HEAD_DIM_CKV + HEAD_DIM_KPE), dtype=torch.bfloat16, device=device)
+        self._filled_as: tuple[str, ...] | None = None
+        self._generator = torch.Generator(device=device).manual_seed(seed)
+
+    @classmethod
+    def of(cls, cases: Iterable[Case | PrefillCase], device: torch.device) -> "KvPool":
+        """Large enough for each of the cases."""
+        return cls(max([64, *(-(-case.pool_bytes // TOKEN_BYTES[""]) for case in cases)]), device)
+
+    def caches(self, case: Case | PrefillCase) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]]:
+        """ckv [num_pages, page_size, 512], kpe [num_pages, page_size, 64], the pool as one fused buffer, and the scale
+        keywords of a call. Of an FP8 cache the fused buffer is the bytes of its rows, if they are fused."""
+        if case.kv_format:
+            return self._fp8_caches(case)
+        flat = self._words.view(DTYPES[case.dtype])
+        if self._filled_as != filling(case):
+            for part in flat.split(1 << 28):
+                part.normal_(generator=self._generator)
+            self._filled_as = filling(case)
+        pages, size = self.num_tokens // case.page_size, case.page_size
+        tokens = pages * size
+        fused = flat[: tokens * (HEAD_DIM_CKV + HEAD_DIM_KPE)].view(pages, size, HEAD_DIM_CKV + HEAD_DIM_KPE)
+        if case.layout == "fused":
+            return fused[..., :HEAD_DIM_CKV], fused[..., HEAD_DIM_CKV:], fused, {}
+        ckv = flat[: tokens * HEAD_DIM_CKV].view(pages, size, HEAD_DIM_CKV)
+        kpe = flat[self.num_tokens * HEAD_DIM_CKV :][: tokens * HEAD_DIM_KPE].view(pages, size, HEAD_DIM_KPE)
+        return ckv, kpe, fused, {}
+
+    def _fp8_caches(self, case: Case | PrefillCase) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]]:
+        tokens = self.num_tokens * TOKEN_BYTES[""] // TOKEN_BYTES[case.kv_format]
+        rope_dtype = torch.float8_e4m3fn if case.rope_is_fp8 else DTYPES[case.dtype]
+        rope_bytes = HEAD_DIM_KPE * rope_dtype.itemsize
+        num_scales = {"tensor": 0, "token": 1, "group": 4}[case.kv_format]
+        data = self._words.view(torch.uint8)
+        fused = case.layout == "fused"
+        # Where the parts begin; rows of 656 bytes have their scales between ckv and rope, and of 640 not in them.
+        with_scales = fused and case.kv_format == "group"
+        scale_bytes = 4 * num_scales
+        at_rope = HEAD_DIM_CKV + (scale_bytes if with_scales else 0)
+        row = at_rope + rope_bytes
+        at_scales = tokens * row
+        if fused:
+            rows = data[: tokens * row].view(tokens, row)
+            ckv, kpe = rows[:, :HEAD_DIM_CKV], rows[:, at_rope:]
+        else:
+            rows = data[:0]
+            ckv = data[: tokens * HEAD_DIM_CKV].view(tokens, HEAD_DIM_CKV)
+            kpe = data[tokens * HEAD_DIM_CKV : at_scales].view(tokens, rope_bytes)
+        if with_scales:
+            scales = rows[:, HEAD_DIM_CKV:at_rope].view(torch.float32)
+        else:
+            scales = data[at_scales : at_scales + tokens * scale_bytes].view(torch.float32).view(tokens, num_scales)
+        ckv, kpe = ckv.view(torch.float8_e4m3fn), kpe.view(rope_dtype)
+        if self._filled_as != filling(case):
+            for x, unit in ((ckv, FP8_SCALE), (kpe, FP8_SCALE if case.rope_is_fp8 else 1.0)):
+                for part in x.split(1 << 19):
+                    values = torch.empty(part.shape, device=part.device).normal_(generator=self._generator)
+                    part.copy_(quant.to_e4m3(values, unit) if part.dtype is torch.float8_e4m3fn else values)
+            scales.uniform_(0.5 * FP8_SCALE, 1.5 * FP8_SCALE, generator=self._generator)
+            self._filled_as = filling(case)
+        size = case.page_size
+        pages = tokens // size
+
+        def paged(x: torch.Tensor) -> torch.Tensor:
+            return x[: pages * size].unflatten(0, (pages, size))
+
+        keywords: dict[str, Any] = {"ckv_scale_arr": paged(scales)}
+        if case.rope_is_fp8:
+            keywords = {"ckv_scale": FP8_SCALE, "kpe_scale": FP8_SCALE}
+        return paged(ckv), paged(kpe), paged(rows) if fused else rows, keywords
+
+
+@dataclass
+class Inputs:
+    """Tensors of one case; the first dimension of q_*, kv_indices, out and lse is the rotation slot."""
+
+    case: Case | PrefillCase
+    q_nope: torch.Tensor
+    q_pe: torch.Tensor
+    ckv_cache: torch.Tensor
+    kpe_cache: torch.Tensor
+    fused_cache: torch.Tensor
+    qo_indptr: torch.Tensor
+    kv_lens: torch.Tensor
+    kv_indptr: torch.Tensor
+    kv_indices: torch.Tensor
+    kv_last_page_len: torch.Tensor | None
+    out: torch.Tensor
+    lse: torch.Tensor
+    scales: dict[str, Any]
+    sm_scale: float = SM_SCALE
+
+    @property
+    def num_slots(self) -> int:
+        return self.kv_indices.shape[0]
+
+
+def make_inputs(case: Case | PrefillCase, pool: KvPool, device: torch.device, seed: int = 0) -> Inputs:
+    generator = torch.Generator(device=device).manual_seed(seed)
+    dtype = DTYPES[case.dtype]
+    slots, rows = case.num_slots, (case.num_slots, case.total_q, case.num_heads)
+    ckv, kpe, fused, scales = pool.caches(case)
+    if case.q_fp8:
+        scales = scales | {"q_scale": FP8_SCALE}
+    pages, size = case.pages, case.page_size
+    order = torch.randperm(ckv.shape[0], generator=generator, device=device)[: slots * sum(pages)]
+    last = [kv - (n - 1) * size for (_, kv), n in zip(case.requests, pages, strict=True)]
+
+    def int32(values: Iterable[int]) -> torch.Tensor:
+        return torch.tensor(list(values), dtype=torch.int32, device=device)
+
+    def normal(width: int, fp8: bool) -> torch.Tensor:
+        if not fp8:
+            return torch.empty(*rows, width, dtype=dtype, device=device).normal_(generator=generator)
+        stored = torch.empty(*rows, width, dtype=torch.float8_e4m3fn, device=device)
+        for part in stored:
+            part.copy_(quant.to_e4m3(torch.empty(part.shape, device=device).normal_(generator=generator), FP8_SCALE))
+        return stored
+
+    return Inputs(
+        case=case,
+        q_nope=normal(HEAD_DIM_CKV, case.q_fp8),
+        q_pe=normal(HEAD_DIM_KPE, case.q_fp8 and case.rope_is_fp8),
+        ckv_cache=ckv,
+        kpe_cache=kpe,
+        fused_cache=fused,
+        qo_indptr=int32(itertools.accumulate((q for q, _ in case.requests), initial=0)),
+        kv_lens=int32(kv for _, kv in case.requests),
+        kv_indptr=int32(itertools.accumulate(pages, initial=0)),
+        kv_indices=order.to(torch.int32).view(slots, sum(pages)),
+        kv_last_page_len=None if all(n == size for n in last) else int32(last),
+        out=torch.full((*rows, HEAD_DIM_CKV), float("nan"), dtype=dtype, device=device),
+        lse=torch.full(rows, float("nan"), dtype=torch.float32, device=device),
+        scales=scales,
+    )
