@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from . import quant, reference
-from ._testing import DecodeCase, Expected, Verdict, _kind, _over, _worst, guard_failures, not_as_given
+from ._testing import DecodeCase, guard_failures, not_as_given
 from ._testing_prefill import PrefillCase
+from ._testing_verdict import Expected, Verdict, kind, over, worst
 from .problem import CKV_DIM
 
 E4M3 = torch.float8_e4m3fn
@@ -252,8 +253,8 @@ def compare_fp8(output: torch.Tensor, lse: torch.Tensor | None, expected: Fp8Exp
         return Verdict(tuple(failures), 0.0, 0.0, 0.0, 1.0, 0.0)
 
     want, got = expected.output.double(), output.double()
-    masks_differ = (_kind(output) != _kind(expected.output.to(expected.dtype))).any(-1)
-    failures += _worst(
+    masks_differ = (kind(output) != kind(expected.output.to(expected.dtype))).any(-1)
+    failures += worst(
         "output: inf or NaN where the reference has none, or the reverse", masks_differ.double(), expected
     )
     finite = want.isfinite() & got.isfinite()
@@ -263,10 +264,10 @@ def compare_fp8(output: torch.Tensor, lse: torch.Tensor | None, expected: Fp8Exp
     noise = expected.noise.double().nan_to_num(0.0, 0.0)
 
     allowed = norm * (3 * noise).clamp(min=ROW_LIMIT)
-    failures += _over("output: error norm", error_norm, allowed, expected)
+    failures += over("output: error norm", error_norm, allowed, expected)
     largest, error_max = want.abs().amax(-1), error.abs().amax(-1)
     share = torch.maximum(largest, norm / 4) / norm.clamp(min=1e-300)
-    failures += _over("output: largest error", error_max, allowed * share, expected)
+    failures += over("output: largest error", error_max, allowed * share, expected)
     total = norm.norm().clamp(min=1e-300)
     relative, noise_total = float(error_norm.norm() / total), float((noise * norm).norm() / total)
     if not relative <= max(OUTPUT_LIMIT, noise_total):
@@ -277,14 +278,14 @@ def compare_fp8(output: torch.Tensor, lse: torch.Tensor | None, expected: Fp8Exp
 
     lse_error = torch.zeros_like(norm)
     if lse is not None:
-        lse_masks_differ = _kind(lse) != _kind(expected.lse)
-        failures += _worst(
+        lse_masks_differ = kind(lse) != kind(expected.lse)
+        failures += worst(
             "lse: inf or NaN where the reference has none, or the reverse", lse_masks_differ.double(), expected
         )
         lse_finite = lse.isfinite() & expected.lse.isfinite()
         lse_error = (lse.double() - expected.lse.double()).abs().where(lse_finite, lse_error)
         allowed_lse = (3 * expected.score_rounding.double().nan_to_num(0.0, 0.0)).clamp(min=LSE_LIMIT)
-        failures += _over("lse: error", lse_error, allowed_lse, expected)
+        failures += over("lse: error", lse_error, allowed_lse, expected)
     return Verdict(
         failures=tuple(failures),
         relative_error=relative,

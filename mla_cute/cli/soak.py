@@ -27,20 +27,11 @@ import mla_cute
 
 from .. import _testing_runs
 from .. import gpu as gpu_facts
-from .._testing import (
-    CACHE_LAYOUTS,
-    OUT_LAYOUTS,
-    Q_LAYOUTS,
-    DecodeCase,
-    Expected,
-    Verdict,
-    expected_of,
-    judge,
-    make_case,
-)
+from .._testing import CACHE_LAYOUTS, OUT_LAYOUTS, Q_LAYOUTS, DecodeCase, expected_of, judge, make_case
 from .._testing_fp8 import LAYOUTS as FP8_LAYOUTS
 from .._testing_fp8 import Fp8Case, Fp8Expected, expected_fp8, judge_fp8, make_fp8
 from .._testing_prefill import SPARE_QUERIES, make_prefill_case
+from .._testing_verdict import Expected, Verdict
 from ..config import KERNELS, KernelConfig
 from ..tuning.command import parse_budget
 from .check import independent

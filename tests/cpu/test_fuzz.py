@@ -32,8 +32,9 @@ from hypothesis import strategies as st
 
 import mla_cute
 from mla_cute import expect, problem
-from mla_cute._testing import CACHE_LAYOUTS, OUT_LAYOUTS, Q_LAYOUTS, compare
+from mla_cute._testing import CACHE_LAYOUTS, OUT_LAYOUTS, Q_LAYOUTS
 from mla_cute._testing_fp8 import LAYOUTS, compare_fp8
+from mla_cute._testing_verdict import compare
 from mla_cute.cli import soak
 
 CPU = torch.device("cpu")

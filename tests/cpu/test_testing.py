@@ -16,11 +16,11 @@ from mla_cute._testing import (
     SWEEP_HEADS,
     SWEEP_PAGE_SIZES,
     DecodeCase,
-    compare,
     expected_of,
     make_case,
     sweep,
 )
+from mla_cute._testing_verdict import compare
 from mla_cute.problem import check_decode, check_decode_block_table
 from mla_cute.reference import decode_reference
 from mla_cute.verify import verify_block_table_on_device, verify_on_device

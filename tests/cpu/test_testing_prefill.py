@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from mla_cute import _testing_prefill, reference
-from mla_cute._testing import compare, expected_of, judge, run_case
+from mla_cute._testing import expected_of, judge, run_case
 from mla_cute._testing_prefill import PrefillCase, make_prefill_case, prefill_sweep, row_tiles
+from mla_cute._testing_verdict import compare
 from mla_cute.problem_prefill import (
     check_prefill,
     check_prefill_block_table,
