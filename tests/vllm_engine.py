@@ -206,7 +206,7 @@ class Calls:
 
 
 def rows_of(rows: torch.Tensor, scale: float) -> torch.Tensor:
-    """[n, 576] in float32 of rows of a cache."""
+    """[n, 576] in float32 of rows of a cache, as vLLM has them. Not by quant.group_rows, by which the backend reads."""
     if rows.shape[-1] == 656:  # 512 e4m3 values, 4 float32 scales, 64 bfloat16 values
         values = rows[:, :512].contiguous().view(torch.float8_e4m3fn).float().unflatten(-1, (4, 128))
         scales = rows[:, 512:528].contiguous().view(torch.float32)
