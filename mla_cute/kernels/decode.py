@@ -80,8 +80,8 @@ class DecodeFew(Decode):
     def _main(
         self, q_nope, q_pe, ckv, kpe, kv_indices, table, out, lse, part, num_parts, scale_log2, lse_scale, stream
     ) -> None:
-        cache_scales, first_item, out_scale = None, Int32(0), Float32(1.0)  # FP8's, prefill's
+        cache_scales, first_item, out_scale, at = None, Int32(0), Float32(1.0), None  # FP8's, prefill's
         self.rows(
             q_nope, q_pe, ckv, kpe, cache_scales, kv_indices, table, out, lse, part, num_parts, first_item, scale_log2,
-            scale_log2, out_scale, lse_scale, stream,
+            scale_log2, out_scale, at, at, at, lse_scale, stream,
         )  # fmt: skip

@@ -131,6 +131,9 @@ class SixteenBitTiles:
 
     # -------------------------------------------------------------- epilogue
 
+    def _output_factor(self, p, f):
+        return p.out_scale
+
     def _gather_quads(self, f) -> None:
         """A thread has channels 2 l4 and the next of tiles 2 c and 2 c + 1: neighbours trade, so that an even l4 has
         four consecutive ones of the first tile and an odd l4 of the second."""

@@ -4,7 +4,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr
 
-from . import fp8, softmax, sync
+from . import fp8, partials, softmax, sync
 from .few_rows_params import (
     BAR_EPI,
     BAR_MOVE,
@@ -15,7 +15,7 @@ from .few_rows_params import (
     FewFragments,
 )
 from .paged_kv import TILE_N
-from .registry import INT16_BIAS, INT16_MOST, PART_LSE
+from .registry import INT16_BIAS, INT16_MOST
 from .rows_fp8_consumer import MAX_P, MAX_SCALED_P, MAX_UNITS
 from .rows_fp8_params import MB_EMPTY
 
@@ -181,7 +181,7 @@ class FewRowsConsumer:
             if f.first[0] != 0:
                 # Down, too; a row that sees nothing keeps 0.
                 ref = f.rRef[r]
-                if mx > softmax.NEG_BIG:
+                if mx > -Float32.inf:
                     ref = mx
             moved = softmax.exp2(cutlass.min(f.rRef[r] - ref, Float32(0.0)))
             f.rRef[r] = ref
@@ -230,9 +230,7 @@ class FewRowsConsumer:
             if f.l4 == 0:
                 s.sMax[f.row + 8 * r, f.w] = total
         sync.sync(BAR_EPI, NUM_CONSUMERS)
-        scale = p.out_scale
-        if const_expr(self.num_scales > 0):
-            scale = f.rUnit[0]
+        scale = self._output_factor(p, f)
         for r in cutlass.range_constexpr(2):
             x = [s.sMax[f.row + 8 * r, w] for w in range(NUM_WARPS)]
             total = ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]))
@@ -244,9 +242,7 @@ class FewRowsConsumer:
             inverse = scale * cutlass.select_(f.rL[r] != 0.0, cute.arch.rcp_approx(f.rL[r]), Float32(0.0))
             lse = cute.math.log2(f.rL[r]) + f.rRef[r]
             if part_row >= 0:
-                self._store_partial(p, s, f, r, part_row, head, inverse)
-                if (head < p.num_heads) & (f.lane % 4 == 0) & (f.w == 0):
-                    p.mPart[part_row + head, PART_LSE] = lse
+                self._store_partial(p, s, f, r, part_row, head, inverse, lse)
             else:
                 if head < p.num_heads:
                     at = p.mO.iterator.toint() + (Int64(request) * p.mO.stride[0] + Int64(head) * p.mO.stride[1]) * 2
@@ -261,22 +257,24 @@ class FewRowsConsumer:
         fp8.store_global(row_at + Int64(f.w * 128 + c * 32 + self._quad_bytes(f)), words)
 
     @cute.jit
-    def _store_partial(self, p, s, f, r: Constexpr, part_row, head, inverse):
+    def _store_partial(self, p, s, f, r: Constexpr, part_row, head, inverse, lse):
         row = f.row + 8 * r
         largest = self._largest(f, r)
         if f.l4 == 0:
             s.sMax[row, f.w] = largest
         sync.sync(BAR_EPI, NUM_CONSUMERS)
-        half = f.w // 4
+        half = fp8.thread_index() // 128  # of the warp, asked for again: kept over all items it spills in the gather
         for w in cutlass.range_constexpr(4):
             largest = cute.arch.fmax(largest, s.sMax[row, half * 4 + w], nan=True)
         to_int = Float32(INT16_MOST) * cute.arch.rcp_approx(largest)
         if head < p.num_heads:
-            at = p.mPart.iterator.toint() + Int64(part_row + head) * Int64(4 * p.mPart.stride[0])
+            at = partials.row_address(p, part_row + head)
             for c in cutlass.range_constexpr(4):
                 self._store_integers(f, at, c, self._quad(f, c, r), to_int)
             if (f.l4 == 0) & (f.w % 4 == 0):
-                p.mPart[part_row + head, PART_LSE + 1 + half] = largest * inverse * Float32(1.0 / INT16_MOST)
+                partials.put_worth(at, half, largest * inverse * Float32(1.0 / INT16_MOST))
+                if f.w == 0:
+                    partials.put_lse(at, lse)
 
     def _largest(self, f, r: int):
         largest = Float32(1.0e-30)

@@ -7,7 +7,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32, const_expr
 
-from . import fp8, sync
+from . import fp8, scalars, sync
 from .few_rows_params import BAR_EPI, NUM_CONSUMERS, P_WORDS, Q_TOTAL_STEPS, STEP_BYTES
 from .paged_kv import SUB_BYTES, TILE_N
 from .rows_fp8_params import MB_FULL
@@ -45,6 +45,7 @@ class Fp8Tiles:
         rope = fp8.row_address(p.mQpe, request, head) + Int64(q16 * 16)
         # The word of lane 4 (row % 8) that begins a step.
         at = s.q_address + (row % 8) * 64 + row // 8 * 4
+        worth = scalars.score_factors(p, self.rope_fp8)
         scale = Float32(1.0)
         rope_scale = Float32(1.0)
         if const_expr(self.q_fp8):
@@ -69,8 +70,8 @@ class Fp8Tiles:
                 for i, word in enumerate(fp8.load_global_16(rope)):
                     fp8.store_shared(at + self._step_offset(32 + q16 // 2) + q16 % 2 * 8, [word], 16 * i)
         if q16 == 0:
-            s.sRow[row, 0] = scale * p.nope_scale_log2
-            s.sRow[row, 1] = rope_scale * p.rope_scale_log2
+            s.sRow[row, 0] = scale * worth[0]
+            s.sRow[row, 1] = rope_scale * worth[1]
         sync.sync(BAR_EPI, NUM_CONSUMERS)
         for step in cutlass.range_constexpr(self.q_steps):
             for i, word in enumerate(fp8.load_shared_16(s.p_address + t % 32 * 16, step * STEP_BYTES)):
@@ -205,6 +206,10 @@ class Fp8Tiles:
                         acc[t + e] = fp8.mma_m16n8k16(acc[t + e], a, [y[2 * q][e], y[2 * q + 1][e]], "f16")
 
     # -------------------------------------------------------------- epilogue
+
+    def _output_factor(self, p, f):
+        """What the sums of P V are worth."""
+        return f.rUnit[0] if self.num_scales else scalars.output_factor(p)
 
     def _gather_quads(self, f) -> None:
         """Nothing to do: V's order of channels gives each thread quads."""

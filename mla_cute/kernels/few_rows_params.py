@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Float32, Int32, Int64
 
 from ..config import FEW_ROWS
 from .rows_fp8_params import MAX_STAGES
@@ -52,6 +52,9 @@ class FewParams:
     nope_scale_log2: Float32
     rope_scale_log2: Float32
     out_scale: Float32
+    ckv_scale_at: Int64  # None: a 16-bit cache
+    kpe_scale_at: Int64
+    q_scale_at: Int64
     lse_scale: Float32
     lay_sub: cute.ComposedLayout
     lay_r: cute.ComposedLayout

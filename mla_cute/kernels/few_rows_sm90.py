@@ -79,6 +79,9 @@ class _FewRows(RingProducer, FewRowsConsumer):
         nope_scale_log2: Float32,  # what q_nope . ckv is worth in log2 units
         rope_scale_log2: Float32,  # likewise q_pe . kpe
         out_scale: Float32,  # what a stored ckv is worth in the output
+        ckv_scale_at: Int64 | None,  # addresses of scales on the device (scalars.py)
+        kpe_scale_at: Int64 | None,
+        q_scale_at: Int64 | None,
         lse_scale: Float32,  # 1 for base 2, ln 2 for base e
         stream,
     ):
@@ -103,6 +106,9 @@ class _FewRows(RingProducer, FewRowsConsumer):
             nope_scale_log2=nope_scale_log2,
             rope_scale_log2=rope_scale_log2,
             out_scale=out_scale,
+            ckv_scale_at=ckv_scale_at,
+            kpe_scale_at=kpe_scale_at,
+            q_scale_at=q_scale_at,
             lse_scale=lse_scale,
             lay_r=smem_layout(rope_kind, rope_dtype, (TILE_N, HEAD_DIM_ROPE, self.num_stages)),
         )

@@ -25,7 +25,7 @@ from ..config import LaunchConfig
 from .ptx import asm
 from .registry import INT16_BIAS, MAX_PARTS, PART_LSE, PART_ROW
 from .rows_params import DTYPES
-from .softmax import NEG_BIG, exp2
+from .softmax import LOWEST, exp2
 
 NUM_WARPS_LOG = 3
 NUM_WARPS = 1 << NUM_WARPS_LOG
@@ -194,7 +194,7 @@ class Merge:
         scale = cutlass.select_(segment >> lane_log == 0, scales[0], scales[1])
         if mine >= n:
             piece_lse = -Float32.inf
-        m = _warp_max(cute.arch.fmax(piece_lse, Float32(NEG_BIG)))
+        m = _warp_max(cute.arch.fmax(piece_lse, Float32(LOWEST)))
         weight = exp2(piece_lse - m)
         total = weight
         for offset in cutlass.range_constexpr(3):

@@ -5,9 +5,9 @@ import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr
 from cutlass.cute.nvgpu import warp, warpgroup
 
-from . import epilogue, softmax, sync, wgmma
+from . import epilogue, partials, softmax, sync, wgmma
 from .paged_kv import NUM_SUB, SUB_ELEMS, TILE_N
-from .registry import PART_LSE, PART_ROW, TILE_M
+from .registry import PART_ROW, TILE_M
 from .row_map import output_address
 from .rows_params import (
     BAR_EPI,
@@ -95,7 +95,7 @@ class Consumer:
             cute.copy(f.ldm, f.tQs, f.tQr)
             if const_expr(wg == 0):
                 if f.t < TILE_M:
-                    s.sM[f.t] = Float32(softmax.NEG_BIG)
+                    s.sM[f.t] = Float32(softmax.LOWEST)
                 sync.sync(BAR_INIT, 128)
             for pair in cutlass.range(num_pairs, unroll=1):
                 left = kv_end - kv_begin - pair * (2 * TILE_N)  # tokens from this pair on
@@ -260,7 +260,7 @@ class Consumer:
             if f.t < rows:
                 v = cute.math.log2(s.sL[f.t] + s.sL[f.t + TILE_M]) + s.sM[f.t]
                 if self.rows.is_partial(s, slot):
-                    p.mPart[part_row + f.t, PART_LSE] = v
+                    partials.put_lse(partials.row_address(p, part_row + f.t), v)
                 else:
                     token, head = self.rows.token_and_head(p, s, slot, head0, f.t)
                     p.mLse[token, head] = v * p.lse_scale
@@ -269,12 +269,12 @@ class Consumer:
         at0 = Int64(0)
         at1 = Int64(0)
         if self.rows.is_partial(s, slot):
-            at0 = p.mPart.iterator.toint() + Int64(part_row + f.row) * (4 * PART_ROW)
+            at0 = partials.row_address(p, part_row + f.row)
             at1 = at0 + 8 * 4 * PART_ROW
             worth = epilogue.pack_int16(s, f, words)
             for r in cutlass.range_constexpr(2):
                 if (f.lane % 4 == 0) & (f.row + 8 * r < rows):
-                    p.mPart[part_row + f.row + 8 * r, PART_LSE + 1 + wg] = worth[r]
+                    partials.put_worth((at0, at1)[r], wg, worth[r])
         else:
             at0 = output_address(p, *self.rows.token_and_head(p, s, slot, head0, f.row))
             at1 = output_address(p, *self.rows.token_and_head(p, s, slot, head0, f.row + 8))

@@ -5,10 +5,10 @@ import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr
 from cutlass.cute.nvgpu import warp, warpgroup
 
-from . import fp8, softmax, sync, wgmma
+from . import fp8, partials, scalars, softmax, sync, wgmma
 from . import rows_fp8_epilogue as epilogue
 from .paged_kv import TILE_N
-from .registry import PART_LSE, TILE_M
+from .registry import TILE_M
 from .rows_fp8_params import (
     BAR_EPI,
     BAR_FILL0,
@@ -146,6 +146,7 @@ class Fp8Consumer:
         r8 = row % 8
         to_nope = Int32(s.sQ.iterator.toint()) + row * 128
         to_rope = Int32(s.sQr.iterator.toint())
+        worth = scalars.score_factors(p, self.rope_fp8)
         scales = [Float32(1.0), Float32(1.0)]
         if const_expr(self.q_fp8):
             for i in cutlass.range_constexpr(8):
@@ -171,7 +172,7 @@ class Fp8Consumer:
                 fp8.store_shared(to_rope + row * 128 + ((q4 + 4 * i) ^ r8) * 16, words)
         if q4 == 0:
             for i in cutlass.range_constexpr(2):
-                s.sQScale[i, row] = scales[i]
+                s.sQScale[i, row] = scales[i] * worth[i]
         sync.fence_smem_writes()
         sync.sync(BAR_Q, NUM_CONSUMERS)
 
@@ -234,8 +235,7 @@ class Fp8Consumer:
         """S = b (Qr R^T) + a sum over scale groups of scale (Q K^T) - reference, in units of log2; ends what
         `_start_nope` began."""
         slot = self._slot(tile)
-        a = [s.sQScale[0, f.row + 8 * r] * p.nope_scale_log2 for r in range(2)]
-        b = [s.sQScale[1, f.row + 8 * r] * p.rope_scale_log2 for r in range(2)]
+        a, b = ([s.sQScale[i, f.row + 8 * r] for r in range(2)] for i in range(2))
         nope, rope = f.S, f.T
         if self.score_chunks == 1:
             nope, rope = f.T, f.S
@@ -313,7 +313,7 @@ class Fp8Consumer:
             up = cute.arch.fmax(both, Float32(0.0))
             if first:
                 up = Float32(0.0)
-                if both > softmax.NEG_BIG:
+                if both > -Float32.inf:
                     up = both
             f.rRef[r] = f.rRef[r] + up
             # Down only in the first pair, where O and the sums are 0.
@@ -522,14 +522,14 @@ class Fp8Consumer:
             if f.t < rows:
                 v = cute.math.log2(s.sL[0, f.t] + s.sL[1, f.t]) + s.sMax[0, f.t]
                 if partial:
-                    p.mPart[part_row + f.t, PART_LSE] = v
+                    partials.put_lse(s.sAddress[f.t], v)
                 else:
                     token, head = self.rows.token_and_head(p, s, slot, head0, f.t)
                     p.mLse[token, head] = v * p.lse_scale
-        scale = p.out_scale
-        if const_expr(self.num_scales > 0):
-            scale = f.rUnit[0]
+        scale = f.rUnit[0]
+        if const_expr(self.num_scales == 0):
+            scale = scalars.output_factor(p)
         if partial:
-            epilogue.store_partial(p, s, f, part_row, rows, scale, wg)
+            epilogue.store_partial(s, f, rows, scale, wg)
         else:
             epilogue.store_output(s, f, rows, scale, self.dtype, wg)

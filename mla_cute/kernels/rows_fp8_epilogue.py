@@ -8,8 +8,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32
 
-from . import fp8, sync
-from .registry import INT16_BIAS, INT16_MOST, PART_LSE
+from . import fp8, partials, sync
+from .registry import INT16_BIAS, INT16_MOST
 from .rows_fp8_params import BAR_FILL0
 
 
@@ -59,7 +59,7 @@ def store_output(s, f, rows, scale, dtype: Constexpr, wg: Constexpr):
 
 
 @cute.jit
-def store_partial(p, s, f, part_row, rows, scale, wg: Constexpr):
+def store_partial(s, f, rows, scale, wg: Constexpr):
     """To the rows at s.sAddress as biased 16-bit integers, and what an integer is worth (registry.py, epilogue.py)."""
     for j in cutlass.range_constexpr(8):
         for e in cutlass.range_constexpr(2):
@@ -87,7 +87,7 @@ def store_partial(p, s, f, part_row, rows, scale, wg: Constexpr):
                     fp8.store_global(at + 128 * m, [words[m]])
                 if (f.lane < 4) & (f.t < 32):
                     worth = largest * _inverse_sum(s, row) * scale * Float32(1.0 / INT16_MOST)
-                    p.mPart[part_row + row, PART_LSE + 1 + wg] = worth
+                    partials.put_worth(s.sAddress[row], wg, worth)
 
 
 @cute.jit
@@ -95,5 +95,5 @@ def put_addresses(p, s, f, part_row, partial, token, head):
     """Threads 0..63: where row f.t of the tile goes."""
     at = p.mO.iterator.toint() + (Int64(token) * p.mO.stride[0] + Int64(head) * p.mO.stride[1]) * 2
     if partial:
-        at = p.mPart.iterator.toint() + Int64(part_row + f.t) * Int64(4 * p.mPart.stride[0])
+        at = partials.row_address(p, part_row + f.t)
     s.sAddress[f.t] = at

@@ -7,7 +7,7 @@ import dataclasses
 from typing import Any
 
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Float32, Int32, Int64
 
 BAR_MAX, BAR_P, BAR_Q, BAR_EPI, BAR_FILL0, BAR_FILL1, BAR_P_FREE0, BAR_P_FREE1 = range(1, 9)
 # Slots of the ring of K tiles that any FP8 kernel may have.
@@ -52,6 +52,9 @@ class Fp8Params:
     nope_scale_log2: Float32
     rope_scale_log2: Float32
     out_scale: Float32
+    ckv_scale_at: Int64  # addresses of scales on the device, 0 where there is none (scalars.py)
+    kpe_scale_at: Int64
+    q_scale_at: Int64
     lse_scale: Float32
     lay_q: cute.ComposedLayout
     lay_qr: cute.ComposedLayout

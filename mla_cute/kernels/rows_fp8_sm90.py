@@ -99,6 +99,9 @@ class RowsFp8Sm90(RingProducer, Fp8Consumer):
         nope_scale_log2: Float32,  # what q_nope . ckv is worth in log2 units
         rope_scale_log2: Float32,  # likewise q_pe . kpe
         out_scale: Float32,  # what a stored ckv is worth in the output
+        ckv_scale_at: Int64,  # addresses of scales on the device (scalars.py)
+        kpe_scale_at: Int64,
+        q_scale_at: Int64,
         lse_scale: Float32,  # 1 for base 2, ln 2 for base e
         stream,
     ):
@@ -133,6 +136,9 @@ class RowsFp8Sm90(RingProducer, Fp8Consumer):
             nope_scale_log2=nope_scale_log2,
             rope_scale_log2=rope_scale_log2,
             out_scale=out_scale,
+            ckv_scale_at=ckv_scale_at,
+            kpe_scale_at=kpe_scale_at,
+            q_scale_at=q_scale_at,
             lse_scale=lse_scale,
             lay_q=smem_layout(Kind.K_SW128, Float8E4M3FN, (TILE_M, HEAD_DIM_V, self.q_terms)),
             lay_qr=smem_layout(rope_kind, self.rope_dtype, (TILE_M, HEAD_DIM_ROPE, self.rope_terms)),

@@ -9,8 +9,9 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32
 
-# Running maxima start here rather than at -inf: -inf - -inf would be NaN in a row whose scores are all masked.
-NEG_BIG = -1.0e30
+# Running maxima start at the lowest finite float32 rather than at -inf: -inf - -inf would be NaN in a row whose scores
+# are all masked. Any number above it would hide scores below it.
+LOWEST = -(2.0 - 2.0**-23) * 2.0**127
 LAZY_LOG2 = 8.0
 
 

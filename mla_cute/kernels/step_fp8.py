@@ -1,9 +1,10 @@
 """One decode or prefill step over an FP8 cache as one host call: the main kernel and the merge kernel behind it."""
 
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Uint8
+from cutlass import Float8E4M3FN, Float32, Int32, Int64, Uint8
 from cutlass.cute.runtime import make_fake_stream
 
+from .. import _toolchain as toolchain
 from ..config import LaunchConfig
 from .fake import fake_tensor, sym64
 from .few_rows_sm90 import FewRowsFp8Sm90
@@ -15,10 +16,18 @@ from .rows_fp8_sm90 import RowsFp8Sm90
 from .rows_params import HEAD_DIM_ROPE, HEAD_DIM_V
 
 
+def _as_bytes(x: cute.Tensor) -> cute.Tensor:
+    """An e4m3 tensor as bytes, which the kernels take; others as they are."""
+    if x.element_type is not Float8E4M3FN:
+        return x
+    return cute.make_tensor(cute.recast_ptr(x.iterator, dtype=Uint8), x.layout)
+
+
 def _fake_tensors(main: RowsFp8Sm90 | FewRowsFp8Sm90) -> tuple:
     """q_nope, q_pe, ckv_cache, kpe_cache, scales, kv_indices, table, part, out and lse."""
     tokens, heads, pages, page = (cute.sym_int() for _ in range(4))
-    rope = Uint8 if main.rope_fp8 else main.dtype
+    e4m3 = Float8E4M3FN if toolchain.torch_exports_e4m3() else Uint8
+    rope = e4m3 if main.rope_fp8 else main.dtype
 
     def rows3(dtype, a, b, c):
         step = 128 // dtype.width
@@ -31,9 +40,9 @@ def _fake_tensors(main: RowsFp8Sm90 | FewRowsFp8Sm90) -> tuple:
         step = 4 if num_scales == 4 else 1
         scales = fake_tensor(Float32, (pages, page, num_scales), (sym64(step), sym64(step), 1), 4 * step)
     return (
-        rows3(Uint8 if main.q_fp8 else main.dtype, tokens, heads, HEAD_DIM_V),
+        rows3(e4m3 if main.q_fp8 else main.dtype, tokens, heads, HEAD_DIM_V),
         rows3(rope if main.q_fp8 else main.dtype, tokens, heads, HEAD_DIM_ROPE),
-        rows3(Uint8, pages, page, HEAD_DIM_V),
+        rows3(e4m3, pages, page, HEAD_DIM_V),
         rows3(rope, pages, page, HEAD_DIM_ROPE),
         scales,
         fake_tensor(Int32, (cute.sym_int(),), (1,), 4),
@@ -52,7 +61,9 @@ class _Step:
         return (
             *_fake_tensors(self.rows),
             *(Int32(1) for _ in range(self.num_sizes)),
-            *(Float32(1.0) for _ in range(4)),
+            *(Float32(1.0) for _ in range(3)),
+            *(Int64(0) for _ in range(3)),
+            Float32(1.0),
             make_fake_stream(use_tvm_ffi_env_stream=True),
         )
 
@@ -86,12 +97,16 @@ class DecodeFp8(_Step):
         nope_scale_log2: Float32,
         rope_scale_log2: Float32,
         out_scale: Float32,
+        ckv_scale_at: Int64,  # addresses of one float32 each, 0: none
+        kpe_scale_at: Int64,
+        q_scale_at: Int64,
         lse_scale: Float32,
         stream,
     ):
+        q_nope, q_pe, ckv_cache, kpe_cache = (_as_bytes(x) for x in (q_nope, q_pe, ckv_cache, kpe_cache))
         self.rows(
             q_nope, q_pe, ckv_cache, kpe_cache, scales, kv_indices, table, out, lse, part, num_parts, Int32(0),
-            nope_scale_log2, rope_scale_log2, out_scale, lse_scale, stream,
+            nope_scale_log2, rope_scale_log2, out_scale, ckv_scale_at, kpe_scale_at, q_scale_at, lse_scale, stream,
         )  # fmt: skip
         self.merge(table, part, out, lse, num_parts, merge_x, merge_y, lse_scale, stream)
 
@@ -136,11 +151,16 @@ class PrefillFp8(_Step):
         nope_scale_log2: Float32,
         rope_scale_log2: Float32,
         out_scale: Float32,
+        ckv_scale_at: Int64,  # addresses of one float32 each, 0: none
+        kpe_scale_at: Int64,
+        q_scale_at: Int64,
         lse_scale: Float32,
         stream,
     ):
+        q_nope, q_pe, ckv_cache, kpe_cache = (_as_bytes(x) for x in (q_nope, q_pe, ckv_cache, kpe_cache))
         self.rows(
             q_nope, q_pe, ckv_cache, kpe_cache, scales, kv_indices, table, out, lse, part, num_parts,
-            num_parts + max_tiles, nope_scale_log2, rope_scale_log2, out_scale, lse_scale, stream,
+            num_parts + max_tiles, nope_scale_log2, rope_scale_log2, out_scale, ckv_scale_at, kpe_scale_at, q_scale_at,
+            lse_scale, stream,
         )  # fmt: skip
         self.merge(table, part, out, lse, num_parts, merge_x, merge_y, lse_scale, stream)
