@@ -14,7 +14,7 @@ from .append import append_to_cache
 from .config import KernelConfig
 from .jit import cache_dir, warmup
 from .merge_states import merge_states
-from .plan import DecodePlan, plan_decode, plan_decode_block_table
+from .plan_decode import DecodePlan, plan_decode, plan_decode_block_table
 from .plan_prefill import PrefillPlan, plan_prefill, plan_prefill_block_table
 
 __version__ = "0.1.0"

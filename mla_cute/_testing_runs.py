@@ -8,8 +8,8 @@ import torch
 from . import plan_decode, plan_decode_block_table, plan_prefill, plan_prefill_block_table
 from ._testing import DecodeCase
 from ._testing_prefill import PrefillCase
-from .api import table_stride
-from .plan import DecodePlan
+from .launch import table_stride
+from .plan_decode import DecodePlan
 from .plan_prefill import PrefillPlan
 
 T = TypeVar("T")

@@ -1,21 +1,98 @@
-"""The public prefill calls. The path is decode's (api.py)."""
+"""The public prefill calls: signatures and their meaning. attend.py is what they do."""
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 
-from . import reference
-from .api import flat_table, launch_step, table_stride
+from .attend import PREFILL, PREFILL_TABLE, attend
 from .config import KernelConfig
-from .plan import check_enabled, expect_options, expect_plan
-from .plan_prefill import PrefillPlan, plan_prefill, plan_prefill_block_table
+from .expect import Scale
+from .launch import Operands, Options
+from .plan_prefill import PrefillPlan
 from .problem import UNSCALED
-from .problem_prefill import (
-    check_prefill,
-    check_prefill_block_table,
-    verify_prefill_block_table_on_device,
-    verify_prefill_on_device,
-)
+
+
+@overload
+def mla_paged_prefill(
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    ckv_cache: torch.Tensor,
+    kpe_cache: torch.Tensor,
+    qo_indptr: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    kv_indices: torch.Tensor,
+    sm_scale: float,
+    *,
+    causal: bool = ...,
+    kv_last_page_len: torch.Tensor | None = ...,
+    out: torch.Tensor | None = ...,
+    lse: torch.Tensor | None = ...,
+    lse_base: int | str = ...,
+    return_lse: Literal[True] = ...,
+    ckv_scale: Scale = ...,
+    kpe_scale: Scale = ...,
+    ckv_scale_arr: torch.Tensor | None = ...,
+    q_scale: Scale = ...,
+    plan: PrefillPlan | None = ...,
+    config: KernelConfig | None = ...,
+    batch_invariant: bool = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+@overload
+def mla_paged_prefill(
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    ckv_cache: torch.Tensor,
+    kpe_cache: torch.Tensor,
+    qo_indptr: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    kv_indices: torch.Tensor,
+    sm_scale: float,
+    *,
+    causal: bool = ...,
+    kv_last_page_len: torch.Tensor | None = ...,
+    out: torch.Tensor | None = ...,
+    lse: torch.Tensor | None = ...,
+    lse_base: int | str = ...,
+    return_lse: Literal[False],
+    ckv_scale: Scale = ...,
+    kpe_scale: Scale = ...,
+    ckv_scale_arr: torch.Tensor | None = ...,
+    q_scale: Scale = ...,
+    plan: PrefillPlan | None = ...,
+    config: KernelConfig | None = ...,
+    batch_invariant: bool = ...,
+) -> torch.Tensor: ...
+
+
+@overload
+def mla_paged_prefill(
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    ckv_cache: torch.Tensor,
+    kpe_cache: torch.Tensor,
+    qo_indptr: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    kv_indices: torch.Tensor,
+    sm_scale: float,
+    *,
+    causal: bool = ...,
+    kv_last_page_len: torch.Tensor | None = ...,
+    out: torch.Tensor | None = ...,
+    lse: torch.Tensor | None = ...,
+    lse_base: int | str = ...,
+    return_lse: bool,
+    ckv_scale: Scale = ...,
+    kpe_scale: Scale = ...,
+    ckv_scale_arr: torch.Tensor | None = ...,
+    q_scale: Scale = ...,
+    plan: PrefillPlan | None = ...,
+    config: KernelConfig | None = ...,
+    batch_invariant: bool = ...,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 
 
 def mla_paged_prefill(
@@ -34,13 +111,12 @@ def mla_paged_prefill(
     lse: torch.Tensor | None = None,
     lse_base: int | str = 2,
     return_lse: bool = True,
-    ckv_scale: float = UNSCALED,
-    kpe_scale: float = UNSCALED,
+    ckv_scale: Scale = UNSCALED,
+    kpe_scale: Scale = UNSCALED,
     ckv_scale_arr: torch.Tensor | None = None,
-    q_scale: float = UNSCALED,
+    q_scale: Scale = UNSCALED,
     plan: PrefillPlan | None = None,
     config: KernelConfig | None = None,
-    deterministic: bool = True,
     batch_invariant: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """MLA attention of prompts, or of chunks of them, over a paged latent cache that holds their keys already.
@@ -67,7 +143,6 @@ def mla_paged_prefill(
         plan: from :func:`~mla_cute.plan_prefill` on the same metadata, shared by the layers of a step; None plans in
             the call.
         config: a KernelConfig when no plan is given; None as :func:`~mla_cute.plan_prefill`.
-        deterministic: accepted for compatibility; results never vary from run to run.
         batch_invariant: as :func:`~mla_cute.plan_prefill`; ignored when a plan is given.
 
     Returns:
@@ -82,47 +157,99 @@ def mla_paged_prefill(
     Device, stream, CUDA graphs, CPU tensors and values of metadata are treated as in
     :func:`~mla_cute.mla_paged_decode`; MLA_CUTE_CHECK=1 verifies qo_indptr too.
     """
-    del deterministic
-    problem = check_prefill(
-        q_nope, q_pe, ckv_cache, kpe_cache, qo_indptr, kv_indptr, kv_indices, sm_scale,
-        causal, kv_last_page_len, out, lse, lse_base, ckv_scale, kpe_scale, ckv_scale_arr, q_scale,
-    )  # fmt: skip
-    if plan is not None:
-        expect_plan(plan)
-        launch = plan.launcher(problem, False)
-        verify = plan.verifies
-    else:
-        verify = check_enabled()
-    if verify:
-        verify_prefill_on_device(problem, qo_indptr, kv_indptr, kv_indices, kv_last_page_len)
-    if not q_nope.is_cuda:
-        expect_options(config, batch_invariant)
-        result = reference.prefill_reference(
-            q_nope, q_pe, ckv_cache, kpe_cache, qo_indptr, kv_indptr, kv_indices, sm_scale,
-            causal=causal, kv_last_page_len=kv_last_page_len, lse_base=lse_base, out=out, lse=lse,
-            ckv_scale=ckv_scale, kpe_scale=kpe_scale, ckv_scale_arr=ckv_scale_arr, q_scale=q_scale,
+    if plan is not None and (again := getattr(plan, "_again", None)) is not None and type(return_lse) is bool:
+        result = again(
+            PREFILL, q_nope, q_pe, ckv_cache, kpe_cache, qo_indptr, kv_indptr, kv_last_page_len, kv_indices,
+            sm_scale, out, lse, lse_base, ckv_scale, kpe_scale, ckv_scale_arr, q_scale, causal,
         )  # fmt: skip
-        return result if return_lse else result[0]
-    if plan is None:
-        plan = plan_prefill(
-            qo_indptr,
-            kv_indptr,
-            num_heads=problem.num_heads,
-            page_size=problem.page_size,
-            total_q=problem.total_q,
-            causal=causal,
-            kv_last_page_len=kv_last_page_len,
-            num_kv_indices=kv_indices.shape[0],
-            config=config,
-            batch_invariant=batch_invariant,
-            kv_format=problem.kv_format,
-            q_fp8=problem.q_fp8,
-        )
-        launch = plan.launcher(problem, False)
-    return launch_step(
-        launch, problem, plan, q_nope, q_pe, ckv_cache, kpe_cache, kv_indices, sm_scale, out, lse, lse_base, return_lse,
-        ckv_scale, kpe_scale, ckv_scale_arr, q_scale,
+        if result is not None:
+            return result if return_lse else result[0]
+    return attend(
+        PREFILL,
+        Operands(q_nope, q_pe, ckv_cache, kpe_cache, ckv_scale_arr),
+        (qo_indptr, kv_indptr, kv_last_page_len),
+        kv_indices,
+        Options(sm_scale, out, lse, lse_base, ckv_scale, kpe_scale, q_scale),
+        return_lse, plan, config, batch_invariant, causal,
     )  # fmt: skip
+
+
+@overload
+def mla_paged_prefill_block_table(
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    ckv_cache: torch.Tensor,
+    kpe_cache: torch.Tensor,
+    qo_indptr: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    sm_scale: float,
+    *,
+    causal: bool = ...,
+    out: torch.Tensor | None = ...,
+    lse: torch.Tensor | None = ...,
+    lse_base: int | str = ...,
+    return_lse: Literal[True] = ...,
+    ckv_scale: Scale = ...,
+    kpe_scale: Scale = ...,
+    ckv_scale_arr: torch.Tensor | None = ...,
+    q_scale: Scale = ...,
+    plan: PrefillPlan | None = ...,
+    config: KernelConfig | None = ...,
+    batch_invariant: bool = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+@overload
+def mla_paged_prefill_block_table(
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    ckv_cache: torch.Tensor,
+    kpe_cache: torch.Tensor,
+    qo_indptr: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    sm_scale: float,
+    *,
+    causal: bool = ...,
+    out: torch.Tensor | None = ...,
+    lse: torch.Tensor | None = ...,
+    lse_base: int | str = ...,
+    return_lse: Literal[False],
+    ckv_scale: Scale = ...,
+    kpe_scale: Scale = ...,
+    ckv_scale_arr: torch.Tensor | None = ...,
+    q_scale: Scale = ...,
+    plan: PrefillPlan | None = ...,
+    config: KernelConfig | None = ...,
+    batch_invariant: bool = ...,
+) -> torch.Tensor: ...
+
+
+@overload
+def mla_paged_prefill_block_table(
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    ckv_cache: torch.Tensor,
+    kpe_cache: torch.Tensor,
+    qo_indptr: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    sm_scale: float,
+    *,
+    causal: bool = ...,
+    out: torch.Tensor | None = ...,
+    lse: torch.Tensor | None = ...,
+    lse_base: int | str = ...,
+    return_lse: bool,
+    ckv_scale: Scale = ...,
+    kpe_scale: Scale = ...,
+    ckv_scale_arr: torch.Tensor | None = ...,
+    q_scale: Scale = ...,
+    plan: PrefillPlan | None = ...,
+    config: KernelConfig | None = ...,
+    batch_invariant: bool = ...,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 
 
 def mla_paged_prefill_block_table(
@@ -140,13 +267,12 @@ def mla_paged_prefill_block_table(
     lse: torch.Tensor | None = None,
     lse_base: int | str = 2,
     return_lse: bool = True,
-    ckv_scale: float = UNSCALED,
-    kpe_scale: float = UNSCALED,
+    ckv_scale: Scale = UNSCALED,
+    kpe_scale: Scale = UNSCALED,
     ckv_scale_arr: torch.Tensor | None = None,
-    q_scale: float = UNSCALED,
+    q_scale: Scale = UNSCALED,
     plan: PrefillPlan | None = None,
     config: KernelConfig | None = None,
-    deterministic: bool = True,
     batch_invariant: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """:func:`mla_paged_prefill` for engines that carry a padded block table; same kernels, no copy.
@@ -160,45 +286,18 @@ def mla_paged_prefill_block_table(
 
     Returns and raises as :func:`mla_paged_prefill`.
     """
-    del deterministic
-    problem = check_prefill_block_table(
-        q_nope, q_pe, ckv_cache, kpe_cache, qo_indptr, block_table, seq_lens, sm_scale, causal, out, lse, lse_base,
-        ckv_scale, kpe_scale, ckv_scale_arr, q_scale,
-    )  # fmt: skip
-    if plan is not None:
-        expect_plan(plan)
-        launch = plan.launcher(problem, True)
-        verify = plan.verifies
-    else:
-        verify = check_enabled()
-    if verify:
-        verify_prefill_block_table_on_device(problem, qo_indptr, block_table, seq_lens)
-    if not q_nope.is_cuda:
-        expect_options(config, batch_invariant)
-        result = reference.prefill_reference_block_table(
-            q_nope, q_pe, ckv_cache, kpe_cache, qo_indptr, block_table, seq_lens, sm_scale,
-            causal=causal, lse_base=lse_base, out=out, lse=lse,
-            ckv_scale=ckv_scale, kpe_scale=kpe_scale, ckv_scale_arr=ckv_scale_arr, q_scale=q_scale,
+    if plan is not None and (again := getattr(plan, "_again", None)) is not None and type(return_lse) is bool:
+        result = again(
+            PREFILL_TABLE, q_nope, q_pe, ckv_cache, kpe_cache, qo_indptr, seq_lens, None, block_table,
+            sm_scale, out, lse, lse_base, ckv_scale, kpe_scale, ckv_scale_arr, q_scale, causal,
         )  # fmt: skip
-        return result if return_lse else result[0]
-    if plan is None:
-        plan = plan_prefill_block_table(
-            qo_indptr,
-            seq_lens,
-            num_heads=problem.num_heads,
-            page_size=problem.page_size,
-            total_q=problem.total_q,
-            max_pages=block_table.shape[1],
-            table_stride=table_stride(block_table),
-            causal=causal,
-            config=config,
-            batch_invariant=batch_invariant,
-            kv_format=problem.kv_format,
-            q_fp8=problem.q_fp8,
-        )
-        launch = plan.launcher(problem, True)
-    flat = flat_table(block_table, plan)
-    return launch_step(
-        launch, problem, plan, q_nope, q_pe, ckv_cache, kpe_cache, flat, sm_scale, out, lse, lse_base, return_lse,
-        ckv_scale, kpe_scale, ckv_scale_arr, q_scale,
+        if result is not None:
+            return result if return_lse else result[0]
+    return attend(
+        PREFILL_TABLE,
+        Operands(q_nope, q_pe, ckv_cache, kpe_cache, ckv_scale_arr),
+        (qo_indptr, seq_lens),
+        block_table,
+        Options(sm_scale, out, lse, lse_base, ckv_scale, kpe_scale, q_scale),
+        return_lse, plan, config, batch_invariant, causal,
     )  # fmt: skip

@@ -6,6 +6,7 @@ Each raises TypeError or ValueError that names the argument, what was expected a
 from __future__ import annotations
 
 import numbers
+from typing import Any
 
 import torch
 
@@ -16,6 +17,8 @@ MAX_SCALE = 2.0**126
 # TMA and 16-byte vector accesses: 16 bytes are 8 elements of bf16 or fp16, 16 of e4m3, 4 of float32.
 ALIGN_BYTES = 16
 LSE_BASES = (2, "e")
+# What multiplies a tensor of e4m3: a number, or a float32 tensor of one element.
+Scale = float | torch.Tensor
 
 
 def expect_int(name: str, value: object, least: int, most: int | None = None) -> None:
@@ -37,14 +40,26 @@ def expect_lse_base(lse_base: int | str) -> None:
         raise ValueError(f"lse_base: expected 2 or 'e', got {lse_base!r}")
 
 
-def expect_scale(name: str, x: float) -> None:
+def expect_scale(name: str, x: Any) -> None:
     if isinstance(x, bool) or not isinstance(x, numbers.Real):
         raise TypeError(f"{name}: expected a Python number, got {describe(x)}")
-    if not MIN_SCALE <= x <= MAX_SCALE:
+    if not MIN_SCALE <= float(x) <= MAX_SCALE:
         raise ValueError(f"{name}: expected a positive number from 2^-126 to 2^126, got {x}")
 
 
-def expect_one(name: str, x: float, with_what: str) -> None:
+def expect_tensor_scale(name: str, x: Scale, device: torch.device) -> None:
+    """A scale of a tensor: a number, or a float32 tensor of one element on the device of the call."""
+    if not isinstance(x, torch.Tensor):
+        expect_scale(name, x)
+        return
+    if x.dtype is not torch.float32:
+        raise TypeError(f"{name}: expected a number or a tensor of dtype torch.float32, got {describe(x)}")
+    if x.numel() != 1:
+        raise ValueError(f"{name}: expected a number or a tensor of one element, got shape {list(x.shape)}")
+    expect_device(name, x, device)
+
+
+def expect_one(name: str, x: Scale, with_what: str) -> None:
     if isinstance(x, bool) or not isinstance(x, numbers.Real):
         raise TypeError(f"{name}: expected a Python number, got {describe(x)}")
     if x != 1:

@@ -117,10 +117,8 @@ def _define_attention(call: F, metadata: str) -> F:
         return_lse: bool = True,
         config: KernelConfig | None = None,
         plan: Plan | None = None,
-        deterministic: bool = True,
         **options: Any,
     ) -> Any:
-        del deterministic
         options["natural_lse"] = _is_natural(lse_base)
         options["config"] = None if config is None else _encoded(config)
         options["plan"] = None if plan is None else plan.handle

@@ -7,26 +7,21 @@ import itertools
 import os
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 
 from . import jit, shape_log, tuned
+from .allocate import empty
 from .config import KernelConfig, why_infeasible
-from .expect import expect_bool, expect_indptr, expect_int, expect_metadata
-from .jit import KernelRef
+from .expect import expect_bool, expect_int
 from .kernels.registry import (
-    BLOCK,
-    FIXED_MAX_PIECES,
-    FIXED_MIN_BLOCKS,
     KV_FORMATS,
-    PART_ROW,
-    PLANNER,
-    PlannerKey,
 )
-from .problem import MAX_HEADS, DecodeProblem
+from .problem import MAX_HEADS, MAX_PAGE_SIZE, DecodeProblem
 from .problem_prefill import PrefillProblem
-from .steps import decode_parts, step_variant
+from .steps import step_variant
+from .verify import Finding, first_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -36,6 +31,11 @@ _DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _MERGE_CTAS_PER_SM = 2
 # Those that have work when a row has 65 to 128 pieces: 4 tasks of all their warps.
 _MERGE_CTAS_PER_ROW = 4
+# Beyond that many bytes of partial rows a batch-invariant plan runs its requests in rounds. The most that other plans
+# have is 39 MB.
+MOST_PARTIAL_BYTES = 512 << 20
+# The kernels count rows, tiles and entries of a block table in 32 bits.
+_MOST_ROWS = 2**31 - 1
 
 
 def check_enabled() -> bool:
@@ -61,14 +61,36 @@ def _no_kernel(*_: object) -> None:
     raise RuntimeError("plan: made for CPU tensors, which run no kernel")
 
 
+class Round(NamedTuple):
+    """Requests begin .. end - 1 of a plan: one run of the planner, and in every layer one of main and merge kernel."""
+
+    begin: int
+    end: int
+    table: torch.Tensor
+    scratch: torch.Tensor
+    grid: tuple[int, ...]  # the step's launch arguments between its tensors and its scales
+    planner_args: tuple[torch.Tensor | int, ...]
+
+
+class Sizes(NamedTuple):
+    """What a round needs room for: work lists, merge entries, items, and merge entries that are there at once, beyond
+    which the merge kernel's grid does not grow."""
+
+    parts: int
+    max_entries: int
+    max_items: int
+    entries_at_once: int
+    rows_per_entry: int
+
+
 class Plan:
     """What decode's and prefill's plans share: the workspace, and which calls they are fit for."""
 
     __slots__ = (
-        "_planner", "_planner_args", "_scratch", "_table_stride", "_problem", "_launch", "_block_table",
-        "__weakref__", "handle",
-        "batch", "num_heads", "page_size", "device", "config", "selection", "batch_invariant",
-        "table", "part", "num_parts", "merge_x", "merge_y", "grid", "has_work", "verifies",
+        "_planner", "_table_stride", "_problem", "_launch", "_block_table", "_metadata", "_planned", "_again",
+        "_table", "_spare_pages", "__weakref__", "handle",
+        "batch", "num_heads", "page_size", "device", "config", "selection", "batch_invariant", "other_metadata",
+        "part", "num_parts", "rounds", "has_work", "verifies",
     )  # fmt: skip
 
     # What a plan is for, and which facts of its problems have to be its own. Lengths and sizes are cut alike for every
@@ -80,10 +102,9 @@ class Plan:
     # The step's row tiles run over (token, head) rows, which the queries' strides have to allow.
     packs_rows: ClassVar[bool] = False
 
-    # The planner's arguments, its outputs among them; they keep the metadata tensors alive.
-    _planner_args: tuple[torch.Tensor | int, ...]
-
-    grid: tuple[int, ...]  # the step's launch arguments between its tensors and its scales
+    _planner: Callable[..., None]
+    part: torch.Tensor
+    rounds: tuple[Round, ...]  # one, but for batch-invariant plans of many requests; none on the CPU
 
     def __init__(
         self,
@@ -95,18 +116,50 @@ class Plan:
         num_heads: int,
         page_size: int,
         table_stride: int,
+        metadata: dict[str, torch.Tensor | None],
+        other_metadata: bool,
     ):
         self.batch, self.num_heads, self.page_size, self.device = batch, num_heads, page_size, device
         self.batch_invariant = batch_invariant
         self.selection: tuned.Selection | None = None
-        self.handle = next(_handles)
-        _alive[self.handle] = self
+        self.handle = 0
         self._table_stride, self._block_table = table_stride, block_table
         self.verifies = check_enabled()
         self.has_work = self.device.type == "cuda" and batch > 0
-        # the last problem this plan was found fit for, and its launcher
+        self.rounds = ()
+        self._metadata, self.other_metadata = metadata, other_metadata
+        # Copies of what the plan was last made from, where calls look at values.
+        self._planned: dict[str, torch.Tensor] | None = None
+        if self.verifies or self.device.type == "cpu":
+            self._planned = {name: x.clone() for name, x in metadata.items() if x is not None}
+        self._spare_pages = False
+        # the last problem this plan was found fit for, and its launcher; what launch.relaunch goes by
         self._problem: DecodeProblem | PrefillProblem | None = None
         self._launch: Callable[..., None] = _no_kernel
+        self._again: Callable[..., tuple[torch.Tensor, torch.Tensor] | None] | None = None  # launch.short_way
+        # the last block table, and its memory as a list
+        self._table: tuple[Any, Any] = (None, None)
+
+    def _register(self) -> Self:
+        """Give the plan a handle, by which it passes through a torch op."""
+        self.handle = next(_handles)
+        _alive[self.handle] = self
+        return self
+
+    def __repr__(self) -> str:
+        facts = [f"{name}={getattr(self, name)}" for name in (*self._facts[:-1], "device") if name != "device"]
+        facts += [
+            f"device={self.device}",
+            f"block_table={self._block_table}",
+            f"batch_invariant={self.batch_invariant}",
+        ]
+        return f"{type(self).__name__}({', '.join(facts)}, workspace_bytes={self.workspace_bytes})"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"{type(self).__name__}: a plan cannot be copied or pickled, it is work in the memory of one process; "
+            "make one from the same metadata"
+        )
 
     def _choose_config(
         self, config: KernelConfig | None, q_len: int, kv_format: str, q_fp8: bool, kv_len: int | None
@@ -125,47 +178,124 @@ class Plan:
             self.config = config
         return sms
 
-    def _allocate(
-        self,
-        planner: KernelRef,
-        key: Any,
-        *,
-        sms: int,
-        parts: int,
-        max_entries: int,
-        max_items: int,
-        part_rows: int,
-        scratch_rows: int,
-        entries_at_once: int,
-        rows_per_entry: int,
-    ) -> None:
-        """Buffers for `parts` work lists, `max_entries` merge entries, `max_items` items and `part_rows` partial rows.
+    def _round(self, begin: int, end: int, sizes: Sizes, scratch_rows: int) -> Round:
+        """Buffers of a round, and what its planner is called with."""
+        self.num_parts = sizes.parts
+        n, device = end - begin, self.device
+        table = empty((sizes.parts + sizes.max_entries + sizes.max_items, 8), torch.int32, device)
+        scratch = empty((scratch_rows, n + 1), torch.int32, device)
+        ctas = _MERGE_CTAS_PER_SM * num_sms(device)
+        merge_y = max(1, min(sizes.max_entries, sizes.entries_at_once, ctas))
+        merge_x = max(1, min(sizes.rows_per_entry * _MERGE_CTAS_PER_ROW, ctas // merge_y))
+        lengths, last_len = self._lengths(begin, end)
+        args: tuple[torch.Tensor | int, ...] = (lengths, last_len, table, scratch)
+        args = (*args, sizes.parts, self.page_size, self._table_stride, self.num_heads)
+        args = (*args, *self._cut_costs(), *self._last_planner_args(sizes))
+        return Round(begin, end, table, scratch, (sizes.parts, merge_x, merge_y), args)
 
-        `entries_at_once`: merge entries beyond which the merge kernel's grid does not grow.
-        """
-        self.num_parts = parts
-        self.table = torch.empty((parts + max_entries + max_items, 8), dtype=torch.int32, device=self.device)
-        self.part = torch.empty((part_rows, PART_ROW), dtype=torch.float32, device=self.device)
-        self._scratch = torch.empty((scratch_rows, self.batch + 1), dtype=torch.int32, device=self.device)
-        ctas = _MERGE_CTAS_PER_SM * sms
-        self.merge_y = max(1, min(max_entries, entries_at_once, ctas))
-        self.merge_x = max(1, min(rows_per_entry * _MERGE_CTAS_PER_ROW, ctas // self.merge_y))
-        self._planner = jit.get(planner, key, self.config.planner_launch())
+    def _lengths(self, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the planner reads of the requests: kv_indptr and kv_last_page_len, or seq_lens twice."""
+        metadata = self._metadata
+        whole = end - begin == self.batch
+        if self._block_table:
+            x = metadata["seq_lens"]
+            assert x is not None
+            x = x if whole else x[begin:end]
+            return x, x
+        indptr, last = metadata["kv_indptr"], metadata["kv_last_page_len"]
+        assert indptr is not None
+        if not whole:
+            indptr, last = indptr[begin : end + 1], None if last is None else last[begin:end]
+        return indptr, indptr if last is None else last
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        return self.rounds[0].grid
+
+    @property
+    def table(self) -> torch.Tensor:
+        """Of the first round; kernels/planner.py and kernels/prefill_planner.py say what is in it."""
+        return self.rounds[0].table
+
+    @property
+    def merge_x(self) -> int:
+        return self.grid[-2]
+
+    @property
+    def merge_y(self) -> int:
+        return self.grid[-1]
+
+    @property
+    def _planner_args(self) -> tuple[torch.Tensor | int, ...]:
+        return self.rounds[0].planner_args
+
+    def share_partials(self, part: torch.Tensor) -> None:
+        """Write partial rows to `part`, which has room for at least as many."""
+        self.part, self._again = part, None
+
+    # -------------------------------------------------------------------------------------------- metadata
+
+    def expect_metadata(self, *called: torch.Tensor | None) -> None:
+        """ValueError when a call's metadata are other tensors than the plan was made from; `called` in the order of
+        the plan's. Reads addresses only."""
+        for (name, planned), x in zip(self._metadata.items(), called, strict=True):
+            if x is planned:
+                continue
+            if x is None or planned is None:
+                made, got = ("with", "None") if x is None else ("without", "a tensor")
+                raise ValueError(
+                    f"{name}: expected {'a tensor' if x is None else 'None'}, the plan was made {made} it, got {got}"
+                )
+            if not self.other_metadata and x.data_ptr() != planned.data_ptr():
+                raise ValueError(
+                    f"{name}: expected the tensor that the plan was made from (at {planned.data_ptr():#x}), got "
+                    f"another (at {x.data_ptr():#x}), not whose lengths it has; other_metadata=True takes any"
+                )
+
+    def has(self, x: torch.Tensor | None, planned: torch.Tensor | None) -> bool:
+        """Whether `x` may stand for the metadata tensor `planned`: its memory, or with other_metadata its shape."""
+        if x is None or planned is None or x.shape != planned.shape or x.dtype is not torch.int32:
+            return False
+        return self.other_metadata or (x.data_ptr() == planned.data_ptr() and x.stride() == planned.stride())
+
+    def metadata(self, *called: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        """The values that the plan has, where it keeps them: what a call is computed from, whatever its own metadata
+        tensors hold by now. In the order of `called`, which is returned where it does not."""
+        if self._planned is None:
+            return called
+        return tuple(self._planned.get(name) for name in self._metadata)
+
+    def stale_findings(self) -> list[Finding]:
+        """Whether metadata changed since the plan was made or updated."""
+        assert self._planned is not None
+        return [
+            _changed(name, x, planned)
+            for name, planned in self._planned.items()
+            if (x := self._metadata[name]) is not None
+        ]
+
+    def _last_planner_args(self, sizes: Sizes) -> tuple[int, ...]:
+        raise NotImplementedError
 
     def _cut_costs(self) -> tuple[int, int, int]:
         return self.config.min_blocks, self.config.item_overhead, self.config.split_penalty
 
     def update(self) -> Self:
         """Plan again from the present contents of the metadata tensors, on the current stream. Returns the plan."""
+        if self._planned is not None:
+            for name, planned in self._planned.items():
+                now = self._metadata[name]
+                assert now is not None
+                planned.copy_(now)
         if self.has_work:
-            self._planner(*self._planner_args)
+            for of_round in self.rounds:
+                self._planner(*of_round.planner_args)
         return self
 
     @property
     def workspace_bytes(self) -> int:
-        if self.device.type == "cpu":
-            return 0
-        return sum(x.untyped_storage().nbytes() for x in (self.table, self.part, self._scratch))
+        buffers = [x for of_round in self.rounds for x in (of_round.table, of_round.scratch)]
+        return sum(x.untyped_storage().nbytes() for x in (*buffers, self.part)) if buffers else 0
 
     def launcher(self, problem: DecodeProblem | PrefillProblem, block_table: bool) -> Callable[..., None]:
         """The compiled step for `problem`; ValueError when the plan is for another one or another metadata form.
@@ -206,91 +336,19 @@ def plan_of(handle: int) -> Plan:
     return plan
 
 
-class DecodePlan(Plan):
-    """Work items of one decode step. Made by :func:`plan_decode` or :func:`plan_decode_block_table`.
+def _changed(name: str, x: torch.Tensor, planned: torch.Tensor) -> Finding:
+    return (
+        first_of(x != planned, x),
+        lambda at, value: (
+            f"plan: expected {name} as at its last update (plan.update() plans again), got {value} at position {at}"
+        ),
+    )
 
-    The plan holds references to the metadata tensors it was made from. :meth:`update` plans again from their present
-    contents, into the same buffers, without host synchronisation; it can be captured in a CUDA graph in front of the
-    decode calls that use the plan. All calls that share a plan must run on one stream (or be ordered), because they
-    share its workspace for partial results.
 
-    Attributes:
-        batch, num_heads, page_size: what the plan is for.
-        config: the :class:`~mla_cute.config.KernelConfig` the calls will run with.
-        selection: the :class:`~mla_cute.tuned.Selection` that config is from; None when it was given, and on the CPU.
-        batch_invariant: whether a request is cut by its own length alone.
-        workspace_bytes: device memory the plan holds.
-        verifies: calls with this plan check page ids and lengths on the device (MLA_CUTE_CHECK=1 when it was made).
-    """
-
-    __slots__ = ()
-
-    _op = "decode"
-    _problem_type = DecodeProblem
-
-    def __init__(
-        self,
-        key: PlannerKey,
-        lengths: torch.Tensor,
-        last_len: torch.Tensor | None,
-        *,
-        batch: int,
-        num_heads: int,
-        page_size: int,
-        max_tokens: int | None,
-        table_stride: int,
-        config: KernelConfig | None,
-        kv_format: str,
-        q_fp8: bool,
-        max_kv_len: int | None,
-    ):
-        super().__init__(
-            lengths.device,
-            block_table=key.lengths == "seq_lens",
-            batch_invariant=key.batch_invariant,
-            batch=batch,
-            num_heads=num_heads,
-            page_size=page_size,
-            table_stride=table_stride,
-        )
-        if self.device.type == "cpu":
-            self.config = config or KernelConfig()
-            return
-        sms = self._choose_config(config, 1, kv_format, q_fp8, max_kv_len)
-        parts = decode_parts(kv_format, num_heads, self.config, sms)
-        if key.batch_invariant:
-            max_items = batch * FIXED_MAX_PIECES
-            if max_tokens is not None:
-                max_items = min(max_items, batch + max_tokens // (FIXED_MIN_BLOCKS * BLOCK))
-            slots = max_items
-        else:
-            max_items = batch + parts
-            slots = 2 * parts
-        self._allocate(
-            PLANNER,
-            key,
-            sms=sms,
-            parts=parts,
-            max_entries=batch,
-            max_items=max_items,
-            part_rows=slots * num_heads,
-            scratch_rows=4,
-            entries_at_once=slots,
-            rows_per_entry=num_heads,
-        )
-        self.grid = (self.num_parts, self.merge_x, self.merge_y)
-        self._planner_args = (
-            lengths,
-            lengths if last_len is None else last_len,
-            self.table,
-            self._scratch,
-            parts,
-            page_size,
-            table_stride,
-            num_heads,
-            *self._cut_costs(),
-            self.config.cut_unit,
-        )
+def planner_key(kind: Callable[[str, bool], Any], metadata: dict[str, Any], batch_invariant: bool) -> Any:
+    if "seq_lens" in metadata:
+        return kind("seq_lens", batch_invariant)
+    return kind("csr" if metadata["kv_last_page_len"] is None else "csr_last", batch_invariant)
 
 
 def expect_plan(plan: object) -> None:
@@ -324,109 +382,30 @@ def bounded(max_kv_len: int | None, room: int) -> int:
     return room if max_kv_len is None else min(max_kv_len, room)
 
 
-def plan_decode(
-    kv_indptr: torch.Tensor,
-    *,
-    num_heads: int,
-    page_size: int,
-    kv_last_page_len: torch.Tensor | None = None,
-    num_kv_indices: int | None = None,
-    config: KernelConfig | None = None,
-    batch_invariant: bool = False,
-    kv_format: str = "",
-    q_fp8: bool = False,
-    max_kv_len: int | None = None,
-) -> DecodePlan:
-    """Plan a decode step from CSR page lists; one plan serves every layer of the step.
-
-    Args:
-        kv_indptr: [batch + 1] int32, on the device of the calls.
-        num_heads: query heads per request, 1..128.
-        page_size: tokens per page, >= 1.
-        kv_last_page_len: [batch] int32, tokens in each request's last page; None: last pages are full.
-        num_kv_indices: upper bound of kv_indptr[-1]; only bounds the workspace of batch-invariant plans.
-        config: a KernelConfig; None takes the tuned one of the nearest shape (:mod:`mla_cute.tuned`), else a default.
-        batch_invariant: cut each request by its own length alone, so that its result has the same bits whatever else
-            is in the batch. Without `config` takes the default, not a tuned one.
-        kv_format, q_fp8: what the choice of a configuration goes by: "" for a 16-bit cache, else "tensor", "token" or
-            "group", and whether queries are e4m3. The plan serves other calls as well.
-        max_kv_len: likewise: tokens that no request has more of, as far as the host knows; None: not known. Longer
-            requests are computed correctly.
-
-    Raises:
-        TypeError, ValueError: naming the argument. RuntimeError: the device is not Hopper.
-    """
+def expect_sizes(num_heads: int, page_size: int) -> None:
     expect_int("num_heads", num_heads, 1, MAX_HEADS)
-    expect_int("page_size", page_size, 1)
-    expect_hints(kv_format, q_fp8, max_kv_len)
-    expect_options(config, batch_invariant)
-    if num_kv_indices is not None:
-        expect_int("num_kv_indices", num_kv_indices, 0)
-    batch = expect_indptr("kv_indptr", kv_indptr, None)
-    if kv_last_page_len is not None:
-        expect_metadata("kv_last_page_len", kv_last_page_len, (batch,), "[batch]", kv_indptr.device)
-    key = PlannerKey("csr" if kv_last_page_len is None else "csr_last", bool(batch_invariant))
-    return DecodePlan(
-        key,
-        kv_indptr,
-        kv_last_page_len,
-        batch=batch,
-        num_heads=num_heads,
-        page_size=page_size,
-        max_tokens=None if num_kv_indices is None else num_kv_indices * page_size,
-        table_stride=0,
-        config=config,
-        kv_format=kv_format,
-        q_fp8=q_fp8,
-        max_kv_len=max_kv_len,
-    ).update()
+    expect_int("page_size", page_size, 1, MAX_PAGE_SIZE)
 
 
-def plan_decode_block_table(
-    seq_lens: torch.Tensor,
-    *,
-    num_heads: int,
-    page_size: int,
-    max_pages: int,
-    table_stride: int | None = None,
-    config: KernelConfig | None = None,
-    batch_invariant: bool = False,
-    kv_format: str = "",
-    q_fp8: bool = False,
-    max_kv_len: int | None = None,
-) -> DecodePlan:
-    """Plan a decode step of an engine that carries `block_table [batch, max_pages]` and `seq_lens [batch]`.
+def expect_rows(name: str, tokens: int, num_heads: int) -> None:
+    """`name` is the argument that `tokens` query tokens are of."""
+    if tokens * num_heads > _MOST_ROWS:
+        raise ValueError(
+            f"{name}: expected at most {_MOST_ROWS // num_heads} query tokens of {num_heads} heads, got {tokens}"
+        )
 
-    Args:
-        seq_lens: [batch] int32, tokens per request, on the device of the calls.
-        num_heads, page_size, config, batch_invariant, kv_format, q_fp8: as :func:`plan_decode`.
-        max_pages: columns of the block table.
-        table_stride: elements between its rows; None: max_pages.
-        max_kv_len: as :func:`plan_decode`; None: max_pages * page_size.
 
-    Raises:
-        TypeError, ValueError: naming the argument. RuntimeError: the device is not Hopper.
-    """
-    expect_int("num_heads", num_heads, 1, MAX_HEADS)
-    expect_int("page_size", page_size, 1)
-    expect_metadata("seq_lens", seq_lens, (None,), "[batch]", None)
+def expect_table(batch: int, max_pages: int, table_stride: int | None) -> int:
+    """Elements between the rows of a block table."""
     expect_int("max_pages", max_pages, 0)
-    expect_hints(kv_format, q_fp8, max_kv_len)
-    expect_options(config, batch_invariant)
-    if table_stride is not None:
+    if table_stride is None:
+        table_stride = max_pages
+    elif batch > 1:
+        expect_int("table_stride", table_stride, max_pages)
+    else:
         expect_int("table_stride", table_stride, 0)
-    batch = seq_lens.shape[0]
-    return DecodePlan(
-        PlannerKey("seq_lens", bool(batch_invariant)),
-        seq_lens,
-        None,
-        batch=batch,
-        num_heads=num_heads,
-        page_size=page_size,
-        max_tokens=batch * max_pages * page_size,
-        table_stride=max_pages if table_stride is None else table_stride,
-        config=config,
-        kv_format=kv_format,
-        q_fp8=q_fp8,
-        max_kv_len=bounded(max_kv_len, max_pages * page_size),
-    ).update()
+    if (batch - 1) * table_stride + max_pages > _MOST_ROWS:
+        raise ValueError(
+            f"table_stride: expected at most {_MOST_ROWS} elements in all, got {batch} rows {table_stride} apart"
+        )
+    return table_stride

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from . import jit
+from .allocate import empty
 from .config import KernelConfig
 from .expect import expect_bool, expect_indptr, expect_int, expect_metadata
 from .kernels.registry import (
@@ -12,13 +14,25 @@ from .kernels.registry import (
     FIXED_MAX_PIECES,
     FIXED_MIN_BLOCKS,
     MAX_PARTS,
+    PART_ROW,
     PREFILL_PLANNER,
     TAIL_ITEMS_PER_PART,
     TILE_M,
     PrefillPlannerKey,
 )
-from .plan import Plan, bounded, expect_hints, expect_options
-from .problem import MAX_HEADS
+from .plan import (
+    MOST_PARTIAL_BYTES,
+    Plan,
+    Round,
+    Sizes,
+    bounded,
+    expect_hints,
+    expect_options,
+    expect_rows,
+    expect_sizes,
+    expect_table,
+    planner_key,
+)
 from .problem_prefill import PrefillProblem
 from .steps import prefill_min_blocks
 
@@ -51,31 +65,34 @@ class PrefillPlan(Plan):
 
     def __init__(
         self,
-        key: PrefillPlannerKey,
-        qo_indptr: torch.Tensor,
-        lengths: torch.Tensor,
-        last_len: torch.Tensor | None,
+        metadata: dict[str, torch.Tensor | None],
         *,
         batch: int,
         num_heads: int,
         page_size: int,
         total_q: int,
         causal: bool,
-        max_room: int | None,
+        room: int | None,
         table_stride: int,
         config: KernelConfig | None,
+        batch_invariant: bool,
         kv_format: str,
         q_fp8: bool,
         max_kv_len: int | None,
+        other_metadata: bool,
     ):
+        """`room`: keys that page lists have room for."""
+        key = planner_key(PrefillPlannerKey, metadata, batch_invariant)
         super().__init__(
-            lengths.device,
+            next(x for x in metadata.values() if x is not None).device,
             block_table=key.lengths == "seq_lens",
-            batch_invariant=key.batch_invariant,
+            batch_invariant=batch_invariant,
             batch=batch,
             num_heads=num_heads,
             page_size=page_size,
             table_stride=table_stride,
+            metadata=metadata,
+            other_metadata=other_metadata,
         )
         self.total_q, self.causal = total_q, causal
         self.has_work = self.has_work and total_q > 0
@@ -85,60 +102,75 @@ class PrefillPlan(Plan):
             return
         sms = self._choose_config(config, -(-total_q // max(batch, 1)), kv_format, q_fp8, max_kv_len)
         parts = min(MAX_PARTS, sms)
-        if key.batch_invariant:
-            max_items, part_rows = _invariant_bounds(batch, num_heads, total_q, self.max_tiles, max_room)
-            entries_at_once = self.max_tiles
-        else:
+        self._planner = jit.get(PREFILL_PLANNER, key, self.config.planner_launch())
+        if not batch_invariant:
             max_items = self.max_tiles + TAIL_ITEMS_PER_PART * parts
             part_rows = TAIL_ITEMS_PER_PART * parts * TILE_M
-            entries_at_once = parts  # cut are fewer tiles than there are parts
-        self._allocate(
-            PREFILL_PLANNER,
-            key,
-            sms=sms,
-            parts=parts,
-            max_entries=self.max_tiles,
-            max_items=-(-max_items // parts) * parts,  # items lie in rounds of one per part
-            part_rows=part_rows,
-            scratch_rows=_SCRATCH_ROWS,
-            entries_at_once=entries_at_once,
-            rows_per_entry=TILE_M,
-        )
-        self.grid = (self.num_parts, self.max_tiles, self.merge_x, self.merge_y)
-        self._planner_args = (
-            qo_indptr,
-            lengths,
-            lengths if last_len is None else last_len,
-            self.table,
-            self._scratch,
-            parts,
-            page_size,
-            table_stride,
-            num_heads,
-            *self._cut_costs(),
-            int(causal),
-            self.max_tiles,
-        )
+            # cut are fewer tiles than there are parts
+            sizes = Sizes(parts, self.max_tiles, _whole_rounds(max_items, parts), parts, TILE_M)
+            self.rounds = (self._round(0, batch, sizes, _SCRATCH_ROWS),)
+        else:
+            part_rows, per_round = _invariant_rows(batch, num_heads, total_q, room)
+            rounds = []
+            for begin in range(0, max(batch, 1), per_round):
+                end = min(begin + per_round, batch)
+                tiles = self.max_tiles - batch + end - begin
+                items = _invariant_items(end - begin, tiles, room)
+                sizes = Sizes(parts, tiles, _whole_rounds(items, parts), tiles, TILE_M)
+                rounds.append(self._round(begin, end, sizes, _SCRATCH_ROWS))
+            self.rounds = tuple(rounds)
+        self.part = empty((part_rows, PART_ROW), torch.float32, self.device)
+
+    def _round(self, begin: int, end: int, sizes: Sizes, scratch_rows: int) -> Round:
+        made = super()._round(begin, end, sizes, scratch_rows)
+        qo_indptr = self._metadata["qo_indptr"]
+        assert qo_indptr is not None
+        if end - begin != self.batch:
+            qo_indptr = qo_indptr[begin : end + 1]
+        parts, merge_x, merge_y = made.grid
+        args = (qo_indptr, *made.planner_args)
+        return made._replace(grid=(parts, sizes.max_entries, merge_x, merge_y), planner_args=args)
+
+    def _last_planner_args(self, sizes: Sizes) -> tuple[int, ...]:
+        return int(self.causal), sizes.max_entries
 
     def _cut_costs(self) -> tuple[int, int, int]:
         _, overhead, penalty = super()._cut_costs()
         return prefill_min_blocks(self.config), overhead, penalty
 
 
-def _invariant_bounds(
-    batch: int, num_heads: int, total_q: int, max_tiles: int, max_room: int | None
-) -> tuple[int, int]:
-    """Items and partial rows of a batch-invariant plan, at most. `max_room`: keys that page lists have room for.
+def _whole_rounds(items: int, parts: int) -> int:
+    """Items lie in rounds of one per part."""
+    return -(-items // parts) * parts
 
-    A request of t tiles cuts each into at most FIXED_MAX_ITEMS // t pieces (one, if that is none), of FIXED_MIN_BLOCKS
-    blocks or more: it has t items, or at most FIXED_MAX_ITEMS of them, and only these may be pieces.
-    """
-    pieces = FIXED_MAX_PIECES
-    if max_room is not None:
-        pieces = max(1, min(pieces, -(-max_room // (FIXED_MIN_BLOCKS * BLOCK))))
-    max_items = min(pieces * max_tiles, max_tiles + FIXED_MAX_ITEMS * batch)
-    part_rows = min(FIXED_MAX_ITEMS * batch * TILE_M, pieces * total_q * num_heads) if pieces > 1 else 0
-    return max_items, max(1, part_rows)
+
+# A batch-invariant plan cuts each of a request's t tiles into at most FIXED_MAX_ITEMS // t pieces (one, if that is
+# none), of FIXED_MIN_BLOCKS blocks or more: the request has t items, or at most FIXED_MAX_ITEMS of them, and only these
+# may be pieces.
+
+
+def _most_pieces(room: int | None) -> int:
+    """Of a tile. `room`: keys that page lists have room for."""
+    if room is None:
+        return FIXED_MAX_PIECES
+    return max(1, min(FIXED_MAX_PIECES, -(-room // (FIXED_MIN_BLOCKS * BLOCK))))
+
+
+def _invariant_items(batch: int, max_tiles: int, room: int | None) -> int:
+    return min(_most_pieces(room) * max_tiles, max_tiles + FIXED_MAX_ITEMS * batch)
+
+
+def _invariant_rows(batch: int, num_heads: int, total_q: int, room: int | None) -> tuple[int, int]:
+    """(partial rows of a round, requests of a round)."""
+    pieces = _most_pieces(room)
+    if pieces == 1:
+        return 1, max(batch, 1)
+    of_request = FIXED_MAX_ITEMS * TILE_M
+    rows = min(of_request * batch, pieces * total_q * num_heads)
+    most = max(MOST_PARTIAL_BYTES // (4 * PART_ROW), of_request)
+    if rows <= most:
+        return max(1, rows), max(batch, 1)
+    return most, most // of_request
 
 
 def plan_prefill(
@@ -156,6 +188,7 @@ def plan_prefill(
     kv_format: str = "",
     q_fp8: bool = False,
     max_kv_len: int | None = None,
+    other_metadata: bool = False,
 ) -> PrefillPlan:
     """Plan a prefill step from CSR page lists; one plan serves every layer of the step.
 
@@ -173,6 +206,7 @@ def plan_prefill(
         batch_invariant: cut each request by its own lengths alone, so that its result has the same bits whatever else
             is in the batch. Without `config` takes the default, not a tuned one.
         kv_format, q_fp8, max_kv_len: what the choice of a configuration goes by, as :func:`~mla_cute.plan_decode`.
+        other_metadata: as :func:`~mla_cute.plan_decode`; of qo_indptr too.
 
     Raises:
         TypeError, ValueError: naming the argument. RuntimeError: the device is not Hopper.
@@ -180,28 +214,29 @@ def plan_prefill(
     batch = _expect_common(qo_indptr, num_heads, page_size, total_q, causal)
     expect_hints(kv_format, q_fp8, max_kv_len)
     expect_options(config, batch_invariant)
+    expect_bool("other_metadata", other_metadata)
     if num_kv_indices is not None:
         expect_int("num_kv_indices", num_kv_indices, 0)
     expect_metadata("kv_indptr", kv_indptr, (batch + 1,), "[batch + 1]", qo_indptr.device)
     if kv_last_page_len is not None:
         expect_metadata("kv_last_page_len", kv_last_page_len, (batch,), "[batch]", qo_indptr.device)
-    return PrefillPlan(
-        PrefillPlannerKey("csr" if kv_last_page_len is None else "csr_last", bool(batch_invariant)),
-        qo_indptr,
-        kv_indptr,
-        kv_last_page_len,
+    plan = PrefillPlan(
+        {"qo_indptr": qo_indptr, "kv_indptr": kv_indptr, "kv_last_page_len": kv_last_page_len},
         batch=batch,
         num_heads=num_heads,
         page_size=page_size,
         total_q=total_q,
         causal=causal,
-        max_room=None if num_kv_indices is None else num_kv_indices * page_size,
+        room=None if num_kv_indices is None else num_kv_indices * page_size,
         table_stride=0,
         config=config,
+        batch_invariant=batch_invariant,
         kv_format=kv_format,
         q_fp8=q_fp8,
         max_kv_len=max_kv_len,
-    ).update()
+        other_metadata=other_metadata,
+    )
+    return plan._register().update()
 
 
 def plan_prefill_block_table(
@@ -219,15 +254,16 @@ def plan_prefill_block_table(
     kv_format: str = "",
     q_fp8: bool = False,
     max_kv_len: int | None = None,
+    other_metadata: bool = False,
 ) -> PrefillPlan:
     """Plan a prefill step of an engine that carries `block_table [batch, max_pages]` and `seq_lens [batch]`.
 
     Args:
-        qo_indptr, num_heads, page_size, total_q, causal, config, batch_invariant, kv_format, q_fp8: as
+        qo_indptr, num_heads, page_size, total_q, causal, config, batch_invariant, kv_format, q_fp8, other_metadata: as
             :func:`plan_prefill`.
         seq_lens: [batch] int32, keys per request (those of its query tokens included), on the device of qo_indptr.
         max_pages: columns of the block table.
-        table_stride: elements between its rows; None: max_pages.
+        table_stride: elements between its rows, >= max_pages; None: max_pages.
         max_kv_len: as :func:`~mla_cute.plan_decode`; None: max_pages * page_size.
 
     Raises:
@@ -236,33 +272,32 @@ def plan_prefill_block_table(
     batch = _expect_common(qo_indptr, num_heads, page_size, total_q, causal)
     expect_hints(kv_format, q_fp8, max_kv_len)
     expect_options(config, batch_invariant)
-    if table_stride is not None:
-        expect_int("table_stride", table_stride, 0)
+    expect_bool("other_metadata", other_metadata)
     expect_metadata("seq_lens", seq_lens, (batch,), "[batch]", qo_indptr.device)
-    expect_int("max_pages", max_pages, 0)
-    return PrefillPlan(
-        PrefillPlannerKey("seq_lens", bool(batch_invariant)),
-        qo_indptr,
-        seq_lens,
-        None,
+    table_stride = expect_table(batch, max_pages, table_stride)
+    plan = PrefillPlan(
+        {"qo_indptr": qo_indptr, "seq_lens": seq_lens},
         batch=batch,
         num_heads=num_heads,
         page_size=page_size,
         total_q=total_q,
         causal=causal,
-        max_room=max_pages * page_size,
-        table_stride=max_pages if table_stride is None else table_stride,
+        room=max_pages * page_size,
+        table_stride=table_stride,
         config=config,
+        batch_invariant=batch_invariant,
         kv_format=kv_format,
         q_fp8=q_fp8,
         max_kv_len=bounded(max_kv_len, max_pages * page_size),
-    ).update()
+        other_metadata=other_metadata,
+    )
+    return plan._register().update()
 
 
 def _expect_common(qo_indptr: torch.Tensor, num_heads: int, page_size: int, total_q: int, causal: bool) -> int:
     """Returns batch."""
-    expect_int("num_heads", num_heads, 1, MAX_HEADS)
-    expect_int("page_size", page_size, 1)
+    expect_sizes(num_heads, page_size)
     expect_int("total_q", total_q, 0)
+    expect_rows("total_q", total_q, num_heads)
     expect_bool("causal", causal)
     return expect_indptr("qo_indptr", qo_indptr, None)

@@ -25,6 +25,7 @@ from .expect import (
     ALIGN_BYTES,
     MAX_SCALE,
     MIN_SCALE,
+    Scale,
     describe,
     expect_aligned,
     expect_device,
@@ -37,11 +38,14 @@ from .expect import (
     expect_scale,
     expect_shape,
     expect_tensor,
+    expect_tensor_scale,
 )
 
 CKV_DIM = 512
 KPE_DIM = 64
 MAX_HEADS = 128
+# Lengths are 32-bit; a page holds no more tokens than a request may have.
+MAX_PAGE_SIZE = 2**31 - 1
 DTYPES = (torch.bfloat16, torch.float16)
 FP8 = torch.float8_e4m3fn
 _DTYPES_16BIT = " or ".join(map(str, DTYPES))
@@ -56,7 +60,7 @@ _ALIGN_ELEMENTS = 8
 # The default of the scales: the early exit knows this object from others that equal it without looking inside.
 UNSCALED = 1.0
 # out, lse, lse_base, ckv_scale, kpe_scale, ckv_scale_arr, q_scale
-Options = tuple["torch.Tensor | None", "torch.Tensor | None", "int | str", float, float, "torch.Tensor | None", float]
+Options = tuple["torch.Tensor | None", "torch.Tensor | None", "int | str", Scale, Scale, "torch.Tensor | None", Scale]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +105,10 @@ def check_decode(
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
     lse_base: int | str = 2,
-    ckv_scale: float = UNSCALED,
-    kpe_scale: float = UNSCALED,
+    ckv_scale: Scale = UNSCALED,
+    kpe_scale: Scale = UNSCALED,
     ckv_scale_arr: torch.Tensor | None = None,
-    q_scale: float = UNSCALED,
+    q_scale: Scale = UNSCALED,
 ) -> DecodeProblem:
     """Check a decode call with CSR page lists; raise TypeError or ValueError for the first wrong argument."""
     try:
@@ -134,10 +138,10 @@ def check_decode_block_table(
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
     lse_base: int | str = 2,
-    ckv_scale: float = UNSCALED,
-    kpe_scale: float = UNSCALED,
+    ckv_scale: Scale = UNSCALED,
+    kpe_scale: Scale = UNSCALED,
     ckv_scale_arr: torch.Tensor | None = None,
-    q_scale: float = UNSCALED,
+    q_scale: Scale = UNSCALED,
 ) -> DecodeProblem:
     """Check a decode call with a padded block table; raise TypeError or ValueError for the first wrong argument."""
     try:
@@ -168,10 +172,10 @@ def _usual(
     out: torch.Tensor | None,
     lse: torch.Tensor | None,
     lse_base: int | str,
-    ckv_scale: float,
-    kpe_scale: float,
+    ckv_scale: Scale,
+    kpe_scale: Scale,
     ckv_scale_arr: torch.Tensor | None,
-    q_scale: float,
+    q_scale: Scale,
 ) -> DecodeProblem | None:
     """The problem, or None when anything is unusual (which need not be wrong)."""
     batch, num_heads, ckv_dim = q_nope.shape
@@ -234,7 +238,7 @@ def _usual(
     return _problem(batch, num_heads, page_size, num_pages, dtype, device)
 
 
-def _are_one(*scales: float) -> bool:
+def _are_one(*scales: Scale) -> bool:
     """Of any objects: to compare a tensor would be to read it."""
     return all(type(scale) is float and scale == 1.0 for scale in scales)
 
@@ -246,10 +250,10 @@ def _usual_fp8(
     kpe_cache: torch.Tensor,
     sm_scale: float,
     out: torch.Tensor | None,
-    ckv_scale: float,
-    kpe_scale: float,
+    ckv_scale: Scale,
+    kpe_scale: Scale,
     ckv_scale_arr: torch.Tensor | None,
-    q_scale: float,
+    q_scale: Scale,
 ) -> tuple[torch.dtype, str, bool] | None:
     """(output dtype, format, whether q_nope is e4m3) of a call with an e4m3 ckv_cache; None when unusual.
 
@@ -508,25 +512,28 @@ def _explain_rest(
 
 
 def _explain_scales(
-    problem: DecodeProblem, q_pe: torch.Tensor, sm_scale: float, ckv_scale: float, kpe_scale: float, q_scale: float
+    problem: DecodeProblem, q_pe: torch.Tensor, sm_scale: float, ckv_scale: Scale, kpe_scale: Scale, q_scale: Scale
 ) -> None:
-    """The kernels multiply sm_scale by them, and the output by ckv_scale."""
+    """The kernels multiply sm_scale by them, and the output by ckv_scale. What a tensor holds is not known here."""
     if problem.kv_format == "tensor":
-        expect_scale("ckv_scale", ckv_scale)
-        expect_scale("kpe_scale", kpe_scale)
+        expect_tensor_scale("ckv_scale", ckv_scale, problem.device)
+        expect_tensor_scale("kpe_scale", kpe_scale, problem.device)
     else:
         with_what = "ckv_scale_arr" if problem.kv_format else "a 16-bit ckv_cache"
         expect_one("ckv_scale", ckv_scale, with_what)
         expect_one("kpe_scale", kpe_scale, with_what)
     if problem.q_fp8:
-        expect_scale("q_scale", q_scale)
+        expect_tensor_scale("q_scale", q_scale, problem.device)
     else:
         expect_one("q_scale", q_scale, "16-bit queries")
     if not problem.kv_format:
         return
     rope_q_scale = q_scale if q_pe.dtype is FP8 else 1.0
     for name, scale, of_q in (("ckv_scale", ckv_scale, q_scale), ("kpe_scale", kpe_scale, rope_q_scale)):
-        product = float(sm_scale) * float(scale) * float(of_q)
+        product = float(sm_scale)
+        for factor in (scale, of_q):
+            if not isinstance(factor, torch.Tensor):
+                product *= float(factor)
         if not MIN_SCALE <= product <= MAX_SCALE:
             raise ValueError(
                 f"{name}: expected a product with sm_scale and q_scale from 2^-126 to 2^126, got {product}"

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from . import problem as shared
-from .expect import expect_bool, expect_indptr
+from .expect import Scale, expect_bool, expect_indptr
 from .problem import UNSCALED, DecodeProblem
 from .verify import (
     Finding,
@@ -59,10 +59,10 @@ def check_prefill(
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
     lse_base: int | str = 2,
-    ckv_scale: float = UNSCALED,
-    kpe_scale: float = UNSCALED,
+    ckv_scale: Scale = UNSCALED,
+    kpe_scale: Scale = UNSCALED,
     ckv_scale_arr: torch.Tensor | None = None,
-    q_scale: float = UNSCALED,
+    q_scale: Scale = UNSCALED,
 ) -> PrefillProblem:
     """Check a prefill call with CSR page lists; raise TypeError or ValueError for the first wrong argument."""
     return _check(
@@ -87,10 +87,10 @@ def check_prefill_block_table(
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
     lse_base: int | str = 2,
-    ckv_scale: float = UNSCALED,
-    kpe_scale: float = UNSCALED,
+    ckv_scale: Scale = UNSCALED,
+    kpe_scale: Scale = UNSCALED,
     ckv_scale_arr: torch.Tensor | None = None,
-    q_scale: float = UNSCALED,
+    q_scale: Scale = UNSCALED,
 ) -> PrefillProblem:
     """Check a prefill call with a padded block table; raise TypeError or ValueError for the first wrong argument."""
     return _check(

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 
+from .expect import Scale
 from .problem import FP8
 from .quant import dequantize
 
@@ -51,10 +52,10 @@ def decode_reference(
     lse_base: int | str = 2,
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
-    ckv_scale: float = 1.0,
-    kpe_scale: float = 1.0,
+    ckv_scale: Scale = 1.0,
+    kpe_scale: Scale = 1.0,
     ckv_scale_arr: torch.Tensor | None = None,
-    q_scale: float = 1.0,
+    q_scale: Scale = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Decode attention over page lists in CSR form, computed in float32.
 
@@ -72,7 +73,7 @@ def decode_reference(
         out: [batch, H, 512] to write to; None allocates it with the dtype of q_nope, with that of q_pe if q_nope is
             float8_e4m3fn, and as bfloat16 if both are.
         lse: [batch, H] to write to; None allocates it as float32.
-        ckv_scale, kpe_scale: factors of a float8_e4m3fn cache.
+        ckv_scale, kpe_scale: factors of a float8_e4m3fn cache, numbers or tensors of one element.
         ckv_scale_arr: [num_pages, page_size, 1 or 4] float32, factors of each token's ckv or of its groups of 128
             channels, instead of ckv_scale.
         q_scale: factor of those queries that are float8_e4m3fn.
@@ -101,10 +102,10 @@ def decode_reference_block_table(
     lse_base: int | str = 2,
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
-    ckv_scale: float = 1.0,
-    kpe_scale: float = 1.0,
+    ckv_scale: Scale = 1.0,
+    kpe_scale: Scale = 1.0,
     ckv_scale_arr: torch.Tensor | None = None,
-    q_scale: float = 1.0,
+    q_scale: Scale = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Decode attention over a padded block table, computed in float32.
 
@@ -134,10 +135,10 @@ def prefill_reference(
     lse_base: int | str = 2,
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
-    ckv_scale: float = 1.0,
-    kpe_scale: float = 1.0,
+    ckv_scale: Scale = 1.0,
+    kpe_scale: Scale = 1.0,
     ckv_scale_arr: torch.Tensor | None = None,
-    q_scale: float = 1.0,
+    q_scale: Scale = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Prefill attention over page lists in CSR form, computed in float32.
 
@@ -177,10 +178,10 @@ def prefill_reference_block_table(
     lse_base: int | str = 2,
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
-    ckv_scale: float = 1.0,
-    kpe_scale: float = 1.0,
+    ckv_scale: Scale = 1.0,
+    kpe_scale: Scale = 1.0,
     ckv_scale_arr: torch.Tensor | None = None,
-    q_scale: float = 1.0,
+    q_scale: Scale = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Prefill attention over a padded block table, computed in float32.
 
@@ -267,7 +268,8 @@ def _prefill(
     sm_scale = float(sm_scale)  # any numbers.Real is legal, and torch multiplies by no Fraction
     dtype = _compute_dtype()
     tokens_per_chunk = max(1, _CHUNK_ROWS // num_heads)
-    with torch.no_grad():
+    # Autocast would multiply in 16 bits.
+    with torch.no_grad(), torch.autocast(q_nope.device.type, enabled=False):
         for (begin, end), page_ids, kv_len in zip(itertools.pairwise(queries), pages, lengths, strict=True):
             # query token t sees the first t + shift keys
             shift = kv_len - end + 1

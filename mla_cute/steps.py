@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from .config import FEW_ROWS, KernelConfig, LaunchConfig
 from .jit import KernelRef
 from .kernels.registry import (
@@ -42,6 +44,7 @@ def has_few_rows(kv_format: str, num_heads: int, config: KernelConfig) -> bool:
     return kernel == "few_rows" or (kernel == "auto" and num_heads <= FEW_ROWS)
 
 
+@functools.lru_cache(maxsize=4096)  # a call without a plan asks every time
 def step_variant(
     op: str, kv_format: str, q_fp8: bool, num_heads: int, page_size: int, dtype: str, config: KernelConfig
 ) -> Variant:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .expect import MAX_SCALE, MIN_SCALE
+
 if TYPE_CHECKING:
     from .problem import DecodeProblem
 
@@ -124,6 +126,19 @@ def block_table_findings(
             ),
         ),
     ]
+
+
+def scale_findings(scales: dict[str, torch.Tensor]) -> list[Finding]:
+    """Whether scales that are tensors of one element are what numbers have to be."""
+    return [_scale_finding(name, scale) for name, scale in scales.items()]
+
+
+def _scale_finding(name: str, scale: torch.Tensor) -> Finding:
+    wrong = ~((scale >= MIN_SCALE) & (scale <= MAX_SCALE)).reshape(1)
+    return (
+        first_of(wrong, scale.reshape(1)),
+        lambda at, value: f"{name}: expected a positive number from 2^-126 to 2^126, got a tensor that holds another",
+    )
 
 
 def _outside(ids: torch.Tensor, num_pages: int) -> torch.Tensor:

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
-from ..api import mla_paged_decode_block_table, table_stride
+from ..api import mla_paged_decode_block_table
 from ..api_prefill import mla_paged_prefill_block_table
-from ..plan import Plan, plan_decode_block_table
+from ..launch import table_stride
+from ..plan import Plan
+from ..plan_decode import plan_decode_block_table
 from ..plan_prefill import plan_prefill_block_table
 from ..problem import CKV_DIM, FP8
 from ..quant import GROUP_ROW_BYTES, group_rows
@@ -138,5 +140,5 @@ class StepPlans:
         if plan.device.type == "cuda":
             if self._partials is None or self._partials.shape[0] < plan.part.shape[0]:
                 self._partials = plan.part
-            plan.part = self._partials
+            plan.share_partials(self._partials)
         return plan

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from ..api import mla_paged_decode, mla_paged_decode_block_table, table_stride
+from ..api import mla_paged_decode, mla_paged_decode_block_table
 from ..api_prefill import mla_paged_prefill, mla_paged_prefill_block_table
 from ..expect import expect_indptr, expect_metadata
-from ..plan import DecodePlan, plan_decode, plan_decode_block_table
+from ..launch import table_stride
+from ..plan_decode import DecodePlan, plan_decode, plan_decode_block_table
 from ..plan_prefill import PrefillPlan, plan_prefill, plan_prefill_block_table
 
 CSR_FIELDS = ("qo_indptr", "kv_indptr", "kv_indices", "kv_len_arr")

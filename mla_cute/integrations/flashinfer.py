@@ -41,7 +41,7 @@ from ..expect import (
     expect_shape,
     expect_tensor,
 )
-from ..plan import DecodePlan
+from ..plan_decode import DecodePlan
 from ..plan_prefill import PrefillPlan
 from ..problem import CKV_DIM, DTYPES, FP8, KPE_DIM, MAX_HEADS
 from ._flashinfer_metadata import (

@@ -5,11 +5,11 @@ import types
 
 import pytest
 import torch
-from fp8_call_case import BF16, CHECKS, E4M3, FORM, FP16, LAYOUT, Q_FP8, Call, make_call, on_gpu
+from fp8_call_case import BF16, CHECKS, FORM, FP16, LAYOUT, Q_FP8, Call, make_call, on_gpu
 from fp8_case import make_fp8
 
 import mla_cute
-from mla_cute import api, jit, plan
+from mla_cute import jit, launch, plan
 from mla_cute._testing import make_case
 from mla_cute.kernels import registry
 from mla_cute.problem import DecodeProblem
@@ -119,14 +119,22 @@ def launched(call: Call, packs_rows: bool = False, **change) -> tuple:
     options = ("ckv_scale", "kpe_scale", "q_scale")
     scales = dict.fromkeys(options, 1.0) | {"ckv_scale_arr": None}
     scales |= {name: arguments[name] for name in scales if name in arguments}
-    stand_in = types.SimpleNamespace(has_work=True, packs_rows=packs_rows, table="table", part="part", grid=(5, 6, 7))
+    of_round = plan.Round(0, 4, "table", "scratch", (5, 6, 7), ())
+    stand_in = types.SimpleNamespace(
+        has_work=True, packs_rows=packs_rows, part="part", rounds=(of_round,), verifies=False, _block_table=False
+    )
     recorded = []
     problem = CHECKS[call.form](**on_gpu(call.arguments | change))
-    result = api.launch_step(
+    result = launch.launch(
         lambda *got: recorded.append(got), problem, stand_in,
-        *(arguments[name] for name in ("q_nope", "q_pe", "ckv_cache", "kpe_cache")),
-        "indices", arguments["sm_scale"], arguments["out"], arguments["lse"], arguments["lse_base"], True,
-        scales["ckv_scale"], scales["kpe_scale"], scales["ckv_scale_arr"], scales["q_scale"],
+        launch.Operands(
+            *(arguments[name] for name in ("q_nope", "q_pe", "ckv_cache", "kpe_cache")), scales["ckv_scale_arr"]
+        ),
+        "indices",
+        launch.Options(
+            *(arguments[name] for name in ("sm_scale", "out", "lse", "lse_base")),
+            scales["ckv_scale"], scales["kpe_scale"], scales["q_scale"],
+        ),
     )  # fmt: skip
     (got,) = recorded
     assert got[8] is result[0]
@@ -146,7 +154,7 @@ def test_what_the_step_is_launched_with(form, layout, q_fp8):
     q_nope, q_pe, ckv, kpe, scales, indices, table, part, out, lse, *numbers = launched(call)
     for got, name in ((q_nope, "q_nope"), (q_pe, "q_pe"), (ckv, "ckv_cache"), (kpe, "kpe_cache")):
         x = call.arguments[name]
-        assert got.dtype is (torch.uint8 if x.dtype is E4M3 else x.dtype)
+        assert got.dtype is x.dtype
         assert same_memory(got, x)
     assert (indices, table, part) == ("indices", "table", "part")
     assert out is call.arguments["out"]
@@ -161,18 +169,42 @@ def test_what_the_step_is_launched_with(form, layout, q_fp8):
     assert (q_scale != 1.0) is q_fp8
     per_score = 0.1 * math.log2(math.e)
     assert numbers[:3] == [5, 6, 7]
-    assert numbers[3:] == pytest.approx(
-        [per_score * ckv_scale * q_scale, per_score * kpe_scale * (q_scale if tensor else 1.0), ckv_scale, 1.0]
+    *factors, ckv_at, kpe_at, q_at, lse_scale = numbers[3:]
+    assert factors == pytest.approx(
+        [per_score * ckv_scale * q_scale, per_score * kpe_scale * (q_scale if tensor else 1.0), ckv_scale]
     )
-    assert all(type(x) is float for x in numbers[3:])
+    assert (ckv_at, kpe_at, q_at, lse_scale) == (0, 0, 0, 1.0)
+    assert all(type(x) is float for x in (*factors, lse_scale))
+
+
+@FORM
+@Q_FP8
+def test_scales_that_are_tensors_go_in_by_their_address(form, q_fp8):
+    call = make_call(form, "tensor", q_fp8)
+    scales = {name: torch.tensor([x]) for name, x in (("ckv_scale", 3.0), ("kpe_scale", 5.0), ("q_scale", 7.0))}
+    scales["kpe_scale"] = scales["kpe_scale"].squeeze()
+    if not q_fp8:
+        del scales["q_scale"]
+    numbers = launched(call, **scales)[10:]
+    *factors, ckv_at, kpe_at, q_at, lse_scale = numbers[3:]
+    assert factors == pytest.approx([0.1 * math.log2(math.e), 0.1 * math.log2(math.e), 1.0])
+    assert (ckv_at, kpe_at) == (scales["ckv_scale"].data_ptr(), scales["kpe_scale"].data_ptr())
+    assert q_at == (scales["q_scale"].data_ptr() if q_fp8 else 0)
+    mixed = launched(call, ckv_scale=scales["ckv_scale"], kpe_scale=0.5)[10:]
+    q_scale = call.arguments.get("q_scale", 1.0)
+    assert mixed[3:6] == pytest.approx(
+        (0.1 * math.log2(math.e) * q_scale, 0.1 * math.log2(math.e) * 0.5 * q_scale, 1.0)
+    )
+    assert mixed[6:9] == (ckv_at, 0, 0)
 
 
 def test_launch_in_base_e_with_ints_for_scales():
-    *_, nope, rope, factor, lse_scale = launched(
+    *_, nope, rope, factor, ckv_at, kpe_at, q_at, lse_scale = launched(
         make_call("decode", "tensor", True), lse_base="e", ckv_scale=3, kpe_scale=5, q_scale=7, sm_scale=1
     )
     assert [nope, rope, factor, lse_scale] == pytest.approx([21 / math.log(2), 35 / math.log(2), 3.0, math.log(2)])
     assert all(type(x) is float for x in (nope, rope, factor, lse_scale))
+    assert ckv_at == kpe_at == q_at == 0
 
 
 @FORM

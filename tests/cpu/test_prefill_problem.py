@@ -8,7 +8,7 @@ import torch
 from prefill_case import SmallPrefill, make_prefill
 
 import mla_cute
-from mla_cute import api, jit, plan
+from mla_cute import jit, launch, plan
 from mla_cute import problem as shared
 from mla_cute._testing import CACHE_LAYOUTS
 from mla_cute.kernels import registry
@@ -376,8 +376,8 @@ def test_invariant_bounds_hold(num_heads, known_length):
 def test_rows_are_made_even_where_they_are_not():
     q = torch.randn(6, 4, 512)
     even = torch.randn(6, 4, 576)[..., :512]
-    assert api._even_rows(q) is q
-    assert api._even_rows(even) is even
+    assert launch._even_rows(q) is q
+    assert launch._even_rows(even) is even
     cases = (
         torch.randn(6, 5, 512)[:, :4],
         q.transpose(0, 1),
@@ -386,7 +386,7 @@ def test_rows_are_made_even_where_they_are_not():
         q[:, 0].contiguous().as_strided((6, 1, 512), (512, 8, 1)),
     )
     for uneven in cases:
-        got = api._even_rows(uneven)
+        got = launch._even_rows(uneven)
         assert got.stride(0) == got.shape[1] * got.stride(1)
         assert got.stride(2) == 1
         assert torch.equal(got, uneven)

@@ -13,7 +13,7 @@ import torch
 from tuned_case import FILE, META, SMS, Folders, entry, when, write
 
 import mla_cute
-from mla_cute import api, api_prefill, jit, plan, shape_log, tuned
+from mla_cute import attend, jit, plan, shape_log, tuned
 from mla_cute.config import KernelConfig
 from mla_cute.kernels.registry import KV_FORMATS
 from mla_cute.shape_log import ShapeLog
@@ -171,14 +171,13 @@ class Planned(Exception):
 @pytest.mark.parametrize(("kv_format", "q_fp8"), [("", False), *((f, q) for f in KV_FORMATS for q in (False, True))])
 @pytest.mark.parametrize("form", ["decode", "decode_block_table", "prefill", "prefill_block_table"])
 def test_calls_without_a_plan_tell_it_their_format(monkeypatch, form, kv_format, q_fp8):
-    module = api if form.startswith("decode") else api_prefill
     told = {}
 
     def make_plan(*metadata, **options):
         told.update(options)
         raise Planned
 
-    monkeypatch.setattr(module, f"plan_{form}", make_plan)
+    monkeypatch.setattr(attend, "DecodePlan" if form.startswith("decode") else "PrefillPlan", make_plan)
     fp8, bf16 = torch.float8_e4m3fn, torch.bfloat16
     kpe_dtype = fp8 if kv_format == "tensor" else bf16
     q_nope = torch.zeros(2, 16, 512).to(fp8 if q_fp8 else bf16)
@@ -189,12 +188,12 @@ def test_calls_without_a_plan_tell_it_their_format(monkeypatch, form, kv_format,
         scales["ckv_scale_arr"] = torch.ones(4, 64, 1 if kv_format == "token" else 4).as_subclass(OnGpu)
     ints = [torch.tensor(values, dtype=torch.int32) for values in ([0, 1, 2], [0, 1])]
     pages = [ints[1][:, None], torch.ones_like(ints[1])] if form.endswith("table") else ints
-    metadata = pages if module is api else [ints[0], *pages]
+    metadata = pages if form.startswith("decode") else [ints[0], *pages]
     arguments = [x.as_subclass(OnGpu) for x in (q_nope, q_pe, ckv, kpe, *metadata)]
     with pytest.raises(Planned):
         getattr(mla_cute, f"mla_paged_{form}")(*arguments, 0.1, **scales)
     assert (told["kv_format"], told["q_fp8"]) == (kv_format, q_fp8)
-    assert told.get("max_kv_len") is None
+    assert told["max_kv_len"] == (64 if form.endswith("table") else None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,240 @@
+"""Plans of decode steps: requests of one query token each, cut along the keys where that balances."""
+
+from __future__ import annotations
+
+import torch
+
+from . import jit
+from .allocate import empty
+from .config import KernelConfig
+from .expect import expect_bool, expect_indptr, expect_int, expect_metadata
+from .kernels.registry import BLOCK, FIXED_MAX_PIECES, FIXED_MIN_BLOCKS, PART_ROW, PLANNER, PlannerKey
+from .plan import (
+    MOST_PARTIAL_BYTES,
+    Plan,
+    Sizes,
+    bounded,
+    expect_hints,
+    expect_options,
+    expect_rows,
+    expect_sizes,
+    expect_table,
+    planner_key,
+)
+from .problem import DecodeProblem
+from .steps import decode_parts
+
+
+class DecodePlan(Plan):
+    """Work items of one decode step. Made by :func:`plan_decode` or :func:`plan_decode_block_table`.
+
+    The plan holds references to the metadata tensors it was made from. :meth:`update` plans again from their present
+    contents, into the same buffers, without host synchronisation; it can be captured in a CUDA graph in front of the
+    decode calls that use the plan. All calls that share a plan must run on one stream (or be ordered), because they
+    share its workspace for partial results.
+
+    Attributes:
+        batch, num_heads, page_size: what the plan is for.
+        config: the :class:`~mla_cute.config.KernelConfig` the calls will run with.
+        selection: the :class:`~mla_cute.tuned.Selection` that config is from; None when it was given, and on the CPU.
+        batch_invariant: whether a request is cut by its own length alone.
+        other_metadata: calls may be given other metadata tensors than the plan was made from.
+        workspace_bytes: device memory the plan holds.
+        verifies: calls with this plan check page ids and lengths on the device (MLA_CUTE_CHECK=1 when it was made).
+    """
+
+    __slots__ = ()
+
+    _op = "decode"
+    _problem_type = DecodeProblem
+
+    def __init__(
+        self,
+        metadata: dict[str, torch.Tensor | None],
+        *,
+        batch: int,
+        num_heads: int,
+        page_size: int,
+        room: int | None,
+        table_stride: int,
+        config: KernelConfig | None,
+        batch_invariant: bool,
+        kv_format: str,
+        q_fp8: bool,
+        max_kv_len: int | None,
+        other_metadata: bool,
+    ):
+        """`room`: tokens that page lists have room for, of all requests together or of each row of a block table."""
+        key = planner_key(PlannerKey, metadata, batch_invariant)
+        super().__init__(
+            next(x for x in metadata.values() if x is not None).device,
+            block_table=key.lengths == "seq_lens",
+            batch_invariant=batch_invariant,
+            batch=batch,
+            num_heads=num_heads,
+            page_size=page_size,
+            table_stride=table_stride,
+            metadata=metadata,
+            other_metadata=other_metadata,
+        )
+        if self.device.type == "cpu":
+            self.config = config or KernelConfig()
+            return
+        sms = self._choose_config(config, 1, kv_format, q_fp8, max_kv_len)
+        parts = decode_parts(kv_format, num_heads, self.config, sms)
+        self._planner = jit.get(PLANNER, key, self.config.planner_launch())
+        if not batch_invariant:
+            slots, per_round = 2 * parts, max(batch, 1)
+            sizes = Sizes(parts, batch, batch + parts, slots, num_heads)
+            self.rounds = (self._round(0, batch, sizes, 4),)
+        else:
+            slots, per_round = _invariant_items(batch, num_heads, room, self._block_table)
+            rounds = []
+            for begin in range(0, max(batch, 1), per_round):
+                end = min(begin + per_round, batch)
+                n = end - begin
+                items = slots if n == per_round else _invariant_items(n, num_heads, room, self._block_table)[0]
+                rounds.append(self._round(begin, end, Sizes(parts, n, items, items, num_heads), 4))
+            self.rounds = tuple(rounds)
+        self.part = empty((slots * num_heads, PART_ROW), torch.float32, self.device)
+
+    def _last_planner_args(self, sizes: Sizes) -> tuple[int, ...]:
+        return (self.config.cut_unit,)
+
+
+def _invariant_items(batch: int, num_heads: int, room: int | None, each: bool) -> tuple[int, int]:
+    """(items of a round, requests of a round) of a batch-invariant decode plan. A request of n tokens is cut into
+    FIXED_MAX_PIECES pieces at most, of FIXED_MIN_BLOCKS blocks or more, so a request of one piece has no partial rows.
+    `room` is for `each` request, or for all; None: not known."""
+    least = FIXED_MIN_BLOCKS * BLOCK
+    pieces = FIXED_MAX_PIECES if room is None else max(1, min(FIXED_MAX_PIECES, -(-room // least)))
+    most = MOST_PARTIAL_BYTES // (4 * PART_ROW) // num_heads
+
+    def items(n: int) -> int:
+        found = n * pieces
+        if room is not None and not each:
+            found = min(found, n + room // least)
+        return found
+
+    if items(batch) <= max(most, pieces):
+        return items(batch), max(batch, 1)
+    per_round = max(1, most // pieces)
+    return items(per_round), per_round
+
+
+def plan_decode(
+    kv_indptr: torch.Tensor,
+    *,
+    num_heads: int,
+    page_size: int,
+    kv_last_page_len: torch.Tensor | None = None,
+    num_kv_indices: int | None = None,
+    config: KernelConfig | None = None,
+    batch_invariant: bool = False,
+    kv_format: str = "",
+    q_fp8: bool = False,
+    max_kv_len: int | None = None,
+    other_metadata: bool = False,
+) -> DecodePlan:
+    """Plan a decode step from CSR page lists; one plan serves every layer of the step.
+
+    Args:
+        kv_indptr: [batch + 1] int32, on the device of the calls.
+        num_heads: query heads per request, 1..128.
+        page_size: tokens per page, >= 1.
+        kv_last_page_len: [batch] int32, tokens in each request's last page; None: last pages are full.
+        num_kv_indices: upper bound of kv_indptr[-1]; only bounds the workspace of batch-invariant plans.
+        config: a KernelConfig; None takes the tuned one of the nearest shape (:mod:`mla_cute.tuned`), else a default.
+        batch_invariant: cut each request by its own length alone, so that its result has the same bits whatever else
+            is in the batch. Without `config` takes the default, not a tuned one.
+        kv_format, q_fp8: what the choice of a configuration goes by: "" for a 16-bit cache, else "tensor", "token" or
+            "group", and whether queries are e4m3. The plan serves other calls as well.
+        max_kv_len: likewise: tokens that no request has more of, as far as the host knows; None: not known. Longer
+            requests are computed correctly.
+        other_metadata: a call reads lengths from its plan and page ids from its own arguments. It has to be given the
+            tensors that the plan was made from, unless this is True: then it may be given others of their shapes, and
+            what these hold is not looked at.
+
+    Raises:
+        TypeError, ValueError: naming the argument. RuntimeError: the device is not Hopper.
+
+    A plan holds partial rows of what it cuts, at most 39 MB. Batch-invariant ones cut every request by its own length,
+    and would need up to 2.4 MB for each of 128 heads; beyond 512 MiB their requests are run in rounds that share that
+    much, each with launches of its own.
+    """
+    expect_sizes(num_heads, page_size)
+    expect_hints(kv_format, q_fp8, max_kv_len)
+    expect_options(config, batch_invariant)
+    expect_bool("other_metadata", other_metadata)
+    if num_kv_indices is not None:
+        expect_int("num_kv_indices", num_kv_indices, 0)
+    batch = expect_indptr("kv_indptr", kv_indptr, None)
+    expect_rows("kv_indptr", batch, num_heads)
+    if kv_last_page_len is not None:
+        expect_metadata("kv_last_page_len", kv_last_page_len, (batch,), "[batch]", kv_indptr.device)
+    plan = DecodePlan(
+        {"kv_indptr": kv_indptr, "kv_last_page_len": kv_last_page_len},
+        batch=batch,
+        num_heads=num_heads,
+        page_size=page_size,
+        room=None if num_kv_indices is None else num_kv_indices * page_size,
+        table_stride=0,
+        config=config,
+        batch_invariant=batch_invariant,
+        kv_format=kv_format,
+        q_fp8=q_fp8,
+        max_kv_len=max_kv_len,
+        other_metadata=other_metadata,
+    )
+    return plan._register().update()
+
+
+def plan_decode_block_table(
+    seq_lens: torch.Tensor,
+    *,
+    num_heads: int,
+    page_size: int,
+    max_pages: int,
+    table_stride: int | None = None,
+    config: KernelConfig | None = None,
+    batch_invariant: bool = False,
+    kv_format: str = "",
+    q_fp8: bool = False,
+    max_kv_len: int | None = None,
+    other_metadata: bool = False,
+) -> DecodePlan:
+    """Plan a decode step of an engine that carries `block_table [batch, max_pages]` and `seq_lens [batch]`.
+
+    Args:
+        seq_lens: [batch] int32, tokens per request, on the device of the calls.
+        num_heads, page_size, config, batch_invariant, kv_format, q_fp8, other_metadata: as :func:`plan_decode`.
+        max_pages: columns of the block table.
+        table_stride: elements between its rows, >= max_pages; None: max_pages.
+        max_kv_len: as :func:`plan_decode`; None: max_pages * page_size.
+
+    Raises:
+        TypeError, ValueError: naming the argument. RuntimeError: the device is not Hopper.
+    """
+    expect_sizes(num_heads, page_size)
+    expect_metadata("seq_lens", seq_lens, (None,), "[batch]", None)
+    batch = seq_lens.shape[0]
+    expect_rows("seq_lens", batch, num_heads)
+    table_stride = expect_table(batch, max_pages, table_stride)
+    expect_hints(kv_format, q_fp8, max_kv_len)
+    expect_options(config, batch_invariant)
+    expect_bool("other_metadata", other_metadata)
+    plan = DecodePlan(
+        {"seq_lens": seq_lens},
+        batch=batch,
+        num_heads=num_heads,
+        page_size=page_size,
+        room=max_pages * page_size,
+        table_stride=table_stride,
+        config=config,
+        batch_invariant=batch_invariant,
+        kv_format=kv_format,
+        q_fp8=q_fp8,
+        max_kv_len=bounded(max_kv_len, max_pages * page_size),
+        other_metadata=other_metadata,
+    )
+    return plan._register().update()
