@@ -108,12 +108,17 @@ def expect_tensor(name: str, x: object) -> None:
 
 
 def expect_shape(name: str, x: torch.Tensor, expected: tuple[int | None, ...], form: str) -> None:
-    """`expected` has None where any size will do, and then the message shows `form`, the shape with its names."""
+    """`expected` has None where any size will do. `form` has names for these, "[batch, max_pages]"; the message shows
+    the sizes that are expected, and names for the others."""
     actual = tuple(x.shape)
     if len(actual) == len(expected) and all(e is None or e == a for e, a in zip(expected, actual, strict=True)):
         return
-    shown = form if None in expected else f"{list(expected)}"
-    raise ValueError(f"{name}: expected shape {shown}, got {list(actual)}")
+    if None not in expected:
+        form = f"{list(expected)}"
+    elif any(size is not None for size in expected):
+        sizes = zip(form.strip("[]").split(", "), expected, strict=True)
+        form = f"[{', '.join(size_name if size is None else str(size) for size_name, size in sizes)}]"
+    raise ValueError(f"{name}: expected shape {form}, got {list(actual)}")
 
 
 def expect_device(name: str, x: torch.Tensor, device: torch.device, like: str = "q_nope") -> None:

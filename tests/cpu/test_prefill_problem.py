@@ -94,7 +94,7 @@ BAD_CSR = [
     ("qo_indptr", ints(6), ValueError, "expected shape"),  # says kv_indptr: the batch is qo_indptr's
 ]
 BAD_TABLE = [
-    ("block_table", ints(15, 6), ValueError, "expected shape [batch, max_pages], got [15, 6]"),
+    ("block_table", ints(15, 6), ValueError, "expected shape [4, max_pages], got [15, 6]"),
     ("block_table", ints(4, 6, dtype=torch.int64), TypeError, "expected dtype torch.int32, got torch.int64"),
     ("seq_lens", ints(15), ValueError, "expected shape [4], got [15]"),
     ("seq_lens", [9, 0, 1, 24], TypeError, "expected a torch.Tensor, got list"),

@@ -165,8 +165,8 @@ BAD_CSR = [
 BAD_BLOCK_TABLE = [
     ("block_table", None, TypeError, "expected a torch.Tensor, got NoneType"),
     ("block_table", ints(4, 6, dtype=torch.int64), TypeError, "expected dtype torch.int32, got torch.int64"),
-    ("block_table", ints(3, 6), ValueError, "expected shape [batch, max_pages], got [3, 6]"),
-    ("block_table", ints(24), ValueError, "expected shape [batch, max_pages], got [24]"),
+    ("block_table", ints(3, 6), ValueError, "expected shape [4, max_pages], got [3, 6]"),
+    ("block_table", ints(24), ValueError, "expected shape [4, max_pages], got [24]"),
     ("block_table", ints(4, 6, device="meta"), ValueError, "expected device cpu (that of q_nope), got meta"),
     ("seq_lens", [9, 0, 1, 24], TypeError, "expected a torch.Tensor, got list"),
     ("seq_lens", ints(4, dtype=torch.int64), TypeError, "expected dtype torch.int32, got torch.int64"),
