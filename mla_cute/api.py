@@ -163,9 +163,10 @@ def mla_paged_decode(
     the format that :func:`plan_decode` was told.
 
     Runs on the tensors' device and torch's current stream and can be captured in a CUDA graph. CPU tensors are
-    computed in float32 by torch. Page ids and lengths are not read on the host: ids outside the cache or lengths
-    beyond kv_indices are undefined behaviour, except with MLA_CUTE_CHECK=1 (read when a plan is made, or by a call
-    without one), which verifies them on the device, synchronising, and raises ValueError.
+    computed in float32 by torch. Of CUDA tensors, page ids and lengths are not read on the host: ids outside the cache
+    or lengths beyond kv_indices are undefined behaviour, except with MLA_CUTE_CHECK=1 (read when a plan is made, or by
+    a call without one), which verifies them on the device, synchronising, and raises ValueError. Those of CPU tensors
+    are always verified.
     """
     if plan is not None and (again := getattr(plan, "_again", None)) is not None and type(return_lse) is bool:
         result = again(

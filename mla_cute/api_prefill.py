@@ -155,7 +155,7 @@ def mla_paged_prefill(
         RuntimeError: a CUDA device that is not Hopper (compute capability 9.0).
 
     Device, stream, CUDA graphs, CPU tensors and values of metadata are treated as in
-    :func:`~mla_cute.mla_paged_decode`; MLA_CUTE_CHECK=1 verifies qo_indptr too.
+    :func:`~mla_cute.mla_paged_decode`; where they are verified, qo_indptr is too.
     """
     if plan is not None and (again := getattr(plan, "_again", None)) is not None and type(return_lse) is bool:
         result = again(

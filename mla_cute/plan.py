@@ -124,6 +124,7 @@ class Plan:
         self.selection: tuned.Selection | None = None
         self.handle = 0
         self._table_stride, self._block_table = table_stride, block_table
+        self._spare_pages = False  # as verify_on_device, which calls with this plan hand it to
         self.verifies = check_enabled()
         self.has_work = self.device.type == "cuda" and batch > 0
         self.rounds = ()

@@ -40,7 +40,8 @@ class DecodePlan(Plan):
         batch_invariant: whether a request is cut by its own length alone.
         other_metadata: calls may be given other metadata tensors than the plan was made from.
         workspace_bytes: device memory the plan holds.
-        verifies: calls with this plan check page ids and lengths on the device (MLA_CUTE_CHECK=1 when it was made).
+        verifies: calls with this plan check page ids and lengths on the device (MLA_CUTE_CHECK=1 when it was made);
+            calls on CPU tensors do so always.
     """
 
     __slots__ = ()

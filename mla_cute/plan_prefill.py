@@ -53,7 +53,7 @@ class PrefillPlan(Plan):
         max_tiles: row tiles the plan has room for.
         workspace_bytes: device memory the plan holds.
         verifies: calls with this plan check page ids, lengths and qo_indptr on the device (MLA_CUTE_CHECK=1 when it was
-            made).
+            made); calls on CPU tensors do so always.
     """
 
     __slots__ = ("total_q", "causal", "max_tiles")

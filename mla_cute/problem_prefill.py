@@ -167,6 +167,7 @@ def verify_prefill_on_device(
     kv_indptr: torch.Tensor,
     kv_indices: torch.Tensor,
     kv_last_page_len: torch.Tensor | None = None,
+    spare_pages: bool = False,
 ) -> None:
     """Check the values of CSR metadata with one synchronisation.
 
@@ -176,7 +177,7 @@ def verify_prefill_on_device(
     raise_first(
         [
             *_query_findings(problem, qo_indptr),
-            *csr_findings(problem.page_size, problem.num_pages, kv_indptr, kv_indices, kv_last_page_len),
+            *csr_findings(problem.page_size, problem.num_pages, kv_indptr, kv_indices, kv_last_page_len, spare_pages),
         ]
     )
 

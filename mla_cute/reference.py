@@ -7,6 +7,10 @@ gathered (never a page id past its end, and rows past kv_len are cut off before 
 leak), and contexts longer than `_CHUNK_TOKENS` are walked in chunks whose partial softmaxes are merged, which bounds
 the float32 copy of K at 38 MB and the scores at 67 MB. FP8 rows are dequantised to float32 after the cut,
 scales included. It reads lengths on the host: on CUDA tensors it synchronises.
+
+Nothing here checks its arguments. The public calls do, values of metadata included, before they come here with CPU
+tensors; whoever calls these functions with lengths that pages do not hold, or bounds that are no running sum, gets
+fewer keys than asked for, or rows that nobody wrote, without a word.
 """
 
 from __future__ import annotations
@@ -82,8 +86,8 @@ def decode_reference(
         (output, lse). A request of length 0 gives output 0 and lse -inf.
 
     Raises:
-        IndexError, RuntimeError: from torch, when a page id in use is out of range. Arguments are not checked
-        otherwise: `mla_cute.problem.check_decode` does that.
+        IndexError, RuntimeError: from torch, when a page id in use is out of range. Neither arguments nor values of
+        metadata are checked otherwise: `mla_cute.mla_paged_decode` on CPU tensors does both, and computes this.
     """
     pages, lengths = _csr_requests(kv_indptr, kv_indices, kv_last_page_len, ckv_cache.shape[1])
     scales = Scales(float(ckv_scale), float(kpe_scale), ckv_scale_arr, float(q_scale))
@@ -113,7 +117,7 @@ def decode_reference_block_table(
         block_table: [batch, max_pages] int32 page ids; the columns past ceil(seq_lens[b] / page_size) are not read.
         seq_lens: [batch] int32, tokens of each request.
 
-    The other arguments, the result and the errors are those of `decode_reference`.
+    The other arguments, the result and the errors are those of `decode_reference`; nothing is checked here either.
     """
     pages, lengths = _block_table_requests(block_table, seq_lens, ckv_cache.shape[1])
     scales = Scales(float(ckv_scale), float(kpe_scale), ckv_scale_arr, float(q_scale))
@@ -150,7 +154,7 @@ def prefill_reference(
         out: [total_q, H, 512] to write to; None allocates it as `decode_reference` does.
         lse: [total_q, H] to write to; None allocates it as float32.
 
-    The other arguments and the errors are those of `decode_reference`.
+    The other arguments and the errors are those of `decode_reference`; nothing is checked here either.
 
     Returns:
         (output, lse). A query that sees no key gives output 0 and lse -inf; rows from qo_indptr[-1] on are not written.
@@ -189,7 +193,7 @@ def prefill_reference_block_table(
         block_table: [batch, max_pages] int32 page ids; the columns past ceil(seq_lens[b] / page_size) are not read.
         seq_lens: [batch] int32, keys of each request.
 
-    The other arguments, the result and the errors are those of `prefill_reference`.
+    The other arguments, the result and the errors are those of `prefill_reference`; nothing is checked here either.
     """
     pages, lengths = _block_table_requests(block_table, seq_lens, ckv_cache.shape[1])
     queries = qo_indptr.tolist()

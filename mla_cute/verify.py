@@ -1,4 +1,5 @@
-"""What only the device can see of metadata: values, checked with one synchronisation each when MLA_CUTE_CHECK=1."""
+"""Values of metadata: checked by every call on CPU tensors; on CUDA tensors, where to look at them synchronises, with
+MLA_CUTE_CHECK=1 alone."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ def verify_on_device(
     kv_indptr: torch.Tensor,
     kv_indices: torch.Tensor,
     kv_last_page_len: torch.Tensor | None = None,
+    spare_pages: bool = False,
 ) -> None:
     """Check the values of CSR metadata with one synchronisation.
 
@@ -25,8 +27,14 @@ def verify_on_device(
     below 0, decreases, or ends beyond kv_indices; when kv_last_page_len of a request that has pages is not in
     1..page_size; when a page id in use is not in 0..num_pages - 1. Ids outside `kv_indices[kv_indptr[0]:kv_indptr[-1]]`
     and the last page length of a request without pages are not looked at.
+
+    spare_pages: requests may own more pages than their keys fill, as those of FlashInfer's wrapper do. Then the keys of
+    a request, (pages - 1) * page_size + kv_last_page_len, have to be in 0..pages * page_size, and only the ids of its
+    first ceil(keys / page_size) pages are looked at. The message calls the keys by the wrapper's name, kv_len_arr.
     """
-    raise_first(csr_findings(problem.page_size, problem.num_pages, kv_indptr, kv_indices, kv_last_page_len))
+    raise_first(
+        csr_findings(problem.page_size, problem.num_pages, kv_indptr, kv_indices, kv_last_page_len, spare_pages)
+    )
 
 
 def verify_block_table_on_device(problem: DecodeProblem, block_table: torch.Tensor, seq_lens: torch.Tensor) -> None:
@@ -55,7 +63,8 @@ def indptr_findings(name: str, indptr: torch.Tensor, most: int, most_is: str) ->
     """Whether it decreases, or passes `most`."""
     return [
         (
-            first_of(indptr.diff() < 0, indptr[1:]),
+            # in 64 bits: the difference of two int32 may wrap round to a positive one
+            first_of(indptr.long().diff() < 0, indptr[1:]),
             lambda at, value: (
                 f"{name}: expected values that never decrease, got {value} at position {at + 1} after a larger one"
             ),
@@ -73,8 +82,13 @@ def csr_findings(
     kv_indptr: torch.Tensor,
     kv_indices: torch.Tensor,
     kv_last_page_len: torch.Tensor | None,
+    spare_pages: bool = False,
 ) -> list[Finding]:
+    """As `verify_on_device`, which has what `spare_pages` means."""
     num_indices = kv_indices.shape[0]
+    bounds = kv_indptr.long().contiguous()
+    pages = bounds.diff()
+    pages_in_use = pages
     findings: list[Finding] = [
         (
             first_of(kv_indptr < 0, kv_indptr),
@@ -82,25 +96,40 @@ def csr_findings(
         ),
         *indptr_findings("kv_indptr", kv_indptr, num_indices, "the length of kv_indices"),
     ]
-    if kv_last_page_len is not None:
+    if kv_last_page_len is not None and spare_pages:
+        keys = (pages - 1) * page_size + kv_last_page_len
+        pages_in_use = (keys + page_size - 1) // page_size
+        findings.append(
+            (
+                first_of((keys < 0) | (keys > pages * page_size), keys),
+                lambda at, value: (
+                    f"kv_len_arr: expected lengths from 0 to what a request's pages hold (page_size {page_size}), "
+                    f"got {value} at position {at}"
+                ),
+            )
+        )
+    elif kv_last_page_len is not None:
         wrong = (kv_last_page_len < 1) | (kv_last_page_len > page_size)
         findings.append(
             (
-                first_of(wrong & (kv_indptr.diff() > 0), kv_last_page_len),
+                first_of(wrong & (pages > 0), kv_last_page_len),
                 lambda at, value: (
                     f"kv_last_page_len: expected values in [1, {page_size}] for requests with pages, "
                     f"got {value} at position {at}"
                 ),
             )
         )
-    position = torch.arange(num_indices, device=kv_indices.device)
-    used = (position >= kv_indptr[0]) & (position < kv_indptr[-1])
-    findings.append(
-        (
-            first_of(used & _outside(kv_indices, num_pages), kv_indices),
-            lambda at, value: f"kv_indices: expected page ids in [0, {num_pages}), got {value} at position {at}",
+    if pages.shape[0]:
+        position = torch.arange(num_indices, device=kv_indices.device)
+        # the request that a position belongs to, of any values, which may be no running sum
+        owner = (torch.searchsorted(bounds, position, right=True) - 1).clamp(0, pages.shape[0] - 1)
+        in_use = (position >= bounds[0]) & (position - bounds[owner] < pages_in_use[owner])
+        findings.append(
+            (
+                first_of(in_use & _outside(kv_indices, num_pages), kv_indices),
+                lambda at, value: f"kv_indices: expected page ids in [0, {num_pages}), got {value} at position {at}",
+            )
         )
-    )
     return findings
 
 

@@ -1,6 +1,7 @@
-"""What MLA_CUTE_CHECK=1 must catch: (entry, argument, position, value written there, argument the error names).
+"""What calls must catch on the CPU, and with MLA_CUTE_CHECK=1 on a GPU.
 
-For the small case of both test folders: kv_indptr [0, 2, 2, 3, 6], page ids of 9 pages and 6 block-table columns.
+(entry, argument, position, value written there, argument the error names), for the small case of both test folders:
+kv_indptr [0, 2, 2, 3, 6], page ids of 9 pages and 6 block-table columns.
 """
 
 NAMES = ("entry", "name", "position", "value", "named")

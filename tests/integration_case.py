@@ -104,6 +104,13 @@ def _attention(q: torch.Tensor, keys: torch.Tensor, causal: bool, sm_scale: floa
     return torch.einsum("qhk,kd->qhd", scores.softmax(-1).nan_to_num(0.0), keys[:, :512]), lse
 
 
+def spare_ids(case: Case) -> None:
+    """Page ids that no kernel may read: the largest int32, and -1."""
+    (spare,) = (case.kv_indices == ABSURD).nonzero(as_tuple=True)
+    case.kv_indices[spare[::2]] = 2**31 - 1
+    case.kv_indices[spare[1::2]] = -1
+
+
 def rows_of_656(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     """The cache in the format "group": a pool of 656-byte rows, and what it holds in float32."""
     pool = torch.zeros(*case.cache.shape[:2], quant.GROUP_ROW_BYTES, dtype=torch.uint8, device=case.cache.device)

@@ -100,9 +100,13 @@ class CsrPages:
 
     def plan(self, shape: Shape, total_q: int, decode: bool, hints: dict[str, Any]) -> DecodePlan | PrefillPlan:
         sizes = shape.sizes | hints | {"kv_last_page_len": self.last_page_len}
+        made: DecodePlan | PrefillPlan
         if decode:
-            return plan_decode(self.kv_indptr, **sizes)
-        return plan_prefill(self.qo_indptr, self.kv_indptr, total_q=total_q, causal=shape.causal, **sizes)
+            made = plan_decode(self.kv_indptr, **sizes)
+        else:
+            made = plan_prefill(self.qo_indptr, self.kv_indptr, total_q=total_q, causal=shape.causal, **sizes)
+        made._spare_pages = True  # kv_indptr may own more pages than keys fill
+        return made
 
     def attend(self, tensors: Operands, causal: bool, plan: Any, **options: Any) -> Any:
         options |= {"kv_last_page_len": self.last_page_len, "plan": plan}
@@ -188,7 +192,7 @@ def check_metadata(known: dict[str, torch.Tensor], page_size: int, device: torch
     host = {name: x for name, x in known.items() if x.device.type == "cpu"}
     for name in host.keys() & {q_name, "kv_indptr"}:
         values = host[name]
-        if values[0] != 0 or bool((values.diff() < 0).any()):
+        if values[0] != 0 or bool((values.long().diff() < 0).any()):  # a difference of int32 may wrap round
             raise ValueError(f"{name}: expected values that start at 0 and never decrease, got {values.tolist()!s:.80}")
     if "seq_lens" in host:
         _check_lengths("seq_lens", host["seq_lens"], known["block_tables"].shape[1], page_size)

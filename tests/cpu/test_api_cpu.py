@@ -302,17 +302,21 @@ def test_bad_tensor_raises_before_anything_is_written(entry):
     assert case.guarded_lse.untouched()
 
 
+@pytest.mark.parametrize("with_plan", [False, True], ids=["no_plan", "plan"])
+@pytest.mark.parametrize("check", ["0", "1"])
 @pytest.mark.parametrize(NAMES, BAD_VALUES)
-def test_check_mode_verifies_values(monkeypatch, entry, name, position, value, named):
+def test_values_are_verified(monkeypatch, entry, name, position, value, named, check, with_plan):
+    """Without MLA_CUTE_CHECK too."""
     case = small_case()
-    monkeypatch.setenv("MLA_CUTE_CHECK", "1")
-    verdict = run_case(case, entry=entry)
+    monkeypatch.setenv("MLA_CUTE_CHECK", check)
+    plan = plan_of(case, entry) if with_plan else None
+    verdict = run_case(case, entry=entry, plan=plan)
     assert verdict.ok, verdict
     case.guarded_out.reset()
     case.guarded_lse.reset()
     getattr(case, name)[position] = value
     with pytest.raises(ValueError, match=f"^{named}: expected "):
-        decode(case, entry, out=case.out, lse=case.lse)
+        decode(case, entry, out=case.out, lse=case.lse, plan=plan)
     assert case.guarded_out.untouched()
     assert case.guarded_lse.untouched()
 

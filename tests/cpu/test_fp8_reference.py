@@ -306,8 +306,7 @@ def test_one_plan_serves_16_bit_and_fp8_calls(form, layout):
 
 
 @pytest.mark.parametrize("form", ["csr", "table"])
-def test_check_mode_verifies_page_ids(monkeypatch, form):
-    monkeypatch.setenv("MLA_CUTE_CHECK", "1")
+def test_page_ids_are_verified(form):
     case = make_case([9, 0, 1, 24], num_heads=3, page_size=8)
     fp8, metadata = make_fp8(case, "group", False), decode_metadata(case, form)
     call, _ = DECODE[form]

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from integration_case import SM_SCALE, Case
+from integration_case import SM_SCALE, Case, spare_ids
 from recorded_signatures import load, of
 
 from mla_cute import quant
@@ -123,6 +123,46 @@ def test_lengths_may_leave_whole_pages_unused(requests):
     wrapper = make_wrapper()
     plan(wrapper, case)
     check(case, wrapper.run(**operands(case), return_lse=True))
+
+
+@pytest.mark.parametrize("check_mode", ["0", "1"])
+@pytest.mark.parametrize("requests", [RAGGED, DECODE], ids=["ragged", "decode"])
+def test_ids_of_spare_pages_are_not_looked_at(monkeypatch, requests, check_mode):
+    """Requests without a key own spare pages too."""
+    monkeypatch.setenv("MLA_CUTE_CHECK", check_mode)
+    case = Case(requests, spare_pages=3)
+    spare_ids(case)
+    wrapper = make_wrapper()
+    plan(wrapper, case)
+    check(case, wrapper.run(**operands(case), return_lse=True))
+    owner = next(b for b, n in enumerate(case.kv_lens) if n > 8)
+    case.kv_indices[case.kv_indptr[owner] + 1] = 64
+    with pytest.raises(ValueError, match=r"^kv_indices: expected page ids in \[0, 64\), got 64 at position "):
+        wrapper.run(**operands(case))
+
+
+@pytest.mark.parametrize("rows", [0, 2])
+@pytest.mark.parametrize("batch", [0, 3])
+@pytest.mark.parametrize("form", ["csr", "dense"])
+@pytest.mark.parametrize("graph", [False, True])
+def test_steps_without_queries(graph, form, batch, rows):
+    """No request, or requests without query tokens; the rows there are belong to nobody."""
+    case = Case([(0, 9)] * max(batch, 1))
+    known = getattr(case, form) if batch else {
+        name: x[:1] * 0 if name in ("qo_indptr", "cum_seq_lens_q", "kv_indptr") else x[:0]
+        for name, x in getattr(case, form).items()
+    }  # fmt: skip
+    wrapper = make_wrapper(use_cuda_graph=True) if graph else make_wrapper()
+    if graph and form == "csr":
+        wrapper = graph_wrapper(batch)
+    q = torch.full((rows, 3, 576), torch.nan, dtype=torch.bfloat16)
+    out, lse = torch.full_like(q[..., :512], 7.0), torch.full((rows, 3), 7.0)
+    for _ in range(2):
+        wrapper.plan(**known, **sizes_of(case))
+        wrapper.run(query=q, kv_cache=case.cache, out=out, lse=lse)
+        assert wrapper.run(query=q, kv_cache=case.cache).shape == (rows, 3, 512)
+    assert (out == 7).all()
+    assert (lse == 7).all()
 
 
 def test_positional_arguments_in_flashinfers_order():

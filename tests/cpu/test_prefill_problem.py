@@ -172,6 +172,7 @@ BAD_VALUES = [
     ("csr", "qo_indptr", 0, 1, "qo_indptr: expected 0 at position 0, got 1"),
     ("csr", "qo_indptr", 0, -1, "qo_indptr: expected 0 at position 0, got -1"),
     ("csr", "qo_indptr", 2, 3, "qo_indptr: expected values that never decrease, got 3 at position 2"),
+    ("csr", "qo_indptr", 4, 1 - 2**31, "qo_indptr: expected values that never decrease, got -2147483647 at position 4"),
     ("csr", "qo_indptr", 4, 16, "qo_indptr: expected values <= 15 (the query tokens of q_nope), got 16 at position 4"),
     ("csr", "kv_indptr", 2, 1, "kv_indptr: expected values that never decrease, got 1 at position 2"),
     ("csr", "kv_indptr", 4, 14, "kv_indptr: expected values <= 13 (the length of kv_indices), got 14 at position 4"),
@@ -186,12 +187,15 @@ BAD_VALUES = [
 
 
 @pytest.mark.parametrize("by_plan", [False, True], ids=["no_plan", "plan"])
+@pytest.mark.parametrize("check", ["0", "1"])
 @pytest.mark.parametrize(("form", "name", "position", "value", "says"), BAD_VALUES)
-def test_check_mode_verifies_values(monkeypatch, form, name, position, value, says, by_plan):
+def test_values_are_verified(monkeypatch, form, name, position, value, says, check, by_plan):
+    """Without MLA_CUTE_CHECK too."""
     case = small()
-    monkeypatch.setenv("MLA_CUTE_CHECK", "1")
+    monkeypatch.setenv("MLA_CUTE_CHECK", check)
     keywords = case.results | ({"plan": plan_of(case, form)} if by_plan else {})
     if by_plan:
+        assert keywords["plan"].verifies == (check == "1")
         monkeypatch.delenv("MLA_CUTE_CHECK")
     call = getattr(case, form)
     CALLS[form](**call, **keywords)
@@ -203,8 +207,9 @@ def test_check_mode_verifies_values(monkeypatch, form, name, position, value, sa
     assert case.untouched()
 
 
-def test_check_mode_accepts_spare_queries_and_empty_batches(monkeypatch):
-    monkeypatch.setenv("MLA_CUTE_CHECK", "1")
+@pytest.mark.parametrize("check", ["0", "1"])
+def test_spare_queries_and_empty_batches_are_legal(monkeypatch, check):
+    monkeypatch.setenv("MLA_CUTE_CHECK", check)
     for case in (small(spare_q=3), small(index_offset=3), make_prefill([], [], num_heads=1, page_size=4)):
         mla_cute.mla_paged_prefill(**case.csr)
         mla_cute.mla_paged_prefill_block_table(**case.table)

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from gpu_helpers import capture
-from integration_case import SM_SCALE, Case, rows_of_656
+from integration_case import SM_SCALE, Case, rows_of_656, spare_ids
 
 from mla_cute import quant
 from mla_cute._testing_fp8 import LSE_LIMIT
@@ -62,6 +62,55 @@ def test_flashinfer_wrapper(requests, on_host):
     result = wrapper.run(query=case.q, kv_cache=case.cache, return_lse=True)
     assert isinstance(wrapper._plan_of(len(case.q)), DecodePlan) == (requests is DECODE and bool(on_host))
     check(*owned(case, result), case.expected(True))
+
+
+@pytest.mark.parametrize("check_mode", ["0", "1"])
+@pytest.mark.parametrize("requests", [RAGGED, DECODE], ids=["ragged", "decode"])
+def test_flashinfer_wrapper_ignores_spare_pages(monkeypatch, requests, check_mode):
+    """Requests own three pages more than their keys fill, those without a key too; none of these is in the cache."""
+    monkeypatch.setenv("MLA_CUTE_CHECK", check_mode)
+    case = make(requests, spare_pages=3, num_pages=96, num_indices=128)
+    spare_ids(case)
+    wrapper = make_wrapper()
+    plan(wrapper, case, ("qo_indptr",))
+    result = wrapper.run(query=case.q, kv_cache=case.cache, return_lse=True)
+    assert isinstance(wrapper._plan_of(len(case.q)), DecodePlan) == (requests is DECODE)
+    check(*owned(case, result), case.expected(True))
+    if check_mode == "0":
+        return
+    owner = next(b for b, n in enumerate(case.kv_lens) if n > 64)
+    at = case.kv_indptr[owner] + 1
+    good = case.kv_indices[at].clone()
+    case.kv_indices[at] = 96
+    with pytest.raises(ValueError, match=r"^kv_indices: expected page ids in \[0, 96\), got 96 at position "):
+        wrapper.run(query=case.q, kv_cache=case.cache)
+    case.kv_indices[at] = good
+    case.kv_len_arr[owner] = 10**5
+    plan(wrapper, case, ("qo_indptr",))
+    with pytest.raises(ValueError, match=rf"^kv_len_arr: expected lengths .* got 100000 at position {owner}$"):
+        wrapper.run(query=case.q, kv_cache=case.cache)
+
+
+@pytest.mark.parametrize("form", ["csr", "dense"])
+def test_flashinfer_wrapper_without_requests(form):
+    """No request, and requests without query tokens; the rows there are belong to nobody."""
+    case = make([(0, 90)] * 3)
+    known = getattr(case, form)
+    starts = ("qo_indptr", "cum_seq_lens_q", "kv_indptr")
+    for batch, rows in ((0, 0), (0, 2), (3, 0), (3, 2)):
+        step = make([(0, 90)] * 3)
+        for name, x in known.items():
+            attribute = {"cum_seq_lens_q": "qo_indptr", "block_tables": "block_table", "seq_lens": "kv_len_arr"}
+            if name != "kv_indices":
+                setattr(step, attribute.get(name, name), x[: batch + (name in starts)])
+        q = torch.full((rows, 16, 576), torch.nan, dtype=torch.bfloat16, device="cuda")
+        out, lse = torch.full_like(q[..., :512], 7.0), torch.full((rows, 16), 7.0, device="cuda")
+        wrapper = make_wrapper()
+        for on_host in ((), ("qo_indptr",)):
+            plan(wrapper, step, on_host if form == "csr" else (), form)
+            wrapper.run(query=q, kv_cache=case.cache, out=out, lse=lse)
+        assert (out == 7).all()
+        assert (lse == 7).all()
 
 
 def test_flashinfer_wrapper_does_not_synchronise():
