@@ -83,7 +83,7 @@ class MlaCuteAttnBackend(FlashInferMLAAttnBackend):
         """Metadata of a step that no graph runs."""
         if not _is_ours(forward_batch):
             super().init_forward_metadata(forward_batch)
-        elif forward_batch.batch_size:
+        else:
             self.forward_metadata = self._step(forward_batch, self._room_for(forward_batch), keep=False)
             self._fill(self.forward_metadata, forward_batch)
 
@@ -117,6 +117,8 @@ class MlaCuteAttnBackend(FlashInferMLAAttnBackend):
     def _fill(self, step: Step, forward_batch: Any) -> None:
         """Lengths, page ids and work items of the step, on the current stream: it may be recorded in a graph."""
         batch = forward_batch.batch_size
+        if not batch:
+            return  # the plan of no request holds nothing
         step.seq_lens.copy_(forward_batch.seq_lens[:batch])
         if step.qo_indptr is not None:
             step.seq_lens.add_(self._num_draft_tokens)  # their keys are in the pool, but not yet counted
@@ -139,6 +141,8 @@ class MlaCuteAttnBackend(FlashInferMLAAttnBackend):
         Their width is what plans are found by, hence powers of two.
         """
         batch, pages = forward_batch.batch_size, self._most_pages()
+        if not batch:
+            return self._block_tables
         if forward_batch.seq_lens_cpu is not None:
             longest = int(forward_batch.seq_lens_cpu.max()) + self._num_draft_tokens
             pages = min(pages, 1 << (-(-longest // self.page_size) - 1).bit_length())
@@ -177,14 +181,14 @@ class MlaCuteAttnBackend(FlashInferMLAAttnBackend):
         Returns:
             [tokens, H * 512] of q's dtype.
         """
+        if layer.logit_cap or layer.sliding_window_size > 0:
+            raise NotImplementedError("logit_cap, sliding_window_size: expected none, they are not supported")
         if k is not None and save_kv_cache:
             location = KVWriteLoc.for_batch(forward_batch)
             if k_rope is not None:
                 self.token_to_kv_pool.set_mla_kv_buffer(layer, location, k, k_rope)
             else:
                 self.token_to_kv_pool.set_kv_buffer(layer, location, k, v)
-        if layer.logit_cap or layer.sliding_window_size > 0:
-            raise NotImplementedError("logit_cap, sliding_window_size: expected none, they are not supported")
         heads = layer.tp_q_head_num
         if q_rope is None:
             packed = q.view(-1, heads, CKV_DIM + KPE_DIM)

@@ -101,6 +101,31 @@ def test_q_of_any_strides(tokens):
         check(case, flash_mla_with_kvcache(**args_of(case, q=view, causal=True)))
 
 
+@pytest.mark.parametrize(("batch", "tokens"), [(0, 1), (0, 3), (3, 0)])
+@pytest.mark.parametrize("columns", [0, 2])
+def test_steps_without_queries(batch, tokens, columns):
+    case, meta = make(), get_mla_metadata()[0]
+    table = torch.full((batch, columns), -1, dtype=torch.int32)
+    given = {
+        "q": case.q.new_empty(batch, tokens, 3, 576),
+        "block_table": table,
+        "cache_seqlens": table.new_zeros(batch),
+    }
+    for _ in range(2):
+        out, lse = flash_mla_with_kvcache(**args_of(case, meta) | given)
+        assert out.shape == (batch, tokens, 3, 512)
+        assert lse.shape == (batch, 3, tokens)
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_requests_without_keys_need_no_columns(tokens):
+    case = make(tokens)
+    given = {"block_table": case.block_table[:, :0], "cache_seqlens": torch.zeros_like(case.kv_len_arr)}
+    out, lse = flash_mla_with_kvcache(**args_of(case) | given)
+    assert (out == 0).all()
+    assert (lse == -torch.inf).all()
+
+
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_layers_share_the_metadata(tokens):
     case = make(tokens)
@@ -161,6 +186,7 @@ def test_cache_with_one_scale(q_fp8):
         ({"is_fp8_kvcache": True}, ValueError, "k_cache: expected shape .*656"),
         ({"block_table": None}, TypeError, "block_table: expected a torch.Tensor"),
         ({"cache_seqlens": None}, TypeError, "cache_seqlens: expected a torch.Tensor"),
+        ({"block_table": torch.ones(4, 2, dtype=torch.int32)}, ValueError, r"block_table: .*\[5, max_num_blocks\]"),
         ({"cache_seqlens": torch.ones(4, dtype=torch.int32)}, ValueError, "cache_seqlens: expected shape"),
         ({"softmax_scale": 0.0}, ValueError, "sm_scale"),
         ({"descale_q": 2.0}, ValueError, "descale_q: expected None"),

@@ -198,6 +198,39 @@ def test_idle(module):
     assert backend.calls == []
 
 
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("host_lens", [True, False])
+@pytest.mark.parametrize("before", [None, ForwardMode.DECODE, ForwardMode.TARGET_VERIFY])
+@pytest.mark.parametrize("mode", [ForwardMode.DECODE, ForwardMode.TARGET_VERIFY])
+def test_steps_without_requests(module, mode, before, host_lens, graph):
+    """In a fresh backend, and after a step whose plan is of other sizes."""
+    case = make(before or mode)
+    pool = MLATokenToKVPool(case.cache.clone())
+    backend = module.MlaCuteAttnBackend(make_runner(case, pool))
+    if before is not None:
+        batch = batch_of(case, before)
+        backend.init_forward_metadata(batch)
+        check(case, run(backend, case, batch))
+    batch = batch_of(case, mode, host_lens=host_lens)
+    batch.batch_size, batch.out_cache_loc = 0, torch.zeros(0, dtype=torch.long)
+    for name in ("seq_lens", "req_pool_indices", *(["seq_lens_cpu"] if host_lens else [])):
+        setattr(batch, name, getattr(batch, name)[:0])
+    if graph:
+        backend.init_cuda_graph_state(8, 8 * DRAFTS)
+        backend.init_forward_metadata_out_graph(batch, in_capture=True)
+        backend.init_forward_metadata_in_graph(batch)
+    else:
+        backend.init_forward_metadata(batch)
+    rows = case.q.new_empty(0, 1, 576)
+    for split in (True, False):
+        given = {"k": rows[..., :512], "k_rope": rows[..., 512:]} if split else {"k": rows, "v": rows[..., :512]}
+        out = run(backend, case, batch, q=case.q[:0], split=split, **given)
+        assert out.shape == (0, case.q.shape[1] * 512)
+        assert out.dtype is case.q.dtype
+    assert torch.equal(pool.rows.view(torch.int16), case.cache.view(torch.int16).view(-1, 1, 576))
+    assert backend.calls == []
+
+
 def test_block_tables_of_eager_steps_grow(module):
     case = make(lens=(70, 3, 9))
     backend = module.MlaCuteAttnBackend(make_runner(case, MLATokenToKVPool(case.cache)))
@@ -287,12 +320,16 @@ def test_refuses_pools_and_models(module):
 @pytest.mark.parametrize("changed", [{"logit_cap": 30.0}, {"sliding_window_size": 128}])
 def test_refuses_layers(module, changed):
     case = make()
-    backend = module.MlaCuteAttnBackend(make_runner(case, MLATokenToKVPool(case.cache)))
+    pool = MLATokenToKVPool(case.cache.clone())
+    backend = module.MlaCuteAttnBackend(make_runner(case, pool))
     batch, layer = batch_of(case, ForwardMode.DECODE), make_layer(case, SM_SCALE)
+    batch.out_cache_loc = torch.arange(5)
     vars(layer).update(changed)
     backend.init_forward_metadata(batch)
+    rows = torch.full((5, 1, 576), 7.0, dtype=case.cache.dtype)
     with pytest.raises(NotImplementedError, match="logit_cap, sliding_window_size"):
-        run(backend, case, batch, layer=layer)
+        run(backend, case, batch, layer=layer, k=rows, v=rows[..., :512], split=False)
+    assert not (pool.rows == 7).any()
 
 
 def test_ragged_verification_is_refused(module):

@@ -241,6 +241,23 @@ def test_prompts_are_left_to_vllm(backend):
     check(case, impl.forward_mqa(parts(case.q), case.cache, metadata, make_layer()))
 
 
+@pytest.mark.parametrize("max_query_len", [1, 3])
+def test_steps_without_requests(backend, max_query_len):
+    if backend.is_release:
+        pytest.skip("the builder of the release makes no decode metadata without decodes")
+    case, config = Case(DECODE), make_config(heads=3)
+    metadata = make_builder(backend.MlaCuteMetadataBuilder, config).build(
+        0, make_metadata(case.block_table[:0], case.kv_len_arr[:0], case.qo_indptr[:1], max_query_len=max_query_len)
+    )
+    impl = make_impl(backend.MlaCuteImpl, config, SM_SCALE)
+    impl.need_to_return_lse_for_decode = True
+    for _ in range(2):
+        out, lse = impl.forward_mqa(parts(case.q[:0]), case.cache, metadata, make_layer())
+        assert out.shape == (0, 3, 512)
+        assert out.dtype is torch.bfloat16
+        assert lse.shape == (0, 3)
+
+
 def test_lse_only_where_it_is_asked_for(backend):
     case = Case(DECODE)
     impl, metadata = make_step(backend, case)

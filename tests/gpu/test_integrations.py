@@ -190,6 +190,22 @@ def test_flash_mla(tokens):
         check(*flat(result), case.expected(True), base_e=True)
 
 
+@pytest.mark.parametrize(("batch", "tokens", "columns"), [(0, 1, 2), (0, 3, 0), (3, 0, 2), (3, 1, 0), (3, 2, 0)])
+def test_flash_mla_without_requests_queries_or_columns(batch, tokens, columns):
+    case, (meta, _) = make(DECODE), get_mla_metadata()
+    table = torch.full((batch, columns), -1, dtype=torch.int32, device="cuda")
+    given = flash_mla_args(case, 1) | {
+        "q": torch.ones(batch, tokens, 16, 576, dtype=torch.bfloat16, device="cuda"), "block_table": table,
+        "cache_seqlens": table.new_zeros(batch),
+    }  # fmt: skip
+    for _ in range(2):
+        out, lse = flash_mla_with_kvcache(**given, tile_scheduler_metadata=meta)
+        assert out.shape == (batch, tokens, 16, 512)
+        assert lse.shape == (batch, 16, tokens)
+        assert (out == 0).all()
+        assert (lse == -torch.inf).all()
+
+
 def test_flash_mla_rows_of_656_bytes():
     case = make(DECODE)
     pool, real = rows_of_656(case)
