@@ -60,8 +60,8 @@ from ._flashinfer_metadata import (
 __all__ = ["BatchMLAPagedAttentionWrapper", "MLAPlanMetadata"]
 
 _BACKENDS = (
-    "auto", "cute-dsl", "cute-dsl-modular", "cute-dsl-monolithic", "cutile", "cutlass", "fa2", "fa3", "trtllm-gen",
-    "xqa",
+    "auto", "autotune", "cute-dsl", "cute-dsl-modular", "cute-dsl-monolithic", "cute-dsl-rubin-mtp", "cutile",
+    "cutlass", "fa2", "fa3", "trtllm-gen", "xqa",
 )  # fmt: skip
 _LSE_MODES = ("none", "base2", "basee")
 _SCALE_MODES = ("default", "kv-per-tensor", "bmm-scalar")
@@ -165,7 +165,7 @@ class BatchMLAPagedAttentionWrapper:
             kv_len_arr: int32 [batch]; on the device, contiguous. Needed for CSR metadata with use_cuda_graph, else not
             used. Plans from dense metadata need none: the first plan's tensors have to be on the device, are read
             where they are, and every later plan has to be given the same ones.
-        backend: one of FlashInfer's names; there is one implementation.
+        backend: one of FlashInfer's names, those of 0.7.4 included; there is one implementation.
 
     With use_cuda_graph, call `run` once before it is captured: kernels are compiled or loaded at first use. Once a
     `run` took decode kernels, every later `plan` needs a CPU qo_indptr of 0, 1, ..., batch too.
@@ -261,6 +261,8 @@ class BatchMLAPagedAttentionWrapper:
             ("use_profiler", use_profiler, False), ("skip_softmax", skip_softmax, False),
             ("use_sinks", use_sinks, False), ("output_scale", output_scale, "none"),
         ):  # fmt: skip
+            if expected is False:
+                expect_bool(name, value)
             if value != expected:
                 raise NotImplementedError(
                     f"{name}: expected {expected!r}, other values are not supported, got {value!r}"

@@ -420,7 +420,9 @@ INT32 = {"dtype": torch.int32}
         ({"lse_mode": "base10"}, ValueError, "lse_mode: expected one of 'none'"),
         ({"query_layout": "fused"}, ValueError, "query_layout: expected one of"),
         ({"use_profiler": True}, NotImplementedError, "use_profiler"),
+        ({"use_profiler": "no"}, TypeError, "use_profiler: expected True or False, got str 'no'"),
         ({"use_sinks": True}, NotImplementedError, "use_sinks"),
+        ({"use_sinks": 0}, TypeError, "use_sinks: expected True or False, got int 0"),
         ({"skip_softmax": True}, NotImplementedError, "skip_softmax"),
         ({"output_scale": "per-tensor"}, NotImplementedError, "output_scale"),
         ({"metadata": MLAPlanMetadata()}, ValueError, "metadata: expected None beside"),
@@ -484,6 +486,14 @@ def test_fp8_plans_need_their_scales():
             wrapper.run(query=case.q, kv_cache=cache, **given)
     with pytest.raises(TypeError, match="ckv_scale: expected a Python number"):
         wrapper.run(query=case.q, kv_cache=cache, ckv_scale=torch.ones(()), kpe_scale=1.0)
+
+
+@pytest.mark.parametrize("backend", ["auto", "autotune", "cute-dsl-rubin-mtp", "fa3"])
+def test_backends_change_nothing(backend):
+    case = Case(RAGGED)
+    wrapper = make_wrapper(backend=backend)
+    plan(wrapper, case)
+    check(case, wrapper.run(**operands(case), return_lse=True))
 
 
 def test_constructor_refuses():
