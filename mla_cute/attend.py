@@ -16,7 +16,7 @@ import torch
 from . import reference
 from .config import KernelConfig
 from .expect import expect_bool
-from .launch import Operands, Options, launch, table_stride
+from .launch import Operands, Options, flat_table, launch, short_way, table_stride
 from .plan import Plan, check_enabled, expect_options, expect_plan
 from .plan_decode import DecodePlan
 from .plan_prefill import PrefillPlan
@@ -66,6 +66,8 @@ def attend(
     if plan is not None:
         step = plan.launcher(problem, kind.block_table)
         plan.expect_metadata(*metadata)
+        if kind.block_table:
+            flat_table(page_ids, plan)
         verify = plan.verifies
     else:
         expect_options(config, batch_invariant)
@@ -76,10 +78,12 @@ def attend(
     if not on_gpu:
         result = _by_reference(kind, tensors, metadata, page_ids, options, causal)
         return result if return_lse else result[0]
-    if plan is None:
+    if plan is not None:
+        result = launch(step, problem, plan, tensors, page_ids, options)
+        plan._again = short_way(kind, step, problem, plan)
+    else:
         plan = kind.plan(problem, metadata, page_ids, config, batch_invariant)
-        step = plan.launcher(problem, kind.block_table)
-    result = launch(kind, step, problem, plan, tensors, page_ids, options)
+        result = launch(plan.launcher(problem, kind.block_table), problem, plan, tensors, page_ids, options)
     return result if return_lse else result[0]
 
 
@@ -126,8 +130,10 @@ def _by_reference(
 
 
 def _warn_of_gradients(tensors: Operands) -> None:
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        _warn_once()
+    q_nope, q_pe, ckv_cache, kpe_cache, _ = tensors
+    if q_nope.requires_grad or q_pe.requires_grad or ckv_cache.requires_grad or kpe_cache.requires_grad:
+        if torch.is_grad_enabled():
+            _warn_once()
 
 
 @functools.cache
@@ -185,7 +191,7 @@ def _facts(problem: Problem, config: KernelConfig | None, batch_invariant: bool)
     return {
         "batch": problem.batch, "num_heads": problem.num_heads, "page_size": problem.page_size, "config": config,
         "batch_invariant": batch_invariant, "kv_format": problem.kv_format, "q_fp8": problem.q_fp8,
-        "other_metadata": False,
+        "other_metadata": False, "verifies": False,
     }  # fmt: skip
 
 

@@ -59,7 +59,7 @@ def short_way(
     It takes what the public calls are given, and returns None for a call that has to go the long way too. What it goes
     by are local variables: of the 2 us it takes, a look-up of each would be half.
     """
-    if plan.verifies or len(plan.rounds) != 1 or problem.device.type != "cuda" or not toolchain.torch_exports_e4m3():
+    if plan.verifies or not plan.has_work or len(plan.rounds) != 1 or not toolchain.torch_exports_e4m3():
         return None
     import tvm_ffi
 
@@ -216,7 +216,6 @@ def _is_scale(x: Scale, device_index: int) -> bool:
 
 
 def launch(
-    kind: object,
     step: Callable[..., None],
     problem: DecodeProblem | PrefillProblem,
     plan: Plan,
@@ -228,7 +227,7 @@ def launch(
     device = problem.device
     if device.type == "cuda" and device.index != current_device():
         with torch.cuda.device(device):
-            return launch(kind, step, problem, plan, tensors, page_ids, options)
+            return launch(step, problem, plan, tensors, page_ids, options)
     out, lse = options.out, options.lse
     if out is None:
         out = empty((problem.total_q, problem.num_heads, CKV_DIM), problem.dtype, device)
@@ -241,7 +240,6 @@ def launch(
         numbers = _numbers(problem, options)
         for of_round in plan.rounds:
             step(*_of_round(plan, problem, of_round, operands, page_ids, out, lse), *of_round.grid, *numbers)
-        plan._again = short_way(kind, step, problem, plan)
     return out, lse
 
 

@@ -17,6 +17,7 @@ from .config import KernelConfig, why_infeasible
 from .expect import expect_bool, expect_int
 from .kernels.registry import (
     KV_FORMATS,
+    PART_ROW,
 )
 from .problem import MAX_HEADS, MAX_PAGE_SIZE, DecodeProblem
 from .problem_prefill import PrefillProblem
@@ -61,26 +62,41 @@ def _no_kernel(*_: object) -> None:
     raise RuntimeError("plan: made for CPU tensors, which run no kernel")
 
 
+class RoundLayout(NamedTuple):
+    """What requests begin .. end - 1 of a plan take: one run of the planner, and in every layer one of main and merge
+    kernel."""
+
+    begin: int
+    end: int
+    table_rows: int
+    grid: tuple[int, ...]  # the step's launch arguments between its tensors and its scales
+    numbers: tuple[int, ...]  # the planner's arguments behind its tensors
+
+
+class Layout(NamedTuple):
+    """What a plan of certain sizes takes, whatever its metadata hold."""
+
+    rounds: tuple[RoundLayout, ...]  # one, but for batch-invariant plans of many requests
+    part_rows: int
+    scratch_rows: int
+
+
 class Round(NamedTuple):
-    """Requests begin .. end - 1 of a plan: one run of the planner, and in every layer one of main and merge kernel."""
+    """A round with its buffers."""
 
     begin: int
     end: int
     table: torch.Tensor
     scratch: torch.Tensor
-    grid: tuple[int, ...]  # the step's launch arguments between its tensors and its scales
+    grid: tuple[int, ...]
     planner_args: tuple[torch.Tensor | int, ...]
 
 
-class Sizes(NamedTuple):
-    """What a round needs room for: work lists, merge entries, items, and merge entries that are there at once, beyond
-    which the merge kernel's grid does not grow."""
-
-    parts: int
-    max_entries: int
-    max_items: int
-    entries_at_once: int
-    rows_per_entry: int
+def merge_grid(num_sms: int, max_entries: int, entries_at_once: int, rows_per_entry: int) -> tuple[int, int]:
+    """(x, y) of the merge kernel. `entries_at_once`: merge entries beyond which it does not grow."""
+    ctas = _MERGE_CTAS_PER_SM * num_sms
+    y = max(1, min(max_entries, entries_at_once, ctas))
+    return max(1, min(rows_per_entry * _MERGE_CTAS_PER_ROW, ctas // y)), y
 
 
 class Plan:
@@ -90,7 +106,7 @@ class Plan:
         "_planner", "_table_stride", "_problem", "_launch", "_block_table", "_metadata", "_planned", "_again",
         "_table", "_spare_pages", "__weakref__", "handle",
         "batch", "num_heads", "page_size", "device", "config", "selection", "batch_invariant", "other_metadata",
-        "part", "num_parts", "rounds", "has_work", "verifies",
+        "part", "rounds", "has_work", "verifies",
     )  # fmt: skip
 
     # What a plan is for, and which facts of its problems have to be its own. Lengths and sizes are cut alike for every
@@ -104,7 +120,7 @@ class Plan:
 
     _planner: Callable[..., None]
     part: torch.Tensor
-    rounds: tuple[Round, ...]  # one, but for batch-invariant plans of many requests; none on the CPU
+    rounds: tuple[Round, ...]  # none on the CPU
 
     def __init__(
         self,
@@ -118,6 +134,7 @@ class Plan:
         table_stride: int,
         metadata: dict[str, torch.Tensor | None],
         other_metadata: bool,
+        verifies: bool | None,
     ):
         self.batch, self.num_heads, self.page_size, self.device = batch, num_heads, page_size, device
         self.batch_invariant = batch_invariant
@@ -125,7 +142,7 @@ class Plan:
         self.handle = 0
         self._table_stride, self._block_table = table_stride, block_table
         self._spare_pages = False  # as verify_on_device, which calls with this plan hand it to
-        self.verifies = check_enabled()
+        self.verifies = check_enabled() if verifies is None else verifies
         self.has_work = self.device.type == "cuda" and batch > 0
         self.rounds = ()
         self._metadata, self.other_metadata = metadata, other_metadata
@@ -148,13 +165,10 @@ class Plan:
         return self
 
     def __repr__(self) -> str:
-        facts = [f"{name}={getattr(self, name)}" for name in (*self._facts[:-1], "device") if name != "device"]
-        facts += [
-            f"device={self.device}",
-            f"block_table={self._block_table}",
-            f"batch_invariant={self.batch_invariant}",
-        ]
-        return f"{type(self).__name__}({', '.join(facts)}, workspace_bytes={self.workspace_bytes})"
+        names = (*(name for name in self._facts if name != "device"), "device", "batch_invariant", "workspace_bytes")
+        facts = [f"{name}={getattr(self, name)}" for name in names]
+        facts.insert(-2, f"block_table={self._block_table}")
+        return f"{type(self).__name__}({', '.join(facts)})"
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -179,35 +193,32 @@ class Plan:
             self.config = config
         return sms
 
-    def _round(self, begin: int, end: int, sizes: Sizes, scratch_rows: int) -> Round:
-        """Buffers of a round, and what its planner is called with."""
-        self.num_parts = sizes.parts
-        n, device = end - begin, self.device
-        table = empty((sizes.parts + sizes.max_entries + sizes.max_items, 8), torch.int32, device)
-        scratch = empty((scratch_rows, n + 1), torch.int32, device)
-        ctas = _MERGE_CTAS_PER_SM * num_sms(device)
-        merge_y = max(1, min(sizes.max_entries, sizes.entries_at_once, ctas))
-        merge_x = max(1, min(sizes.rows_per_entry * _MERGE_CTAS_PER_ROW, ctas // merge_y))
-        lengths, last_len = self._lengths(begin, end)
-        args: tuple[torch.Tensor | int, ...] = (lengths, last_len, table, scratch)
-        args = (*args, sizes.parts, self.page_size, self._table_stride, self.num_heads)
-        args = (*args, *self._cut_costs(), *self._last_planner_args(sizes))
-        return Round(begin, end, table, scratch, (sizes.parts, merge_x, merge_y), args)
+    def _allocate(self, layout: Layout) -> None:
+        device, tensors = self.device, tuple(self._metadata.values())
+        rounds = []
+        for begin, end, table_rows, grid, numbers in layout.rounds:
+            table = empty((table_rows, 8), torch.int32, device)
+            scratch = empty((layout.scratch_rows, end - begin + 1), torch.int32, device)
+            read: tuple[Any, ...] = tensors if end - begin == self.batch else self._cut_metadata(begin, end)
+            # The planner takes lengths and last page lengths, and looks at the second only where there are some.
+            if self._block_table:
+                read = (*read, read[-1])
+            elif read[-1] is None:
+                read = (*read[:-1], read[-2])
+            rounds.append(Round(begin, end, table, scratch, grid, (*read, table, scratch, *numbers)))
+        self.rounds = tuple(rounds)
+        self.part = empty((layout.part_rows, PART_ROW), torch.float32, device)
 
-    def _lengths(self, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the planner reads of the requests: kv_indptr and kv_last_page_len, or seq_lens twice."""
-        metadata = self._metadata
-        whole = end - begin == self.batch
-        if self._block_table:
-            x = metadata["seq_lens"]
-            assert x is not None
-            x = x if whole else x[begin:end]
-            return x, x
-        indptr, last = metadata["kv_indptr"], metadata["kv_last_page_len"]
-        assert indptr is not None
-        if not whole:
-            indptr, last = indptr[begin : end + 1], None if last is None else last[begin:end]
-        return indptr, indptr if last is None else last
+    def _cut_metadata(self, begin: int, end: int) -> tuple[torch.Tensor | None, ...]:
+        return tuple(
+            None if x is None else x[begin : end + 1] if name.endswith("indptr") else x[begin:end]
+            for name, x in self._metadata.items()
+        )
+
+    @property
+    def num_parts(self) -> int:
+        """Work lists."""
+        return self.grid[0]
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -274,9 +285,6 @@ class Plan:
             for name, planned in self._planned.items()
             if (x := self._metadata[name]) is not None
         ]
-
-    def _last_planner_args(self, sizes: Sizes) -> tuple[int, ...]:
-        raise NotImplementedError
 
     def _cut_costs(self) -> tuple[int, int, int]:
         return self.config.min_blocks, self.config.item_overhead, self.config.split_penalty

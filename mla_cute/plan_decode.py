@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from . import jit
-from .allocate import empty
 from .config import KernelConfig
 from .expect import expect_bool, expect_indptr, expect_int, expect_metadata
 from .kernels.registry import BLOCK, FIXED_MAX_PIECES, FIXED_MIN_BLOCKS, PART_ROW, PLANNER, PlannerKey
 from .plan import (
     MOST_PARTIAL_BYTES,
+    Layout,
     Plan,
-    Sizes,
+    RoundLayout,
     bounded,
     expect_hints,
     expect_options,
     expect_rows,
     expect_sizes,
     expect_table,
+    merge_grid,
     planner_key,
 )
 from .problem import DecodeProblem
 from .steps import decode_parts
+
+_SCRATCH_ROWS = 4
 
 
 class DecodePlan(Plan):
@@ -64,12 +69,15 @@ class DecodePlan(Plan):
         q_fp8: bool,
         max_kv_len: int | None,
         other_metadata: bool,
+        verifies: bool | None = None,
     ):
-        """`room`: tokens that page lists have room for, of all requests together or of each row of a block table."""
+        """`room`: tokens that page lists have room for, of all requests together or of each row of a block table.
+        `verifies`: as MLA_CUTE_CHECK says; None reads it."""
         key = planner_key(PlannerKey, metadata, batch_invariant)
+        by_table = key.lengths == "seq_lens"
         super().__init__(
-            next(x for x in metadata.values() if x is not None).device,
-            block_table=key.lengths == "seq_lens",
+            metadata["seq_lens" if by_table else "kv_indptr"].device,  # type: ignore[union-attr]
+            block_table=by_table,
             batch_invariant=batch_invariant,
             batch=batch,
             num_heads=num_heads,
@@ -77,30 +85,45 @@ class DecodePlan(Plan):
             table_stride=table_stride,
             metadata=metadata,
             other_metadata=other_metadata,
+            verifies=verifies,
         )
         if self.device.type == "cpu":
             self.config = config or KernelConfig()
             return
         sms = self._choose_config(config, 1, kv_format, q_fp8, max_kv_len)
-        parts = decode_parts(kv_format, num_heads, self.config, sms)
-        self._planner = jit.get(PLANNER, key, self.config.planner_launch())
-        if not batch_invariant:
-            slots, per_round = 2 * parts, max(batch, 1)
-            sizes = Sizes(parts, batch, batch + parts, slots, num_heads)
-            self.rounds = (self._round(0, batch, sizes, 4),)
+        config = self.config
+        parts = decode_parts(kv_format, num_heads, config, sms)
+        self._planner = jit.get(PLANNER, key, config.planner_launch())
+        numbers = (parts, page_size, table_stride, num_heads, *self._cut_costs(), config.cut_unit)
+        if batch_invariant:
+            layout = _invariant_layout(batch, sms, numbers, room, by_table)
         else:
-            slots, per_round = _invariant_items(batch, num_heads, room, self._block_table)
-            rounds = []
-            for begin in range(0, max(batch, 1), per_round):
-                end = min(begin + per_round, batch)
-                n = end - begin
-                items = slots if n == per_round else _invariant_items(n, num_heads, room, self._block_table)[0]
-                rounds.append(self._round(begin, end, Sizes(parts, n, items, items, num_heads), 4))
-            self.rounds = tuple(rounds)
-        self.part = empty((slots * num_heads, PART_ROW), torch.float32, self.device)
+            layout = _layout(batch, sms, numbers)
+        self._allocate(layout)
 
-    def _last_planner_args(self, sizes: Sizes) -> tuple[int, ...]:
-        return (self.config.cut_unit,)
+
+@functools.lru_cache(maxsize=4096)
+def _layout(batch: int, num_sms: int, numbers: tuple[int, ...]) -> Layout:
+    """`numbers`: the planner's, the number of parts first."""
+    parts, _, _, num_heads, *_ = numbers
+    slots = 2 * parts
+    grid = (parts, *merge_grid(num_sms, batch, slots, num_heads))
+    rows = parts + batch + batch + parts  # parts, merge entries, items
+    return Layout((RoundLayout(0, batch, rows, grid, numbers),), slots * num_heads, _SCRATCH_ROWS)
+
+
+@functools.lru_cache(maxsize=4096)
+def _invariant_layout(batch: int, num_sms: int, numbers: tuple[int, ...], room: int | None, each: bool) -> Layout:
+    """As `_layout`; `room` as `_invariant_items`."""
+    parts, _, _, num_heads, *_ = numbers
+    slots, per_round = _invariant_items(batch, num_heads, room, each)
+    rounds = []
+    for begin in range(0, max(batch, 1), per_round):
+        n = min(begin + per_round, batch) - begin
+        items = slots if n == per_round else _invariant_items(n, num_heads, room, each)[0]
+        grid = (parts, *merge_grid(num_sms, n, items, num_heads))
+        rounds.append(RoundLayout(begin, begin + n, parts + n + items, grid, numbers))
+    return Layout(tuple(rounds), slots * num_heads, _SCRATCH_ROWS)
 
 
 def _invariant_items(batch: int, num_heads: int, room: int | None, each: bool) -> tuple[int, int]:

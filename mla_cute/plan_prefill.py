@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from . import jit
-from .allocate import empty
 from .config import KernelConfig
 from .expect import expect_bool, expect_indptr, expect_int, expect_metadata
 from .kernels.registry import (
@@ -22,15 +23,16 @@ from .kernels.registry import (
 )
 from .plan import (
     MOST_PARTIAL_BYTES,
+    Layout,
     Plan,
-    Round,
-    Sizes,
+    RoundLayout,
     bounded,
     expect_hints,
     expect_options,
     expect_rows,
     expect_sizes,
     expect_table,
+    merge_grid,
     planner_key,
 )
 from .problem_prefill import PrefillProblem
@@ -80,11 +82,12 @@ class PrefillPlan(Plan):
         q_fp8: bool,
         max_kv_len: int | None,
         other_metadata: bool,
+        verifies: bool | None = None,
     ):
-        """`room`: keys that page lists have room for."""
+        """`room`: keys that page lists have room for. `verifies`: as MLA_CUTE_CHECK says; None reads it."""
         key = planner_key(PrefillPlannerKey, metadata, batch_invariant)
         super().__init__(
-            next(x for x in metadata.values() if x is not None).device,
+            metadata["qo_indptr"].device,  # type: ignore[union-attr]
             block_table=key.lengths == "seq_lens",
             batch_invariant=batch_invariant,
             batch=batch,
@@ -93,6 +96,7 @@ class PrefillPlan(Plan):
             table_stride=table_stride,
             metadata=metadata,
             other_metadata=other_metadata,
+            verifies=verifies,
         )
         self.total_q, self.causal = total_q, causal
         self.has_work = self.has_work and total_q > 0
@@ -101,42 +105,43 @@ class PrefillPlan(Plan):
             self.config = config or KernelConfig()
             return
         sms = self._choose_config(config, -(-total_q // max(batch, 1)), kv_format, q_fp8, max_kv_len)
-        parts = min(MAX_PARTS, sms)
         self._planner = jit.get(PREFILL_PLANNER, key, self.config.planner_launch())
-        if not batch_invariant:
-            max_items = self.max_tiles + TAIL_ITEMS_PER_PART * parts
-            part_rows = TAIL_ITEMS_PER_PART * parts * TILE_M
-            # cut are fewer tiles than there are parts
-            sizes = Sizes(parts, self.max_tiles, _whole_rounds(max_items, parts), parts, TILE_M)
-            self.rounds = (self._round(0, batch, sizes, _SCRATCH_ROWS),)
+        numbers = (min(MAX_PARTS, sms), page_size, table_stride, num_heads, *self._cut_costs(), int(causal))
+        if batch_invariant:
+            layout = _invariant_layout(batch, total_q, sms, numbers, room)
         else:
-            part_rows, per_round = _invariant_rows(batch, num_heads, total_q, room)
-            rounds = []
-            for begin in range(0, max(batch, 1), per_round):
-                end = min(begin + per_round, batch)
-                tiles = self.max_tiles - batch + end - begin
-                items = _invariant_items(end - begin, tiles, room)
-                sizes = Sizes(parts, tiles, _whole_rounds(items, parts), tiles, TILE_M)
-                rounds.append(self._round(begin, end, sizes, _SCRATCH_ROWS))
-            self.rounds = tuple(rounds)
-        self.part = empty((part_rows, PART_ROW), torch.float32, self.device)
-
-    def _round(self, begin: int, end: int, sizes: Sizes, scratch_rows: int) -> Round:
-        made = super()._round(begin, end, sizes, scratch_rows)
-        qo_indptr = self._metadata["qo_indptr"]
-        assert qo_indptr is not None
-        if end - begin != self.batch:
-            qo_indptr = qo_indptr[begin : end + 1]
-        parts, merge_x, merge_y = made.grid
-        args = (qo_indptr, *made.planner_args)
-        return made._replace(grid=(parts, sizes.max_entries, merge_x, merge_y), planner_args=args)
-
-    def _last_planner_args(self, sizes: Sizes) -> tuple[int, ...]:
-        return int(self.causal), sizes.max_entries
+            layout = _layout(self.max_tiles, batch, sms, numbers)
+        self._allocate(layout)
 
     def _cut_costs(self) -> tuple[int, int, int]:
         _, overhead, penalty = super()._cut_costs()
         return prefill_min_blocks(self.config), overhead, penalty
+
+
+@functools.lru_cache(maxsize=4096)
+def _layout(max_tiles: int, batch: int, num_sms: int, numbers: tuple[int, ...]) -> Layout:
+    """`numbers`: the planner's but for the last, the number of parts first."""
+    parts = numbers[0]
+    items = max_tiles + TAIL_ITEMS_PER_PART * parts
+    # cut are fewer tiles than there are parts
+    grid = (parts, max_tiles, *merge_grid(num_sms, max_tiles, parts, TILE_M))
+    rows = parts + max_tiles + _whole_rounds(items, parts)
+    of_round = RoundLayout(0, batch, rows, grid, (*numbers, max_tiles))
+    return Layout((of_round,), TAIL_ITEMS_PER_PART * parts * TILE_M, _SCRATCH_ROWS)
+
+
+@functools.lru_cache(maxsize=4096)
+def _invariant_layout(batch: int, total_q: int, num_sms: int, numbers: tuple[int, ...], room: int | None) -> Layout:
+    parts, num_heads = numbers[0], numbers[3]
+    part_rows, per_round = _invariant_rows(batch, num_heads, total_q, room)
+    rounds = []
+    for begin in range(0, max(batch, 1), per_round):
+        n = min(begin + per_round, batch) - begin
+        tiles = -(-total_q * num_heads // TILE_M) + n
+        rows = parts + tiles + _whole_rounds(_invariant_items(n, tiles, room), parts)
+        grid = (parts, tiles, *merge_grid(num_sms, tiles, tiles, TILE_M))
+        rounds.append(RoundLayout(begin, begin + n, rows, grid, (*numbers, tiles)))
+    return Layout(tuple(rounds), part_rows, _SCRATCH_ROWS)
 
 
 def _whole_rounds(items: int, parts: int) -> int:

@@ -7,7 +7,7 @@ import torch
 
 import mla_cute
 from mla_cute._testing import make_case
-from mla_cute.api import flat_table, table_stride
+from mla_cute.launch import flat_table, table_stride
 
 SIZES = {"num_heads": 3, "page_size": 8}
 

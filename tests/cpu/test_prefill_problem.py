@@ -12,7 +12,7 @@ from mla_cute import jit, launch, plan
 from mla_cute import problem as shared
 from mla_cute._testing import CACHE_LAYOUTS
 from mla_cute.kernels import registry
-from mla_cute.plan_prefill import _invariant_bounds
+from mla_cute.plan_prefill import _invariant_items, _invariant_rows
 from mla_cute.problem_prefill import PrefillProblem, check_prefill, check_prefill_block_table
 
 TOTAL_Q, HEADS, PAGE_SIZE = 15, 16, 8
@@ -361,9 +361,10 @@ def test_invariant_bounds_hold(num_heads, known_length):
         for kv_len in (0, 64, 1000, 1025, 16400, 100000):
             total_q, batch = sum(q_lens), len(q_lens)
             max_tiles = -(-total_q * num_heads // 64) + batch
-            max_items, max_rows = _invariant_bounds(
-                batch, num_heads, total_q, max_tiles, kv_len if known_length else None
-            )
+            room = kv_len if known_length else None
+            max_items = _invariant_items(batch, max_tiles, room)
+            max_rows, per_round = _invariant_rows(batch, num_heads, total_q, room)
+            assert per_round == batch
             items = rows = 0
             blocks = 2 * -(-kv_len // 128)
             for q_len in q_lens:
