@@ -14,6 +14,8 @@ tensors without the reference: 11.1 us for 6.4; through a function of this modul
 
 What is no tensor or number crosses an op's schema like this:
 
+    numbers     as Scalar: layers that differ in a float share a graph, which a float of the schema would specialise
+    scales      that are tensors as `ckv_scale_tensor` and so on
     lse_base    as `natural_lse`
     config      as text
     plan        as its `handle`, an integer. Without a plan the op plans in the call, on the GPU, from the metadata it
@@ -35,18 +37,20 @@ import torch
 from . import api, api_prefill, append
 from . import problem as shared
 from .config import KernelConfig
-from .expect import expect_device, expect_indptr, expect_lse_base, expect_shape
+from .expect import expect_bool, expect_device, expect_indptr, expect_lse_base, expect_shape
 from .merge_states import merge_states as _merge_states
-from .plan import Plan, plan_of
+from .plan import Plan, expect_plan, plan_of
 from .problem import CKV_DIM, FP8, GROUP_DIM, KPE_DIM
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _LIBRARY = torch.library.Library("mla_cute", "DEF")
 _OPTIONS = (
-    "Tensor? ckv_scale_arr=None, float ckv_scale=1.0, float kpe_scale=1.0, float q_scale=1.0, bool natural_lse=False, "
-    "bool batch_invariant=False, str? config=None, SymInt? plan=None"
+    "Tensor? ckv_scale_arr=None, Scalar ckv_scale=1.0, Scalar kpe_scale=1.0, Scalar q_scale=1.0, "
+    "Tensor? ckv_scale_tensor=None, Tensor? kpe_scale_tensor=None, Tensor? q_scale_tensor=None, "
+    "bool natural_lse=False, bool batch_invariant=False, str? config=None, SymInt? plan=None"
 )
+_SCALES = ("ckv_scale", "kpe_scale", "q_scale")
 
 
 def _define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -84,7 +88,7 @@ def _define_attention(call: F, metadata: str) -> F:
     """Define the op of a public call, with its out-variant; returns the function with its signature that goes through
     them. `metadata`: the schema between caches and sm_scale."""
     name = call.__name__
-    required = f"Tensor q_nope, Tensor q_pe, Tensor ckv_cache, Tensor kpe_cache, {metadata}, float sm_scale"
+    required = f"Tensor q_nope, Tensor q_pe, Tensor ckv_cache, Tensor kpe_cache, {metadata}, Scalar sm_scale"
     options = _OPTIONS
     if "kv_indptr" in metadata:
         options = f"Tensor? kv_last_page_len=None, {options}"
@@ -96,6 +100,10 @@ def _define_attention(call: F, metadata: str) -> F:
         *args: Any, natural_lse: bool = False, config: str | None = None, plan: int | None = None, **options: Any
     ) -> Any:
         lse_base = "e" if natural_lse else 2
+        for scale in _SCALES:
+            on_device = options.pop(f"{scale}_tensor", None)
+            if on_device is not None:
+                options[scale] = on_device
         return call(
             *args, lse_base=lse_base, config=_config_of(config), plan=None if plan is None else plan_of(plan), **options
         )
@@ -119,6 +127,14 @@ def _define_attention(call: F, metadata: str) -> F:
         plan: Plan | None = None,
         **options: Any,
     ) -> Any:
+        for scale in _SCALES:
+            if isinstance(options.get(scale), torch.Tensor):
+                options[f"{scale}_tensor"] = options.pop(scale)
+        expect_bool("return_lse", return_lse)
+        if config is not None and not isinstance(config, KernelConfig):
+            raise TypeError(f"config: expected a KernelConfig or None, got {type(config).__name__}")
+        if plan is not None:
+            expect_plan(plan)
         options["natural_lse"] = _is_natural(lse_base)
         options["config"] = None if config is None else _encoded(config)
         options["plan"] = None if plan is None else plan.handle
@@ -217,8 +233,8 @@ def _run_append(*args: Any, **options: Any) -> None:
 
 _append_op = _define(
     "append_to_cache",
-    "(Tensor ckv, Tensor kpe, Tensor(a!) ckv_cache, Tensor(b!) kpe_cache, Tensor slot_mapping, *, float ckv_scale=1.0, "
-    "float kpe_scale=1.0, Tensor(c!)? ckv_scale_arr=None) -> ()",
+    "(Tensor ckv, Tensor kpe, Tensor(a!) ckv_cache, Tensor(b!) kpe_cache, Tensor slot_mapping, *, Scalar ckv_scale=1.0, "
+    "Scalar kpe_scale=1.0, Tensor(c!)? ckv_scale_arr=None) -> ()",
     _run_append,
     _fake_append,
 )
