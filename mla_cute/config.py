@@ -67,18 +67,43 @@ class KernelConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "KernelConfig":
         """Raises ValueError on an unknown field, TypeError on a field of the wrong type."""
-        fields = {f.name: f for f in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - set(fields)):
-            raise ValueError(f"config: unknown fields {unknown}; known are {sorted(fields)}")
-        for name, value in values.items():
-            expected = type(fields[name].default)
-            if type(value) is not expected:
-                raise TypeError(f"config.{name}: expected {expected.__name__}, got {value!r}")
-        return cls(**values)
+        if unknown := sorted(set(values) - set(_TYPES)):
+            raise ValueError(f"config: unknown fields {unknown}; known are {sorted(_TYPES)}")
+        config = cls(**values)
+        expect_types(config)
+        return config
+
+
+_TYPES = {field.name: type(field.default) for field in dataclasses.fields(KernelConfig)}
+
+
+def _wrong_type(config: KernelConfig) -> tuple[str, str, Any] | None:
+    """The first field that has not the type of its default (flags are bools, not 0 and 1): its name, the type that was
+    expected, and its value."""
+    texts = type(config.kernel) is type(config.fp8_kernel) is type(config.accuracy) is str
+    flags = type(config.evict_first) is type(config.use_pdl) is bool
+    cuts = type(config.cut_unit) is type(config.min_blocks) is int
+    costs = type(config.item_overhead) is type(config.split_penalty) is int
+    if texts and flags and cuts and costs:
+        return None
+    for name, expected in _TYPES.items():
+        if type(value := getattr(config, name)) is not expected:
+            return name, expected.__name__, value
+    return None
+
+
+def expect_types(config: KernelConfig) -> None:
+    """TypeError when a field has another type than its default."""
+    if wrong := _wrong_type(config):
+        name, expected, value = wrong
+        raise TypeError(f"config.{name}: expected {expected}, got {value!r:.80}")
 
 
 def why_infeasible(config: KernelConfig) -> str | None:
-    """The one feasibility rule: None, or the reason why `config` cannot run."""
+    """The one feasibility rule: None, or the reason why `config` cannot run. Types are the first part of it."""
+    if wrong := _wrong_type(config):
+        name, expected, value = wrong
+        return f"{name}: expected {expected}, got {value!r:.80}"
     if config.kernel not in KERNELS:
         return f"kernel: expected one of {KERNELS}, got {config.kernel!r}"
     if config.fp8_kernel not in KERNELS:

@@ -13,7 +13,7 @@ import torch
 
 from . import jit, shape_log, tuned
 from .allocate import empty
-from .config import KernelConfig, why_infeasible
+from .config import KernelConfig, expect_types, why_infeasible
 from .expect import expect_bool, expect_int
 from .kernels.registry import (
     KV_FORMATS,
@@ -373,6 +373,7 @@ def expect_options(config: KernelConfig | None, batch_invariant: bool) -> None:
     if not isinstance(config, KernelConfig):
         raise TypeError(f"config: expected a KernelConfig or None, got {type(config).__name__}")
     if reason := why_infeasible(config):
+        expect_types(config)
         raise ValueError(f"config: {reason}")
 
 

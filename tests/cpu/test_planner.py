@@ -4,8 +4,10 @@ import itertools
 
 import planner_model
 import pytest
+import torch
 from planner_batches import random_batches
 
+import mla_cute
 from mla_cute.config import KernelConfig, default_config, why_infeasible
 from mla_cute.kernels.registry import BLOCK, FIXED_MAX_PIECES, FIXED_MIN_BLOCKS
 
@@ -125,6 +127,42 @@ def test_infeasible_configs_are_named(field, value):
     reason = why_infeasible(KernelConfig(**{field: value}))
     assert reason is not None
     assert reason.startswith(f"{field}: expected")
+
+
+WRONG_TYPES = [
+    ("min_blocks", "2", "min_blocks: expected int, got '2'"),
+    ("min_blocks", 2.0, "min_blocks: expected int, got 2.0"),
+    ("cut_unit", True, "cut_unit: expected int, got True"),
+    ("item_overhead", None, "item_overhead: expected int, got None"),
+    ("split_penalty", [6], "split_penalty: expected int, got [6]"),
+    ("evict_first", 1, "evict_first: expected bool, got 1"),
+    ("use_pdl", "yes", "use_pdl: expected bool, got 'yes'"),
+    ("kernel", None, "kernel: expected str, got None"),
+    ("fp8_kernel", 0, "fp8_kernel: expected str, got 0"),
+    ("accuracy", b"high", "accuracy: expected str, got b'high'"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "message"), WRONG_TYPES)
+def test_wrong_types_of_a_config_are_named(field, value, message):
+    """A value that only equals a right one, as 1 does True, would be another kernel with the same code."""
+    config = KernelConfig(**{field: value})
+    assert why_infeasible(config) == message
+    with pytest.raises(TypeError) as raised:
+        KernelConfig.from_dict({field: value})
+    assert str(raised.value) == f"config.{message}"
+    indptr = torch.tensor([0, 1], dtype=torch.int32)
+    q, cache = torch.full((1, 2, 576), torch.nan, dtype=torch.bfloat16), torch.zeros(2, 1, 576, dtype=torch.bfloat16)
+    parts = q[..., :512], q[..., 512:], cache[..., :512], cache[..., 512:]
+    for call in (
+        lambda: mla_cute.plan_decode(indptr, num_heads=2, page_size=1, config=config),
+        lambda: mla_cute.plan_prefill(indptr, indptr, total_q=1, num_heads=2, page_size=1, config=config),
+        lambda: mla_cute.mla_paged_decode(*parts, indptr, indptr[:1], 1.0, config=config),
+        lambda: mla_cute.mla_paged_prefill(*parts, indptr, indptr, indptr[:1], 1.0, config=config),
+    ):
+        with pytest.raises(TypeError) as raised:
+            call()
+        assert str(raised.value) == f"config.{message}"
 
 
 def test_config_json_round_trip_and_errors():
