@@ -2,12 +2,18 @@
 
 The workers are plain subprocesses and not multiprocessing's: those run the caller's main module again, so a server
 script without an `if __name__ == "__main__"` guard could not call `warmup`.
+
+A process that has not initialised CUDA stays so: what it forks later can use the GPU. Therefore kernels are loaded only
+where CUDA is initialised (`jit` says why), and a child tells which GPUs there are.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
 import os
+import pathlib
 import pickle
 import struct
 import subprocess
@@ -16,16 +22,28 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
-from . import jit
+import torch
 
-if TYPE_CHECKING:
-    from .tuned import Entry
+from . import _turn, _visible_gpus, jit, tuned
+from .expect import expect_int
+from .kernels import registry
+from .steps import planner_variant, step_variant
+from .tuned_file import Entry
+
+log = logging.getLogger("mla_cute.jit")
 
 Variant = tuple[Any, Any, Any]
+# The seconds, or the exception that it met, and whether another process compiled it.
+Result = tuple[Variant, float | Exception, bool]
+
+# What a server calls: mla_paged_decode and mla_paged_prefill, append_to_cache, merge_states.
+OPS = (*registry.OPS, "append", "merge_states")
+# The driver's start takes a second or two, more on a machine of many GPUs without persistence mode.
+_ASK_TIMEOUT_S = 120.0
 
 
 class Warmed(NamedTuple):
@@ -35,7 +53,7 @@ class Warmed(NamedTuple):
         kernel: the kernel's name.
         key, config: as in the registry.
         seconds: what it took, waiting for another process's compile included.
-        cached: it was on disk already.
+        cached: it was on disk already, or another process put it there while this one waited.
     """
 
     kernel: str
@@ -116,7 +134,7 @@ def _describe(variant: Variant) -> str:
     return f"{kernel.name} {key!r} {config!r}"
 
 
-def _compile_parallel(variants: Sequence[Variant], num_workers: int) -> Iterator[tuple[Variant, float | Exception]]:
+def _compile_parallel(variants: Sequence[Variant], num_workers: int) -> Generator[tuple[Variant, float | Exception]]:
     """Each variant with its seconds, or with the exception that it met, in the order they finish."""
     local = threading.local()
     workers: list[_Worker] = []
@@ -144,13 +162,56 @@ def _compile_parallel(variants: Sequence[Variant], num_workers: int) -> Iterator
             yield futures[future], error if error is not None else future.result()
 
 
+def default_workers() -> int:
+    """A worker needs about 1 GB; more than 16 at once has not been needed by any registry."""
+    return min(16, len(os.sched_getaffinity(0)))
+
+
+def compile_missing(missing: Sequence[Variant], num_workers: int, say: Callable[[str], None]) -> Generator[Result]:
+    """The results of `missing`, as they come.
+
+    Waits until no other process of this user compiles on this machine, before it starts a worker. `say` is told so.
+    """
+    start = time.perf_counter()
+    left = list(missing)
+
+    def is_needed() -> bool:
+        left[:] = [variant for variant in left if not jit.is_cached(*variant)]
+        return bool(left)
+
+    def on_wait() -> None:
+        say(f"another process compiles kernels ({_turn.lock_path()} is locked), waiting for it")
+
+    with _turn.turn(on_wait, is_needed) as alive:
+        is_needed()
+        waited = time.perf_counter() - start
+        compiling = set(left)
+        yield from ((variant, waited, True) for variant in missing if variant not in compiling)
+        if left:
+            with contextlib.closing(_compile_parallel(left, min(num_workers, len(left)))) as results:
+                for variant, outcome in results:
+                    alive()
+                    yield variant, outcome, False
+
+
+class _Reporter(NamedTuple):
+    """Where progress goes: each finished variant, and remarks in between."""
+
+    report: Progress
+    say: Callable[[str], None]
+
+
+def say_on_stderr(text: str) -> None:
+    print(f"mla_cute: {text}", file=sys.stderr, flush=True)
+
+
 @contextlib.contextmanager
-def _reporter(progress: bool | Progress | None, total: int) -> Iterator[Progress]:
+def _reporter(progress: bool | Progress | None, total: int) -> Iterator[_Reporter]:
     if callable(progress):
-        yield progress
+        yield _Reporter(progress, log.info)
         return
     if progress is False or total == 0:
-        yield lambda done, total, warmed: None
+        yield _Reporter(lambda done, total, warmed: None, log.info)
         return
     on_terminal = sys.stderr.isatty()
     if on_terminal:
@@ -168,78 +229,159 @@ def _reporter(progress: bool | Progress | None, total: int) -> Iterator[Progress
             )
             with Bar(*columns, console=Console(stderr=True)) as bar:
                 task = bar.add_task("", total=total)
-                yield lambda done, total, warmed: bar.update(task, completed=done, description=warmed.kernel)
+                yield _Reporter(
+                    lambda done, total, warmed: bar.update(task, completed=done, description=warmed.kernel),
+                    lambda text: bar.console.print(f"mla_cute: {text}", markup=False, highlight=False),
+                )
             return
 
     def line(done: int, total: int, warmed: Warmed) -> None:
         how = "on disk" if warmed.cached else f"{warmed.seconds:.1f} s"
         print(f"[{done}/{total}] {warmed.kernel} {warmed.key!r} {warmed.config!r}: {how}", file=sys.stderr, flush=True)
 
-    yield line
+    yield _Reporter(line, say_on_stderr)
 
 
 def selected(
-    dtypes: Sequence[str], page_sizes: Sequence[int], ops: Sequence[str], kv_formats: Sequence[str]
+    dtypes: Iterable[str | torch.dtype], page_sizes: Iterable[int], ops: Iterable[str], kv_formats: Iterable[str]
 ) -> list[Variant]:
-    """What the arguments of `jit.warmup` select: every kernel in the default configuration, and in those that the tuned
-    file of torch's current GPU has for such calls.
+    """What the arguments of `warmup` select: every kernel in the default configuration, and in those that the tuned
+    file of the GPU has for such calls.
 
-    Raises ValueError on an unknown name, or a broken tuned file (naming it and the entry).
+    Raises TypeError or ValueError on a wrong argument, ValueError on a broken tuned file (naming it and the entry).
     """
-    from .kernels import registry
-
-    variants: list[Variant] = [*registry.variants(dtypes, page_sizes, ops=ops, kv_formats=kv_formats)]
+    if not isinstance(dtypes, str) and isinstance(dtypes, Iterable):
+        dtypes = [str(x).removeprefix("torch.") if isinstance(x, torch.dtype) else x for x in dtypes]
+    dtypes = registry.known_names("dtypes", dtypes, registry.DTYPES)  # type: ignore[arg-type]
+    page_sizes = registry.known_page_sizes(page_sizes)
+    ops = registry.known_names("ops", ops, OPS)
+    kv_formats = registry.known_names("kv_formats", kv_formats, ("", *registry.KV_FORMATS))
+    attention = [op for op in ops if op in registry.OPS]
+    variants: list[Variant] = [*registry.variants(dtypes, page_sizes, ops=attention, kv_formats=kv_formats)]
+    if "append" in ops:
+        variants += registry.append_variants(dtypes, kv_formats)
+    if "merge_states" in ops and dtypes:
+        variants += registry.merge_states_variants((*dtypes, "float32"))
     boxes = {registry.box_rows_of(page_size) for page_size in page_sizes}
-    for entry in _tuned_entries():
+    for entry in _tuned_entries() if attention else ():
         when = entry.when
         if when.op in ops and when.kv_format in kv_formats and registry.box_rows_of(when.page_size) in boxes:
             variants += _variants_of(entry, dtypes)
     return list(dict.fromkeys(variants))
 
 
-def _tuned_entries() -> Sequence[Entry]:
-    """Of the file that calls on torch's current GPU go by; none without one."""
-    import torch
+def _tuned_entries() -> list[Entry]:
+    """Of the files that calls on this process's GPUs go by; none without a GPU."""
+    if tuned.is_off():
+        return []
+    entries: list[Entry] = []
+    for gpu in dict.fromkeys(_gpus()):
+        found = tuned.located(gpu[0])
+        if found is not None:
+            file = tuned.load(found[1])
+            if (file.gpu["name"], file.gpu["sm_count"]) == gpu:
+                entries += file.entries
+    return entries
 
-    from . import tuned
 
-    if not torch.cuda.is_available() or tuned.is_off():
-        return ()
+def _gpus() -> list[tuple[str, int]]:
+    """Name and SMs of torch's current GPU; where CUDA is not initialised, of all that this process could use."""
+    if torch.version.cuda is None:
+        return []
+    if not torch.cuda.is_initialized():
+        return _ask_for_gpus()
     gpu = tuned.gpu_of(torch.device("cuda", torch.cuda.current_device()))
-    found = None if gpu is None else tuned.located(gpu[0])
-    if found is None:
-        return ()
-    file = tuned.load(found[1])
-    return file.entries if (file.gpu["name"], file.gpu["sm_count"]) == gpu else ()
+    return [] if gpu is None else [gpu]
+
+
+def _ask_for_gpus() -> list[tuple[str, int]]:
+    """From a process of its own, which initialises the driver and ends."""
+    command = [sys.executable, "-I", "-S", str(pathlib.Path(_visible_gpus.__file__))]
+    try:
+        asked = subprocess.run(command, check=True, capture_output=True, text=True, timeout=_ASK_TIMEOUT_S)
+        return [(name, sm_count) for name, sm_count in json.loads(asked.stdout)]
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        why = getattr(error, "stderr", None) or error
+        log.warning("no kernels of tuned configurations are compiled, the GPU is not known: %s", str(why).strip())
+        return []
 
 
 def _variants_of(entry: Entry, dtypes: Sequence[str]) -> Iterator[Variant]:
     """The main kernel in each dtype, and the planners. Batch-invariant plans take the default configuration."""
-    from .kernels.registry import LENGTHS
-    from .steps import planner_variant, step_variant
-
     when, config = entry.when, entry.config
     for dtype in dtypes:
         yield step_variant(when.op, when.kv_format, when.q_fp8, when.num_heads, when.page_size, dtype, config)
-    for lengths in LENGTHS:
+    for lengths in registry.LENGTHS:
         yield planner_variant(when.op, lengths, config)
 
 
 def warmup(
-    variants: Sequence[Variant], *, num_workers: int | None = None, progress: bool | Progress | None = None
+    dtypes: Iterable[str | torch.dtype] = ("bfloat16",),
+    page_sizes: Iterable[int] = (1, 64),
+    *,
+    ops: Iterable[str] = OPS,
+    kv_formats: Iterable[str] = ("",),
+    variants: Iterable[Variant] | None = None,
+    num_workers: int | None = None,
+    progress: bool | Progress | None = None,
 ) -> list[Warmed]:
-    """See `jit.warmup`."""
-    if num_workers is not None and num_workers < 1:
-        raise ValueError(f"num_workers: expected at least 1, got {num_workers}")
-    variants = list(dict.fromkeys(variants))
+    """Compile the kernels a server will need, in parallel, into the disk cache: in the default configuration, and in
+    those that the tuned file of the GPU holds for such calls. A server's own calls then compile nothing.
+
+    In a process where torch has not initialised CUDA, nothing here does, so the process can fork workers that use the
+    GPU; then kernels stay on disk, the first call of each loads it (1 ms), and tuned files of all visible GPUs count.
+    Where CUDA is initialised, they are loaded too, and the file of torch's current GPU counts. Exception: where the
+    cache directory cannot be written, kernels are compiled in this process and kept in its memory, and CUDA may be
+    initialised; call it after forking then.
+
+    Processes may warm up at the same time, as the ranks of a server do: those of one user on one machine compile in
+    turns, and who comes later takes from disk what is there.
+
+    Args:
+        dtypes: 16-bit types of queries, outputs and new tokens: `"bfloat16"`, `"float16"`, or torch's dtypes.
+        page_sizes: tokens per page; sizes that share a kernel are compiled once.
+        ops: the calls a server makes, `"decode"`, `"prefill"`, `"append"` (`append_to_cache`), `"merge_states"` (in
+            the given dtypes and float32).
+        kv_formats: its caches: `""` for 16 bits, `"tensor"`, `"token"`, `"group"` for FP8 (each for 16-bit and for e4m3
+            queries).
+        variants: (kernel, key, config) triples to compile instead of what the arguments above select.
+        num_workers: compiling processes at a time, default one per CPU core that this process may use, at most 16.
+        progress: None or True shows a bar on a terminal (with rich installed) and otherwise one line per kernel on
+            standard error, and says there when it waits for another process; False shows nothing; a callable gets
+            (done, total, Warmed) per kernel.
+
+    Returns:
+        One :class:`Warmed` per variant: kernel, key, config, seconds, and whether it was on disk already.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, an unknown name, or a broken tuned file.
+        RuntimeError: kernels that did not compile, each with its name, key, config and the compiler's message. The
+            others are compiled all the same.
+    """
+    if num_workers is not None:
+        expect_int("num_workers", num_workers, 1)
+    if not (progress is None or isinstance(progress, bool) or callable(progress)):
+        raise TypeError(f"progress: expected True, False, None or a callable, got {progress!r:.80}")
+    found = selected(dtypes, page_sizes, ops, kv_formats) if variants is None else _expect_variants(variants)
+    return _warm(found, num_workers or default_workers(), progress)
+
+
+def _expect_variants(variants: object) -> list[Variant]:
+    listed = list(variants) if isinstance(variants, Iterable) and not isinstance(variants, str) else None
+    if listed is None or not all(isinstance(v, tuple) and len(v) == 3 for v in listed):
+        raise TypeError(f"variants: expected a sequence of (kernel, key, config) triples, got {variants!r:.80}")
+    return list(dict.fromkeys(listed))
+
+
+def _warm(variants: Sequence[Variant], num_workers: int, progress: bool | Progress | None) -> list[Warmed]:
     finished: dict[Variant, Warmed] = {}
     failures: list[str] = []
-    with _reporter(progress, len(variants)) as report:
+    with _reporter(progress, len(variants)) as reporter:
 
         def finish(variant: Variant, seconds: float, cached: bool) -> None:
             kernel, key, config = variant
             finished[variant] = Warmed(kernel.name, key, config, seconds, cached)
-            report(len(finished) + len(failures), len(variants), finished[variant])
+            reporter.report(len(finished) + len(failures), len(variants), finished[variant])
 
         missing = []
         for variant in variants:
@@ -249,33 +391,33 @@ def warmup(
             else:
                 missing.append(variant)
 
-        results: Iterator[tuple[Variant, float | Exception]]
         if missing and jit.is_writable():
-            if num_workers is None:
-                # A worker needs about 1 GB; more than 16 at once has not been needed by any registry.
-                num_workers = min(16, len(os.sched_getaffinity(0)))
-            results = _compile_parallel(missing, min(num_workers, len(missing)))
+            results = compile_missing(missing, num_workers, reporter.say)
         else:  # nowhere to hand results over: compile here, where they are needed
-            results = (_compile_here(variant) for variant in missing)
-        for variant, outcome in results:
-            if isinstance(outcome, Exception):
-                failures.append(f"{_describe(variant)}: {outcome}")
-            else:
-                finish(variant, outcome, False)
+            results = _compile_here(missing)
+        with contextlib.closing(results):
+            for variant, outcome, cached in results:
+                if isinstance(outcome, Exception):
+                    failures.append(f"{_describe(variant)}: {outcome}")
+                else:
+                    finish(variant, outcome, cached)
 
         if failures:
             raise RuntimeError(
                 f"{len(failures)} of {len(variants)} kernels did not compile\n\n" + "\n\n".join(failures)
             )
-        for variant in variants:
-            jit.get(*variant)
+        if torch.cuda.is_initialized():
+            for variant in variants:
+                jit.get(*variant)
     return [finished[variant] for variant in variants]
 
 
-def _compile_here(variant: Variant) -> tuple[Variant, float | Exception]:
-    start = time.perf_counter()
-    try:
-        jit.get(*variant)
-    except Exception as error:
-        return variant, error
-    return variant, time.perf_counter() - start
+def _compile_here(variants: Sequence[Variant]) -> Generator[Result]:
+    for variant in variants:
+        start = time.perf_counter()
+        try:
+            jit.get(*variant)
+        except Exception as error:
+            yield variant, error, False
+        else:
+            yield variant, time.perf_counter() - start, False

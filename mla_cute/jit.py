@@ -19,6 +19,9 @@ Measured in a fresh process that has imported torch 2.13, on two cores of an EPY
 
 The difference is why :func:`get` accepts a :class:`KernelRef` and loads objects with :mod:`mla_cute.elf`; objects and
 hosts that `elf` does not know go through the DSL's loader.
+
+Finding and reading entries leaves the CUDA driver alone. Loading one does not, nor does compiling: importing tvm_ffi
+asks torch whether there is a GPU, which initialises the driver, and processes forked after that cannot use it.
 """
 
 from __future__ import annotations
@@ -27,7 +30,6 @@ import contextlib
 import ctypes
 import functools
 import hashlib
-import importlib
 import json
 import logging
 import os
@@ -38,39 +40,21 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import _toolchain as toolchain
 from . import elf, sass
-
-if TYPE_CHECKING:
-    from ._warmup import Warmed
+from .kernels.registry import KernelRef
 
 log = logging.getLogger("mla_cute.jit")
 
 _SCHEMA = 1
 # A compile takes 10 s on 2 cores. A holder that is alive after this long is stuck, so waiters compile for themselves.
 _LOCK_TIMEOUT_S = 600.0
-
-
-@dataclass(frozen=True)
-class KernelRef:
-    """A kernel class named without importing its module, so that a start from disk does not import cutlass.
-
-    Attributes:
-        name: the class's `name`.
-        module: importable module that defines it.
-        qualname: the class's name in that module.
-    """
-
-    name: str
-    module: str
-    qualname: str
-
-    def resolve(self) -> type:
-        return getattr(importlib.import_module(self.module), self.qualname)
+# A waiter says so after this long: three compiles.
+_SAY_AFTER_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -232,45 +216,6 @@ def is_writable() -> bool:
     return True
 
 
-def warmup(
-    dtypes: Sequence[str] = ("bfloat16",),
-    page_sizes: Sequence[int] = (1, 64),
-    *,
-    ops: Sequence[str] = ("decode", "prefill"),
-    kv_formats: Sequence[str] = ("",),
-    variants: Sequence[tuple[Any, Any, Any]] | None = None,
-    num_workers: int | None = None,
-    progress: bool | Callable[..., None] | None = None,
-) -> list[Warmed]:
-    """Compile the kernels a server will need, in parallel, into the disk cache, and load them into this process: in the
-    default configuration, and in those that the tuned file of torch's current GPU holds for such calls.
-
-    Args:
-        dtypes: names of the query and cache dtypes, `"bfloat16"`, `"float16"`.
-        page_sizes: tokens per page; sizes that share a kernel are compiled once.
-        ops: the calls a server makes, `"decode"`, `"prefill"`.
-        kv_formats: its caches: `""` for 16 bits, `"tensor"`, `"token"`, `"group"` for FP8 (each for 16-bit and for e4m3
-            queries).
-        variants: (kernel, key, config) triples to compile instead of what the arguments above select.
-        num_workers: compiling processes at a time, default one per CPU core that this process may use, at most 16.
-        progress: None shows a bar on a terminal (with rich installed) and otherwise one line per kernel on standard
-            error; False shows nothing; a callable gets (done, total, Warmed) per kernel.
-
-    Returns:
-        One :class:`Warmed` per variant: kernel, key, config, seconds, and whether it was on disk already.
-
-    Raises:
-        ValueError: an unknown name, or a broken tuned file.
-        RuntimeError: kernels that did not compile, each with its name, key, config and the compiler's message. The
-            others are compiled all the same.
-    """
-    from . import _warmup
-
-    if variants is None:
-        variants = _warmup.selected(dtypes, page_sizes, ops, kv_formats)
-    return _warmup.warmup(variants, num_workers=num_workers, progress=progress)
-
-
 def exported(kernel_cls: Any, key: Any, config: Any) -> tuple[bytes, str]:
     """The variant's object file and the name of its function; compiles it when it is not cached."""
     with _lock:
@@ -381,7 +326,7 @@ def _entry_lock(entry: _Entry) -> Iterator[bool]:
     lock = filelock.FileLock(str(entry.path(".lock")), timeout=_LOCK_TIMEOUT_S)
     try:
         entry.directory.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        _wait_for(lock, entry)
     except filelock.Timeout:
         log.warning("%s has been locked for %.0f s, compiling without it", entry.path(".lock"), _LOCK_TIMEOUT_S)
         yield True
@@ -394,6 +339,18 @@ def _entry_lock(entry: _Entry) -> Iterator[bool]:
         yield True
     finally:
         lock.release()
+
+
+def _wait_for(lock: Any, entry: _Entry) -> None:
+    """Acquire a filelock that another process may hold. Raises filelock.Timeout after `_LOCK_TIMEOUT_S`."""
+    import filelock
+
+    soon = min(_SAY_AFTER_S, _LOCK_TIMEOUT_S)
+    try:
+        lock.acquire(timeout=soon)
+    except filelock.Timeout:
+        log.warning("waiting since %.0f s for another process that compiles %s", soon, entry)
+        lock.acquire(timeout=_LOCK_TIMEOUT_S - soon)
 
 
 def _obtain(entry: _Entry) -> tuple[bytes, dict[str, Any], bool]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 
 from .config import FEW_ROWS, KernelConfig, LaunchConfig
-from .jit import KernelRef
 from .kernels.registry import (
     DECODE,
     DECODE_FEW,
@@ -19,6 +18,7 @@ from .kernels.registry import (
     TILE_M,
     DecodeKey,
     Fp8Key,
+    KernelRef,
     PlannerKey,
     PrefillKey,
     PrefillPlannerKey,

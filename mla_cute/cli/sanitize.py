@@ -35,8 +35,7 @@ from .._testing_runs import plan_of
 from ..append import append_reference
 from ..bench.report import text_table
 from ..config import KernelConfig, with_kernel
-from ..jit import KernelRef
-from ..kernels.registry import APPEND, KV_FORMATS, MERGE_STATES, PLANNER, PREFILL_PLANNER
+from ..kernels.registry import APPEND, KV_FORMATS, MERGE_STATES, PLANNER, PREFILL_PLANNER, KernelRef
 from ..problem import CKV_DIM, FP8, KPE_DIM
 from ..steps import step_of
 from . import soak

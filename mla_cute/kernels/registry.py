@@ -1,11 +1,11 @@
 """The shipped kernel variants and their static keys. Imports nothing of the DSL: a warm start does not need it."""
 
 import dataclasses
+import importlib
 import math
 from collections.abc import Iterable
 
 from ..config import KernelConfig, LaunchConfig
-from ..jit import KernelRef
 
 OPS = ("decode", "prefill")
 DTYPES = ("bfloat16", "float16")
@@ -38,6 +38,24 @@ FIXED_MAX_PIECES = 16
 COST_CLASSES = 1024
 TAIL_ITEMS_PER_PART = 4
 FIXED_MAX_ITEMS = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelRef:
+    """A kernel class named without importing its module, so that a start from disk does not import cutlass.
+
+    Attributes:
+        name: the class's `name`.
+        module: importable module that defines it.
+        qualname: the class's name in that module.
+    """
+
+    name: str
+    module: str
+    qualname: str
+
+    def resolve(self) -> type:
+        return getattr(importlib.import_module(self.module), self.qualname)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,18 +150,17 @@ def variants(
     `page_sizes`; None means all. `kv_formats`: "" is a 16-bit cache, a name from KV_FORMATS an FP8 one, with 16-bit
     queries and with e4m3 ones.
 
-    Raises ValueError on an unknown op, dtype or format, or a page size below 1.
+    Raises ValueError on an unknown op, dtype or format, or a page size below 1; TypeError where an argument is no
+    sequence, or a page size no int.
     """
-    dtypes = DTYPES if dtypes is None else _known("dtypes", dtypes, DTYPES)
-    ops = OPS if ops is None else _known("ops", ops, OPS)
-    kv_formats = _known("kv_formats", kv_formats, ("", *KV_FORMATS))
+    dtypes = DTYPES if dtypes is None else known_names("dtypes", dtypes, DTYPES)
+    ops = OPS if ops is None else known_names("ops", ops, OPS)
+    kv_formats = known_names("kv_formats", kv_formats, ("", *KV_FORMATS))
     if page_sizes is None:
         boxes = BOX_ROWS
     else:
-        page_sizes = tuple(page_sizes)
-        if bad := [p for p in page_sizes if p < 1]:
-            raise ValueError(f"page_sizes: expected values >= 1, got {bad}")
-        boxes = tuple(b for b in BOX_ROWS if b in {box_rows_of(p) for p in page_sizes})
+        asked = {box_rows_of(p) for p in known_page_sizes(page_sizes)}
+        boxes = tuple(b for b in BOX_ROWS if b in asked)
     config = config or KernelConfig()
     found: list[tuple[KernelRef, object, LaunchConfig]] = []
     for op, main, key, main_fp8, planner, planner_key in (
@@ -181,8 +198,8 @@ def append_variants(
     Raises ValueError on an unknown dtype or format.
     """
     formats = ("", *KV_FORMATS)
-    dtypes = DTYPES if dtypes is None else _known("dtypes", dtypes, DTYPES)
-    kv_formats = formats if kv_formats is None else _known("kv_formats", kv_formats, formats)
+    dtypes = DTYPES if dtypes is None else known_names("dtypes", dtypes, DTYPES)
+    kv_formats = formats if kv_formats is None else known_names("kv_formats", kv_formats, formats)
     return [
         (APPEND, AppendKey(dtype, kv_format, slots), None)
         for dtype in dtypes
@@ -198,12 +215,27 @@ def merge_states_variants(dtypes: Iterable[str] | None = None) -> list[tuple[Ker
     Raises ValueError on an unknown dtype.
     """
     known = (*DTYPES, "float32")
-    dtypes = known if dtypes is None else _known("dtypes", dtypes, known)
+    dtypes = known if dtypes is None else known_names("dtypes", dtypes, known)
     return [(MERGE_STATES, MergeStatesKey(dtype), None) for dtype in dtypes]
 
 
-def _known(name: str, values: Iterable[str], known: tuple[str, ...]) -> tuple[str, ...]:
+def known_names(name: str, values: Iterable[str], known: tuple[str, ...]) -> tuple[str, ...]:
+    """`values` of the argument `name`. TypeError if they are no sequence (a text is none), ValueError on an unknown."""
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise TypeError(f"{name}: expected a sequence of names from {known}, got {values!r:.80}")
     values = tuple(values)
-    if unknown := sorted(set(values) - set(known)):
+    if unknown := [value for value in values if value not in known]:
         raise ValueError(f"{name}: expected names from {known}, got {unknown}")
     return values
+
+
+def known_page_sizes(page_sizes: Iterable[int]) -> tuple[int, ...]:
+    """TypeError if they are no sequence of ints, ValueError on one below 1."""
+    if isinstance(page_sizes, (str, bytes)) or not isinstance(page_sizes, Iterable):
+        raise TypeError(f"page_sizes: expected a sequence of ints, got {page_sizes!r:.80}")
+    page_sizes = tuple(page_sizes)
+    if bad := [p for p in page_sizes if isinstance(p, bool) or not isinstance(p, int)]:
+        raise TypeError(f"page_sizes: expected ints, got {bad}")
+    if bad := [p for p in page_sizes if p < 1]:
+        raise ValueError(f"page_sizes: expected values >= 1, got {bad}")
+    return page_sizes

@@ -201,10 +201,9 @@ def compile_variants(
         return left
     if not jit.is_writable():
         raise StartError("compiled kernels cannot be kept: set MLA_CUTE_CACHE_DIR to a writable directory")
-    workers = workers or min(16, len(os.sched_getaffinity(0)))
-    compiling = _warmup._compile_parallel(missing, min(workers, len(missing)))
-    with contextlib.closing(compiling):  # type: ignore[type-var]
-        for done, (variant, outcome) in enumerate(compiling, start=1):
+    compiling = _warmup.compile_missing(missing, workers or _warmup.default_workers(), _warmup.say_on_stderr)
+    with contextlib.closing(compiling):
+        for done, (variant, outcome, _) in enumerate(compiling, start=1):
             if isinstance(outcome, Exception):
                 left[variant] = f"does not compile: {str(outcome).strip().splitlines()[-1].strip()[:300]}"
             else:

@@ -16,56 +16,15 @@ import warnings
 import filelock
 import pytest
 import torch
+from jit_case import HERE, ROOT, assert_works, forget, forget_everything, result_of, start_process
 
 from mla_cute import _toolchain, elf, jit
 from toy_keys import TOY, ToyConfig, ToyKey
 
-HERE = pathlib.Path(__file__).parent
-ROOT = HERE.parent.parent
-
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty cache directory, and the jit module as in a process that has compiled nothing."""
-    directory = tmp_path / "kernels"
-    monkeypatch.setenv("MLA_CUTE_CACHE_DIR", str(directory))
-    monkeypatch.setattr(jit, "_memory", {})
-    monkeypatch.setattr(jit, "_by_digest", {})
-    monkeypatch.setattr(jit, "_counters", {"compiled": 0, "loaded": 0})
-    monkeypatch.setattr(jit, "_warned", False)
-    return directory
-
-
-def forget():
-    """What a new process does not know."""
-    jit._memory.clear()
-    jit._by_digest.clear()
-
-
-def assert_works(function):
-    x = torch.zeros(3)
-    with pytest.raises(ValueError, match="expected device_type=cuda"):
-        function(x, x, 1.0)
-    with pytest.raises(TypeError, match="Expects 3 parameters"):
-        function(x)
-
-
-def start_process(script, *path, **env):
-    code = "import json, sys, time\nfrom mla_cute import jit\nfrom toy_keys import *\n" + textwrap.dedent(script)
-    python_path = os.pathsep.join(map(str, (*path, ROOT, HERE)))
-    return subprocess.Popen(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": python_path, **env},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def result_of(process):
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    return json.loads(out.splitlines()[-1])
+    return forget_everything(tmp_path, monkeypatch)
 
 
 GET_TOY = """
@@ -215,25 +174,6 @@ def test_changed_source_of_the_kernel_is_compiled_again(cache, tmp_path):
     assert result_of(start_process(GET_TOY, copy.parent)) == {"compiled": 0, "loaded": 1, "cutlass": False}
 
 
-def test_source_digest_covers_every_file_of_the_kernels_package(tmp_path, monkeypatch):
-    monkeypatch.setattr(_toolchain, "__file__", str(tmp_path / "_toolchain.py"))
-    folder = tmp_path / "kernels"
-    (folder / "sub").mkdir(parents=True)
-    seen = set()
-
-    def digest():
-        value = _toolchain.read_sources("mla_cute.kernels.decode")
-        assert _toolchain.read_sources("mla_cute.kernels.decode") == value
-        return value
-
-    for name, content in [("a.py", "x = 1"), ("b.py", ""), ("a.py", "x = 2"), ("sub/c.py", ""), ("b.py", "x = 2")]:
-        (folder / name).write_text(content)
-        seen.add(digest())
-    assert len(seen) == 5
-    (folder / "notes.txt").write_text("not code")
-    assert digest() in seen
-
-
 def test_sources_edited_while_compiling_are_not_kept(cache, monkeypatch, caplog):
     monkeypatch.setattr(_toolchain, "read_sources", lambda module: "another digest")
     assert_works(jit.get(TOY, ToyKey(), ToyConfig()))
@@ -357,6 +297,18 @@ def test_stuck_lock_holder_does_not_block_for_ever(cache, monkeypatch):
     assert entry.path(".o").exists()
 
 
+def test_a_long_wait_for_another_process_is_said(cache, monkeypatch, caplog):
+    monkeypatch.setattr(jit, "_LOCK_TIMEOUT_S", 0.4)
+    monkeypatch.setattr(jit, "_SAY_AFTER_S", 0.1)
+    entry = jit._entry(TOY, ToyKey(), ToyConfig())
+    cache.mkdir()
+    with filelock.FileLock(str(entry.path(".lock"))):
+        jit.get(TOY, ToyKey(), ToyConfig())
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said[0].startswith("waiting since 0 s for another process that compiles toy ToyKey(")
+    assert "has been locked for 0 s, compiling without it" in said[1]
+
+
 def test_failed_compile_leaves_no_entry_and_can_be_repeated(cache):
     for _ in range(2):
         with pytest.raises(ValueError, match="asked to fail"):
@@ -419,70 +371,3 @@ def test_runtime_library_is_the_one_the_dsl_uses():
     library = _toolchain.runtime_library()
     assert library is not None
     assert os.path.samefile(library, find_runtime_libraries(enable_tvm_ffi=False)[0])
-
-
-VARIANTS = [(TOY, ToyKey(), ToyConfig(num_threads=n)) for n in (32, 64, 128)]
-
-
-def test_warmup_compiles_in_workers_and_loads_here(cache):
-    reports = []
-    warmed = jit.warmup(
-        variants=[*VARIANTS, VARIANTS[0]],
-        num_workers=2,
-        progress=lambda done, total, w: reports.append((done, total, w)),
-    )
-    assert [(w.kernel, w.key, w.config) for w in warmed] == [("toy", key, config) for _, key, config in VARIANTS]
-    assert all(w.seconds > 0 and not w.cached for w in warmed)
-    assert [r[:2] for r in reports] == [(1, 3), (2, 3), (3, 3)]
-    assert {r[2] for r in reports} == set(warmed)
-    assert jit.counters() == {"compiled": 0, "loaded": 3}
-    assert_works(jit.get(*VARIANTS[0]))
-    assert all(w.cached for w in jit.warmup(variants=VARIANTS, progress=False))
-    forget()
-    assert all(w.cached for w in jit.warmup(variants=VARIANTS, progress=False))
-    assert jit.counters() == {"compiled": 0, "loaded": 6}
-
-
-def test_warmup_prints_lines_without_a_terminal(cache, capsys):
-    jit.warmup(variants=VARIANTS[:1], num_workers=1)
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("[1/1] toy ToyKey(dtype='float32') ToyConfig(num_threads=32, fail=''): ")
-
-
-def test_warmup_works_from_an_unguarded_script(cache, tmp_path):
-    script = tmp_path / "server.py"
-    warm = "print(len(jit.warmup(variants=[(TOY, ToyKey(), ToyConfig())])))"
-    script.write_text(f"from mla_cute import jit\nfrom toy_keys import *\n{warm}\n")
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(HERE)))}
-    command = [sys.executable, str(script)]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
-    assert (run.returncode, run.stdout) == (0, "1\n"), run.stderr
-
-
-@pytest.mark.parametrize(
-    ("fail", "message"), [("raise", "ValueError: toy kernel asked to fail"), ("exit", "ended with exit status 7")]
-)
-def test_warmup_names_what_failed_and_compiles_the_rest(cache, fail, message):
-    bad = (TOY, ToyKey("bfloat16"), ToyConfig(fail=fail))
-    with pytest.raises(RuntimeError) as caught:
-        jit.warmup(variants=[bad, *VARIANTS], num_workers=1, progress=False)
-    text = str(caught.value)
-    assert text.startswith("1 of 4 kernels did not compile")
-    assert f"toy {bad[1]!r} {bad[2]!r}" in text
-    assert message in text
-    assert len(list(cache.glob("*.o"))) == 3
-
-
-def test_warmup_without_a_disk_compiles_here(cache, monkeypatch, tmp_path):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("MLA_CUTE_CACHE_DIR", str(tmp_path / "file" / "kernels"))
-    with pytest.warns(RuntimeWarning, match="MLA_CUTE_CACHE_DIR"):
-        (warmed,) = jit.warmup(variants=VARIANTS[:1], progress=False)
-    assert not warmed.cached
-    assert jit.counters() == {"compiled": 1, "loaded": 0}
-
-
-def test_warmup_rejects_no_workers():
-    with pytest.raises(ValueError, match="num_workers: expected at least 1, got 0"):
-        jit.warmup(variants=VARIANTS, num_workers=0)

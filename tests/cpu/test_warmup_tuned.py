@@ -4,7 +4,7 @@ import pytest
 import torch
 from tuned_case import FILE, NAME, SMS, Folders, entry, write
 
-from mla_cute import _warmup, jit, tuned
+from mla_cute import _warmup, tuned
 from mla_cute.cli import info
 from mla_cute.config import KernelConfig
 from mla_cute.kernels import registry
@@ -17,9 +17,10 @@ NO_HINT = KernelConfig(evict_first=False)
 
 @pytest.fixture
 def folders(monkeypatch, tmp_path):
-    """A process that sees one GPU, of the name and SMs of the tests of selection."""
+    """A process that uses one GPU, of the name and SMs of the tests of selection."""
     found = Folders(monkeypatch, tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(tuned, "gpu_of", lambda device: (NAME, SMS) if device.type == "cuda" else None)
     yield found
@@ -46,8 +47,33 @@ def test_without_a_gpu_or_a_file_it_is_the_default(folders, monkeypatch):
     assert extra() == set()
     write(folders.shipped, entry(NO_PDL))
     assert extra()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
     assert extra() == set()
+
+
+def test_without_cuda_the_visible_gpus_count(folders, monkeypatch):
+    """Each model once, and the driver is asked in another process; not at all where no file is used."""
+    asked = []
+
+    def ask():
+        asked.append(1)
+        return [("NVIDIA Other", 7), (NAME, SMS), (NAME, SMS)]
+
+    write(folders.shipped, entry(NO_PDL))
+    other = folders.shipped.with_name("NVIDIA_Other.json")
+    write(other, entry(NO_HINT), name="NVIDIA Other", sm_count=7)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(_warmup, "_ask_for_gpus", ask)
+    few = {(registry.DECODE_FEW, DecodeKey("bfloat16", 64), config.launch()) for config in (NO_PDL, NO_HINT)}
+    assert few < extra()
+    write(other, entry(NO_HINT), name="NVIDIA Other", sm_count=8)
+    assert few & extra() == {(registry.DECODE_FEW, DecodeKey("bfloat16", 64), NO_PDL.launch())}
+    assert asked == [1, 1]
+    assert len(_warmup.selected(**ASKED | {"ops": ("append",)})) == 2
+    assert asked == [1, 1]
+    monkeypatch.setenv("MLA_CUTE_TUNED", "0")
+    assert extra() == set()
+    assert asked == [1, 1]
 
 
 def test_the_launch_configurations_of_the_entries(folders):
@@ -178,7 +204,7 @@ def test_info_shows_every_variable_of_the_library():
 def test_warmup_compiles_what_is_selected(folders, monkeypatch):
     write(folders.shipped, entry(NO_PDL))
     compiled = []
-    monkeypatch.setattr(_warmup, "warmup", lambda variants, **options: compiled.extend(variants) or [])
-    jit.warmup(page_sizes=(64,))
-    assert compiled == _warmup.selected(**ASKED | {"page_sizes": (64,)})
+    monkeypatch.setattr(_warmup, "_warm", lambda variants, *options: compiled.extend(variants) or [])
+    _warmup.warmup(page_sizes=(64,))
+    assert compiled == _warmup.selected(**ASKED | {"page_sizes": (64,), "ops": _warmup.OPS})
     assert (registry.DECODE_FEW, DecodeKey("bfloat16", 64), NO_PDL.launch()) in compiled
