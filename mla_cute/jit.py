@@ -3,7 +3,8 @@
 The disk cache holds what the compiler exports: one object file per variant (host launcher with the cubin inside) and a
 JSON sidecar with readable facts. It lives in `$MLA_CUTE_CACHE_DIR`, else `$XDG_CACHE_HOME/mla_cute`, else
 `~/.cache/mla_cute`; deleting it is always safe. An entry's name is a hash of everything the machine code depends on:
-kernel sources, DSL and TVM-FFI versions, GPU architecture, host instruction set, kernel name, key and config.
+the source of the kernel's module and of what it imports of this package, DSL and TVM-FFI versions, GPU architecture,
+host instruction set, kernel name, key and config.
 
 Any number of processes may share the directory: entries appear by rename, a lock file per entry lets one process
 compile while the others wait, and a damaged entry is compiled again. A directory that cannot be written (read-only,
@@ -12,7 +13,8 @@ full) costs one warning and leaves the memory cache.
 Measured in a fresh process that has imported torch 2.13, on two cores of an EPYC, DSL 4.8.1:
 
     import mla_cute                          21 ms
-    first kernel from disk                   24 ms   (imports tvm_ffi, hashes the sources, opens the runtime library)
+    first kernel from disk                   24 ms   (imports tvm_ffi, hashes the sources in 0.5 to 2 ms, opens the
+                                                     runtime library)
     every further kernel from disk            1 ms
     first kernel through the DSL's loader   450 ms   (420 ms of it `import cutlass`; 900 ms when its files are cold)
     compiling the decode kernel           7..10 s
@@ -232,7 +234,8 @@ def cubins(kernel_cls: Any, key: Any, config: Any) -> list[bytes]:
 # ---------------------------------------------------------------------------------------------------------------------
 # identity
 
-_sources_at_first_use = functools.cache(toolchain.read_sources)
+_files_at_first_use: dict[str, toolchain.Source | None] = {}
+_sources_at_first_use = functools.cache(functools.partial(toolchain.read_sources, known=_files_at_first_use))
 
 
 def _module_of(kernel: Any) -> str:
@@ -240,10 +243,7 @@ def _module_of(kernel: Any) -> str:
 
 
 def _source_digest(kernel: Any) -> str:
-    """Of mla_cute/kernels/*.py, and of the kernel's own module when it is defined elsewhere.
-
-    Read once per process: code that is already imported does not change with its file.
-    """
+    """`toolchain.read_sources`, once per process: code that is already imported does not change with its file."""
     return _sources_at_first_use(_module_of(kernel))
 
 
@@ -383,8 +383,7 @@ def _compile(entry: _Entry) -> tuple[bytes, dict[str, Any]]:
     log.info("compiling %s", entry)
     start = time.perf_counter()
     kernel = kernel_cls(entry.key, entry.config)
-    # --gpu-arch wins over CUTE_DSL_ARCH and over the GPU that is present, for this compile only.
-    compiled = cute.compile(kernel, *kernel.compile_args(), options=f"--enable-tvm-ffi --gpu-arch {toolchain.ARCH}")
+    compiled = cute.compile(kernel, *kernel.compile_args(), options=toolchain.COMPILE_OPTIONS)
     blob = _export(compiled, entry.symbol)
     seconds = time.perf_counter() - start
     log.info("compiled %s in %.1f s", entry.stem, seconds)
