@@ -16,6 +16,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from . import dlpack
+
 ARCH = "sm_90a"
 # --gpu-arch wins over CUTE_DSL_ARCH and over the GPU that is present, for one compile only.
 COMPILE_OPTIONS = f"--enable-tvm-ffi --gpu-arch {ARCH}"
@@ -204,18 +206,6 @@ def runtime_library() -> str | None:
 
 
 @functools.cache
-def torch_exports_e4m3() -> bool:
-    """Whether this torch hands its float8_e4m3fn tensors to others as such; older ones have to show them as bytes."""
-    import torch
-
-    try:
-        torch.empty(1, dtype=torch.float8_e4m3fn).__dlpack__()
-    except (RuntimeError, BufferError, TypeError, ValueError):
-        return False
-    return True
-
-
-@functools.cache
 def environment() -> str:
     """What every entry depends on beside its own kernel, key and config."""
     library = runtime_library()
@@ -227,7 +217,7 @@ def environment() -> str:
             f"dsl {version('nvidia-cutlass-dsl')} {version('nvidia-cutlass-dsl-libs-base')} {toolkit}",
             f"tvm-ffi {version('apache-tvm-ffi')}",
             f"host {host_isa()}",
-            f"e4m3 arguments {torch_exports_e4m3()}",
+            f"e4m3 arguments {dlpack.exports_e4m3()}",
             *settings,
         ]
     )

@@ -96,15 +96,15 @@ def _verified(
     options: Options,
 ) -> Metadata:
     """The metadata that the call computes with, after a look at their values: the plan's, where there is one."""
-    if plan is not None and plan._planned is not None:
-        if not plan.other_metadata:
-            raise_first(plan.stale_findings())
+    if plan is not None and plan.other_metadata:
         metadata = plan.metadata(*metadata)
     spare_pages = () if kind.block_table else (plan is not None and plan._spare_pages,)
     kind.verify(problem, *_in_order(metadata, page_ids), *spare_pages)
     scales = {name: x for name, x in options._asdict().items() if name.endswith("_scale") and torch.is_tensor(x)}
     if scales:
         raise_first(scale_findings(scales))
+    if plan is not None and not plan.other_metadata:
+        raise_first(plan.stale_findings())
     return metadata
 
 

@@ -43,7 +43,7 @@ def expect_lse_base(lse_base: int | str) -> None:
 def expect_scale(name: str, x: Any) -> None:
     if isinstance(x, bool) or not isinstance(x, numbers.Real):
         raise TypeError(f"{name}: expected a Python number, got {describe(x)}")
-    if not MIN_SCALE <= float(x) <= MAX_SCALE:
+    if not MIN_SCALE <= x <= MAX_SCALE:  # type: ignore[operator]
         raise ValueError(f"{name}: expected a positive number from 2^-126 to 2^126, got {x}")
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import _toolchain as toolchain
+from . import dlpack
 from .allocate import current_device, empty
 from .expect import MAX_SCALE, MIN_SCALE, Scale
 from .plan import Plan, Round
@@ -59,7 +59,7 @@ def short_way(
     It takes what the public calls are given, and returns None for a call that has to go the long way too. What it goes
     by are local variables: of the 2 us it takes, a look-up of each would be half.
     """
-    if plan.verifies or not plan.has_work or len(plan.rounds) != 1 or not toolchain.torch_exports_e4m3():
+    if plan.verifies or not plan.has_work or len(plan.rounds) != 1 or not dlpack.exports_e4m3():
         return None
     import tvm_ffi
 
@@ -250,7 +250,7 @@ def _for_launch(
     q_nope, q_pe, ckv_cache, kpe_cache, scale_arr = tensors
     operands = [q_nope, q_pe, ckv_cache, kpe_cache]
     if problem.kv_format:
-        if not toolchain.torch_exports_e4m3():
+        if not dlpack.exports_e4m3():
             operands = [x.view(torch.uint8) if x.dtype is FP8 else x for x in operands]
         # The step wants a tensor of three dimensions here, and with scales of tensors does not read it.
         operands.append(lse.unsqueeze(-1) if scale_arr is None else scale_arr)

@@ -233,8 +233,8 @@ def _run_append(*args: Any, **options: Any) -> None:
 
 _append_op = _define(
     "append_to_cache",
-    "(Tensor ckv, Tensor kpe, Tensor(a!) ckv_cache, Tensor(b!) kpe_cache, Tensor slot_mapping, *, Scalar ckv_scale=1.0, "
-    "Scalar kpe_scale=1.0, Tensor(c!)? ckv_scale_arr=None) -> ()",
+    "(Tensor ckv, Tensor kpe, Tensor(a!) ckv_cache, Tensor(b!) kpe_cache, Tensor slot_mapping, *, "
+    "Scalar ckv_scale=1.0, Scalar kpe_scale=1.0, Tensor(c!)? ckv_scale_arr=None) -> ()",
     _run_append,
     _fake_append,
 )

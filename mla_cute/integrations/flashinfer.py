@@ -14,12 +14,13 @@ need not be installed. What differs:
 * kv_indptr may own more pages than ceil(kv_len / page_size); the rest are not read.
 * Packed and split queries and caches are taken by every plan, and log-sum-exps in either base by plans with lse_mode
   "none". A query that sees no key gives output 0 and log-sum-exp -inf.
-* FP8 queries, caches with a scale per tensor, and `bmm1_scale`, `bmm2_scale` as numbers work on Hopper.
+* FP8 queries, caches with a scale per tensor, and `bmm1_scale`, `bmm2_scale` work on Hopper. Scales of tensors may be
+  numbers, or float32 tensors of one element, which the kernels read; "bmm-tensor" takes one division on the device.
   `ckv_scale_arr` needs a 16-bit kpe_cache, and may be [num_pages, page_size, 1] too.
 * float_workspace_buffer only names the device; plans have memory of their own. `backend`, `max_q_len` and `enable_pdl`
   are accepted and change nothing.
 
-Not supported: sinks, skip_softmax, the profiler, FP8 outputs (o_scale), bmm scales that are tensors, head dimensions
+Not supported: sinks, skip_softmax, the profiler, FP8 outputs (o_scale), head dimensions
 other than 512 and 64, and kv_len and page_table of `run` (of the CUTLASS backend; `plan` takes dense metadata).
 """
 
@@ -32,6 +33,7 @@ from typing import Any
 import torch
 
 from ..expect import (
+    Scale,
     describe,
     expect_bool,
     expect_int,
@@ -64,7 +66,7 @@ _BACKENDS = (
     "cutlass", "fa2", "fa3", "trtllm-gen", "xqa",
 )  # fmt: skip
 _LSE_MODES = ("none", "base2", "basee")
-_SCALE_MODES = ("default", "kv-per-tensor", "bmm-scalar")
+_SCALE_MODES = ("default", "kv-per-tensor", "bmm-scalar", "bmm-tensor")
 _LAYOUTS = (None, "packed", "split")
 
 
@@ -131,7 +133,9 @@ class _Contract:
         """sm_scale and the scale keywords of this library's calls."""
         kv = {"ckv_scale": ckv_scale, "ckv_scale_arr": ckv_scale_arr, "kpe_scale": kpe_scale}
         bmm = {"bmm1_scale": bmm1_scale, "bmm2_scale": bmm2_scale}
-        taken: dict[str, Any] = {"default": {}, "kv-per-tensor": kv, "bmm-scalar": bmm}[self.scale_mode]
+        taken: dict[str, Any] = {"default": {}, "kv-per-tensor": kv, "bmm-scalar": bmm, "bmm-tensor": bmm}[
+            self.scale_mode
+        ]
         for name, value in (kv | bmm).items():
             if value is not None and name not in taken:
                 got = describe(value)
@@ -140,6 +144,8 @@ class _Contract:
             return {"sm_scale": self.sm_scale}
         if self.scale_mode == "bmm-scalar":
             return _bmm_scales(bmm1_scale, bmm2_scale, self.kv_data_type is FP8)
+        if self.scale_mode == "bmm-tensor":
+            return _bmm_tensors(bmm1_scale, bmm2_scale)
         if (ckv_scale is None) == (ckv_scale_arr is None):
             raise ValueError("ckv_scale: expected either it or ckv_scale_arr with an FP8 cache, got both or neither")
         if ckv_scale_arr is None:
@@ -241,7 +247,8 @@ class BatchMLAPagedAttentionWrapper:
             lse_mode: "base2" or "basee" hold `run` to that base; "none" does not.
             output_dtype: q_data_type (the default); torch.bfloat16 or torch.float16 with e4m3 queries, for which it has
                 to be given.
-            scale_mode: "default", which with an FP8 cache and 16-bit queries is "kv-per-tensor"; "bmm-scalar".
+            scale_mode: "default", which with an FP8 cache and 16-bit queries is "kv-per-tensor"; "bmm-scalar"; and, of
+                e4m3 queries and caches, "bmm-tensor".
             query_layout, kv_cache_layout, max_q_len, enable_pdl: change nothing.
 
         Raises:
@@ -267,8 +274,6 @@ class BatchMLAPagedAttentionWrapper:
                 raise NotImplementedError(
                     f"{name}: expected {expected!r}, other values are not supported, got {value!r}"
                 )
-        if scale_mode == "bmm-tensor":
-            raise NotImplementedError("scale_mode: 'bmm-tensor' is not supported, the kernels take scales as numbers")
         _expect_one_of("scale_mode", scale_mode, _SCALE_MODES)
         _expect_one_of("lse_mode", lse_mode, _LSE_MODES)
         _expect_one_of("query_layout", query_layout, _LAYOUTS)
@@ -315,13 +320,13 @@ class BatchMLAPagedAttentionWrapper:
         *,
         query: Any = None,
         kv_cache: Any = None,
-        ckv_scale: float | None = None,
+        ckv_scale: Scale | None = None,
         ckv_scale_arr: torch.Tensor | None = None,
-        kpe_scale: float | None = None,
+        kpe_scale: Scale | None = None,
         sinks: torch.Tensor | None = None,
         skip_softmax_threshold_scale_factor: float | None = None,
-        bmm1_scale: float | None = None,
-        bmm2_scale: float | None = None,
+        bmm1_scale: Scale | None = None,
+        bmm2_scale: Scale | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Attention of one layer, on the metadata of the last `plan`.
 
@@ -333,11 +338,12 @@ class BatchMLAPagedAttentionWrapper:
             lse: [total_q, H] float32 to write to; None allocates.
             return_lse: return (out, lse) instead of out.
             return_lse_base_on_e: log-sum-exp in base e instead of 2.
-            ckv_scale, kpe_scale: numbers that multiply the FP8 caches of a "kv-per-tensor" plan.
+            ckv_scale, kpe_scale: numbers, or float32 tensors of one element on the device, that multiply the FP8
+                caches of a "kv-per-tensor" plan.
             ckv_scale_arr: [num_pages, page_size, 4 or 1] float32 instead of ckv_scale, then with kpe_cache in the
                 dtype of q_pe and kpe_scale None or 1.
             bmm1_scale, bmm2_scale: numbers, factors of the scores (instead of the plan's sm_scale) and of the output,
-                of a "bmm-scalar" plan; bmm2_scale is 1 with 16-bit caches.
+                of a "bmm-scalar" plan; bmm2_scale is 1 with 16-bit caches. Tensors of one element with "bmm-tensor".
 
         Returns:
             out [total_q, H, 512] in the plan's output_dtype, or (out, lse [total_q, H]). Rows from qo_indptr[-1] on are
@@ -434,7 +440,7 @@ def _bmm_scales(bmm1_scale: Any, bmm2_scale: Any, kv_is_fp8: bool) -> dict[str, 
     """Scores are multiplied by sm_scale * ckv_scale, outputs by ckv_scale: bmm1 and bmm2."""
     for name, value in (("bmm1_scale", bmm1_scale), ("bmm2_scale", bmm2_scale)):
         if isinstance(value, torch.Tensor):
-            raise NotImplementedError(f"{name}: expected a number, the kernels do not read scales from tensors")
+            raise TypeError(f"{name}: expected a number, plan() had scale_mode 'bmm-scalar', got {describe(value)}")
         expect_scale(name, value)
     if kv_is_fp8:
         scale = float(bmm2_scale)
@@ -442,6 +448,13 @@ def _bmm_scales(bmm1_scale: Any, bmm2_scale: Any, kv_is_fp8: bool) -> dict[str, 
     if bmm2_scale != 1:
         raise NotImplementedError(f"bmm2_scale: expected 1 with a 16-bit kv_data_type, got {bmm2_scale}")
     return {"sm_scale": float(bmm1_scale)}
+
+
+def _bmm_tensors(bmm1_scale: Any, bmm2_scale: Any) -> dict[str, Any]:
+    """The same of tensors, and of e4m3 queries, whose scale makes up for what the cache's is in the scores."""
+    for name, value in (("bmm1_scale", bmm1_scale), ("bmm2_scale", bmm2_scale)):
+        expect_tensor(name, value)
+    return {"sm_scale": 1.0, "q_scale": bmm1_scale / bmm2_scale, "ckv_scale": bmm2_scale, "kpe_scale": bmm2_scale}
 
 
 def _contract(sm_scale: float, q: Any, kv: Any, output: Any, lse_mode: str, scale_mode: str) -> _Contract:
@@ -458,6 +471,10 @@ def _contract(sm_scale: float, q: Any, kv: Any, output: Any, lse_mode: str, scal
         raise NotImplementedError(f"output_dtype: expected {expected}, got {output}")
     if kv is FP8 and q is not FP8 and scale_mode == "default":
         scale_mode = "kv-per-tensor"
+    if scale_mode == "bmm-tensor" and not (q is FP8 and kv is FP8):
+        raise NotImplementedError(
+            f"scale_mode: expected 'bmm-tensor' with queries and a cache of {FP8} only, got it with {q} and {kv}"
+        )
     if kv is not FP8 and scale_mode == "kv-per-tensor":
         raise ValueError(f"scale_mode: expected 'default' or 'bmm-scalar' with kv_data_type {kv}, got {scale_mode!r}")
     return _Contract(sm_scale, q, kv, output, lse_mode, scale_mode)

@@ -4,7 +4,7 @@ import cutlass.cute as cute
 from cutlass import Float8E4M3FN, Float32, Int32, Int64, Uint8
 from cutlass.cute.runtime import make_fake_stream
 
-from .. import _toolchain as toolchain
+from .. import dlpack
 from ..config import LaunchConfig
 from .fake import fake_tensor, sym64
 from .few_rows_sm90 import FewRowsFp8Sm90
@@ -26,7 +26,7 @@ def _as_bytes(x: cute.Tensor) -> cute.Tensor:
 def _fake_tensors(main: RowsFp8Sm90 | FewRowsFp8Sm90) -> tuple:
     """q_nope, q_pe, ckv_cache, kpe_cache, scales, kv_indices, table, part, out and lse."""
     tokens, heads, pages, page = (cute.sym_int() for _ in range(4))
-    e4m3 = Float8E4M3FN if toolchain.torch_exports_e4m3() else Uint8
+    e4m3 = Float8E4M3FN if dlpack.exports_e4m3() else Uint8
     rope = e4m3 if main.rope_fp8 else main.dtype
 
     def rows3(dtype, a, b, c):

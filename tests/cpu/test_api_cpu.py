@@ -33,7 +33,8 @@ def plan_of(case, entry="csr", **kwargs):
     sizes = {"num_heads": case.num_heads, "page_size": case.page_size}
     if entry == "csr":
         return mla_cute.plan_decode(case.kv_indptr, kv_last_page_len=case.kv_last_page_len, **sizes, **kwargs)
-    return mla_cute.plan_decode_block_table(case.seq_lens, max_pages=case.block_table.shape[1], **sizes, **kwargs)
+    sizes |= {"max_pages": case.block_table.shape[1], "table_stride": case.block_table.stride(0)}
+    return mla_cute.plan_decode_block_table(case.seq_lens, **sizes, **kwargs)
 
 
 def test_exports():

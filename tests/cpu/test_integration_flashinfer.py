@@ -16,7 +16,7 @@ from recorded_signatures import load, of
 from mla_cute import quant
 from mla_cute.integrations import flashinfer
 from mla_cute.integrations.flashinfer import BatchMLAPagedAttentionWrapper, MLAPlanMetadata
-from mla_cute.plan import DecodePlan
+from mla_cute.plan_decode import DecodePlan
 
 RECORD = load("flashinfer_0.7.2.post1.json")
 RECORDED = {name: parameters for file in RECORD["files"].values() for name, parameters in file.items()}
@@ -342,8 +342,11 @@ def fp8_case():
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_fp8_cache_with_scales_of_tensors(packed):
+@pytest.mark.parametrize("as_tensors", [False, True])
+def test_fp8_cache_with_scales_of_tensors(packed, as_tensors):
     case, scales, cache, real = fp8_case()
+    if as_tensors:
+        scales = {"ckv_scale": torch.tensor(scales["ckv_scale"]), "kpe_scale": torch.tensor([scales["kpe_scale"]])}
     wrapper = make_wrapper()
     plan(wrapper, case, kv_data_type=E4M3)
     kv_cache = torch.cat([x.view(torch.uint8) for x in cache], -1).view(E4M3) if packed else cache
@@ -366,16 +369,19 @@ def test_fp8_cache_with_an_array_of_scales(num_scales):
         wrapper.run(query=case.q, kv_cache=(ckv, kpe), ckv_scale_arr=array, kpe_scale=0.5)
 
 
-@pytest.mark.parametrize("q_fp8", [False, True])
-def test_bmm_scales(q_fp8):
+@pytest.mark.parametrize(("q_fp8", "scale_mode"), [(False, "bmm-scalar"), (True, "bmm-scalar"), (True, "bmm-tensor")])
+def test_bmm_scales(q_fp8, scale_mode):
     """Scores are multiplied by bmm1_scale, the output by bmm2_scale."""
     case, _, (ckv, kpe), _ = fp8_case()
     if q_fp8:
         case.q = (case.q * 20).to(E4M3)
     wrapper = make_wrapper()
-    plan(wrapper, case, kv_data_type=E4M3, scale_mode="bmm-scalar", output_dtype=torch.bfloat16)
+    plan(wrapper, case, kv_data_type=E4M3, scale_mode=scale_mode, output_dtype=torch.bfloat16)
     bmm1, bmm2 = (2e-5 if q_fp8 else 4e-4), 0.02
-    result = wrapper.run(query=case.q, kv_cache=(ckv, kpe), return_lse=True, bmm1_scale=bmm1, bmm2_scale=bmm2)
+    made = (lambda x: torch.tensor([x])) if scale_mode == "bmm-tensor" else float
+    result = wrapper.run(
+        query=case.q, kv_cache=(ckv, kpe), return_lse=True, bmm1_scale=made(bmm1), bmm2_scale=made(bmm2)
+    )
     real = torch.cat((ckv.float(), kpe.float()), -1)
     result = (result[0] / bmm2, result[1])
     out, lse = case.expected(True, sm_scale=bmm1, cache=real)
@@ -390,7 +396,7 @@ def test_bmm_scales_of_16bit_caches():
     check(case, wrapper.run(**operands(case), return_lse=True, bmm1_scale=0.1, bmm2_scale=1.0), sm_scale=0.1)
     with pytest.raises(NotImplementedError, match="bmm2_scale: expected 1"):
         wrapper.run(**operands(case), bmm1_scale=0.1, bmm2_scale=2.0)
-    with pytest.raises(NotImplementedError, match="bmm1_scale: expected a number"):
+    with pytest.raises(TypeError, match="bmm1_scale: expected a number"):
         wrapper.run(**operands(case), bmm1_scale=torch.ones(()), bmm2_scale=1.0)
 
 
@@ -416,7 +422,7 @@ INT32 = {"dtype": torch.int32}
         ({"output_dtype": torch.float16}, NotImplementedError, "output_dtype: .*got torch.float16"),
         ({"q_data_type": E4M3, "kv_data_type": E4M3}, NotImplementedError, "output_dtype: expected .*queries of"),
         ({"scale_mode": "kv-per-tensor"}, ValueError, "scale_mode: expected 'default'"),
-        ({"scale_mode": "bmm-tensor"}, NotImplementedError, "scale_mode: 'bmm-tensor'"),
+        ({"scale_mode": "bmm-tensor"}, NotImplementedError, "scale_mode: expected 'bmm-tensor' with queries"),
         ({"lse_mode": "base10"}, ValueError, "lse_mode: expected one of 'none'"),
         ({"query_layout": "fused"}, ValueError, "query_layout: expected one of"),
         ({"use_profiler": True}, NotImplementedError, "use_profiler"),
@@ -484,8 +490,8 @@ def test_fp8_plans_need_their_scales():
     for given, message in (({}, "ckv_scale: "), ({"ckv_scale": 1.0}, "kpe_scale: expected a number")):
         with pytest.raises(ValueError, match=message):
             wrapper.run(query=case.q, kv_cache=cache, **given)
-    with pytest.raises(TypeError, match="ckv_scale: expected a Python number"):
-        wrapper.run(query=case.q, kv_cache=cache, ckv_scale=torch.ones(()), kpe_scale=1.0)
+    with pytest.raises(TypeError, match=r"ckv_scale: expected a number or a tensor of dtype torch.float32"):
+        wrapper.run(query=case.q, kv_cache=cache, ckv_scale=torch.ones((), dtype=torch.float64), kpe_scale=1.0)
 
 
 @pytest.mark.parametrize("backend", ["auto", "autotune", "cute-dsl-rubin-mtp", "fa3"])

@@ -15,7 +15,8 @@ from recorded_signatures import DATA, of
 from sglang_case import RECORD, STATE, ForwardMode, MLATokenToKVPool, make_batch, make_layer, make_runner
 
 from mla_cute.integrations import _engine_steps, _sglang_plugin
-from mla_cute.plan import DecodePlan, Plan
+from mla_cute.plan import Plan
+from mla_cute.plan_decode import DecodePlan
 from mla_cute.plan_prefill import PrefillPlan
 
 KV_LENS = (17, 64, 3, 8, 5)

@@ -20,7 +20,8 @@ from vllm_case import LAYER, RECORD, make_builder, make_config, make_impl, make_
 
 from mla_cute import quant
 from mla_cute.integrations import _engine_steps, _vllm_plugin
-from mla_cute.plan import DecodePlan, Plan
+from mla_cute.plan import Plan
+from mla_cute.plan_decode import DecodePlan
 from mla_cute.plan_prefill import PrefillPlan
 
 E4M3 = torch.float8_e4m3fn

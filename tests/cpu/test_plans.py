@@ -1,4 +1,4 @@
-"""Plans as objects: which metadata go with them, rounds of batch-invariant ones, limits, and what they say of themselves."""
+"""Plans as objects: metadata that go with them, rounds of batch-invariant ones, limits, what they say of themselves."""
 
 import copy
 import pickle
@@ -112,7 +112,7 @@ def test_prefill_plans_know_their_queries_and_pages(name):
 
 
 def test_other_metadata_is_a_flag():
-    with pytest.raises(TypeError, match="^other_metadata: expected True or False, got int 1"):
+    with pytest.raises(TypeError, match=r"^other_metadata: expected True or False, got int 1"):
         mla_cute.plan_decode(ints(0, 1), **SIZES, other_metadata=1)
 
 
@@ -219,7 +219,7 @@ def test_one_row_of_a_table_has_no_stride():
 
 @pytest.mark.parametrize("value", ["no", 0, None])
 def test_return_lse_is_a_flag(case, value):
-    with pytest.raises(TypeError, match="^return_lse: expected True or False, got"):
+    with pytest.raises(TypeError, match=r"^return_lse: expected True or False, got"):
         decode(case, case.kv_indptr, case.kv_last_page_len, return_lse=value)
 
 
@@ -241,7 +241,7 @@ def test_plans_say_what_they_are_for():
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
 def test_plans_are_not_copied(copied):
-    with pytest.raises(TypeError, match="^DecodePlan: a plan cannot be copied or pickled"):
+    with pytest.raises(TypeError, match=r"^DecodePlan: a plan cannot be copied or pickled"):
         copied(mla_cute.plan_decode(ints(0, 1), **SIZES))
 
 
@@ -260,7 +260,8 @@ def test_gradients_are_warned_of_once(case):
             out, lse = decode(case, case.kv_indptr, case.kv_last_page_len)
     assert len(caught) == 1
     assert caught[0].filename == __file__
-    assert not (out.requires_grad or lse.requires_grad)
+    assert not out.requires_grad
+    assert not lse.requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

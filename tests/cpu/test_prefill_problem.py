@@ -222,7 +222,8 @@ def plan_of(case: SmallPrefill, form: str, **change) -> mla_cute.PrefillPlan:
     arguments = {"num_heads": case.caches.num_heads, "page_size": case.caches.page_size, "total_q": len(case.q_nope)}
     arguments |= {name: case.table[name] for name in ("qo_indptr", "seq_lens")} if form == "table" else {}
     if form == "table":
-        arguments["max_pages"] = case.caches.block_table.shape[1]
+        table = case.caches.block_table
+        arguments |= {"max_pages": table.shape[1], "table_stride": table.stride(0)}
         return mla_cute.plan_prefill_block_table(**arguments | change)
     arguments |= {name: case.csr[name] for name in ("qo_indptr", "kv_indptr", "kv_last_page_len")}
     return mla_cute.plan_prefill(**arguments | change)
