@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import gpu as gpu_facts
-from ..config import KernelConfig
-from . import peers, publish, report
+from ..config import KernelConfig, why_infeasible
+from . import outputs, peers, publish, report
 from .cases import DTYPES, PRESETS, TOKEN_BYTES, Case, PrefillCase
 from .runner import Library, run, write_json
 from .timing import CudaTimer
@@ -33,6 +33,23 @@ def dtypes(text: str) -> list[str]:
     if unknown := [name for name in names if name not in DTYPES]:
         raise argparse.ArgumentTypeError(f"expected some of {', '.join([*DTYPES, *_ALIASES])}, got {unknown[0]!r}")
     return names
+
+
+def kernel_config(text: str) -> KernelConfig:
+    """A KernelConfig as JSON: '{"kernel": "rows"}'."""
+    try:
+        values = json.loads(text)
+    except (RecursionError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"expected a KernelConfig as JSON, got {text!r:.80}: {error}") from None
+    if not isinstance(values, dict):
+        raise argparse.ArgumentTypeError(f"expected a KernelConfig as a JSON object, got {text!r:.80}")
+    try:
+        config = KernelConfig.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if (reason := why_infeasible(config)) is not None:
+        raise argparse.ArgumentTypeError(reason)
+    return config
 
 
 def select_cases(
@@ -93,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
     formats = [name for name in TOKEN_BYTES if name]
     p.add_argument("--kv-format", choices=formats, help="FP8 cache; grid, or instead of the preset's caches")
     p.add_argument("--q-fp8", action="store_true", help="e4m3 queries, with --kv-format")
-    p.add_argument("--config", type=json.loads, metavar="JSON", help="KernelConfig to time instead of the default")
+    p.add_argument("--config", type=kernel_config, metavar="JSON", help="KernelConfig to time instead of the default")
     p.add_argument("--batch-invariant", action="store_true", help="time the batch-invariant mode")
     p.add_argument("--no-peers", action="store_true", help="leave FlashInfer and FlashMLA out")
     p.add_argument("--out", type=pathlib.Path, metavar="FILE", help="write the record as JSON")
@@ -143,7 +160,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ImportError, OSError, ValueError) as error:
         p.error(str(error))
     if request is not None and request.records:
-        print(request.write())
+        try:
+            print(request.write())
+        except OSError as error:
+            p.error(f"--report: {error}")
         return 0
     if args.compare:
         try:
@@ -157,12 +177,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         grid = (args.heads, args.batch, args.kv_len, args.page_size, args.dtype)
         fp8 = {"kv_format": args.kv_format, "q_fp8": args.q_fp8}
         cases = select_cases(args.presets, *grid, layout=args.layout, **fp8)
-        config = KernelConfig.from_dict(args.config) if args.config is not None else None
     except (TypeError, ValueError) as error:
         p.error(str(error))
     if (why := gpu_facts.why_not_hopper()) is not None:
         print(f"mla_cute.bench: nothing to time: {why}", file=sys.stderr)
         return 2
+    if args.out is not None:
+        try:
+            outputs.check_file(args.out)
+        except OSError as error:
+            p.error(f"--out: {error}")
     found, status = find_peers(not args.no_peers)
     names = [peer.name for peer in found]
     header = report.columns(names)
@@ -175,18 +199,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     record = run(
         cases,
         timer=CudaTimer(),
-        library=Library.installed(config, args.batch_invariant),
+        library=Library.installed(args.config, args.batch_invariant),
         peers=(found, status),
         gpu=gpu_facts.facts(),
         on_row=show,
         preset=" ".join(args.presets) or None,
     )
     print("\n".join(report.summary(record)))
-    if args.out is not None:
-        write_json(args.out, record)
-        print(f"record: {args.out}")
-    if request is not None:
-        print(request.write(record))
+    try:
+        if args.out is not None:
+            write_json(args.out, record)
+            print(f"record: {args.out}")
+        if request is not None:
+            print(request.write(record))
+    except OSError as error:
+        p.error(str(error))
     return 1 if record["failed"] or not record["complete"] else 0
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import figures, plots, report
+from . import figures, outputs, plots, report
 from .cases import PUBLIC_BEST_GPU
 from .document import Block, Heading, Items, Picture, Table, Text, pictures, to_html, to_markdown
 from .figures import Measure, Scale
@@ -77,11 +77,14 @@ class Request:
         short = len({path.name for path in records}) == len(records)
         loaded = {path.name if short else str(path): report.load(path) for path in records}
         base = None if baseline is None else report.load(baseline)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            outputs.check_folder(folder)
+        except OSError as error:
+            raise OSError(f"--report: {error}") from None
         return cls(folder, loaded, base)
 
     def write(self, record: dict[str, Any] | None = None) -> str:
-        """Write the report of `record`, or of the existing ones; returns the line to print."""
+        """Write the report of `record`, or of the existing ones; returns the line to print. Raises OSError."""
         page, *others = write(self.folder, self.records if record is None else {"": record}, self.baseline)
         return f"report: {page} ({len(others)} more files beside it)"
 

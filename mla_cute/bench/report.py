@@ -1,18 +1,19 @@
 """A record as text: the rows of the table, the summary under it, and two records compared."""
 
-import json
-import pathlib
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from . import reading
 from .cases import Case, PrefillCase, case_of
-from .runner import SCHEMA, row_ok
+from .runner import row_ok
 
 COLUMNS = (
     "H", "B", "L", "page", "dtype", "us", "min", "p90", "plan", "us+plan/61", "chained",
     "GB/s", "% read", "TFLOP/s", "% cuBLAS", "x public", "rel err",
 )  # fmt: skip
+load = reading.load
+
 SHORT_DTYPE = {"bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -158,19 +159,6 @@ def failures(record: dict[str, Any]) -> list[str]:
         elif not row_ok(row):
             lines.append(f"WRONG  {label}: {row['check']}")
     return lines
-
-
-def load(path: pathlib.Path) -> dict[str, Any]:
-    """Read a record. Raises ValueError naming the file when it is none, or of another schema."""
-    try:
-        record = json.loads(pathlib.Path(path).read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    if not isinstance(record, dict) or not str(record.get("kind", "")).startswith("mla_cute.bench"):
-        raise ValueError(f"{path}: not a record of mla_cute.bench")
-    if record.get("schema") != SCHEMA:
-        raise ValueError(f"{path}: schema {record.get('schema')}, this version reads {SCHEMA}")
-    return record
 
 
 COMPARE_COLUMNS = (

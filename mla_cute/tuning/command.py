@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from .. import gpu as gpu_facts
 from .. import tuned
+from ..bench import outputs
 from ..bench.__main__ import numbers
 from ..bench.report import text_table
 from ..bench.runner import source_digest
@@ -144,6 +145,10 @@ def run(options: Options, screen: Screen) -> int:
             # What starting the process took is the budget's too.
             task = dataclasses.replace(task, budget_s=task.budget_s - (time.monotonic() - begin))
             kept = session.open_store(task)
+            for path in (task.out, task.measurements):
+                outputs.check_file(path)
+            if options.report is not None:
+                outputs.check_folder(options.report)
         except (StartError, OSError, ValueError) as error:
             raise UsageError(str(error)) from None
         screen.say(f"tuning {len(whens)} shapes on {task.gpu['name']}: {task.out}, {task.measurements}")
@@ -162,9 +167,12 @@ def run(options: Options, screen: Screen) -> int:
 
 
 def show_report(path: pathlib.Path, folder: pathlib.Path | None, screen: Screen) -> int:
-    """Print what was won, and write it to `folder`. UsageError when the file cannot be read."""
+    """Print what was won, and write it to `folder`. UsageError when the file cannot be read or the folder
+    not written."""
     try:
         gpu, shapes = store.load(path)
+        if folder is not None:
+            outputs.check_folder(folder)
     except (OSError, ValueError) as error:
         raise UsageError(str(error)) from None
     made = report.Report(gpu, tuple(shapes))
@@ -172,7 +180,10 @@ def show_report(path: pathlib.Path, folder: pathlib.Path | None, screen: Screen)
     for text in made.lines():
         screen.say(text)
     if folder is not None:
-        written = report.write(made, folder)
+        try:
+            written = report.write(made, folder)
+        except OSError as error:
+            raise UsageError(str(error)) from None
         screen.say(f"report: {', '.join(map(str, written))}")
         if made.tuned and len(written) == 1:
             screen.say('no picture: it needs matplotlib, pip install "mla_cute[tune]"')
@@ -258,7 +269,7 @@ def options_of(values: dict[str, Any]) -> Options:
         grid["q_fp8"] = [True]
     if values["workers"] is not None and values["workers"] < 1:
         raise UsageError(f"--workers: expected at least 1, got {values['workers']}")
-    if values["timeout"] <= 0:
+    if not 0 < values["timeout"] < math.inf:  # NaN compares with nothing
         raise UsageError(f"--timeout: expected more than 0 s, got {values['timeout']}")
     return Options(
         recipes=tuple(values["recipe"]),

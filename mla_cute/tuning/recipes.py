@@ -58,7 +58,11 @@ def load(name: str) -> list[When]:
         path = pathlib.Path(name).expanduser()
         if path.suffix != ".toml":
             raise ValueError(f"recipe: expected a .toml file or one of {', '.join(names())}, got {name!r}")
-    return parse(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not TOML: {error}") from None
+    return parse(text, str(path))
 
 
 def parse(text: str, source: str) -> list[When]:

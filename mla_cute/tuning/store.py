@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from ..config import KernelConfig
 from ..jit import replace_file
 from ..tuned import Entry, When
+from ..tuned_file import when_of
 from .search import GAIN, KEEP_WITHIN, RUNGS, Result
 
 SCHEMA = 1
@@ -99,14 +102,64 @@ class Measured:
 
     @classmethod
     def from_dict(cls, values: Any) -> Measured:
-        """Raises ValueError, TypeError or KeyError on anything that `to_dict` does not make."""
-        when, chosen = When(**values["when"]), values["chosen"]
-        config = None if chosen is None else KernelConfig.from_dict(chosen)
-        made = cls(**{**values, "when": when, "chosen": config, "candidates": tuple(values["candidates"])})
-        times = (made.us, made.default_us)
-        if config is not None and not all(isinstance(us, (int, float)) and us > 0 for us in times):
-            raise ValueError(f"expected times of a tuned shape, got us {made.us!r}, default_us {made.default_us!r}")
-        return made
+        """Raises ValueError, which names the field, on anything that `to_dict` does not make."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        _object("", values, names)
+        if unknown := sorted(set(values) - set(names)):
+            raise ValueError(f"unknown fields {unknown}; known are {names}")
+        when = when_of(values["when"])
+        if when.kv_len is None:
+            raise ValueError("when.kv_len: expected the length that was timed, got None")
+        for name in ("dtype", "source_sha256", "why"):
+            _expect(isinstance(values[name], str), name, "a text", values[name])
+        _object("made_with", values["made_with"], ())
+        _expect(_is_time(values["seconds"], 0.0), "seconds", "a number >= 0", values["seconds"])
+        candidates = values["candidates"]
+        _expect(isinstance(candidates, list), "candidates", "a list", candidates)
+        for index, trial in enumerate(candidates):
+            _check_trial(f"candidates[{index}]", trial)
+        config = None if values["chosen"] is None else _config("chosen", values["chosen"])
+        if config is not None:
+            _expect(bool(candidates), "candidates", "the default first", candidates)
+            for name in ("us", "default_us"):
+                _expect(_is_time(values[name]), name, "a number > 0 of a tuned shape", values[name])
+        runner_up = values["runner_up_us"]
+        _expect(runner_up is None or _is_time(runner_up), "runner_up_us", "a number > 0 or null", runner_up)
+        return cls(**{**values, "when": when, "chosen": config, "candidates": tuple(candidates)})
+
+
+def _expect(is_right: bool, name: str, what: str, got: object) -> None:
+    if not is_right:
+        raise ValueError(f"{name}: expected {what}, got {got!r:.80}")
+
+
+def _object(name: str, values: object, required: Sequence[str]) -> None:
+    if not isinstance(values, dict):
+        raise ValueError(f"{name}: expected an object, got {values!r:.80}".removeprefix(": "))
+    if missing := [field for field in required if field not in values]:
+        raise ValueError(f"{name}: missing fields {missing}".removeprefix(": "))
+
+
+def _is_time(value: object, least: float = math.ulp(0.0)) -> bool:
+    return not isinstance(value, bool) and isinstance(value, (int, float)) and least <= value < math.inf
+
+
+def _config(name: str, values: Any) -> KernelConfig:
+    _object(name, values, ())
+    try:
+        return KernelConfig.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _check_trial(name: str, trial: Any) -> None:
+    """One of `candidates`."""
+    _object(name, trial, ("config", "us", "samples", "rung", "verdict"))
+    _config(f"{name}.config", trial["config"])
+    _expect(isinstance(trial["verdict"], str), f"{name}.verdict", "a text", trial["verdict"])
+    _expect(trial["us"] is None or _is_time(trial["us"]), f"{name}.us", "a number > 0 or null", trial["us"])
+    for field in ("samples", "rung"):
+        _expect(type(trial[field]) is int, f"{name}.{field}", "an integer", trial[field])
 
 
 class Store:
@@ -141,7 +194,7 @@ def load(path: pathlib.Path) -> tuple[dict[str, Any], list[Measured]]:
     """(gpu, shapes) of a measurements file. Raises ValueError that names the file and the shape; OSError."""
     try:
         values = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         raise ValueError(f"{path}: not JSON: {error}; delete it to measure anew") from None
     if not isinstance(values, dict) or values.get("kind") != KIND:
         raise ValueError(f"{path}: not a measurements file of `mla-cute tune`")
@@ -153,6 +206,7 @@ def load(path: pathlib.Path) -> tuple[dict[str, Any], list[Measured]]:
     for index, shape in enumerate(values["shapes"]):
         try:
             shapes.append(Measured.from_dict(shape))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: shapes[{index}]: {type(error).__name__}: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: shapes[{index}]: {error}") from None
+    _expect(isinstance(values["gpu"].get("name"), str), f"{path}: gpu.name", "a text", values["gpu"].get("name"))
     return values["gpu"], shapes

@@ -85,6 +85,9 @@ def test_select_fp8_cases():
         (["--page-size", "0", "--heads", "16"], "page_size: expected at least 1, got 0"),
         (["--dtype", "fp8"], "got 'fp8'"),
         (["--config", '{"speed": 11}'], "config: unknown fields ['speed']"),
+        (["--config", "{"], "expected a KernelConfig as JSON, got '{': Expecting property name"),
+        (["--config", "[]"], "expected a KernelConfig as a JSON object, got '[]'"),
+        (["--config", '{"kernel": "x"}'], "kernel: expected one of"),
         (["--kv-format", "row"], "invalid choice: 'row'"),
         (["--q-fp8"], "q_fp8: expected a kv_format beside e4m3 queries, got none"),
     ],
@@ -117,6 +120,27 @@ def test_command_writes_table_and_record(tmp_path, monkeypatch, small_rotation, 
     monkeypatch.setattr(runner.Library, "installed", classmethod(lambda cls, *options: FakeLibrary.make(wrong_page)))
     assert command.main(argv) == 1
     assert "WRONG" in capsys.readouterr().out
+
+
+def test_where_the_record_cannot_be_written_nothing_is_timed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command.gpu_facts, "why_not_hopper", lambda: None)
+    monkeypatch.setattr(command, "run", lambda *args, **options: pytest.fail("it ran"))
+    (tmp_path / "file").write_text("mine")
+    for out, message in (
+        (tmp_path, "expected a file, got a folder"),
+        (tmp_path / "file" / "a.json", "cannot be written"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            command.main(["quick", "--no-peers", "--out", str(out)])
+        assert stopped.value.code == 2
+        assert f"error: --out: {out}: {message}" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_help_shows_that_compare_takes_two_records(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    assert "--compare A B" in " ".join(capsys.readouterr().out.split())
 
 
 def test_command_without_a_hopper_gpu(monkeypatch, capsys):

@@ -19,7 +19,7 @@ from mla_cute import tuned
 from mla_cute.cli import app as app_module
 from mla_cute.cli import tune as cli_tune
 from mla_cute.tuned import When
-from mla_cute.tuning import command, recipes, report, space, store
+from mla_cute.tuning import command, recipes, report, session, space, store
 
 ROOT = pathlib.Path(mla_cute.__file__).resolve().parents[1]
 SCRIPT = ROOT / "tune" / "autotune.py"
@@ -124,6 +124,7 @@ def test_recipes_flags_and_a_log_add_up(tmp_path):
         (("--heads", "129", "--batch", "1", "--kv-len", "1"), "flags.heads: expected at most 128, got 129"),
         (("--recipe", "small", "--workers", "0"), "--workers: expected at least 1, got 0"),
         (("--recipe", "small", "--timeout", "0"), "--timeout: expected more than 0 s, got 0"),
+        (("--recipe", "small", "--timeout", "nan"), "--timeout: expected more than 0 s, got nan"),
         (("report", "none.json"), "none.json"),
     ],
 )
@@ -135,6 +136,30 @@ def test_usage_errors_are_one_line_and_status_2(arguments, message, capsys):
     done = typer_run(*arguments)
     assert done.exit_code == 2
     assert message in done.output
+
+
+def test_a_recipe_that_is_no_text_is_named(tmp_path, capsys):
+    path = tmp_path / "a.toml"
+    path.write_bytes(b"\x89PNG")
+    assert both("--recipe", path, "--dry-run") == (2, 2)
+    assert capsys.readouterr().err.startswith(f"autotune.py: {path}: not TOML: 'utf-8' codec")
+
+
+def test_what_cannot_be_written_is_said_before_anything_is_timed(fake_gpu, measured, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(session, "run", lambda *args: pytest.fail("it ran"))
+    file = tmp_path / "file"
+    file.write_text("mine")
+    run_it = ("--recipe", "small", "--out", tmp_path / "X.json")
+    for arguments, message in (
+        ((*run_it, "--measurements", file / "Y.json"), "Y.json: cannot be written: "),
+        ((*run_it, "--report", file), "file: expected a folder, got a file"),
+        (("report", measured, "--out", file), "file: expected a folder, got a file"),
+    ):
+        assert both(*arguments) == (2, 2)
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert file.read_text() == "mine"
 
 
 def test_an_option_that_does_not_parse_is_named():

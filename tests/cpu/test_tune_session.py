@@ -327,7 +327,15 @@ def test_no_budget_is_no_end(tmp_path):
         ('{"kind": "mla_cute.tuning", "schema": 1, "gpu": {}}', r"raw\.json: expected an object gpu and a list shapes"),
         (
             '{"kind": "mla_cute.tuning", "schema": 1, "gpu": {}, "shapes": [{}]}',
-            r"raw\.json: shapes\[0\]: KeyError: 'when'",
+            r"raw\.json: shapes\[0\]: missing fields \['when', 'dtype', ",
+        ),
+        (
+            '{"kind": "mla_cute.tuning", "schema": 1, "gpu": {}, "shapes": [null]}',
+            r"shapes\[0\]: expected an object, got",
+        ),
+        (
+            '{"kind": "mla_cute.tuning", "schema": 1, "gpu": {}, "shapes": []}',
+            r"raw\.json: gpu\.name: expected a text, got",
         ),
         (
             '{"kind": "mla_cute.tuning", "schema": 1, "gpu": {"name": "NVIDIA H20"}, "shapes": []}',
@@ -346,10 +354,20 @@ def test_a_damaged_or_foreign_measurements_file_is_an_error_that_names_it(tmp_pa
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda shape: shape.update(us=None), r"shapes\[0\]: ValueError: expected times of a tuned shape"),
-        (lambda shape: shape["chosen"].update(tiles=3), r"shapes\[0\]: ValueError: config: unknown fields"),
-        (lambda shape: shape.update(extra=1), r"shapes\[0\]: TypeError: .*extra"),
-        (lambda shape: shape["when"].pop("batch"), r"shapes\[0\]: TypeError: .*batch"),
+        (lambda shape: shape.update(us=None), r"shapes\[0\]: us: expected a number > 0 of a tuned shape, got None"),
+        (lambda shape: shape["chosen"].update(tiles=3), r"shapes\[0\]: chosen: config: unknown fields \['tiles'\]"),
+        (lambda shape: shape.update(extra=1), r"shapes\[0\]: unknown fields \['extra'\]"),
+        (lambda shape: shape["when"].pop("batch"), r"shapes\[0\]: when: missing fields \['batch'\]"),
+        (lambda shape: shape["when"].update(kv_len=None), r"shapes\[0\]: when.kv_len: expected the length"),
+        (lambda shape: shape["when"].update(op="sleep"), r"shapes\[0\]: when.op: expected one of"),
+        (lambda shape: shape.update(default_us=math.nan), r"shapes\[0\]: default_us: expected a number > 0"),
+        (lambda shape: shape.update(runner_up_us="9"), r"shapes\[0\]: runner_up_us: expected a number > 0 or null"),
+        (lambda shape: shape.update(chosen=[]), r"shapes\[0\]: chosen: expected an object, got \[\]"),
+        (lambda shape: shape.update(made_with=None), r"shapes\[0\]: made_with: expected an object, got None"),
+        (lambda shape: shape.update(candidates=[]), r"shapes\[0\]: candidates: expected the default first, got \[\]"),
+        (lambda shape: shape.update(candidates=None), r"shapes\[0\]: candidates: expected a list, got None"),
+        (lambda shape: shape["candidates"][1].pop("verdict"), r"candidates\[1\]: missing fields \['verdict'\]"),
+        (lambda shape: shape["candidates"][0].update(config=None), r"candidates\[0\]\.config: expected an object"),
     ],
 )
 def test_a_damaged_shape_is_an_error_that_names_it(tmp_path, spoil, message):
