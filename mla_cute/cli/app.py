@@ -5,17 +5,16 @@ import json
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
 
 from .. import gpu as gpu_facts
-from ..bench import publish, report, runner
-from ..bench.__main__ import dtypes, find_peers, given, numbers, select_cases
+from ..bench import outputs, publish, report, runner
+from ..bench.__main__ import dtypes, find_peers, given, kernel_config, numbers, select_cases
 from ..bench.cases import PRESETS, TOKEN_BYTES, Case, PrefillCase
 from ..bench.timing import CudaTimer
-from ..config import KernelConfig
 from ..tuning.command import parse_budget
 from . import check as checking
 from . import check_fp8 as checking_fp8
@@ -25,8 +24,8 @@ from . import info as facts
 from . import sanitize as sanitizing
 from . import soak as soaking
 from . import tune as tuning
-from .screen import console, progress, table
-from .watchdog import Watchdog
+from .screen import console, progress, say, show_table, usage_error
+from .watchdog import Watchdog, check_seconds
 
 T = TypeVar("T")
 
@@ -46,31 +45,49 @@ _BENCH_COLUMNS = (
     "H", "B", "L", "page", "dtype", "us", "plan", "us+plan/61", "chained",
     "GB/s", "% read", "TFLOP/s", "% cuBLAS", "x public", "rel err",
 )  # fmt: skip
+# What goes first in a narrow terminal. The shape, us and rel err, which holds the verdict, stay.
+_BENCH_DROP = ("chained", "plan", "GB/s", "TFLOP/s", "% cuBLAS", "% read", "x public")
+_SHAPE_FOLD = ("B", "L", "dtype")
 _DEMO_COLUMNS = ("H", "B", "L", "page", "us+plan/61", "GB/s", "% read", "TFLOP/s", "% cuBLAS", "rel err")
-
-
-def _usage_error(message: object) -> NoReturn:
-    console(stderr=True).print(f"mla-cute: {message}", style="red", markup=False, highlight=False)
-    raise typer.Exit(2)
+_DEMO_DROP = ("GB/s", "TFLOP/s", "% cuBLAS", "% read")
+# Cases multiply a seed, and torch's seeds have 64 bits.
+_LARGEST_SEED = 2**40
+_DEMO_CPU_COLUMNS = (
+    "H", "page", "dtype", "tokens per request", "rel err", "rounding alone", "lse err", "result",
+)  # fmt: skip
 
 
 def _parsed(parse: Callable[[str], T], option: str, text: str | None) -> T | None:
     try:
         return parse(text) if text is not None else None
     except (argparse.ArgumentTypeError, ValueError) as error:
-        _usage_error(f"{option}: {error}")
+        usage_error(f"{option}: {error}")
+
+
+def _check_output(option: str, path: pathlib.Path | None) -> None:
+    try:
+        if path is not None:
+            outputs.check_file(path)
+    except OSError as error:
+        usage_error(f"{option}: {error}")
 
 
 def _cells(row: dict[str, Any], columns: tuple[str, ...], peers: list[str]) -> tuple[str, ...]:
     by_name = dict(zip(report.columns(peers), report.cells(row, peers), strict=True))
+    if "error" in row and "us" not in columns:
+        by_name["us+plan/61"] = by_name["us"]
     return tuple(by_name[name] for name in (*columns, *peers))
 
 
 def _print_lines(lines: list[str]) -> None:
-    screen = console()
     for text in lines:
         wrong = text.lstrip().startswith(("FAILED", "WRONG", "MISSED", "INCOMPLETE"))
-        screen.print(text, style="red" if wrong else None, markup=False, highlight=False, soft_wrap=True)
+        say(text, style="red" if wrong else None)
+
+
+def _print_prose(text: str) -> None:
+    """Folded at words."""
+    console().print(text, markup=False, highlight=False)
 
 
 @app.command()
@@ -80,7 +97,7 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="print JSON, for a
     if as_json:
         print(json.dumps(found, indent=1))
         return
-    screen, gpu, cache = console(), found["gpu"], found["cache"]
+    gpu, cache = found["gpu"], found["cache"]
     rows = []
     if gpu is not None:
         rows += [
@@ -94,12 +111,13 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="print JSON, for a
     rows.append(("CUDA of torch", found["versions"]["cuda"] or "none"))
     if found["git"] is not None:
         rows.append(("commit", found["git"]["commit"] + (" with changes" if found["git"]["dirty"] else "")))
-    rows.append(("kernel cache", cache["directory"] or f"none: {cache['why']}"))
+    where = cache["directory"] or "none"
+    rows.append(("kernel cache", f"{where}: {cache['why']}" if "why" in cache else where))
     rows.append(("cached kernels", f"{cache['entries']}, {cache['bytes'] / 2**20:.1f} MiB"))
     rows.append(("tuned files", "\n".join(found["tuned"]) or "none, the default configuration is used"))
-    screen.print(table("mla-cute", ("", ""), rows, text_columns=2))
+    show_table("mla-cute", ("", ""), rows, text_columns=2, fold=("",))
     variables = [(name, value if value is not None else "(not set)") for name, value in found["environment"].items()]
-    screen.print(table("environment", ("variable", "value"), variables, text_columns=2))
+    show_table("environment", ("variable", "value"), variables, text_columns=2, fold=("value",))
 
 
 @app.command()
@@ -118,10 +136,20 @@ def check(
 ) -> None:
     """Run the correctness sweep: on the GPU if it is a Hopper one, else the CPU path. Exit status 1 on a failure."""
     kinds = {"--fp8": fp8, "--soak": soak is not None, "--soak-seed": soak_seed is not None, "--sanitize": sanitize}
+    if not -_LARGEST_SEED <= seed <= _LARGEST_SEED:
+        usage_error(f"--seed: expected at most {_LARGEST_SEED} either way, got {seed}")
+    if soak_seed is not None and not -_LARGEST_SEED <= soak_seed <= _LARGEST_SEED:
+        usage_error(f"--soak-seed: expected at most {_LARGEST_SEED} either way, got {soak_seed}")
+    if tool not in sanitizing.TOOLS:
+        usage_error(f"--tool: expected one of {', '.join(sanitizing.TOOLS)}, got {tool!r}")
+    try:
+        check_seconds(timeout)
+    except ValueError as error:
+        usage_error(f"--timeout: {error}")
     if len(asked := [name for name, is_asked in kinds.items() if is_asked]) > 1:
-        _usage_error(f"{' and '.join(asked)}: each is a check of its own")
+        usage_error(f"{' and '.join(asked)}: each is a check of its own")
     if asked and asked != ["--fp8"] and (quick or as_json is not None):
-        _usage_error(f"{'--quick' if quick else '--json'}: not an option of {asked[0]}")
+        usage_error(f"{'--quick' if quick else '--json'}: not an option of {asked[0]}")
     if sanitize:
         _sanitize(tool)
         return
@@ -130,21 +158,20 @@ def check(
         return
     if fp8:
         if quick:
-            _usage_error("--quick: the FP8 check has one size")
+            usage_error("--quick: the FP8 check has one size")
         _check_fp8(seed, timeout, as_json)
         return
     if as_json is not None:
-        _usage_error("--json: only the FP8 check writes a record, add --fp8")
-    screen, why = console(), gpu_facts.why_not_hopper()
+        usage_error("--json: only the FP8 check writes a record, add --fp8")
+    why = gpu_facts.why_not_hopper()
     device = torch.device("cpu") if why else torch.device("cuda", torch.cuda.current_device())
     if why:
-        screen.print(
+        _print_prose(
             f"Checking the CPU path ({why}): what runs is the float32 reference, judged by an independent "
-            "float64 computation; the kernels are not checked.",
-            highlight=False,
+            "float64 computation; the kernels are not checked."
         )
     else:
-        screen.print(f"Checking the kernels on {torch.cuda.get_device_name(device)} against the float32 reference.")
+        _print_prose(f"Checking the kernels on {torch.cuda.get_device_name(device)} against the float32 reference.")
     specs = checking.specs(quick, seed, on_gpu=not why)
     groups: dict[tuple[int, torch.dtype], checking.Group] = {}
     failures = []
@@ -158,13 +185,14 @@ def check(
                 group.verdicts.append(verdict)
                 failures += [f"FAILED {spec}, {what}: {failure}" for failure in verdict.failures]
     rows = [group.cells() for group in groups.values()]
-    screen.print(table(f"{len(specs)} cases, seed {seed}, on {device.type}", checking.COLUMNS, rows, text_columns=2))
+    title = f"{len(specs)} cases, seed {seed}, on {device.type}"
+    show_table(title, checking.COLUMNS, rows, text_columns=2, drop=checking.DROP)
     _print_lines(failures[:20])
     if len(failures) > 20:
-        screen.print(f"... and {len(failures) - 20} more")
+        say(f"... and {len(failures) - 20} more")
     if failures:
         raise typer.Exit(1)
-    screen.print("all correct")
+    say("all correct")
 
 
 def _soak(duration: str | None, soak_seed: int | None, seed: int, timeout: float) -> None:
@@ -179,12 +207,13 @@ def _soak(duration: str | None, soak_seed: int | None, seed: int, timeout: float
 
 def _sanitize(tool: str) -> None:
     if (why := gpu_facts.why_not_hopper()) is not None:
-        _usage_error(f"nothing to sanitize: {why}")
+        usage_error(f"nothing to sanitize: {why}")
     try:
         rows, status = sanitizing.run(tool=tool, say=_print_line)
     except (sanitizing.MissingTool, ValueError) as error:
-        _usage_error(error)
-    console().print(table(f"kernels under {tool}", sanitizing.COLUMNS, rows, text_columns=3))
+        usage_error(error)
+    options: dict[str, Any] = {"drop": ("kernel",), "fold": ("result",)}
+    show_table(f"kernels under {tool}", sanitizing.COLUMNS, rows, text_columns=3, **options)
     if status:
         raise typer.Exit(status)
 
@@ -194,16 +223,16 @@ def _print_line(text: str) -> None:
 
 
 def _check_fp8(seed: int, timeout: float, path: pathlib.Path | None) -> None:
-    screen, why = console(), gpu_facts.why_not_hopper()
+    _check_output("--json", path)
+    why = gpu_facts.why_not_hopper()
     device = torch.device("cpu") if why else torch.device("cuda", torch.cuda.current_device())
     if why:
-        screen.print(
+        _print_prose(
             f"FP8 caches on the CPU ({why}): what runs is the float32 reference. Its own error is the rounding of the "
-            "output; that of the formats is what it would be on a GPU, the kernels' aside.",
-            highlight=False,
+            "output; that of the formats is what it would be on a GPU, the kernels' aside."
         )
     else:
-        screen.print(f"FP8 caches on {torch.cuda.get_device_name(device)} against the float32 reference.")
+        _print_prose(f"FP8 caches on {torch.cuda.get_device_name(device)} against the float32 reference.")
     found, total = [], len(checking_fp8.specs())
     with progress("checking") as step, Watchdog(timeout, enabled=device.type == "cuda") as watchdog:
         watchdog.feed("the first case")
@@ -212,11 +241,20 @@ def _check_fp8(seed: int, timeout: float, path: pathlib.Path | None) -> None:
             step(len(found), total, str(spec))
             watchdog.feed(f"the case after {spec}")
     title = "error of the kernel (on the dequantised cache) and of kernel and format (on the data before)"
-    screen.print(table(title, checking_fp8.COLUMNS, [checking_fp8.cells(row) for row in found], text_columns=3))
+    cells, drop = [checking_fp8.cells(row) for row in found], checking_fp8.DROP
+    show_table(
+        title,
+        checking_fp8.COLUMNS,
+        cells,
+        text_columns=3,
+        drop=drop,
+        fold=("data",),
+        elsewhere="the record (--json FILE)",
+    )
     record = checking_fp8.record(found, device, seed, why)
     if path is not None:
         runner.write_json(path, record)
-        screen.print(f"record: {path}", highlight=False)
+        say(f"record: {path}")
     _print_lines(
         [
             f"FAILED {spec}: {failure}"
@@ -226,7 +264,7 @@ def _check_fp8(seed: int, timeout: float, path: pathlib.Path | None) -> None:
     )
     if record["failed"]:
         raise typer.Exit(1)
-    screen.print("all correct")
+    say("all correct")
 
 
 @app.command()
@@ -245,37 +283,33 @@ def demo(
 def _demo_gpu() -> bool:
     gpu = gpu_facts.facts()
     assert gpu is not None
-    screen = console()
-    screen.print(
+    _print_prose(
         f"Running on the GPU: {gpu.name} ({gpu.sm_count} SMs), a Hopper one. Kernels that are not in the cache are "
-        "compiled first, about 10 s each.",
-        highlight=False,
+        "compiled first, about 10 s each."
     )
     record = _run_bench(list(showing.GPU_CASES), runner.Library.installed(), ([], {}), gpu, "demo")
     rows = []
     for row in record["rows"]:
         rows.append((showing.DEPLOYMENTS[row["case"]["num_heads"]], *_cells(row, _DEMO_COLUMNS, [])))
     columns = ("", *_DEMO_COLUMNS)
-    screen.print(table("DeepSeek-V3 decode, bf16: time of one layer's attention", columns, rows))
+    title = "DeepSeek-V3 decode, bf16: time of one layer's attention"
+    show_table(title, columns, rows, drop=_DEMO_DROP, fold=_SHAPE_FOLD, elsewhere="`mla-cute bench --out FILE`")
     used = record["ceilings"]["used"]
-    screen.print(
+    _print_prose(
         f"Shares are of what this GPU reached in this run: {used['read_gbps']:.0f} GB/s read, "
         f"{used['cublas_bf16_tflops']:.0f} TFLOP/s in cuBLAS bf16. Every case was checked against the float32 "
-        "reference. KV cold, planner amortised over 61 layers.",
-        highlight=False,
+        "reference. KV cold, planner amortised over 61 layers."
     )
     _print_lines([text for text in report.summary(record) if text.startswith(("FAILED", "WRONG", "INCOMPLETE"))])
     return bool(record["failed"]) or not record["complete"]
 
 
 def _demo_cpu(why: str, limit: int | None) -> bool:
-    screen = console()
-    screen.print(
+    _print_prose(
         f"No kernel runs here: {why}. Instead, (1) the public call on CPU tensors, which run the float32 reference, "
-        "judged by an independent float64 computation; (2) the kernels compiled for sm_90a.",
-        highlight=False,
+        "judged by an independent float64 computation; (2) the kernels compiled for sm_90a."
     )
-    rows, failed = [], False
+    rows, failures, failed = [], [], False
     with progress("decoding on the CPU") as step:
         for done, spec in enumerate(showing.CPU_SPECS):
             step(done, len(showing.CPU_SPECS), str(spec))
@@ -286,21 +320,24 @@ def _demo_cpu(why: str, limit: int | None) -> bool:
             failed |= not worst.ok
             lengths = ", ".join(map(str, spec.lengths))
             figures = (f"{worst.relative_error:.1e}", f"{worst.dtype_error:.1e}", f"{worst.lse_error:.1e}")
-            result = "ok" if worst.ok else worst.failures[0]
+            result = "ok" if worst.ok else "FAILED"
+            failures += [] if worst.ok else [f"FAILED {spec}: {worst.failures[0]}"]
             shape = (str(spec.num_heads), str(spec.page_size), str(spec.dtype).removeprefix("torch."), lengths)
             rows.append((*shape, *figures, result))
-    columns = ("H", "page", "dtype", "tokens per request", "rel err", "rounding alone", "lse err", "result")
-    screen.print(table("1. mla_paged_decode on CPU tensors", columns, rows, text_columns=4))
+    options: dict[str, Any] = {"drop": ("rounding alone", "lse err"), "fold": ("tokens per request",)}
+    show_table("1. mla_paged_decode on CPU tensors", _DEMO_CPU_COLUMNS, rows, text_columns=4, **options)
+    _print_lines(failures)
     variants = showing.showcase_variants()[:limit]
     if variants:
         with progress("compiling") as step:
             kernel_rows, spilling = showing.compile_rows(variants, step)
-        screen.print(table("2. kernels compiled for sm_90a", showing.KERNEL_COLUMNS, kernel_rows, text_columns=2))
+        options = {"drop": showing.KERNEL_DROP, "fold": ("kernel", "of")}
+        show_table("2. kernels compiled for sm_90a", showing.KERNEL_COLUMNS, kernel_rows, text_columns=2, **options)
         if spilling:
             _print_lines([f"FAILED {spilling} kernels spill registers"])
             failed = True
     else:
-        screen.print("2. no kernel compiled (--kernels 0)")
+        say("2. no kernel compiled (--kernels 0)")
     return failed
 
 
@@ -322,7 +359,8 @@ def bench(
     no_peers: Annotated[bool, typer.Option("--no-peers", help="leave FlashInfer and FlashMLA out")] = False,
     out: Annotated[pathlib.Path | None, typer.Option(help="write the record as JSON")] = None,
     compare: Annotated[
-        tuple[pathlib.Path, pathlib.Path] | None, typer.Option(help="print the ratio per cell of two records")
+        tuple[pathlib.Path, pathlib.Path] | None,
+        typer.Option(metavar="A B", help="print the ratio per cell of two records"),
     ] = None,
     report_dir: Annotated[
         pathlib.Path | None,
@@ -343,9 +381,12 @@ def bench(
     try:
         request = publish.Request.of(report_dir, record_files or [], baseline, given(presets or [], **options))
     except (ImportError, OSError, ValueError) as error:
-        _usage_error(error)
+        usage_error(error)
     if request is not None and request.records:
-        print(request.write())
+        try:
+            print(request.write())
+        except OSError as error:
+            usage_error(f"--report: {error}")
         return
     if compare is not None:
         _compare(*compare)
@@ -357,29 +398,35 @@ def bench(
         _parsed(numbers, "--page-size", page_size),
         _parsed(dtypes, "--dtype", dtype),
     )
+    chosen = _parsed(kernel_config, "--config", config)
     try:
         if kv_format is not None and not (kv_format and kv_format in TOKEN_BYTES):
             raise ValueError(f"kv_format: expected one of tensor, token, group, got {kv_format!r}")
         cases = select_cases(presets or [], *grid, layout=layout, kv_format=kv_format, q_fp8=q_fp8)
-        kernel_config = KernelConfig.from_dict(json.loads(config)) if config is not None else None
     except (TypeError, ValueError) as error:
-        _usage_error(error)
+        usage_error(error)
     if (why := gpu_facts.why_not_hopper()) is not None:
-        _usage_error(f"nothing to time: {why}")
+        usage_error(f"nothing to time: {why}")
+    _check_output("--out", out)
     gpu = gpu_facts.facts()
     assert gpu is not None
     peers = find_peers(not no_peers)
-    library = runner.Library.installed(kernel_config, batch_invariant)
+    library = runner.Library.installed(chosen, batch_invariant)
     record = _run_bench(cases, library, peers, gpu, " ".join(presets or []) or None)
     names = [peer.name for peer in peers[0]]
     rows = [_cells(row, _BENCH_COLUMNS, names) for row in record["rows"]]
-    console().print(table(f"paged MLA on {gpu.name}", (*_BENCH_COLUMNS, *names), rows, text_columns=0))
+    title, drop = f"paged MLA on {gpu.name}", (*_BENCH_DROP, *reversed(names), "us+plan/61")
+    elsewhere = "the record (--out FILE)"
+    show_table(title, (*_BENCH_COLUMNS, *names), rows, text_columns=0, drop=drop, fold=_SHAPE_FOLD, elsewhere=elsewhere)
     _print_lines(report.summary(record))
-    if out is not None:
-        runner.write_json(out, record)
-        print(f"record: {out}")
-    if request is not None:
-        print(request.write(record))
+    try:
+        if out is not None:
+            runner.write_json(out, record)
+            print(f"record: {out}")
+        if request is not None:
+            print(request.write(record))
+    except OSError as error:
+        usage_error(error)
     if record["failed"] or not record["complete"]:
         raise typer.Exit(1)
 
@@ -399,8 +446,10 @@ def _compare(a: pathlib.Path, b: pathlib.Path) -> None:
     try:
         rows, lines = report.compare(report.load(a), report.load(b))
     except (OSError, ValueError) as error:
-        _usage_error(error)
-    console().print(table("a / b", report.COMPARE_COLUMNS, rows, text_columns=0))
+        usage_error(error)
+    drop = ("a chained", "b chained", "a plan", "b plan")
+    options: dict[str, Any] = {"drop": drop, "fold": _SHAPE_FOLD, "elsewhere": "one of the records"}
+    show_table("a / b", report.COMPARE_COLUMNS, rows, text_columns=0, **options)
     _print_lines(lines)
 
 

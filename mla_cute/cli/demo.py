@@ -44,6 +44,8 @@ KERNEL_COLUMNS = (
     "cp.async",
     "compile s",
 )
+# What goes first in a narrow terminal.
+KERNEL_DROP = ("compile s", "threads", "cp.async", "UTMALDG", "HMMA", "HGMMA", "shared KiB", "of")
 
 
 def showcase_variants() -> list[tuple[Any, Any, Any]]:

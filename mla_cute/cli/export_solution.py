@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ..integrations import flashinfer_bench
-from .screen import console
+from .screen import usage_error
 
 
 def export_solution(
@@ -24,7 +24,6 @@ def export_solution(
     try:
         paths = flashinfer_bench.export(out, definitions or flashinfer_bench.DEFINITIONS, force=force)
     except (OSError, ValueError) as error:
-        console(stderr=True).print(f"mla-cute: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from error
+        usage_error(error)
     for path in paths:
         print(path)

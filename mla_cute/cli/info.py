@@ -1,6 +1,8 @@
 """Facts behind `mla-cute info`."""
 
+import contextlib
 import os
+import pathlib
 from typing import Any
 
 from .. import gpu as gpu_facts
@@ -39,19 +41,33 @@ def collect() -> dict[str, Any]:
 
 
 def cache() -> dict[str, Any]:
-    """Where compiled kernels lie, how many, and the bytes of all files there."""
+    """Where compiled kernels lie, how many, and the bytes of all files there; "why" where there is no such folder."""
     try:
         directory = jit.cache_dir()
     except RuntimeError as error:
         return {"directory": None, "why": str(error), "entries": 0, "bytes": 0}
-    files = [path for path in directory.iterdir() if path.is_file()] if directory.is_dir() else []
+    try:
+        paths = list(directory.iterdir()) if directory.exists() else []
+    except OSError as error:  # a file, or a folder of somebody else
+        return {"directory": str(directory), "why": error.strerror or str(error), "entries": 0, "bytes": 0}
     return {
         "directory": str(directory),
         "entries": sum(1 for _ in jit.entries()),
-        "bytes": sum(path.stat().st_size for path in files),
+        "bytes": sum(map(_size, paths)),
     }
+
+
+def _size(path: pathlib.Path) -> int:
+    """Bytes of a file; 0 of what is none, or was removed while this ran."""
+    with contextlib.suppress(OSError):
+        return path.stat().st_size if path.is_file() else 0
+    return 0
 
 
 def tuned_files() -> list[str]:
     """Tuned configurations of any GPU, in the order in which :mod:`mla_cute.tuned` looks for them."""
-    return [str(path) for _, directory in tuned.directories() for path in sorted(directory.glob("*.json"))]
+    found: list[str] = []
+    for _, directory in tuned.directories():
+        with contextlib.suppress(OSError):  # a folder that cannot be read has none
+            found += map(str, sorted(directory.glob("*.json")))
+    return found

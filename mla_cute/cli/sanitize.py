@@ -39,6 +39,7 @@ from ..kernels.registry import APPEND, KV_FORMATS, MERGE_STATES, PLANNER, PREFIL
 from ..problem import CKV_DIM, FP8, KPE_DIM
 from ..steps import step_of
 from . import soak
+from .watchdog import parse_seconds
 
 TOOLS = ("memcheck", "synccheck", "racecheck")
 COLUMNS = ("case", "kernel", "result")
@@ -390,7 +391,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mla_cute.cli.sanitize", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--tool", choices=TOOLS, help="run all cases under this tool of compute-sanitizer")
     parser.add_argument("--cases", nargs="+", metavar="NAME", help="only these; without --tool: launch them, no more")
-    parser.add_argument("--timeout", type=float, default=300.0, help="seconds without a line after which a run is hung")
+    parser.add_argument("--timeout", type=parse_seconds, default=300.0, help="a run without a line for so long is hung")
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
     chosen = parser.parse_args(arguments)
     if chosen.list:

@@ -35,7 +35,7 @@ from .._testing_verdict import Expected, Verdict
 from ..config import KERNELS, KernelConfig
 from ..tuning.command import parse_budget
 from .check import independent
-from .watchdog import Watchdog
+from .watchdog import Watchdog, parse_seconds
 
 KINDS = ("repeat", "replay", "layers", "streams")
 ENTRIES = ("csr", "block_table")
@@ -460,7 +460,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, help="run this seed alone")
     parser.add_argument("--first", type=int, help="begin with this seed instead of a random one")
     parser.add_argument("--cases", type=int, help="end after so many cases")
-    parser.add_argument("--timeout", type=float, default=180.0, help="seconds after which a case on the GPU is hung")
+    parser.add_argument("--timeout", type=parse_seconds, default=180.0, help="seconds after which a GPU's case is hung")
     chosen = parser.parse_args(arguments)
     first, cases = chosen.first, chosen.cases
     if chosen.seed is not None:

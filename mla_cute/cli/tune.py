@@ -4,17 +4,22 @@ import argparse
 import contextlib
 import math
 import pathlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, TypeVar
 
 import typer
+from rich.console import Console
 from rich.progress import TextColumn
 
 from ..bench.__main__ import numbers
 from ..tuning import command, recipes
-from .screen import console, progress_bar, table
+from .screen import progress_bar, say, show_table, usage_error
 
 T = TypeVar("T")
+
+# Of the tables of a dry run and of a report: what goes first in a narrow terminal.
+_DROP = ("not the default", "shapes", "most")
 
 app = typer.Typer(invoke_without_command=True, no_args_is_help=False)
 
@@ -23,7 +28,7 @@ class RichScreen:
     """Lines, a bar with the time left on standard error, tables."""
 
     def __init__(self) -> None:
-        self._bar = progress_bar(TextColumn("{task.fields[left]}"))
+        self._bar = progress_bar(TextColumn("{task.fields[left]}", markup=False))
         self._task = self._bar.add_task("", total=None, left="")
 
     @contextlib.contextmanager
@@ -32,15 +37,18 @@ class RichScreen:
             yield self
 
     def say(self, text: str) -> None:
-        style = "red" if text.startswith("FAILED") else None
-        console().print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+        say(text, style="red" if text.startswith("FAILED") else None, on=self._above_the_bar())
 
     def step(self, done: int, total: int, label: str, seconds_left: float | None) -> None:
         left = "" if seconds_left is None else f"{command.duration(seconds_left)} left"
         self._bar.update(self._task, completed=done, total=total, description=label, left=left)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        console().print(table(title, columns, rows))
+        show_table(title, columns, rows, drop=_DROP, fold=columns[:1], on=self._above_the_bar())
+
+    def _above_the_bar(self) -> Console | None:
+        """The console of the bar where both are seen in one terminal: lines of another would begin in the bar's."""
+        return self._bar.console if not self._bar.disable and sys.stdout.isatty() else None
 
 
 def _run(act: Callable[[RichScreen], int]) -> None:
@@ -48,8 +56,7 @@ def _run(act: Callable[[RichScreen], int]) -> None:
         with RichScreen().running() as screen:
             status = act(screen)
     except command.UsageError as error:
-        console(stderr=True).print(f"mla-cute: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
+        usage_error(error)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     if status:

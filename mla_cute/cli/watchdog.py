@@ -1,9 +1,27 @@
 """A watchdog for a GPU that hangs; needs nothing that is not installed with the library."""
 
+import argparse
 import faulthandler
 import os
 import sys
 import threading
+
+_LONGEST_S = 1e9  # threading's timers end at 292 years
+
+
+def check_seconds(value: float) -> float:
+    """`value`, seconds of a timeout. Raises ValueError for one that no timer can have."""
+    if not 0 < value <= _LONGEST_S:  # NaN compares with nothing
+        raise ValueError(f"expected seconds, more than 0 and at most {_LONGEST_S:g}, got {value:g}")
+    return value
+
+
+def parse_seconds(text: str) -> float:
+    """`check_seconds` of an option's text, for argparse."""
+    try:
+        return check_seconds(float(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 class Watchdog:

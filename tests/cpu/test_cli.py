@@ -399,7 +399,9 @@ def test_bench_without_a_gpu_says_so():
         (["--kv-format", ""], "kv_format: expected one of tensor, token, group, got ''"),
         (["--q-fp8"], "q_fp8: expected a kv_format beside e4m3 queries, got none"),
         (["--config", '{"speed": 11}'], "config: unknown fields ['speed']"),
-        (["--config", "{"], "Expecting property name"),
+        (["--config", "{"], "--config: expected a KernelConfig as JSON, got '{': Expecting property name"),
+        (["--config", "[]"], "--config: expected a KernelConfig as a JSON object, got '[]'"),
+        (["--config", '{"kernel": "x"}'], "--config: kernel: expected one of"),
         (["--compare", "none.json", "none.json"], "none.json"),
     ],
 )
