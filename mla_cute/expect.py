@@ -107,18 +107,29 @@ def expect_tensor(name: str, x: object) -> None:
         raise TypeError(f"{name}: expected a torch.Tensor, got {describe(x)}")
 
 
+def expect_dense(name: str, x: object) -> None:
+    """A tensor with strides, neither sparse nor nested."""
+    expect_tensor(name, x)
+    assert isinstance(x, torch.Tensor)
+    if x.is_nested or x.layout is not torch.strided:
+        got = "a nested tensor" if x.is_nested else f"a tensor of layout {x.layout}"
+        raise TypeError(f"{name}: expected a dense torch.Tensor, got {got}")
+
+
 def expect_shape(name: str, x: torch.Tensor, expected: tuple[int | None, ...], form: str) -> None:
-    """`expected` has None where any size will do. `form` has names for these, "[batch, max_pages]"; the message shows
-    the sizes that are expected, and names for the others."""
+    """`expected` has None where any size will do; the message has the name of that size in `form`, the shape in
+    words: "[3, max_pages]" for (3, None) and "[batch, max_pages]"."""
     actual = tuple(x.shape)
     if len(actual) == len(expected) and all(e is None or e == a for e, a in zip(expected, actual, strict=True)):
         return
+    names = form.strip("[]").split(", ")
     if None not in expected:
-        form = f"{list(expected)}"
-    elif any(size is not None for size in expected):
-        sizes = zip(form.strip("[]").split(", "), expected, strict=True)
-        form = f"[{', '.join(size_name if size is None else str(size) for size_name, size in sizes)}]"
-    raise ValueError(f"{name}: expected shape {form}, got {list(actual)}")
+        shown = f"{list(expected)}"
+    elif len(names) == len(expected):
+        shown = f"[{', '.join(n if e is None else str(e) for e, n in zip(expected, names, strict=True))}]"
+    else:
+        shown = form
+    raise ValueError(f"{name}: expected shape {shown}, got {list(actual)}")
 
 
 def expect_device(name: str, x: torch.Tensor, device: torch.device, like: str = "q_nope") -> None:
