@@ -20,6 +20,8 @@ from .kernels.registry import MERGE_STATES, MergeStatesKey
 from .plan import num_sms
 
 _DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+# The kernel counts rows, heads and values of a row in 32 bits, four rows to a block.
+_MAX_SIZE = 2**31 - 4
 _LOG2_E = math.log2(math.e)
 _LN_2 = math.log(2.0)
 
@@ -44,8 +46,9 @@ def merge_states(
 
     Args:
         o_a: [..., H, D] bfloat16, float16 or float32, at least two dimensions, softmax-normalised as the calls of this
-            library return it. On CUDA: D * itemsize a multiple of 16, last dimension contiguous, other strides and the
-            address multiples of 16 bytes, leading dimensions that can be viewed as one.
+            library return it; at most 2^31 - 4 rows of D. On CUDA: D * itemsize a multiple of 16, last dimension
+            contiguous, other strides and the address multiples of 16 bytes, leading dimensions that can be viewed as
+            one.
         lse_a: [..., H] float32. -inf: the state saw no key; its row of o_a is not used and may be anything.
         o_b: shape and dtype of o_a.
         lse_b: shape and dtype of lse_a.
@@ -138,11 +141,16 @@ def _check(
         raise ValueError(f"o_a: expected shape [..., H, D], got {list(o_a.shape)}")
     if o_a.device.type not in ("cpu", "cuda"):
         raise ValueError(f"o_a: expected a tensor on a cuda device or the cpu, got device {o_a.device}")
-    if o_a.is_cuda and o_a.shape[-1] * o_a.itemsize % 16:
+    width = o_a.shape[-1]
+    if o_a.is_cuda and width * o_a.itemsize % 16:
         elements = 16 // o_a.itemsize
-        raise ValueError(f"o_a: expected a last dimension that is a multiple of {elements}, got {o_a.shape[-1]}")
+        raise ValueError(f"o_a: expected a last dimension that is a multiple of {elements}, got {width}")
     expect_aligned("o_a", o_a)
     _expect_lse("lse_a", lse_a, o_a)
+    if lse_a.numel() > _MAX_SIZE:
+        raise ValueError(f"o_a: expected at most {_MAX_SIZE} rows ([..., H] together), got {lse_a.numel()}")
+    if width > _MAX_SIZE:
+        raise ValueError(f"o_a: expected a last dimension of at most {_MAX_SIZE}, got {width}")
     _expect_output("o_b", o_b, o_a)
     _expect_lse("lse_b", lse_b, o_a)
     expect_lse_base(lse_base)

@@ -6,7 +6,8 @@
                     may be written over one of them.
 
 Past a row's last chunk its last one is loaded again and not stored. A state of weight 0 is not multiplied in: its
-output may be anything, NaN included. Offsets are 64-bit.
+output may be anything, NaN included. Offsets are 64-bit; rows and chunks are counted in 32 bits (merge_states.py checks
+their number).
 """
 
 import cutlass
@@ -96,7 +97,7 @@ class MergeStates:
     def _load(self, source, first, last) -> list:
         """Chunks first, first + 32, ..., of which none lies past `last`."""
         chunks = [cutlass.min(first + 32 * i, last) for i in range(CHUNKS_AT_ONCE)]
-        return [load_global_16(source + Int64(chunk * 16)) for chunk in chunks]
+        return [load_global_16(source + Int64(chunk) * 16) for chunk in chunks]
 
     def _unpack(self, words: list) -> list:
         if self.is_float32:
@@ -145,7 +146,7 @@ class MergeStates:
                 x = [self._weighted(p, weight_a) + self._weighted(q, weight_b) for p, q in zip(x_a, x_b, strict=True)]
                 packed = self._pack(x)
                 if const_expr(i == 0):
-                    store_global(target + Int64(first * 16), packed)
+                    store_global(target + Int64(first) * 16, packed)
                 else:
                     if first + 32 * i <= last:
-                        store_global(target + Int64((first + 32 * i) * 16), packed)
+                        store_global(target + Int64(first + 32 * i) * 16, packed)

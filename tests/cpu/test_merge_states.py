@@ -154,6 +154,22 @@ def test_errors_name_the_argument(name, value, error, message):
     assert all((x == 5).all() for x in kept), "nothing is written"
 
 
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2**31, 1, 8), r"o_a: expected at most 2147483644 rows \(\[..., H\] together\), got 2147483648"),
+        ((2**16, 2**15, 8), r"o_a: expected at most 2147483644 rows \(\[..., H\] together\), got 2147483648"),
+        ((3, 2**16, 2**15, 8), r"o_a: expected at most 2147483644 rows \(\[..., H\] together\), got 6442450944"),
+        ((1, 1, 2**31), "o_a: expected a last dimension of at most 2147483644, got 2147483648"),
+    ],
+    ids=str,
+)
+def test_more_than_32_bits_of_rows_are_refused(shape, message):
+    o, lse = torch.zeros(()).expand(shape), torch.zeros(()).expand(shape[:-1])
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        mla_cute.merge_states(o, lse, o, lse)
+
+
 def test_signature():
     parameters = inspect.signature(mla_cute.merge_states).parameters
     assert list(parameters) == ["o_a", "lse_a", "o_b", "lse_b", "lse_base", "out", "lse"]

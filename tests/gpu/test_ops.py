@@ -159,6 +159,21 @@ def test_merge_states(shape, dtype, layout, lse_base):
         assert (lse_memory[..., (0, -1)] == 7).all()
 
 
+def test_merge_states_of_rows_of_more_than_2_to_the_31_bytes():
+    """One row, so that only the offsets in it are large."""
+    width = 2**30 + 1024
+    free = torch.cuda.mem_get_info()[0]
+    if free < 8 * width:
+        pytest.skip(f"needs {8 * width / 1e9:.1f} GB of free GPU memory, there are {free / 1e9:.1f}")
+    o_a, o_b = (torch.full((1, 1, width), value, dtype=torch.bfloat16, device="cuda") for value in (2.0, 6.0))
+    out = torch.full_like(o_a, float("nan"))
+    lse = torch.zeros(1, 1, device="cuda")
+    o_a[..., -8:], o_b[..., -16:] = 10.0, -2.0
+    mla_cute.merge_states(o_a, lse, o_b, lse, out=out)
+    assert out[0, 0, :-16].eq(4).all()
+    assert out[0, 0, -16:].tolist() == [0.0] * 8 + [4.0] * 8
+
+
 def test_merge_states_in_place_and_captured():
     o_a, lse_a, o_b, lse_b = make_states((64, 16, 512), torch.bfloat16, "contiguous")
     want = mla_cute.merge_states(o_a, lse_a, o_b, lse_b)
