@@ -12,13 +12,13 @@ from .expect import (
     MAX_SCALE,
     MIN_SCALE,
     expect_aligned,
+    expect_dense,
     expect_device,
     expect_dtype,
     expect_one,
     expect_own_memory,
     expect_scale,
     expect_shape,
-    expect_tensor,
 )
 from .kernels.registry import APPEND, AppendKey
 from .plan import check_enabled, num_sms
@@ -27,6 +27,8 @@ from .verify import first_of, raise_first
 
 _SLOT_NAMES = {torch.int32: "int32", torch.int64: "int64"}
 _DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+# The kernel counts tokens, pages and the rows of a page in 32 bits, four tokens to a block.
+_MAX_SIZE = 2**31 - 4
 
 
 def append_to_cache(
@@ -51,8 +53,9 @@ def append_to_cache(
             skipped.
         ckv_scale, kpe_scale: Python numbers > 0, the scales of format "tensor"; else 1.
         ckv_scale_arr: float32 [num_pages, page_size, 1] (format "token") or [num_pages, page_size, 4] (format "group"),
-            written with the scales computed here: amax / 448 of the token or of 128 of its channels, 1 where that is 0
-            or NaN. None otherwise.
+            written with the scales computed here from the largest magnitude, amax, of the token or of 128 of its
+            channels: amax / 448, in format "group" rounded up to a power of two, at least 2^-126; 1 where amax is 0,
+            infinite or NaN. None otherwise.
 
         format    ckv_cache        kpe_cache        what is stored
         (16 bit)  dtype of ckv     dtype of ckv     a copy
@@ -61,7 +64,8 @@ def append_to_cache(
         "group"   float8_e4m3fn    dtype of ckv     ckv / scale of the group, a copy of kpe
 
         Stored e4m3 values are rounded to nearest even, saturate at +-448 and keep NaN: bit for bit (the sign of a NaN
-        excepted) what :mod:`mla_cute.quant` makes of the same tokens.
+        excepted) what :mod:`mla_cute.quant` makes of the same tokens. So an infinity is stored as +-448, and beside one
+        in formats "token" and "group" values keep their size up to 448.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it, what was expected and what it was. Nothing
@@ -147,8 +151,8 @@ def _check(
         kv_format = _usual(ckv, kpe, ckv_cache, kpe_cache, slot_mapping, ckv_scale, kpe_scale, ckv_scale_arr)
         if kv_format is not None:
             return kv_format
-    except (AttributeError, TypeError, ValueError):
-        pass  # an argument is no tensor or has another rank; which one is the explanation's job
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        pass  # an argument is no dense tensor or has another rank; which one is the explanation's job
     return _explain(ckv, kpe, ckv_cache, kpe_cache, slot_mapping, ckv_scale, kpe_scale, ckv_scale_arr)
 
 
@@ -170,8 +174,9 @@ def _usual(
     if not (
         ckv_dim == CKV_DIM
         and cache_dim == CKV_DIM
-        and num_pages >= 1
-        and page_size >= 1
+        and n <= _MAX_SIZE
+        and 1 <= num_pages <= _MAX_SIZE
+        and 1 <= page_size <= _MAX_SIZE
         and dtype in DTYPES
         and kpe.dtype is dtype
         and slot_mapping.dtype in _SLOT_NAMES
@@ -182,10 +187,9 @@ def _usual(
         and ckv_cache.device == device
         and kpe_cache.device == device
         and slot_mapping.device == device
-        and (on_gpu or ckv.is_cpu)
+        and (on_gpu or (ckv.is_cpu and slot_mapping.layout is torch.strided))
         and type(ckv_scale) is type(kpe_scale) is float
-        and _is_aligned_to(16, on_gpu, ckv, kpe)
-        and _is_aligned_to(16, on_gpu, ckv_cache, kpe_cache)
+        and _is_aligned_to(16, on_gpu, ckv, kpe, ckv_cache, kpe_cache)
     ):
         return None
     kv_format = "tensor"
@@ -238,7 +242,7 @@ def _explain(
     kpe_scale: float,
     ckv_scale_arr: torch.Tensor | None,
 ) -> str:
-    expect_tensor("ckv", ckv)
+    expect_dense("ckv", ckv)
     dtype, device = ckv.dtype, ckv.device
     if dtype not in DTYPES:
         raise TypeError(f"ckv: expected dtype {' or '.join(map(str, DTYPES))}, got {dtype}")
@@ -247,14 +251,16 @@ def _explain(
         raise ValueError(f"ckv: expected a tensor on a cuda device or the cpu, got device {device}")
     expect_aligned("ckv", ckv)
     n = ckv.shape[0]
+    if n > _MAX_SIZE:
+        raise ValueError(f"ckv: expected at most {_MAX_SIZE} tokens (dimension 0), got {n}")
 
-    expect_tensor("kpe", kpe)
+    expect_dense("kpe", kpe)
     expect_dtype("kpe", kpe, "ckv", dtype)
     expect_shape("kpe", kpe, (n, KPE_DIM), f"[n, {KPE_DIM}]")
     expect_device("kpe", kpe, device, "ckv")
     expect_aligned("kpe", kpe)
 
-    expect_tensor("ckv_cache", ckv_cache)
+    expect_dense("ckv_cache", ckv_cache)
     if ckv_cache.dtype is not FP8:
         expect_dtype("ckv_cache", ckv_cache, "ckv", dtype, f" or {FP8}")
     expect_shape("ckv_cache", ckv_cache, (None, None, CKV_DIM), f"[num_pages, page_size, {CKV_DIM}]")
@@ -263,9 +269,13 @@ def _explain(
         raise ValueError(f"ckv_cache: expected num_pages >= 1 (dimension 0), got {num_pages}")
     if page_size < 1:
         raise ValueError(f"ckv_cache: expected page_size >= 1 (dimension 1), got {page_size}")
+    if num_pages > _MAX_SIZE:
+        raise ValueError(f"ckv_cache: expected num_pages <= {_MAX_SIZE} (dimension 0), got {num_pages}")
+    if page_size > _MAX_SIZE:
+        raise ValueError(f"ckv_cache: expected page_size <= {_MAX_SIZE} (dimension 1), got {page_size}")
     _expect_target("ckv_cache", ckv_cache, device)
 
-    expect_tensor("kpe_cache", kpe_cache)
+    expect_dense("kpe_cache", kpe_cache)
     is_16bit = ckv_cache.dtype is not FP8
     if is_16bit:
         expect_dtype("kpe_cache", kpe_cache, "ckv_cache", dtype)
@@ -274,13 +284,14 @@ def _explain(
     expect_shape("kpe_cache", kpe_cache, (num_pages, page_size, KPE_DIM), "")
     _expect_target("kpe_cache", kpe_cache, device)
 
-    expect_tensor("slot_mapping", slot_mapping)
+    expect_dense("slot_mapping", slot_mapping)
     if slot_mapping.dtype not in _SLOT_NAMES:
         raise TypeError(f"slot_mapping: expected dtype torch.int32 or torch.int64, got {slot_mapping.dtype}")
     expect_shape("slot_mapping", slot_mapping, (n,), "")
     expect_device("slot_mapping", slot_mapping, device, "ckv")
 
     if isinstance(ckv_scale_arr, torch.Tensor):
+        expect_dense("ckv_scale_arr", ckv_scale_arr)
         expect_device("ckv_scale_arr", ckv_scale_arr, device, "ckv")
     kv_format = shared._explain_format(is_16bit, kpe_cache, ckv_scale_arr, num_pages, page_size, device)
     if ckv_scale_arr is not None:
@@ -305,7 +316,8 @@ def _verify_slots(slot_mapping: torch.Tensor, num_slots: int) -> None:
     raise_first(
         [
             (
-                first_of(slot_mapping >= num_slots, slot_mapping),
+                # As int64: torch would wrap a bound beyond 2^31 to the dtype of the tensor.
+                first_of(slot_mapping.long() >= num_slots, slot_mapping),
                 lambda at, value: (
                     f"slot_mapping: expected values below {num_slots} (num_pages * page_size), got {value} "
                     f"at position {at}"

@@ -191,7 +191,8 @@ def record(found: list[dict[str, Any]], device: torch.device, seed: int, why: st
             "figures": "relative Frobenius error and largest error of the output, smallest cosine of a row (query, "
             "head), largest error of lse in base 2",
             "data": "standard normal; with channels of ckv multiplied; with kpe up to 1000 and q_pe divided by as much",
-            "scales": "largest absolute value / 448, of the tensor, the token or the group",
+            "scales": "largest absolute value / 448 of the tensor, the token or the group, of a group rounded up to a "
+            "power of two",
         },
         "page_size": PAGE_SIZE,
         "lengths": list(GPU_LENGTHS if device.type == "cuda" else CPU_LENGTHS),

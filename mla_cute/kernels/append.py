@@ -4,12 +4,19 @@
                       store of 16 bytes, and 8 lanes hold a group of 128 channels. A copy takes chunks l and 32 + l.
     kpe of a token    128 bytes, a chunk of 16 for each of 8 lanes; the others load what these load and store nothing.
 
-The arithmetic is quant.py's, bit for bit on every input but the sign of a NaN: scale = amax / 448 by IEEE division (1
-where amax is 0 or NaN), x / scale by IEEE division, conversion to nearest even with saturation at +-448. A reciprocal
-would move one scale in three and, with it, values that lie on a rounding boundary. The largest magnitude is found
-in the bits of the 16-bit floats, whose order as integers puts NaN above infinity, as torch's amax does.
+The arithmetic is quant.py's, bit for bit on every input but the sign of a NaN: scale = amax / 448 (1 where amax is 0,
+infinite or NaN), x / scale, conversion to nearest even with saturation at +-448. The largest magnitude is found in the
+bits of the 16-bit floats, whose order as integers puts NaN above infinity, as torch's amax does.
 
-Loads do not wait for the slot, so that the chain is two round trips to memory and not three. Offsets are 64-bit.
+    tensor, token    IEEE divisions. A reciprocal would move one scale in three and, with it, values that lie on a
+                     rounding boundary.
+    group            scales are rounded up to powers of two, in the bits of amax. 448 is 1.75 * 2^8, so the exponent is
+                     amax's less 8, and one more where amax has a mantissa above 1.75; at least 1 as it is stored,
+                     2^-126. The reciprocals are float32 too (2^-120 to 2^126), so a product with one is the quotient
+                     to the last bit, subnormal ones included.
+
+Loads do not wait for the slot, so that the chain is two round trips to memory and not three. Offsets are 64-bit; a
+token's number and the sizes of the caches are 32-bit, which append.py checks.
 """
 
 import cutlass
@@ -31,6 +38,22 @@ LANES_PER_GROUP = {"token": 32, "group": 8}
 def divide(a, b):
     """IEEE division with subnormals, whatever the compiler's options."""
     return Float32(asm(T.f32(), 1, [a, b], "div.rn.f32 $0, $1, $2;", "=f,f,f", False)[0])
+
+
+def multiply(a, b):
+    """IEEE multiplication with subnormals, whatever the compiler's options."""
+    return Float32(asm(T.f32(), 1, [a, b], "mul.rn.f32 $0, $1, $2;", "=f,f,f", False)[0])
+
+
+def power_of_two_scale(amax):
+    """The least power of two that is at least amax / 448 and 2^-126, of a positive finite amax."""
+    exponent = ((amax.bitcast(Int32) + Int32(0x1FFFFF)) >> 23) - 8
+    return Int32(cutlass.max(exponent, Int32(1)) << 23).bitcast(Float32)
+
+
+def reciprocal_of_power_of_two(x):
+    """1 / x, of x from 2^-126 to 2^126."""
+    return Int32(Int32(0x7F000000) - x.bitcast(Int32)).bitcast(Float32)
 
 
 def max_u16x2(a, b):
@@ -119,12 +142,17 @@ class Append:
 
     def _quantise(self, words: list, scale) -> list:
         """Words of two 16-bit floats, to half as many words of e4m3."""
-        x = [divide(value, scale) for word in words for value in unpack_16bit(word, self.dtype)]
+        values = [value for word in words for value in unpack_16bit(word, self.dtype)]
+        if const_expr(self.key.kv_format == "group"):
+            inverse = reciprocal_of_power_of_two(scale)
+            x = [multiply(value, inverse) for value in values]
+        else:
+            x = [divide(value, scale) for value in values]
         return [to_e4m3x4(x[i : i + 4]) for i in range(0, len(x), 4)]
 
     @cute.jit
     def _scale_of(self, words, lanes: cutlass.Constexpr):
-        """amax / 448 over `lanes` neighbouring lanes, 1 where amax is 0 or NaN."""
+        """The scale for amax over `lanes` neighbouring lanes, 1 where amax is 0, infinite or NaN."""
         magnitudes = [word & Uint32(0x7FFF7FFF) for word in words]
         while const_expr(len(magnitudes) > 1):
             magnitudes = [max_u16x2(a, b) for a, b in zip(magnitudes[::2], magnitudes[1::2], strict=True)]
@@ -134,8 +162,11 @@ class Append:
         largest = max_u16x2(largest, largest >> 16)
         amax, _ = unpack_16bit(largest, self.dtype)
         scale = Float32(1.0)
-        if amax > 0.0:
-            scale = divide(amax, Float32(E4M3_MAX))
+        if (amax > 0.0) & (amax < Float32.inf):
+            if const_expr(self.key.kv_format == "group"):
+                scale = power_of_two_scale(amax)
+            else:
+                scale = divide(amax, Float32(E4M3_MAX))
         return scale
 
     @cute.jit

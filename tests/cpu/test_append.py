@@ -77,11 +77,30 @@ def test_scale_is_the_float32_division():
     assert (by_reciprocal != torch.tensor(want)).sum() > 20
 
 
+def test_scales_of_groups_are_powers_of_two():
+    """Rows that other kernels may read with scales and products rounded to bf16, to the same numbers."""
+    ckv = torch.zeros(9, 512).bfloat16()
+    above = 448 + 2  # one ulp of bf16
+    ckv[:, 0] = torch.tensor([448.0, above, 446.0, 1.0, 448 * 2.0**-126, above * 2.0**-126, 2.0**-133, 0.0, INF])
+    ckv[:, 1:] = torch.linspace(-1, 1, 511) * ckv[:, :1].nan_to_num(posinf=3.0).clamp(max=448)
+    cache = Cache("group_656", torch.bfloat16, pages=1, page_size=9)
+    cache.scales.fill_(NAN)
+    mla_cute.append_to_cache(ckv, ckv[:, :64], *cache.args(), torch.arange(9), **cache.keywords())
+    scales, stored = cache.scales[0], cache.ckv[0]
+    want = [1.0, 2.0, 1.0, 2.0**-8, 2.0**-126, 2.0**-125, 2.0**-126, 1.0, 1.0]
+    assert scales[:, 0].tolist() == want
+    groups = stored.bfloat16().view(9, 4, 128)
+    in_bf16 = (groups * scales.bfloat16()[..., None]).view(9, 512)
+    assert torch.equal(in_bf16.float(), quant.dequantize(stored.contiguous(), scales.contiguous()))
+    assert stored[0, 0].float() == 448
+    assert stored[1, 0].float() == 224  # 225 is nearer to it than to 240
+
+
 @pytest.mark.parametrize("layout", ["token", "group"])
 def test_special_values(layout):
     ckv = torch.zeros(5, 512).bfloat16()
     ckv[0, :3] = torch.tensor([NAN, 500.0, -1.0])
-    ckv[1, :3] = torch.tensor([INF, 2.0, -INF])
+    ckv[1, :5] = torch.tensor([INF, 2.0, -INF, 448.0, -500.0])
     ckv[2, 0] = -0.0
     ckv[3, :4] = torch.tensor([448.0, -1.0625, 1.1875, 2**-10])  # ties, and half of the least subnormal
     ckv[4, 200] = 7.0
@@ -93,13 +112,13 @@ def test_special_values(layout):
     assert stored[0, 0].isnan()
     assert stored[0, 1:].tolist() == [448.0, -1.0] + [0.0] * 509
     assert scales[0].eq(1).all()
-    assert stored[1, :3].isnan().tolist() == [True, False, True]
-    assert stored[1, 1:2].tolist() == [0.0]
-    assert scales[1, 0] == INF
+    assert stored[1].tolist() == [448.0, 2.0, -448.0, 448.0, -448.0] + [0.0] * 507
+    assert scales[1].eq(1).all()
     assert cache.ckv[0, 2, :2].view(torch.uint8).tolist() == [0x80, 0]
     assert scales[2].eq(1).all()
     assert stored[3, :4].tolist() == [448.0, -1.0, 1.25, 0.0]
     assert scales[3, 0] == 1
+    # 7 / 448 is a power of two
     assert scales[4].tolist() == ([1.0, 7 / 448, 1.0, 1.0] if layout == "group" else [7 / 448])
     assert cache.kpe[0, 0, :3].view(torch.int16).tolist() == kpe[0, :3].view(torch.int16).tolist()
 
@@ -168,6 +187,23 @@ WRONG = [
     ("group", {"ckv": lambda x: x[:, :500]}, ValueError, r"ckv: expected shape \[n, 512\], got \[4, 500\]"),
     ("group", {"ckv": lambda x: x[0]}, ValueError, r"ckv: expected shape \[n, 512\], got \[512\]"),
     ("group", {"ckv": lambda x: x.to("meta")}, ValueError, r"ckv: expected a tensor on a cuda device or the cpu, got"),
+    (
+        "group",
+        {"ckv": torch.zeros(1, 512, dtype=torch.bfloat16).expand(2**31, 512)},
+        ValueError,
+        r"ckv: expected at most 2147483644 tokens \(dimension 0\), got 2147483648",
+    ),
+    (
+        "group",
+        {"ckv": lambda x: x.to_sparse()},
+        TypeError,
+        r"ckv: expected a dense torch.Tensor, got a tensor of layout torch.sparse_coo",
+    ),
+    ("group", {"kpe": lambda x: x.to_sparse()}, TypeError, r"kpe: expected a dense torch.Tensor, got"),
+    ("group", {"slot_mapping": lambda x: x.to_sparse()}, TypeError, r"slot_mapping: expected a dense torch.Tensor"),
+    ("group", {"ckv_scale_arr": lambda x: x.to_sparse()}, TypeError, r"ckv_scale_arr: expected a dense torch.Tensor"),
+    ("16bit", {"ckv_cache": lambda x: x.to_sparse()}, TypeError, r"ckv_cache: expected a dense torch.Tensor, got"),
+    ("16bit", {"kpe_cache": lambda x: x.to_sparse()}, TypeError, r"kpe_cache: expected a dense torch.Tensor, got"),
     ("group", {"kpe": None}, TypeError, r"kpe: expected a torch.Tensor, got NoneType"),
     ("group", {"kpe": half}, TypeError, r"kpe: expected dtype torch.bfloat16 \(that of ckv\), got torch.float16"),
     ("group", {"kpe": lambda x: x[:3]}, ValueError, r"kpe: expected shape \[4, 64\], got \[3, 64\]"),
@@ -188,6 +224,18 @@ WRONG = [
     ),
     ("group", {"ckv_cache": lambda x: x[:0]}, ValueError, r"ckv_cache: expected num_pages >= 1"),
     ("group", {"ckv_cache": lambda x: x[:, :0]}, ValueError, r"ckv_cache: expected page_size >= 1"),
+    (
+        "group",
+        {"ckv_cache": lambda x: x[:1].expand(2**31, 7, 512)},
+        ValueError,
+        r"ckv_cache: expected num_pages <= 2147483644 \(dimension 0\), got 2147483648",
+    ),
+    (
+        "group",
+        {"ckv_cache": lambda x: x[:, :1].expand(5, 2**31, 512)},
+        ValueError,
+        r"ckv_cache: expected page_size <= 2147483644 \(dimension 1\), got 2147483648",
+    ),
     ("group", {"ckv_cache": lambda x: x[:1].expand(5, 7, 512)}, ValueError, r"ckv_cache: expected memory for every"),
     (
         "group",
@@ -338,6 +386,28 @@ def test_what_is_legal_without_being_usual(layout, changes):
     assert torch.equal(got[0, :4] & 0x7F, expected.ckv.view(torch.uint8)[0, :4] & 0x7F)
     if expected.scales is not None:
         assert torch.equal(arguments["ckv_scale_arr"][0, :4], expected.scales[0, :4])
+
+
+@pytest.mark.parametrize("slot_dtype", SLOT_DTYPES, ids=str)
+def test_slots_of_a_cache_with_more_than_32_bits_of_them(slot_dtype):
+    """Rows that overlap all but an element: 2^32 + 64 slots in little memory."""
+    pages, page_size = 2**26 + 1, 64
+    ckv_cache, kpe_cache = (
+        torch.zeros(pages + page_size + width, dtype=torch.bfloat16).as_strided((pages, page_size, width), (1, 1, 1))
+        for width in (512, 64)
+    )
+    ckv, kpe = make_tokens(12, torch.bfloat16, seed=5)
+    ckv, kpe = ckv[2:3], kpe[2:3]
+    num_slots = pages * page_size
+    for slot in (1000, 2**31 - 1, 2**32 + 1, num_slots - 1):
+        if slot > torch.iinfo(slot_dtype).max:
+            continue
+        slots = torch.tensor([slot], dtype=slot_dtype)
+        mla_cute.append_to_cache(ckv, kpe, ckv_cache, kpe_cache, slots)
+        assert torch.equal(ckv_cache[slot // page_size, slot % page_size], ckv[0])
+    if slot_dtype is torch.int64:
+        with pytest.raises(ValueError, match=f"^slot_mapping: expected values below {num_slots} .* got {num_slots} at"):
+            mla_cute.append_to_cache(ckv, kpe, ckv_cache, kpe_cache, torch.tensor([num_slots]))
 
 
 def test_one_token_one_page_of_one_row():

@@ -44,7 +44,7 @@ def used_rows(fp8: Fp8Case) -> torch.Tensor:
 
 def split_q(x: torch.Tensor) -> torch.Tensor:
     """x as high + low e4m3 parts under a scale per row, in float32: what a 16-bit query keeps of itself."""
-    scale = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-30) / 448
+    scale = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-30).nan_to_num(448.0) / 448
     high = to_e4m3(x, scale).float()
     return (high + to_e4m3(x.float() / scale - high, 1.0).float()) * scale
 

@@ -1,5 +1,7 @@
 """The append kernel against the torch implementation on the CPU, byte for byte, whole pools compared."""
 
+import math
+
 import pytest
 import torch
 from append_case import (
@@ -18,6 +20,7 @@ from gpu_helpers import capture
 import mla_cute
 from mla_cute import quant
 
+NAN, INF = math.nan, math.inf
 ONE_PER_FORMAT = ("16bit", "tensor", "token", "group")
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -85,6 +88,51 @@ def test_every_value_as_the_largest_of_its_token(dtype, layout):
     ckv[torch.arange(n), largest] = patterns
     kpe = ckv[:, 64:128].contiguous()
     check(layout, ckv, kpe, torch.randperm(n, generator=generator), n // 64, 64)
+
+
+def amaxes(dtype):
+    """448 times powers of two, their neighbours, subnormals, 0, infinity and NaN."""
+    exponents = range(-133, 119) if dtype is torch.bfloat16 else range(-32, 8)
+    at = torch.tensor([448 * 2.0**k for k in exponents]).to(dtype)
+    bits = at[at > 0].view(torch.int16)
+    near = torch.cat([bits - 1, bits, bits + 1]).view(dtype)
+    tiny = torch.tensor([1, 2, 3, 63, 64, 127]).to(torch.int16).view(dtype)  # subnormal in either
+    return torch.cat([near, tiny, torch.tensor([0.0, INF, NAN]).to(dtype)])
+
+
+@pytest.mark.parametrize("layout", ["token", "group", "group_656"])
+@EVERY_DTYPE
+def test_scales_at_and_beside_powers_of_two(dtype, layout):
+    """Against the definition in float64 too, where 448 * 2^k is exact, and not only against torch's float32."""
+    amax = amaxes(dtype)
+    n = len(amax)
+    shape = torch.linspace(-1, 1, 128).repeat(4)
+    ckv = (amax.nan_to_num(1.0, posinf=600.0).float()[:, None] * shape).to(dtype)
+    ckv[:, 3::128] = amax[:, None]
+    ckv[:, 5::128] = -amax[:, None]
+    pages = -(-n // 64)
+    check(layout, ckv, ckv[:, :64].contiguous(), torch.arange(n), pages, 64)
+
+    cache = Cache(layout, dtype, pages, 64).to("cuda")
+    cache.scales.fill_(NAN)
+    append(cache, ckv.cuda(), ckv[:, :64].contiguous().cuda(), torch.arange(n, device="cuda"))
+    scales = cache.scales.cpu().flatten(0, 1)[:n].double()
+    stored = cache.ckv.cpu().flatten(0, 1)[:n].float()
+    unusable = ~(amax.isfinite() & (amax > 0))
+    assert unusable.sum() == 3
+    assert scales[unusable].eq(1).all()
+    largest = amax.double()[~unusable, None]
+    found = scales[~unusable]
+    if layout == "token":
+        assert torch.equal(found.float(), (largest / 448).float())
+    else:
+        assert torch.equal(found.float().bfloat16().double(), found)
+        assert (found.log2() == found.log2().round()).all()
+        assert ((found >= largest / 448) & (found >= 2.0**-126)).all()
+        assert ((found / 2 < largest / 448) | (found == 2.0**-126)).all()
+    assert stored[-2, [3, 5]].tolist() == [448.0, -448.0]
+    assert stored[-2, 127] == 448
+    assert stored[-1].isnan().nonzero().flatten().tolist() == [i + 128 * g for g in range(4) for i in (3, 5)]
 
 
 @pytest.mark.parametrize("layout", ["tensor_fused", "token_fused", "group_656", "16bit_fused"])
@@ -224,11 +272,25 @@ def test_slots_and_offsets_beyond_32_bits():
 @pytest.mark.parametrize(("quantize", "groups"), [(quant.quantize_token, 1), (quant.quantize_group, 4)])
 def test_quant_computes_the_same_on_the_gpu(quantize, groups):
     ckv, kpe = make_tokens(999, torch.bfloat16)
-    ckv = ckv[~ckv.isnan().any(1) & ~ckv.isinf().any(1)]
+    ckv = ckv[~ckv.isnan().any(1)]  # whose sign is free
     for got, want in zip(quantize(ckv.cuda()), quantize(ckv), strict=True):
         assert torch.equal(got.cpu().view(torch.uint8), want.view(torch.uint8))
     stored, want = quant.to_e4m3(ckv.cuda(), 0.0731), quant.to_e4m3(ckv, 0.0731)
     assert torch.equal(stored.cpu().view(torch.uint8), want.view(torch.uint8))
+
+
+def test_scales_on_the_gpu_are_not_read():
+    x, scale = torch.randn(3, 64, device="cuda"), torch.tensor([[0.5], [0.25], [0.0]], device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        stored = quant.to_e4m3(x, scale)
+        quant.quantize_group(x.new_ones(2, 512))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(stored[:2].float().cpu(), quant.to_e4m3(x.cpu()[:2], scale.cpu()[:2]).float())
+    assert stored[2].float().abs().eq(448).all()
+    with pytest.raises(ValueError, match=r"^scale: expected device cuda:0 \(that of x\), got cpu"):
+        quant.to_e4m3(x, torch.tensor(1.0))
 
 
 def shifted(x, num_bytes):
