@@ -112,6 +112,8 @@ def test_numbers_are_accepted_as_sm_scale_is(form, q_fp8):
             assert call.check(**numbers, q_scale=3) == want
     numpy = pytest.importorskip("numpy", reason="numpy is not installed")
     assert call.check(ckv_scale=numpy.float64(0.5), kpe_scale=numpy.float32(0.5)) == want
+    for one in (torch.tensor(0.5), torch.tensor([0.5]), torch.full((1, 1, 1), 0.5)):
+        assert call.check(ckv_scale=one, kpe_scale=one) == want
     with_array = make_call(form, "token", q_fp8)
     assert with_array.check(ckv_scale=1, kpe_scale=1) == with_array.check()
 
@@ -129,12 +131,21 @@ def test_a_call_is_checked_in_microseconds():
 
 HALF_CACHE = zeros(NUM_PAGES, PAGE_SIZE, 64)
 NUMBER = "expected a Python number, got "
+TENSOR = "expected a number or a tensor "
 RANGE = "expected a positive number from 2^-126 to 2^126, got "
 
 
 def bad_numbers(name):
     return [
-        (name, torch.tensor(1.0), TypeError, NUMBER + "a torch.Tensor of torch.float32"),
+        (
+            name,
+            torch.tensor(1.0, dtype=BF16),
+            TypeError,
+            TENSOR + "of dtype torch.float32, got a torch.Tensor of torch.bf",
+        ),
+        (name, torch.ones(2), ValueError, TENSOR + "of one element, got shape [2]"),
+        (name, torch.ones(0), ValueError, TENSOR + "of one element, got shape [0]"),
+        (name, torch.ones(1, device="meta"), ValueError, "expected device cpu (that of q_nope), got meta"),
         (name, "1", TypeError, NUMBER + "str '1'"),
         (name, None, TypeError, NUMBER + "NoneType"),
         (name, True, TypeError, NUMBER + "bool True"),

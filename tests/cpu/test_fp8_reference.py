@@ -295,7 +295,9 @@ def test_one_plan_serves_16_bit_and_fp8_calls(form, layout):
         plan = mla_cute.plan_prefill(**lengths, **sizes)
     else:
         lengths = {name: metadata[name] for name in ("qo_indptr", "seq_lens")}
-        plan = mla_cute.plan_prefill_block_table(**lengths, **sizes, max_pages=metadata["block_table"].shape[1])
+        table = metadata["block_table"]
+        sizes |= {"max_pages": table.shape[1], "table_stride": table.stride(0)}
+        plan = mla_cute.plan_prefill_block_table(**lengths, **sizes)
     call, _ = PREFILL[form]
     for tensors, scales in ((fp8.tensors, fp8.scales), (getattr(case, form), {}), (fp8.tensors, fp8.scales)):
         arguments = metadata | tensors | scales

@@ -207,7 +207,11 @@ def plan_of(case: SmallPrefill, form: str, **kwargs) -> mla_cute.PrefillPlan:
             case.qo_indptr, caches.kv_indptr, kv_last_page_len=caches.kv_last_page_len, **arguments
         )
     return mla_cute.plan_prefill_block_table(
-        case.qo_indptr, caches.seq_lens, max_pages=caches.block_table.shape[1], **arguments
+        case.qo_indptr,
+        caches.seq_lens,
+        max_pages=caches.block_table.shape[1],
+        table_stride=caches.block_table.stride(0),
+        **arguments,
     )
 
 
