@@ -12,6 +12,7 @@ from .expect import Scale
 from .launch import Operands, Options
 from .plan_decode import DecodePlan
 from .problem import UNSCALED
+from .short_way import short_way
 
 
 @overload
@@ -168,20 +169,21 @@ def mla_paged_decode(
     a call without one), which verifies them on the device, synchronising, and raises ValueError. Those of CPU tensors
     are always verified.
     """
-    if plan is not None and (again := getattr(plan, "_again", None)) is not None and type(return_lse) is bool:
-        result = again(
-            DECODE, q_nope, q_pe, ckv_cache, kpe_cache, kv_indptr, kv_last_page_len, None, kv_indices,
-            sm_scale, out, lse, lse_base, ckv_scale, kpe_scale, ckv_scale_arr, q_scale, False,
-        )  # fmt: skip
-        if result is not None:
-            return result if return_lse else result[0]
+    metadata = (kv_indptr, kv_last_page_len, None, kv_indices)
+    values = (
+        q_nope, q_pe, ckv_cache, kpe_cache, sm_scale, out, lse, lse_base, ckv_scale, kpe_scale, ckv_scale_arr, q_scale,
+        False,
+    )  # fmt: skip
+    result, key = short_way(DECODE, plan, return_lse, metadata, values, config, batch_invariant)
+    if result is not None:
+        return result if return_lse else result[0]
     return attend(
         DECODE,
         Operands(q_nope, q_pe, ckv_cache, kpe_cache, ckv_scale_arr),
         (kv_indptr, kv_last_page_len),
         kv_indices,
         Options(sm_scale, out, lse, lse_base, ckv_scale, kpe_scale, q_scale),
-        return_lse, plan, config, batch_invariant,
+        return_lse, plan, config, batch_invariant, key=key,
     )  # fmt: skip
 
 
@@ -289,18 +291,19 @@ def mla_paged_decode_block_table(
 
     Returns and raises as :func:`mla_paged_decode`.
     """
-    if plan is not None and (again := getattr(plan, "_again", None)) is not None and type(return_lse) is bool:
-        result = again(
-            DECODE_TABLE, q_nope, q_pe, ckv_cache, kpe_cache, seq_lens, None, None, block_table,
-            sm_scale, out, lse, lse_base, ckv_scale, kpe_scale, ckv_scale_arr, q_scale, False,
-        )  # fmt: skip
-        if result is not None:
-            return result if return_lse else result[0]
+    metadata = (seq_lens, None, None, block_table)
+    values = (
+        q_nope, q_pe, ckv_cache, kpe_cache, sm_scale, out, lse, lse_base, ckv_scale, kpe_scale, ckv_scale_arr, q_scale,
+        False,
+    )  # fmt: skip
+    result, key = short_way(DECODE_TABLE, plan, return_lse, metadata, values, config, batch_invariant)
+    if result is not None:
+        return result if return_lse else result[0]
     return attend(
         DECODE_TABLE,
         Operands(q_nope, q_pe, ckv_cache, kpe_cache, ckv_scale_arr),
         (seq_lens,),
         block_table,
         Options(sm_scale, out, lse, lse_base, ckv_scale, kpe_scale, q_scale),
-        return_lse, plan, config, batch_invariant,
+        return_lse, plan, config, batch_invariant, key=key,
     )  # fmt: skip

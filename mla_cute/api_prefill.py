@@ -12,6 +12,7 @@ from .expect import Scale
 from .launch import Operands, Options
 from .plan_prefill import PrefillPlan
 from .problem import UNSCALED
+from .short_way import short_way
 
 
 @overload
@@ -157,20 +158,21 @@ def mla_paged_prefill(
     Device, stream, CUDA graphs, CPU tensors and values of metadata are treated as in
     :func:`~mla_cute.mla_paged_decode`; where they are verified, qo_indptr is too.
     """
-    if plan is not None and (again := getattr(plan, "_again", None)) is not None and type(return_lse) is bool:
-        result = again(
-            PREFILL, q_nope, q_pe, ckv_cache, kpe_cache, qo_indptr, kv_indptr, kv_last_page_len, kv_indices,
-            sm_scale, out, lse, lse_base, ckv_scale, kpe_scale, ckv_scale_arr, q_scale, causal,
-        )  # fmt: skip
-        if result is not None:
-            return result if return_lse else result[0]
+    metadata = (qo_indptr, kv_indptr, kv_last_page_len, kv_indices)
+    values = (
+        q_nope, q_pe, ckv_cache, kpe_cache, sm_scale, out, lse, lse_base, ckv_scale, kpe_scale, ckv_scale_arr, q_scale,
+        causal,
+    )  # fmt: skip
+    result, key = short_way(PREFILL, plan, return_lse, metadata, values, config, batch_invariant)
+    if result is not None:
+        return result if return_lse else result[0]
     return attend(
         PREFILL,
         Operands(q_nope, q_pe, ckv_cache, kpe_cache, ckv_scale_arr),
         (qo_indptr, kv_indptr, kv_last_page_len),
         kv_indices,
         Options(sm_scale, out, lse, lse_base, ckv_scale, kpe_scale, q_scale),
-        return_lse, plan, config, batch_invariant, causal,
+        return_lse, plan, config, batch_invariant, causal, key=key,
     )  # fmt: skip
 
 
@@ -286,18 +288,19 @@ def mla_paged_prefill_block_table(
 
     Returns and raises as :func:`mla_paged_prefill`.
     """
-    if plan is not None and (again := getattr(plan, "_again", None)) is not None and type(return_lse) is bool:
-        result = again(
-            PREFILL_TABLE, q_nope, q_pe, ckv_cache, kpe_cache, qo_indptr, seq_lens, None, block_table,
-            sm_scale, out, lse, lse_base, ckv_scale, kpe_scale, ckv_scale_arr, q_scale, causal,
-        )  # fmt: skip
-        if result is not None:
-            return result if return_lse else result[0]
+    metadata = (qo_indptr, seq_lens, None, block_table)
+    values = (
+        q_nope, q_pe, ckv_cache, kpe_cache, sm_scale, out, lse, lse_base, ckv_scale, kpe_scale, ckv_scale_arr, q_scale,
+        causal,
+    )  # fmt: skip
+    result, key = short_way(PREFILL_TABLE, plan, return_lse, metadata, values, config, batch_invariant)
+    if result is not None:
+        return result if return_lse else result[0]
     return attend(
         PREFILL_TABLE,
         Operands(q_nope, q_pe, ckv_cache, kpe_cache, ckv_scale_arr),
         (qo_indptr, seq_lens),
         block_table,
         Options(sm_scale, out, lse, lse_base, ckv_scale, kpe_scale, q_scale),
-        return_lse, plan, config, batch_invariant, causal,
+        return_lse, plan, config, batch_invariant, causal, key=key,
     )  # fmt: skip

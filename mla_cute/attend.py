@@ -1,4 +1,4 @@
-"""The one path of the public calls: check, plan, step, launch. (launch.py has the short way, past all of it.)
+"""The one path of the public calls: check, plan, step, launch. (short_way.py leads past all of it.)
 
 Nothing on it reads the device from the host, unless MLA_CUTE_CHECK=1 asks for the metadata's values to be looked at.
 CPU tensors always have theirs looked at, and go to the float32 reference.
@@ -6,17 +6,18 @@ CPU tensors always have theirs looked at, and go to the float32 reference.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from . import reference
 from .config import KernelConfig
 from .expect import expect_bool
-from .launch import Operands, Options, flat_table, launch, short_way, table_stride
+from .launch import Operands, Options, flat_table, launch, table_stride
 from .plan import Plan, check_enabled, expect_options, expect_plan
 from .plan_decode import DecodePlan
 from .plan_prefill import PrefillPlan
@@ -28,13 +29,15 @@ from .problem_prefill import (
     verify_prefill_block_table_on_device,
     verify_prefill_on_device,
 )
+from .short_way import keep_without_plan, with_plan
 from .verify import raise_first, scale_findings, verify_block_table_on_device, verify_on_device
 
 Metadata = tuple[Any, ...]  # in the order of a plan's
 Problem = DecodeProblem | PrefillProblem
 
 
-class Kind(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
+class Kind:
     """What decode and prefill, over page lists and block tables, do each in their own way."""
 
     op: str
@@ -56,8 +59,9 @@ def attend(
     config: KernelConfig | None,
     batch_invariant: bool,
     causal: bool = False,
+    key: object = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """(output, lse), or output."""
+    """(output, lse), or output. `key`: of a call without a plan (short_way.py)."""
     if plan is not None:
         expect_plan(plan)
     problem = kind.check(tensors, metadata, page_ids, options, causal)
@@ -80,10 +84,12 @@ def attend(
         return result if return_lse else result[0]
     if plan is not None:
         result = launch(step, problem, plan, tensors, page_ids, options)
-        plan._again = short_way(kind, step, problem, plan)
+        plan._again = with_plan(kind, step, problem, plan)
     else:
         plan = kind.plan(problem, metadata, page_ids, config, batch_invariant)
-        result = launch(plan.launcher(problem, kind.block_table), problem, plan, tensors, page_ids, options)
+        step = plan.launcher(problem, kind.block_table)
+        result = launch(step, problem, plan, tensors, page_ids, options)
+        keep_without_plan(key, step, problem, plan)
     return result if return_lse else result[0]
 
 

@@ -142,8 +142,18 @@ def default_for(when: When, sm_count: int, batch_invariant: bool = False) -> Ker
     return config
 
 
+_generation = 0
+
+
+def generation() -> int:
+    """Another number after each `clear`: what was chosen before it is not to be used."""
+    return _generation
+
+
 def clear() -> None:
     """Forget what was read and selected: the next call reads the environment and the files again."""
+    global _generation
+    _generation += 1
     choose.cache_clear()
     _grid.cache_clear()
     _said.clear()
