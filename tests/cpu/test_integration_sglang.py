@@ -257,7 +257,8 @@ def test_a_captured_step_is_refilled_in_the_graph(module, mode, monkeypatch):
     and what was recorded runs again."""
     updates = []
     monkeypatch.setattr(_engine_steps.StepPlans, "RECENT", 1)
-    monkeypatch.setattr(Plan, "update", lambda plan: updates.append(plan) or plan)
+    update = Plan.update
+    monkeypatch.setattr(Plan, "update", lambda plan: updates.append(plan) or update(plan))
     tokens = DRAFTS if mode is ForwardMode.TARGET_VERIFY else 1
     case, slots = make(mode, spare_q=tokens), 6
     backend = module.MlaCuteAttnBackend(make_runner(case, MLATokenToKVPool(case.cache)))

@@ -440,7 +440,9 @@ def test_plans_share_the_largest_buffer_of_partials(monkeypatch):
     """On the GPU; here with plans that are only told they are there."""
 
     def plan_of(seq_lens, **_):
-        return SimpleNamespace(device=torch.device("cuda"), part=torch.empty(len(seq_lens), 3))
+        made = SimpleNamespace(device=torch.device("cuda"), part=torch.empty(len(seq_lens), 3))
+        made.share_partials = lambda part: setattr(made, "part", part)
+        return made
 
     monkeypatch.setattr(_engine_steps, "plan_decode_block_table", plan_of)
     plans = _engine_steps.StepPlans(num_heads=1, page_size=1)

@@ -39,7 +39,7 @@ def small_case():
 
 
 def big_plan():
-    """A batch-invariant plan of 4096 requests and 128 heads has 9 GB of partial rows."""
+    """A batch-invariant plan of 4096 requests and 128 heads has 512 MiB of partial rows."""
     kv_indptr = torch.arange(4097, dtype=torch.int32, device="cuda")
     return mla_cute.plan_decode(kv_indptr, num_heads=128, page_size=64, batch_invariant=True)
 
