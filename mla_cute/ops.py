@@ -131,6 +131,8 @@ def _define_attention(call: F, metadata: str) -> F:
             if isinstance(options.get(scale), torch.Tensor):
                 options[f"{scale}_tensor"] = options.pop(scale)
         expect_bool("return_lse", return_lse)
+        for flag in ("causal", "batch_invariant"):
+            expect_bool(flag, options.get(flag, False))
         if config is not None and not isinstance(config, KernelConfig):
             raise TypeError(f"config: expected a KernelConfig or None, got {type(config).__name__}")
         if plan is not None:

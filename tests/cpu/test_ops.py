@@ -293,6 +293,31 @@ def test_a_step_compiles(kind):
         assert all(map(same_bits, got, want))
 
 
+@pytest.mark.parametrize("as_tensors", [False, True])
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_layers_with_scales_of_their_own_share_a_graph(entry, as_tensors):
+    """Twelve of them are more than the compiler makes graphs for; a float in the op's schema would take one each."""
+    keywords = arguments(entry, "fp8_tensor_q8")
+    graphs = []
+
+    def backend(module, example_inputs):
+        graphs.append(module)
+        return module
+
+    def layer(scales):
+        return getattr(mla_cute, entry)(**keywords | scales)[0] * 2
+
+    run = torch.compile(layer, backend=backend, fullgraph=True)
+    for n in range(12):
+        scales = {name: x * (1 + n / 8) for name, x in (("ckv_scale", 0.02), ("kpe_scale", 0.01), ("q_scale", 0.5))}
+        want = layer(scales)
+        if as_tensors:
+            scales = {name: torch.tensor([x]) for name, x in scales.items()}
+        assert same_bits(run(scales), want)
+    assert len(graphs) <= 2
+    torch._dynamo.reset()
+
+
 def test_inputs_of_another_rank_are_an_error_of_the_compiled_code_too():
     keywords = arguments("mla_paged_decode")
     run = compiled(lambda q_nope: mla_cute.mla_paged_decode(**keywords | {"q_nope": q_nope}))
@@ -418,12 +443,17 @@ def test_fakes_raise_as_the_call_does(entry):
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_ops_raise_as_the_call_does(entry):
     keywords = arguments(entry)
-    for change in ({"sm_scale": 0.0}, {"lse_base": 10}, {"lse_base": True}, {"ckv_scale": 2.0}):
+    for change in (
+        {"sm_scale": 0.0}, {"lse_base": 10}, {"lse_base": True}, {"ckv_scale": 2.0}, {"plan": 3}, {"return_lse": "no"},
+        {"ckv_scale": torch.ones(2)}, {"ckv_scale": torch.ones(1)}, {"batch_invariant": 1},
+    ):  # fmt: skip
         with pytest.raises((TypeError, ValueError)) as real:
             getattr(mla_cute, entry)(**keywords | change)
         with pytest.raises(real.type) as found:
             getattr(mla_cute.ops, entry)(**keywords | change)
         assert str(found.value) == str(real.value)
+    with pytest.raises(TypeError, match=r"^config: expected a KernelConfig or None, got dict"):
+        getattr(mla_cute.ops, entry)(**keywords, config={})
     with pytest.raises(ValueError, match=r"^config: unknown fields"):
         getattr(OPS, entry)(**keywords, config="{'speed': 3}")
 
