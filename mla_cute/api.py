@@ -168,6 +168,9 @@ def mla_paged_decode(
     or lengths beyond kv_indices are undefined behaviour, except with MLA_CUTE_CHECK=1 (read when a plan is made, or by
     a call without one), which verifies them on the device, synchronising, and raises ValueError. Those of CPU tensors
     are always verified.
+
+    Nothing is differentiated: results are detached, and a call in grad mode with an input that requires a gradient
+    warns, once in a process. Autocast changes nothing.
     """
     metadata = (kv_indptr, kv_last_page_len, None, kv_indices)
     values = (

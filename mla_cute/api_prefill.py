@@ -155,7 +155,7 @@ def mla_paged_prefill(
             has been launched and out, lse and the caches are untouched.
         RuntimeError: a CUDA device that is not Hopper (compute capability 9.0).
 
-    Device, stream, CUDA graphs, CPU tensors and values of metadata are treated as in
+    Device, stream, CUDA graphs, CPU tensors, gradients and values of metadata are treated as in
     :func:`~mla_cute.mla_paged_decode`; where they are verified, qo_indptr is too.
     """
     metadata = (qo_indptr, kv_indptr, kv_last_page_len, kv_indices)

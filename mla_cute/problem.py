@@ -35,10 +35,12 @@ from .expect import (
     expect_one,
     expect_operand,
     expect_own_memory,
+    expect_rows_fit_32_bits,
     expect_scale,
     expect_shape,
     expect_tensor,
     expect_tensor_scale,
+    rows_fit_32_bits,
 )
 
 CKV_DIM = 512
@@ -217,6 +219,8 @@ def _usual(
         return None
     if q_nope.is_cuda:
         if not (_is_aligned(q_nope) and _is_aligned(q_pe) and _is_aligned(ckv_cache) and _is_aligned(kpe_cache)):
+            return None
+        if page_size % 8 and not (rows_fit_32_bits(ckv_cache) and rows_fit_32_bits(kpe_cache)):
             return None
     elif not q_nope.is_cpu:
         return None
@@ -419,6 +423,8 @@ def _explain(
         expect_dtype("kpe_cache", kpe_cache, "q_pe", q_pe.dtype, "" if q_pe.dtype is FP8 else f" or {FP8}")
     shape = f"[num_pages, page_size, {KPE_DIM}]"
     expect_operand("kpe_cache", kpe_cache, (num_pages, page_size, KPE_DIM), shape, device)
+    expect_rows_fit_32_bits("ckv_cache", ckv_cache)
+    expect_rows_fit_32_bits("kpe_cache", kpe_cache)
 
     kv_format = _explain_format(cache_is_16bit, kpe_cache, ckv_scale_arr, num_pages, page_size, device)
     dtype = q_pe.dtype

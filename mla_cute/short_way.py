@@ -20,7 +20,7 @@ import torch
 from . import dlpack, shape_log, tuned
 from .allocate import current_device, empty
 from .config import KernelConfig
-from .expect import MAX_SCALE, MIN_SCALE, Scale
+from .expect import MAX_SCALE, MIN_SCALE, Scale, rows_fit_32_bits
 from .launch import LN_2, LOG2_E, flat_table, number_and_address, rows_are_even
 from .plan import Plan, check_enabled
 from .problem import CKV_DIM, DTYPES, UNSCALED, DecodeProblem
@@ -186,6 +186,7 @@ def _usual(
     page_size, device_index = problem.page_size, device.index
     planned_causal = isinstance(problem, PrefillProblem) and problem.causal
     # TMA looks at strides of dimensions of size 1, which the launcher lets pass.
+    gathers = page_size % 8 != 0
     odd_queries = problem.total_q == 1 or problem.num_heads == 1
     # out=None means bfloat16 where all queries are e4m3.
     allocates = not (problem.q_fp8 and kv_format == "tensor") or out_dtype is DTYPES[0]
@@ -225,6 +226,8 @@ def _usual(
         if packs_rows and not (rows_are_even(q_nope) and rows_are_even(q_pe)):
             return None
         if odd_queries and not (_has_tma_strides(q_nope) and _has_tma_strides(q_pe)):
+            return None
+        if gathers and not (rows_fit_32_bits(ckv_cache) and rows_fit_32_bits(kpe_cache)):
             return None
         if (num_pages == 1 or tokens == 1) and not (_has_tma_strides(ckv_cache) and _has_tma_strides(kpe_cache)):
             return None

@@ -70,7 +70,7 @@ def indptr_findings(name: str, indptr: torch.Tensor, most: int, most_is: str) ->
             ),
         ),
         (
-            first_of(indptr > most, indptr),
+            first_of(indptr.long() > most, indptr),
             lambda at, value: f"{name}: expected values <= {most} ({most_is}), got {value} at position {at}",
         ),
     ]
@@ -142,7 +142,7 @@ def block_table_findings(
     used = page_start[None, :] < seq_lens[:, None]
     return [
         (
-            first_of((seq_lens < 0) | (seq_lens > max_len), seq_lens),
+            first_of((seq_lens < 0) | (seq_lens.long() > max_len), seq_lens),
             lambda at, value: (
                 f"seq_lens: expected values in [0, {max_len}] (max_pages * page_size), got {value} at position {at}"
             ),

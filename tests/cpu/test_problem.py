@@ -9,6 +9,7 @@ import torch
 
 from mla_cute import problem as problem_module
 from mla_cute._testing import CACHE_LAYOUTS, OUT_LAYOUTS, Q_LAYOUTS, DecodeCase, make_case
+from mla_cute.expect import expect_rows_fit_32_bits, rows_fit_32_bits
 from mla_cute.problem import DecodeProblem, check_decode, check_decode_block_table
 from mla_cute.verify import verify_block_table_on_device, verify_on_device
 
@@ -471,3 +472,32 @@ def test_bad_block_table_values(name, position, value, named, says):
     getattr(case, name)[position] = value
     with pytest.raises(ValueError, match=f"^{named}: .*{re.escape(says)}"):
         verify_table(case)
+
+
+# ------------------------------------------------------------------------------------------------ rows of the gather
+
+
+@pytest.mark.parametrize(
+    ("pages", "page_size", "strides", "fits"),
+    [
+        (1 << 26, 1, (576, 576), True),  # 77 GB, one unit a page
+        (1 << 26, 2, (1152, 576), True),
+        (1 << 26, 2, (1160, 576), False),  # units of 16 bytes: 145 a page, 9.7e9 > 2^32 of them
+        (1 << 26, 8, (4616, 576), True),  # TMA
+        (1 << 20, 2, (1160, 576), True),
+    ],
+)
+def test_caches_beyond_what_the_gather_counts(pages, page_size, strides, fits):
+    cache = torch.empty_strided((pages, page_size, 512), (*strides, 1), dtype=torch.bfloat16, device="meta")
+    assert rows_fit_32_bits(cache) is fits
+
+
+def test_a_cache_beyond_what_the_gather_counts_is_named():
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    cache = torch.empty_strided((1 << 26, 2, 512), (1160, 576, 1), dtype=torch.bfloat16, device="meta")
+    with pytest.raises(
+        ValueError, match=r"^ckv_cache: expected at most 2\^32 steps of .* got strides \[1160, 576, 1\]"
+    ):
+        expect_rows_fit_32_bits("ckv_cache", cache.as_subclass(OnGpu))
