@@ -1,5 +1,7 @@
 """Plans on a GPU: metadata they go with, rounds of batch-invariant ones, and partial rows beyond 2^31 words."""
 
+import sys
+
 import pytest
 import torch
 from gpu_helpers import ENTRIES, MIXED, check, check_fp8, decode, make_prefill, owned, plan_of, same_bits
@@ -21,8 +23,9 @@ def partial_bytes(monkeypatch):
     """partial_bytes(n) bounds the partial rows of the plans made from then on."""
 
     def bound(n):
-        monkeypatch.setattr("mla_cute.plan_decode.MOST_PARTIAL_BYTES", n)
-        monkeypatch.setattr("mla_cute.plan_prefill.MOST_PARTIAL_BYTES", n)
+        # functions of the same names hide the modules
+        for module in ("mla_cute.plan_decode", "mla_cute.plan_prefill"):
+            monkeypatch.setattr(sys.modules[module], "MOST_PARTIAL_BYTES", n)
         decode_layout.cache_clear()
         prefill_layout.cache_clear()
 
