@@ -280,6 +280,7 @@ def plan_of(scenario: Scenario, case: DecodeCase) -> mla_cute.DecodePlan | mla_c
         batch_invariant=scenario.batch_invariant,
         kv_format=scenario.layout.removesuffix("656"),
         q_fp8=scenario.q_fp8,
+        other_metadata=scenario.kind == "layers",  # each layer's case has tensors of its own, of the same values
     )
 
 

@@ -1,5 +1,7 @@
 """GPU tests: every test ends with its kernels finished, so that a fault is reported by the test that caused it."""
 
+import sys
+
 import pytest
 import torch
 
@@ -27,3 +29,21 @@ def _finish_kernels(request):
         pytest.exit(f"{request.node.nodeid} left the GPU with an error: {error}", returncode=1)
     if torch.cuda.memory_reserved() > KEPT_BYTES:
         torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def partial_bytes(monkeypatch):
+    """partial_bytes(n) bounds the partial rows of a round of the batch-invariant plans made from then on."""
+    import mla_cute  # noqa: F401 - the modules below come with it
+
+    # functions of the same names hide the modules
+    modules = [sys.modules[f"mla_cute.plan_{op}"] for op in ("decode", "prefill")]
+
+    def bound(n):
+        for module in modules:
+            monkeypatch.setattr(module, "MOST_PARTIAL_BYTES", n)
+            module._invariant_layout.cache_clear()
+
+    yield bound
+    for module in modules:
+        module._invariant_layout.cache_clear()

@@ -188,7 +188,7 @@ def test_nan_in_a_token_stays_in_its_request(page_size):
 def test_layers_share_a_plan():
     """Layers of a model have other queries, caches and strides, even another dtype, and the same page lists."""
     first = make_case([1000, 0, 129, 20000], num_heads=16, page_size=64, num_pages=400, device="cuda")
-    plan = plan_of(first)
+    plan = plan_of(first, other_metadata=True)
     for layer, layout in enumerate(("fused", "split", "padded", "slot_major")):
         for dtype in (torch.bfloat16, torch.float16):
             case = make_case(

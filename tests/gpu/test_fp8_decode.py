@@ -325,7 +325,7 @@ def test_one_plan_for_16_bit_and_fp8_caches(layout, q_fp8, num_heads):
     """Layers of a model may have caches of either kind, and the same page lists."""
     lengths = [1000, 0, 129, 20000, 1]
     case = make_case(lengths, num_heads=num_heads, page_size=64, device="cuda")
-    plan = plan_of(case)
+    plan = plan_of(case, other_metadata=True)  # each layer's case has tensors of its own, of the same values
     fp8 = make(layout, q_fp8, lengths, num_heads)
     for _ in range(2):
         check(fp8, plan=plan)

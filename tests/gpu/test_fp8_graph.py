@@ -93,7 +93,7 @@ def test_layers_of_every_format_in_one_graph_share_one_update():
     """What a model does: plan once, then one decode per layer, all in one graph."""
     variants = (("tensor", False), ("tensor", True), ("token", False), ("group", True), ("group656", False))
     layers = [make((*variant, 64, 16), REPLAYS[0], 7) for variant in variants]
-    plan = plan_of(layers[0].case)
+    plan = plan_of(layers[0].case, other_metadata=True)
 
     def step():
         plan.update()

@@ -205,7 +205,7 @@ def test_allocated_results(layout, q_fp8, entry):
 @EVERY_FULL
 def test_one_plan_for_16_bit_and_fp8_caches(layout, q_fp8):
     case = make_prefill_case(MIXED, num_heads=16, page_size=64, device="cuda")
-    plan = plan_of(case)
+    plan = plan_of(case, other_metadata=True)  # each layer's case has tensors of its own, of the same values
     fp8 = make(layout, q_fp8, MIXED)
     for _ in range(2):
         check(fp8, plan=plan)

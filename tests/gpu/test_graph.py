@@ -45,7 +45,7 @@ def test_captured_layers_share_one_update():
     layers = [make(REPLAYS[0], 7, 16, 64, cache_layout=layout) for layout in ("fused", "split", "padded")]
     for layer in layers:
         layer.q_nope.normal_()
-    plan = plan_of(layers[0])
+    plan = plan_of(layers[0], other_metadata=True)
 
     def step():
         plan.update()

@@ -12,6 +12,12 @@ import mla_cute
 PAGE_SIZE = 16
 
 
+@pytest.fixture(autouse=True)
+def _one_round(partial_bytes):
+    """The model knows no rounds, which a large batch-invariant plan has."""
+    partial_bytes(1 << 40)
+
+
 def read_back(plan, num_items):
     """(items, starts, merges) of a plan's table, checking the parts' copies of their first items."""
     table = plan.table.tolist()

@@ -1,7 +1,5 @@
 """Plans on a GPU: metadata they go with, rounds of batch-invariant ones, and partial rows beyond 2^31 words."""
 
-import sys
-
 import pytest
 import torch
 from gpu_helpers import ENTRIES, MIXED, check, check_fp8, decode, make_prefill, owned, plan_of, same_bits
@@ -11,27 +9,9 @@ from mla_cute import plan as plans
 from mla_cute._testing import make_case
 from mla_cute._testing_fp8 import make_fp8
 from mla_cute.kernels.registry import PART_ROW
-from mla_cute.plan_decode import _invariant_layout as decode_layout
-from mla_cute.plan_prefill import _invariant_layout as prefill_layout
 
 BOTH_ENTRIES = pytest.mark.parametrize("entry", ENTRIES)
 LENGTHS = [20000, 1, 0, 1024, 1025, 5000, 2047, 3, 9000, 64, 0, 16384, 2048]
-
-
-@pytest.fixture
-def partial_bytes(monkeypatch):
-    """partial_bytes(n) bounds the partial rows of the plans made from then on."""
-
-    def bound(n):
-        # functions of the same names hide the modules
-        for module in ("mla_cute.plan_decode", "mla_cute.plan_prefill"):
-            monkeypatch.setattr(sys.modules[module], "MOST_PARTIAL_BYTES", n)
-        decode_layout.cache_clear()
-        prefill_layout.cache_clear()
-
-    yield bound
-    decode_layout.cache_clear()
-    prefill_layout.cache_clear()
 
 
 # ------------------------------------------------------------------------------------------------ metadata

@@ -45,7 +45,7 @@ def make_step(requests, seed, num_heads=16, page_size=64, **kwargs):
 def test_layers_share_a_plan():
     """Layers of a model have other queries, caches and strides, even another dtype, and the same page lists."""
     first = make_prefill(MIXED, num_pages=400)
-    plan = plan_of(first)
+    plan = plan_of(first, other_metadata=True)
     for layer, layout in enumerate(("fused", "split", "padded", "slot_major")):
         for dtype in (torch.bfloat16, torch.float16):
             case = make_prefill(MIXED, num_pages=400, cache_layout=layout, dtype=dtype)
@@ -90,7 +90,7 @@ def test_replay_follows_lengths_pages_and_queries(num_heads, page_size, entry, m
 
 def test_captured_layers_share_one_update():
     layers = [make_step(REPLAYS[0], 7, cache_layout=layout) for layout in ("fused", "split", "padded")]
-    plan = plan_of(layers[0])
+    plan = plan_of(layers[0], other_metadata=True)
 
     def step():
         plan.update()

@@ -63,7 +63,7 @@ print(json.dumps(found))
 
 @pytest.mark.timeout(600)
 def test_a_process_that_warms_up_can_fork():
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     env.pop("MLA_CUTE_TUNED", None)  # the shipped configurations of this GPU are warmed up too
     command = [sys.executable, "-c", WARM_AND_FORK]
     run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=580, check=False)
