@@ -272,9 +272,9 @@ class FewRowsConsumer:
             for c in cutlass.range_constexpr(4):
                 self._store_integers(f, at, c, self._quad(f, c, r), to_int)
             if (f.l4 == 0) & (f.w % 4 == 0):
-                partials.put_worth(at, half, largest * inverse * Float32(1.0 / INT16_MOST))
+                partials.put_worth(p, part_row + head, half, largest * inverse * Float32(1.0 / INT16_MOST))
                 if f.w == 0:
-                    partials.put_lse(at, lse)
+                    partials.put_lse(p, part_row + head, lse)
 
     def _largest(self, f, r: int):
         largest = Float32(1.0e-30)

@@ -260,7 +260,7 @@ class Consumer:
             if f.t < rows:
                 v = cute.math.log2(s.sL[f.t] + s.sL[f.t + TILE_M]) + s.sM[f.t]
                 if self.rows.is_partial(s, slot):
-                    partials.put_lse(partials.row_address(p, part_row + f.t), v)
+                    partials.put_lse(p, part_row + f.t, v)
                 else:
                     token, head = self.rows.token_and_head(p, s, slot, head0, f.t)
                     p.mLse[token, head] = v * p.lse_scale
@@ -274,7 +274,7 @@ class Consumer:
             worth = epilogue.pack_int16(s, f, words)
             for r in cutlass.range_constexpr(2):
                 if (f.lane % 4 == 0) & (f.row + 8 * r < rows):
-                    partials.put_worth((at0, at1)[r], wg, worth[r])
+                    partials.put_worth(p, part_row + f.row + 8 * r, wg, worth[r])
         else:
             at0 = output_address(p, *self.rows.token_and_head(p, s, slot, head0, f.row))
             at1 = output_address(p, *self.rows.token_and_head(p, s, slot, head0, f.row + 8))

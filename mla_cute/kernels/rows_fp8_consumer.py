@@ -522,7 +522,7 @@ class Fp8Consumer:
             if f.t < rows:
                 v = cute.math.log2(s.sL[0, f.t] + s.sL[1, f.t]) + s.sMax[0, f.t]
                 if partial:
-                    partials.put_lse(s.sAddress[f.t], v)
+                    partials.put_lse(p, part_row + f.t, v)
                 else:
                     token, head = self.rows.token_and_head(p, s, slot, head0, f.t)
                     p.mLse[token, head] = v * p.lse_scale
@@ -530,6 +530,6 @@ class Fp8Consumer:
         if const_expr(self.num_scales == 0):
             scale = scalars.output_factor(p)
         if partial:
-            epilogue.store_partial(s, f, rows, scale, wg)
+            epilogue.store_partial(p, s, f, part_row, rows, scale, wg)
         else:
             epilogue.store_output(s, f, rows, scale, self.dtype, wg)

@@ -59,7 +59,7 @@ def store_output(s, f, rows, scale, dtype: Constexpr, wg: Constexpr):
 
 
 @cute.jit
-def store_partial(s, f, rows, scale, wg: Constexpr):
+def store_partial(p, s, f, part_row, rows, scale, wg: Constexpr):
     """To the rows at s.sAddress as biased 16-bit integers, and what an integer is worth (registry.py, epilogue.py)."""
     for j in cutlass.range_constexpr(8):
         for e in cutlass.range_constexpr(2):
@@ -87,7 +87,7 @@ def store_partial(s, f, rows, scale, wg: Constexpr):
                     fp8.store_global(at + 128 * m, [words[m]])
                 if (f.lane < 4) & (f.t < 32):
                     worth = largest * _inverse_sum(s, row) * scale * Float32(1.0 / INT16_MOST)
-                    partials.put_worth(s.sAddress[row], wg, worth)
+                    partials.put_worth(p, part_row + row, wg, worth)
 
 
 @cute.jit
