@@ -1,4 +1,4 @@
-"""The command `mla-cute`, also `python -m mla_cute`: demo, check, bench, tune, info.
+"""The command `mla-cute`, also `python -m mla_cute`: demo, check, bench, tune, dev, info.
 
 Needs the extra `cli` (typer, rich).
 """

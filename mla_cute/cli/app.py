@@ -19,6 +19,7 @@ from ..tuning.command import parse_budget
 from . import check as checking
 from . import check_fp8 as checking_fp8
 from . import demo as showing
+from . import dev as developing
 from . import export_solution as exporting
 from . import info as facts
 from . import sanitize as sanitizing
@@ -38,6 +39,7 @@ app = typer.Typer(
 )
 
 app.add_typer(tuning.app, name="tune")
+app.add_typer(developing.app, name="dev")
 app.command("export-solution")(exporting.export_solution)
 
 # The columns of the bench that fit a terminal; the record holds all of them.
