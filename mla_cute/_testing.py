@@ -115,7 +115,8 @@ class DecodeCase:
         import mla_cute
 
         if entry == "csr":
-            return mla_cute.mla_paged_decode(*self.csr_args, kv_last_page_len=self.kv_last_page_len, **kwargs)
+            kwargs = {"kv_last_page_len": self.kv_last_page_len} | kwargs
+            return mla_cute.mla_paged_decode(*self.csr_args, **kwargs)
         return mla_cute.mla_paged_decode_block_table(*self.block_table_args, **kwargs)
 
     def load(self, other: DecodeCase) -> None:

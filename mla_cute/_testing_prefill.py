@@ -62,7 +62,8 @@ class PrefillCase(DecodeCase):
 
         kwargs = {"causal": self.causal} | kwargs
         if entry == "csr":
-            return mla_cute.mla_paged_prefill(*self.csr_args, kv_last_page_len=self.kv_last_page_len, **kwargs)
+            kwargs = {"kv_last_page_len": self.kv_last_page_len} | kwargs
+            return mla_cute.mla_paged_prefill(*self.csr_args, **kwargs)
         return mla_cute.mla_paged_prefill_block_table(*self.block_table_args, **kwargs)
 
     def load(self, other: DecodeCase) -> None:

@@ -145,7 +145,10 @@ def short_way(
         launch = getattr(plan, "_again", None)
         return (None if launch is None else launch(kind, *metadata, *values)), None
     key = _key(kind, metadata, values, config, batch_invariant)
-    launch = _known.get(key)
+    try:
+        launch = _known.get(key)
+    except TypeError:  # an argument cannot be hashed, so it is not what it should be
+        return None, None
     return (None if launch is None else launch(*metadata, *values)), key
 
 

@@ -114,7 +114,7 @@ def _full_pages(op: str, batch_invariant: bool, device: torch.device) -> list[st
     it = soak.subject(scenario, 0, device)
     plan = plan_of(it.case, kv_last_page_len=None, batch_invariant=batch_invariant)
     it.reset()
-    it.call("csr", plan=plan)
+    it.call("csr", plan=plan, kv_last_page_len=None)
     return list(it.judge().failures)
 
 

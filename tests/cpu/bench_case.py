@@ -3,7 +3,7 @@
 import torch
 
 from mla_cute.bench import cases as cases_module
-from mla_cute.bench import runner
+from mla_cute.bench import runner, timing
 from mla_cute.bench.cases import PUBLIC_BEST_GPU, Case
 from mla_cute.gpu import GpuFacts
 from mla_cute.reference import decode_reference, prefill_reference
@@ -86,8 +86,16 @@ def shrink_rotation(monkeypatch):
 
 
 def bench(cases, library=None, timer=None, **options):
-    library = library or FakeLibrary.make()
-    return runner.run(cases, timer=timer or FakeTimer(), library=library, ceilings=lambda _: dict(CEILINGS), **options)
+    options = {
+        "timer": FakeTimer(),
+        "library": library or FakeLibrary.make(),
+        "ceilings": lambda _: dict(CEILINGS),
+        # 8192^3 in bf16 is minutes of work for a CPU without bf16 instructions.
+        "cublas": lambda timer: timing.cublas_tflops(timer, n=64),
+        **({"timer": timer} if timer else {}),
+        **options,
+    }
+    return runner.run(cases, **options)
 
 
 def row_of(case, us, read=0.5, cublas=0.5):

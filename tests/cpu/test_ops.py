@@ -299,6 +299,7 @@ def test_layers_with_scales_of_their_own_share_a_graph(entry, as_tensors):
     """Twelve of them are more than the compiler makes graphs for; a float in the op's schema would take one each."""
     keywords = arguments(entry, "fp8_tensor_q8")
     graphs = []
+    torch._dynamo.reset()
 
     def backend(module, example_inputs):
         graphs.append(module)
