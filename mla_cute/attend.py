@@ -66,6 +66,7 @@ def attend(
         expect_plan(plan)
     problem = kind.check(tensors, metadata, page_ids, options, causal)
     expect_bool("return_lse", return_lse)
+    expect_options(config, batch_invariant)
     _warn_of_gradients(tensors)
     if plan is not None:
         step = plan.launcher(problem, kind.block_table)
@@ -74,7 +75,6 @@ def attend(
             flat_table(page_ids, plan)
         verify = plan.verifies
     else:
-        expect_options(config, batch_invariant)
         verify = check_enabled()
     on_gpu = tensors.q_nope.is_cuda
     if verify or not on_gpu:

@@ -142,6 +142,8 @@ def short_way(
     if type(return_lse) is not bool:
         return None, None
     if plan is not None:
+        if config is not None or type(batch_invariant) is not bool:  # nothing to a plan, but checked
+            return None, None
         launch = getattr(plan, "_again", None)
         return (None if launch is None else launch(kind, *metadata, *values)), None
     key = _key(kind, metadata, values, config, batch_invariant)

@@ -15,6 +15,10 @@ NO_SCALES = (
     math.nan, math.inf, -math.inf, -1.0, 0.0, 0, -3, True, "1", None, 1j, [1.0], torch.tensor(1.0), decimal.Decimal(1),
     2.0**-127, 2.0**127, 10**400,
 )  # fmt: skip
+# Scales of tensors may be float32 tensors of one element on the device of the call.
+NO_TENSOR_SCALES = (
+    torch.ones(2), torch.ones(0), torch.tensor(1), torch.tensor(1.0, dtype=torch.float64), torch.ones(1, device="meta"),
+)  # fmt: skip
 NO_BASES = (True, 2.0, None, 10, -2, "2", "E", "", [2], {}, torch.tensor(2), 1j, math.nan)
 NO_BOOLS = (None, 0, 1, "yes", 1.0, [], torch.tensor(True), numpy.bool_(True))
 NO_FORMATS = (None, "fp8", "Tensor", 3, [], b"", True, torch.tensor([1, 2]))

@@ -18,6 +18,7 @@ from fuzz_case import (
     NO_BOOLS,
     NO_FORMATS,
     NO_SCALES,
+    NO_TENSOR_SCALES,
     NO_TENSORS,
     as_bytes,
     assert_all_refused,
@@ -170,7 +171,9 @@ def wrong_attention(scenario, it, args):
         yield from (("block_table", *x) for x in wrong_tensors(args["block_table"], widths=False))
 
     for name in ("sm_scale", "ckv_scale", "kpe_scale", "q_scale"):
-        yield from ((name, repr(x)[:40], x) for x in NO_SCALES)
+        takes_tensors = q_fp8 if name == "q_scale" else kv_format == "tensor" and name != "sm_scale"
+        numbers = [x for x in NO_SCALES if not (takes_tensors and isinstance(x, torch.Tensor))]
+        yield from ((name, repr(x)[:40], x) for x in (*numbers, *NO_TENSOR_SCALES))
     if kv_format != "tensor":
         yield from ((name, "2.0", 2.0) for name in ("ckv_scale", "kpe_scale"))
     if not q_fp8:
@@ -448,4 +451,4 @@ def test_a_check_that_is_missing_shows(monkeypatch):
     monkeypatch.setattr(expect, "expect_device", lambda name, x, device: None)
     with pytest.raises(AssertionError, match=r"sm_scale: nan") as found:
         assert_all_refused(mla_cute.mla_paged_decode, args, wrong)
-    assert "kv_indptr: on the meta device" in str(found.value)
+    assert "kv_indices: on the meta device" in str(found.value)
