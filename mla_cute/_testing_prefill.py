@@ -60,11 +60,11 @@ class PrefillCase(DecodeCase):
         """`mla_paged_prefill` ("csr") or `mla_paged_prefill_block_table` ("block_table") on this case."""
         import mla_cute
 
-        kwargs = {"causal": self.causal} | kwargs
+        options: dict[str, Any] = {"causal": self.causal}
         if entry == "csr":
-            kwargs = {"kv_last_page_len": self.kv_last_page_len} | kwargs
-            return mla_cute.mla_paged_prefill(*self.csr_args, **kwargs)
-        return mla_cute.mla_paged_prefill_block_table(*self.block_table_args, **kwargs)
+            options |= {"kv_last_page_len": self.kv_last_page_len} | kwargs
+            return mla_cute.mla_paged_prefill(*self.csr_args, **options)
+        return mla_cute.mla_paged_prefill_block_table(*self.block_table_args, **options | kwargs)
 
     def load(self, other: DecodeCase) -> None:
         """As `DecodeCase.load`; both cases also need the same `total_q`."""
