@@ -367,3 +367,19 @@ def test_variables_exist():
 
 def test_pages_stay_short():
     assert all(text_of(page).count("\n") <= 165 for page in PAGES)
+
+
+def test_architecture_names_every_file():
+    text = text_of("architecture")
+    named = {path for cell in re.findall(r"`([\w/.]+)`", text) for path in [cell.strip("/")] if path}
+    package = ROOT / "mla_cute"
+    for folder in (package, package / "kernels"):
+        files = {path.name for path in folder.glob("*.py")} - {"__init__.py", "__main__.py"}
+        assert files <= named, sorted(files - named)
+    folders = {path.parent.name for path in package.glob("*/__init__.py")}
+    assert folders <= named
+    known = {path.name for path in package.rglob("*.py")} | folders
+    found = set(re.findall(r"\b\w+\.py\b", text))
+    assert found <= known, sorted(found - known)
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        assert (DOCS / target).is_file(), target
