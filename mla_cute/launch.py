@@ -116,10 +116,14 @@ def _numbers(problem: DecodeProblem | PrefillProblem, options: Options) -> tuple
     ckv, ckv_at = number_and_address(options.ckv_scale)
     kpe, kpe_at = number_and_address(options.kpe_scale)
     q, q_at = number_and_address(options.q_scale)
-    nope, rope = options.sm_scale * LOG2_E * ckv * q, options.sm_scale * LOG2_E * kpe
-    if problem.kv_format == "tensor":
-        rope *= q
-    return float(nope), float(rope), float(ckv), ckv_at, kpe_at, q_at, lse_scale
+    nope, rope = score_scales(problem.kv_format, options.sm_scale, ckv, kpe, q)
+    return float(nope * LOG2_E), float(rope * LOG2_E), ckv, ckv_at, kpe_at, q_at, lse_scale
+
+
+def score_scales(kv_format: str, sm_scale: float, ckv: float, kpe: float, q: float) -> tuple[float, float]:
+    """Factors of q_nope . ckv and q_pe . kpe. `q` is of e4m3 queries, and q_pe is that in format "tensor" alone."""
+    rope = sm_scale * kpe
+    return sm_scale * ckv * q, rope * q if kv_format == "tensor" else rope
 
 
 def number_and_address(scale: Scale) -> tuple[float, int]:
@@ -148,6 +152,12 @@ def flat_table(block_table: torch.Tensor, plan: Plan) -> torch.Tensor:
         raise ValueError(
             f"plan: expected a plan for block_table rows {block_table.stride(0)} elements apart, got one for {stride}"
         )
+    return memory_of_table(block_table, stride)
+
+
+def memory_of_table(block_table: torch.Tensor, stride: int) -> torch.Tensor:
+    """As `flat_table`, of one that has rows, `stride` elements apart."""
+    rows, columns = block_table.shape
     return block_table.as_strided(((rows - 1) * stride + columns,), (1,))
 
 

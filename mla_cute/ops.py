@@ -39,7 +39,7 @@ from . import problem as shared
 from .config import KernelConfig
 from .expect import expect_bool, expect_device, expect_indptr, expect_lse_base, expect_shape
 from .merge_states import merge_states as _merge_states
-from .plan import Plan, expect_plan, plan_of
+from .plan import Plan, expect_config, expect_plan, plan_of
 from .problem import CKV_DIM, FP8, GROUP_DIM, KPE_DIM
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -133,8 +133,7 @@ def _define_attention(call: F, metadata: str) -> F:
         expect_bool("return_lse", return_lse)
         for flag in ("causal", "batch_invariant"):
             expect_bool(flag, options.get(flag, False))
-        if config is not None and not isinstance(config, KernelConfig):
-            raise TypeError(f"config: expected a KernelConfig or None, got {type(config).__name__}")
+        expect_config(config)
         if plan is not None:
             expect_plan(plan)
         options["natural_lse"] = _is_natural(lse_base)

@@ -6,7 +6,7 @@ import functools
 import itertools
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn
 
 import torch
@@ -15,10 +15,7 @@ from . import jit, shape_log, tuned
 from .allocate import empty
 from .config import KernelConfig, expect_types, why_infeasible
 from .expect import expect_bool, expect_int
-from .kernels.registry import (
-    KV_FORMATS,
-    PART_ROW,
-)
+from .kernels.registry import KV_FORMATS, PART_ROW
 from .problem import MAX_HEADS, MAX_PAGE_SIZE, DecodeProblem
 from .problem_prefill import PrefillProblem
 from .steps import step_variant
@@ -92,6 +89,19 @@ class Round(NamedTuple):
     planner_args: tuple[torch.Tensor | int, ...]
 
 
+def rounds_of(batch: int, per_round: int) -> Iterator[tuple[int, int]]:
+    """(begin, end) of the requests of each round; one round where there are none."""
+    for begin in range(0, max(batch, 1), per_round):
+        yield begin, min(begin + per_round, batch)
+
+
+def planner_reads(metadata: tuple[Any, ...], has_queries: bool) -> tuple[Any, ...]:
+    """[qo_indptr,] lengths, last page lengths. The planner looks at the last only where there are some; where there are
+    none, lengths stand for them. `metadata` in the order of a plan's, behind which there may be None."""
+    *queries, lengths, last = (*metadata, None)[: 3 if has_queries else 2]
+    return (*queries, lengths, lengths if last is None else last)
+
+
 def merge_grid(num_sms: int, max_entries: int, entries_at_once: int, rows_per_entry: int) -> tuple[int, int]:
     """(x, y) of the merge kernel. `entries_at_once`: merge entries beyond which it does not grow."""
     ctas = _MERGE_CTAS_PER_SM * num_sms
@@ -150,11 +160,10 @@ class Plan:
         self._planned: dict[str, torch.Tensor] | None = None
         if self.verifies or self.device.type == "cpu":
             self._planned = {name: x.clone() for name, x in metadata.items() if x is not None}
-        self._spare_pages = False
-        # the last problem this plan was found fit for, and its launcher; what launch.relaunch goes by
+        # the last problem this plan was found fit for, and its launcher; the short way of the calls behind it
         self._problem: DecodeProblem | PrefillProblem | None = None
         self._launch: Callable[..., None] = _no_kernel
-        self._again: Callable[..., tuple[torch.Tensor, torch.Tensor] | None] | None = None  # launch.short_way
+        self._again: Callable[..., tuple[torch.Tensor, torch.Tensor] | None] | None = None
         # the last block table, and its memory as a list
         self._table: tuple[Any, Any] = (None, None)
 
@@ -199,12 +208,8 @@ class Plan:
         for begin, end, table_rows, grid, numbers in layout.rounds:
             table = empty((table_rows, 8), torch.int32, device)
             scratch = empty((layout.scratch_rows, end - begin + 1), torch.int32, device)
-            read: tuple[Any, ...] = tensors if end - begin == self.batch else self._cut_metadata(begin, end)
-            # The planner takes lengths and last page lengths, and looks at the second only where there are some.
-            if self._block_table:
-                read = (*read, read[-1])
-            elif read[-1] is None:
-                read = (*read[:-1], read[-2])
+            metadata = tensors if end - begin == self.batch else self._cut_metadata(begin, end)
+            read = planner_reads(metadata, self.packs_rows)
             rounds.append(Round(begin, end, table, scratch, grid, (*read, table, scratch, *numbers)))
         self.rounds = tuple(rounds)
         self.part = empty((layout.part_rows, PART_ROW), torch.float32, device)
@@ -365,14 +370,16 @@ def expect_plan(plan: object) -> None:
         raise TypeError(f"plan: expected a plan or None, got {type(plan).__name__}")
 
 
+def expect_config(config: object) -> None:
+    if config is not None and not isinstance(config, KernelConfig):
+        raise TypeError(f"config: expected a KernelConfig or None, got {type(config).__name__}")
+
+
 def expect_options(config: KernelConfig | None, batch_invariant: bool) -> None:
     """What plans, and calls that plan, are told beside shapes."""
     expect_bool("batch_invariant", batch_invariant)
-    if config is None:
-        return
-    if not isinstance(config, KernelConfig):
-        raise TypeError(f"config: expected a KernelConfig or None, got {type(config).__name__}")
-    if reason := why_infeasible(config):
+    expect_config(config)
+    if config is not None and (reason := why_infeasible(config)):
         expect_types(config)
         raise ValueError(f"config: {reason}")
 

@@ -23,6 +23,7 @@ from .plan import (
     expect_table,
     merge_grid,
     planner_key,
+    rounds_of,
 )
 from .problem import DecodeProblem
 from .steps import decode_parts
@@ -118,11 +119,11 @@ def _invariant_layout(batch: int, num_sms: int, numbers: tuple[int, ...], room: 
     parts, _, _, num_heads, *_ = numbers
     slots, per_round = _invariant_items(batch, num_heads, room, each)
     rounds = []
-    for begin in range(0, max(batch, 1), per_round):
-        n = min(begin + per_round, batch) - begin
+    for begin, end in rounds_of(batch, per_round):
+        n = end - begin
         items = slots if n == per_round else _invariant_items(n, num_heads, room, each)[0]
         grid = (parts, *merge_grid(num_sms, n, items, num_heads))
-        rounds.append(RoundLayout(begin, begin + n, parts + n + items, grid, numbers))
+        rounds.append(RoundLayout(begin, end, parts + n + items, grid, numbers))
     return Layout(tuple(rounds), slots * num_heads, _SCRATCH_ROWS)
 
 

@@ -34,6 +34,7 @@ from .plan import (
     expect_table,
     merge_grid,
     planner_key,
+    rounds_of,
 )
 from .problem_prefill import PrefillProblem
 from .steps import prefill_min_blocks
@@ -135,12 +136,12 @@ def _invariant_layout(batch: int, total_q: int, num_sms: int, numbers: tuple[int
     parts, num_heads = numbers[0], numbers[3]
     part_rows, per_round = _invariant_rows(batch, num_heads, total_q, room)
     rounds = []
-    for begin in range(0, max(batch, 1), per_round):
-        n = min(begin + per_round, batch) - begin
+    for begin, end in rounds_of(batch, per_round):
+        n = end - begin
         tiles = -(-total_q * num_heads // TILE_M) + n
         rows = parts + tiles + _whole_rounds(_invariant_items(n, tiles, room), parts)
         grid = (parts, tiles, *merge_grid(num_sms, tiles, tiles, TILE_M))
-        rounds.append(RoundLayout(begin, begin + n, rows, grid, (*numbers, tiles)))
+        rounds.append(RoundLayout(begin, end, rows, grid, (*numbers, tiles)))
     return Layout(tuple(rounds), part_rows, _SCRATCH_ROWS)
 
 

@@ -21,8 +21,8 @@ from . import dlpack, shape_log, tuned
 from .allocate import current_device, empty
 from .config import KernelConfig
 from .expect import MAX_SCALE, MIN_SCALE, Scale, rows_fit_32_bits
-from .launch import LN_2, LOG2_E, flat_table, number_and_address, rows_are_even
-from .plan import Plan, check_enabled
+from .launch import LN_2, LOG2_E, flat_table, memory_of_table, number_and_address, rows_are_even, score_scales
+from .plan import Plan, check_enabled, planner_reads
 from .problem import CKV_DIM, DTYPES, UNSCALED, DecodeProblem
 from .problem_prefill import PrefillProblem
 
@@ -35,9 +35,13 @@ _known: dict[Any, ShortWay] = {}
 _MOST_KNOWN = 1024
 
 
+def _has_short_way(plan: Plan) -> bool:
+    return not plan.verifies and plan.has_work and len(plan.rounds) == 1 and dlpack.exports_e4m3()
+
+
 def with_plan(kind: object, step: Callable[..., None], problem: Problem, plan: Plan) -> ShortWay | None:
     """Of calls with this plan; None where there is none."""
-    if plan.verifies or not plan.has_work or len(plan.rounds) != 1 or not dlpack.exports_e4m3():
+    if not _has_short_way(plan):
         return None
     import tvm_ffi
 
@@ -84,7 +88,7 @@ def with_plan(kind: object, step: Callable[..., None], problem: Problem, plan: P
 
 def keep_without_plan(key: object, step: Callable[..., None], problem: Problem, plan: Plan) -> None:
     """Keep the short way of calls of `key`, one of which made `plan` for itself."""
-    if key is None or not plan.has_work or len(plan.rounds) != 1 or not dlpack.exports_e4m3():
+    if key is None or not _has_short_way(plan):
         return
     usual = _usual(problem, plan.packs_rows, None)
     of_plan, planner, grid, stride = plan.rounds[0], plan._planner, plan.grid, plan._table_stride
@@ -106,16 +110,11 @@ def keep_without_plan(key: object, step: Callable[..., None], problem: Problem, 
                 return None
             operands, out, lse, numbers = found
             if block_table:
-                rows, columns = page_ids.shape
-                page_ids = page_ids.as_strided(((rows - 1) * stride + columns,), (1,))
+                page_ids = memory_of_table(page_ids, stride)
             table, scratch = empty(table_size, torch.int32, device), empty(scratch_size, torch.int32, device)
             part = empty(part_size, torch.float32, device)
-            if has_queries:
-                last = metadata_1 if metadata_2 is None else metadata_2
-                planner(metadata_0, metadata_1, last, table, scratch, *plan_numbers)
-            else:
-                last = metadata_0 if metadata_1 is None else metadata_1
-                planner(metadata_0, last, table, scratch, *plan_numbers)
+            lengths = planner_reads((metadata_0, metadata_1, metadata_2), has_queries)
+            planner(*lengths, table, scratch, *plan_numbers)
             if len(operands) == 5 and operands[4] is None:
                 operands = (*operands[:4], lse.unsqueeze(-1))
             step(*operands, page_ids, table, part, out, lse, *grid, *numbers)
@@ -270,7 +269,7 @@ def _has_tma_strides(x: torch.Tensor) -> bool:
 def _usual_factors(
     problem: DecodeProblem | PrefillProblem, sm_scale: float, ckv_scale: Scale, kpe_scale: Scale, q_scale: Scale
 ) -> tuple[float | int, ...] | None:
-    """What `_numbers` makes of scales, but for lse_scale; None where one is unusual."""
+    """As the long way's `_numbers` (launch.py), but for lse_scale; None where a scale is unusual."""
     ckv_at = kpe_at = q_at = 0
     if not type(ckv_scale) is type(kpe_scale) is type(q_scale) is float:
         at = problem.device.index
@@ -285,9 +284,7 @@ def _usual_factors(
         return None
     if not problem.q_fp8 and q_scale != 1.0:
         return None
-    nope, rope = sm_scale * ckv_scale * q_scale, sm_scale * kpe_scale
-    if problem.kv_format == "tensor":
-        rope *= q_scale
+    nope, rope = score_scales(problem.kv_format, sm_scale, ckv_scale, kpe_scale, q_scale)
     if not (
         MIN_SCALE <= nope <= MAX_SCALE
         and MIN_SCALE <= rope <= MAX_SCALE
