@@ -80,12 +80,6 @@ _TYPES = {field.name: type(field.default) for field in dataclasses.fields(Kernel
 def _wrong_type(config: KernelConfig) -> tuple[str, str, Any] | None:
     """The first field that has not the type of its default (flags are bools, not 0 and 1): its name, the type that was
     expected, and its value."""
-    texts = type(config.kernel) is type(config.fp8_kernel) is type(config.accuracy) is str
-    flags = type(config.evict_first) is type(config.use_pdl) is bool
-    cuts = type(config.cut_unit) is type(config.min_blocks) is int
-    costs = type(config.item_overhead) is type(config.split_penalty) is int
-    if texts and flags and cuts and costs:
-        return None
     for name, expected in _TYPES.items():
         if type(value := getattr(config, name)) is not expected:
             return name, expected.__name__, value

@@ -118,9 +118,9 @@ def store_shared(address, words: list, offset: int = 0) -> None:
     _store("shared", "r", address, words, offset)
 
 
-def store_global(address, words: list, offset: int = 0) -> None:
+def store_global(address, words: list) -> None:
     """1, 2 or 4 words, aligned to their size."""
-    _store("global", "l", address, words, offset)
+    _store("global", "l", address, words, 0)
 
 
 def _store(space: str, pointer: str, address, words: list, offset: int) -> None:
