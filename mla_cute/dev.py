@@ -41,10 +41,8 @@ def names(patterns: Sequence[str] = ()) -> list[str]:
 def code(name: str) -> Code:
     """Compile a variant for sm_90a, or take it from the disk cache. Needs no GPU, and nvdisasm."""
     variant = _fingerprint.variants()[name]
-    cubins = jit.cubins(*variant)
-    text = "\n".join(sass.disassemble(cubin) for cubin in cubins)
-    opcodes = sum((sass.opcode_counts(cubin) for cubin in cubins), start=collections.Counter[str]())
-    return Code(name, jit.compile_info(*variant), opcodes, text)
+    text = "\n".join(sass.disassemble(cubin) for cubin in jit.cubins(*variant))
+    return Code(name, jit.compile_info(*variant), sass.opcode_counts_of(text), text)
 
 
 class Difference(NamedTuple):

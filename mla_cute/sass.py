@@ -144,7 +144,12 @@ _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?
 
 def opcode_counts(cubin: bytes) -> collections.Counter[str]:
     """How often each opcode with its modifiers (`HGMMA.64x64x16.F32.BF16`) occurs; raises as :func:`disassemble`."""
-    return collections.Counter(_INSTRUCTION.findall(disassemble(cubin)))
+    return opcode_counts_of(disassemble(cubin))
+
+
+def opcode_counts_of(sass: str) -> collections.Counter[str]:
+    """:func:`opcode_counts` of what :func:`disassemble` returned."""
+    return collections.Counter(_INSTRUCTION.findall(sass))
 
 
 def instruction_counts_of(opcodes: Mapping[str, int]) -> dict[str, int]:
