@@ -7,16 +7,16 @@
 """
 
 from . import ops, quant
-from ._explain import explain
-from ._warmup import warmup
 from .api import mla_paged_decode, mla_paged_decode_block_table
 from .api_prefill import mla_paged_prefill, mla_paged_prefill_block_table
 from .append import append_to_cache
+from .compile.jit import cache_dir
+from .compile.warmup import warmup
 from .config import KernelConfig
-from .jit import cache_dir
 from .merge_states import merge_states
 from .plan_decode import DecodePlan, plan_decode, plan_decode_block_table
 from .plan_prefill import PrefillPlan, plan_prefill, plan_prefill_block_table
+from .tuned.explain import explain
 
 __version__ = "0.1.0"
 __all__ = [

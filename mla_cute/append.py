@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from . import jit, quant
 from . import problem as shared
+from . import quant
+from .compile import jit
 from .expect import (
     MAX_SCALE,
     MIN_SCALE,

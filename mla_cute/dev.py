@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from . import _fingerprint, jit, sass
+from .compile import fingerprint, jit, sass
 
 Fingerprints = dict[str, dict[str, Any]]
 
@@ -32,7 +32,7 @@ def names(patterns: Sequence[str] = ()) -> list[str]:
 
     Raises ValueError when there is none.
     """
-    found = _fingerprint.matching(patterns)
+    found = fingerprint.matching(patterns)
     if not found:
         raise ValueError(f"variant: expected the name of a kernel variant or a pattern, got {' '.join(patterns)}")
     return found
@@ -40,7 +40,7 @@ def names(patterns: Sequence[str] = ()) -> list[str]:
 
 def code(name: str) -> Code:
     """Compile a variant for sm_90a, or take it from the disk cache. Needs no GPU, and nvdisasm."""
-    variant = _fingerprint.variants()[name]
+    variant = fingerprint.variants()[name]
     text = "\n".join(sass.disassemble(cubin) for cubin in jit.cubins(*variant))
     return Code(name, jit.compile_info(*variant), sass.opcode_counts_of(text), text)
 
@@ -99,7 +99,7 @@ def _checkout(root: pathlib.Path, revision: str) -> Iterator[pathlib.Path]:
 
 def _fingerprints(tree: pathlib.Path, patterns: Sequence[str]) -> Fingerprints:
     path = os.pathsep.join([str(tree), os.environ.get("PYTHONPATH", "")])
-    script = str(pathlib.Path(_fingerprint.__file__).resolve())
+    script = str(pathlib.Path(fingerprint.__file__).resolve())
     found: Fingerprints = json.loads(_run([sys.executable, script, *patterns], env={**os.environ, "PYTHONPATH": path}))
     return found
 

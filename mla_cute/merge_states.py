@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from . import jit
+from .compile import jit
 from .expect import (
     expect_aligned,
     expect_device,

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 
-from . import jit, shape_log, tuned
 from .allocate import empty
+from .compile import jit
 from .config import KernelConfig, expect_types, why_infeasible
 from .expect import expect_bool, expect_int
 from .kernels.registry import KV_FORMATS, PART_ROW
 from .problem import MAX_HEADS, MAX_PAGE_SIZE, DecodeProblem
 from .problem_prefill import PrefillProblem
 from .steps import step_variant
+from .tuned import select, shape_log
 from .verify import Finding, first_of
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ class Plan:
     ):
         self.batch, self.num_heads, self.page_size, self.device = batch, num_heads, page_size, device
         self.batch_invariant = batch_invariant
-        self.selection: tuned.Selection | None = None
+        self.selection: select.Selection | None = None
         self.handle = 0
         self._table_stride, self._block_table = table_stride, block_table
         self._spare_pages = False  # as verify_on_device, which calls with this plan hand it to
@@ -196,7 +197,7 @@ class Plan:
         if shape_log.recorder is not None:
             shape_log.recorder.saw(facts)
         if config is None:
-            self.selection = tuned.choose(*facts, self.device, self.batch_invariant)
+            self.selection = select.choose(*facts, self.device, self.batch_invariant)
             self.config = self.selection.config
         else:
             self.config = config

@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from . import jit
+from .compile import jit
 from .config import KernelConfig
 from .expect import expect_bool, expect_indptr, expect_int, expect_metadata
 from .kernels.registry import BLOCK, FIXED_MAX_PIECES, FIXED_MIN_BLOCKS, PART_ROW, PLANNER, PlannerKey
@@ -42,7 +42,8 @@ class DecodePlan(Plan):
     Attributes:
         batch, num_heads, page_size: what the plan is for.
         config: the :class:`~mla_cute.config.KernelConfig` the calls will run with.
-        selection: the :class:`~mla_cute.tuned.Selection` that config is from; None when it was given, and on the CPU.
+        selection: the :class:`~mla_cute.tuned.select.Selection` that config is from; None when it was given, and on the
+            CPU.
         batch_invariant: whether a request is cut by its own length alone.
         other_metadata: calls may be given other metadata tensors than the plan was made from.
         workspace_bytes: device memory the plan holds.
@@ -169,7 +170,8 @@ def plan_decode(
         page_size: tokens per page, >= 1.
         kv_last_page_len: [batch] int32, tokens in each request's last page; None: last pages are full.
         num_kv_indices: upper bound of kv_indptr[-1]; only bounds the workspace of batch-invariant plans.
-        config: a KernelConfig; None takes the tuned one of the nearest shape (:mod:`mla_cute.tuned`), else a default.
+        config: a KernelConfig; None takes the tuned one of the nearest shape (:mod:`mla_cute.tuned.select`), else a
+            default.
         batch_invariant: cut each request by its own length alone, so that its result has the same bits whatever else
             is in the batch. Without `config` takes the default, not a tuned one.
         kv_format, q_fp8: what the choice of a configuration goes by: "" for a 16-bit cache, else "tensor", "token" or

@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from . import jit
+from .compile import jit
 from .config import KernelConfig
 from .expect import expect_bool, expect_indptr, expect_int, expect_metadata
 from .kernels.registry import (
@@ -51,7 +51,8 @@ class PrefillPlan(Plan):
     Attributes:
         batch, total_q, num_heads, page_size, causal: what the plan is for.
         config: the :class:`~mla_cute.config.KernelConfig` the calls will run with.
-        selection: the :class:`~mla_cute.tuned.Selection` that config is from; None when it was given, and on the CPU.
+        selection: the :class:`~mla_cute.tuned.select.Selection` that config is from; None when it was given, and on the
+            CPU.
         batch_invariant: whether a request is cut by its own lengths alone.
         max_tiles: row tiles the plan has room for.
         workspace_bytes: device memory the plan holds.
@@ -208,7 +209,8 @@ def plan_prefill(
         causal: what the calls will say.
         kv_last_page_len: [batch] int32, tokens in each request's last page; None: last pages are full.
         num_kv_indices: upper bound of kv_indptr[-1]; only bounds the workspace of batch-invariant plans.
-        config: a KernelConfig; None takes the tuned one of the nearest shape (:mod:`mla_cute.tuned`), else a default.
+        config: a KernelConfig; None takes the tuned one of the nearest shape (:mod:`mla_cute.tuned.select`), else a
+            default.
         batch_invariant: cut each request by its own lengths alone, so that its result has the same bits whatever else
             is in the batch. Without `config` takes the default, not a tuned one.
         kv_format, q_fp8, max_kv_len: what the choice of a configuration goes by, as :func:`~mla_cute.plan_decode`.

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from . import dlpack, shape_log, tuned
+from . import dlpack
 from .allocate import current_device, empty
 from .config import KernelConfig
 from .expect import MAX_SCALE, MIN_SCALE, Scale, rows_fit_32_bits
@@ -25,6 +25,7 @@ from .launch import LN_2, LOG2_E, flat_table, memory_of_table, number_and_addres
 from .plan import Plan, check_enabled, planner_reads
 from .problem import CKV_DIM, DTYPES, UNSCALED, DecodeProblem
 from .problem_prefill import PrefillProblem
+from .tuned import select, shape_log
 
 Problem = DecodeProblem | PrefillProblem
 # The public calls' arguments in a fixed order, to the results or None.
@@ -174,7 +175,7 @@ def _key(
             kind, q_nope.shape, q_nope.dtype, q_pe.dtype, q_nope.get_device(), ckv_cache.shape[1], ckv_cache.dtype,
             kpe_cache.dtype, metadata_0.shape, None if metadata_1 is None else metadata_1.shape,
             None if metadata_2 is None else metadata_2.shape, pages, None if out is None else out.dtype,
-            None if scale_arr is None else scale_arr.shape[2], config, batch_invariant, causal, tuned.generation(),
+            None if scale_arr is None else scale_arr.shape[2], config, batch_invariant, causal, select.generation(),
         )  # fmt: skip
     except Exception:  # an argument is no tensor
         return None

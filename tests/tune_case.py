@@ -4,7 +4,7 @@ import os
 import random
 import time
 
-from mla_cute.tuned import When
+from mla_cute.tuned.select import When
 from mla_cute.tuning.search import CandidateError, ShapeError, StartError
 
 DECODE = When("decode", "", False, 16, 64, 1, 16, 8192)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import _toolchain as toolchain
+from ..compile import toolchain
 from .cases import PrefillCase
 
 if TYPE_CHECKING:

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from .. import gpu as gpu_facts
-from .._testing_fp8 import E4M3_NOISE
+from ..compile.jit import replace_file
 from ..config import KernelConfig
-from ..jit import replace_file
+from ..testing.fp8 import E4M3_NOISE
 from .cases import (
     BARS,
     FP8_BARS,

@@ -7,10 +7,16 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .._testing import CaseSpec, DecodeCase, expected_of, run_case, sweep
-from .._testing_fp8 import Fp8Case, Fp8Expected
-from .._testing_runs import plan_of
-from .._testing_verdict import Expected, Verdict
+from ..testing.cases import (
+    CaseSpec,
+    DecodeCase,
+    expected_of,
+    run_case,
+    sweep,
+)
+from ..testing.fp8 import Fp8Case, Fp8Expected
+from ..testing.runs import plan_of
+from ..testing.verdict import Expected, Verdict
 
 COLUMNS = (
     "page size",

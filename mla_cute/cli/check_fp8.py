@@ -16,11 +16,16 @@ import torch
 
 from .. import gpu as gpu_facts
 from .. import quant
-from .._testing import DecodeCase, make_case
-from .._testing_fp8 import Fp8Case, compare_fp8, expected_fp8, make_fp8
 from ..bench.runner import source_digest
 from ..config import ACCURACIES, FEW_ROWS, KernelConfig
 from ..reference import decode_reference
+from ..testing.cases import DecodeCase, make_case
+from ..testing.fp8 import (
+    Fp8Case,
+    compare_fp8,
+    expected_fp8,
+    make_fp8,
+)
 
 SCHEMA = 1
 PAGE_SIZE = 64

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from .. import jit
-from .._testing import CaseSpec
 from ..bench.cases import Case
+from ..compile import jit
 from ..kernels import registry
+from ..testing.cases import CaseSpec
 
 # DeepSeek-V3 has 128 heads: 16 per GPU with tensor parallelism over 8, all 128 with data parallelism.
 DEPLOYMENTS = {16: "TP8", 128: "DP"}

@@ -6,7 +6,8 @@ import pathlib
 from typing import Any
 
 from .. import gpu as gpu_facts
-from .. import jit, tuned
+from ..compile import jit
+from ..tuned import select
 
 # What changes where kernels and their configurations come from, what is recorded or checked, which GPU is seen.
 VARIABLES = (
@@ -65,9 +66,9 @@ def _size(path: pathlib.Path) -> int:
 
 
 def tuned_files() -> list[str]:
-    """Tuned configurations of any GPU, in the order in which :mod:`mla_cute.tuned` looks for them."""
+    """Tuned configurations of any GPU, in the order in which :mod:`mla_cute.tuned.select` looks for them."""
     found: list[str] = []
-    for _, directory in tuned.directories():
+    for _, directory in select.directories():
         with contextlib.suppress(OSError):  # a folder that cannot be read has none
             found += map(str, sorted(directory.glob("*.json")))
     return found

@@ -31,13 +31,13 @@ import mla_cute
 
 from .. import gpu as gpu_facts
 from .. import quant
-from .._testing_runs import plan_of
 from ..append import append_reference
 from ..bench.report import text_table
 from ..config import KernelConfig, with_kernel
 from ..kernels.registry import APPEND, KV_FORMATS, MERGE_STATES, PLANNER, PREFILL_PLANNER, KernelRef
 from ..problem import CKV_DIM, FP8, KPE_DIM
 from ..steps import step_of
+from ..testing.runs import plan_of
 from . import soak
 from .watchdog import parse_seconds
 

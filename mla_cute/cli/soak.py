@@ -25,14 +25,28 @@ import torch
 
 import mla_cute
 
-from .. import _testing_runs
 from .. import gpu as gpu_facts
-from .._testing import CACHE_LAYOUTS, OUT_LAYOUTS, Q_LAYOUTS, DecodeCase, expected_of, judge, make_case
-from .._testing_fp8 import LAYOUTS as FP8_LAYOUTS
-from .._testing_fp8 import Fp8Case, Fp8Expected, expected_fp8, judge_fp8, make_fp8
-from .._testing_prefill import SPARE_QUERIES, make_prefill_case
-from .._testing_verdict import Expected, Verdict
 from ..config import KERNELS, KernelConfig
+from ..testing import runs as testing_runs
+from ..testing.cases import (
+    CACHE_LAYOUTS,
+    OUT_LAYOUTS,
+    Q_LAYOUTS,
+    DecodeCase,
+    expected_of,
+    judge,
+    make_case,
+)
+from ..testing.fp8 import LAYOUTS as FP8_LAYOUTS
+from ..testing.fp8 import (
+    Fp8Case,
+    Fp8Expected,
+    expected_fp8,
+    judge_fp8,
+    make_fp8,
+)
+from ..testing.prefill import SPARE_QUERIES, make_prefill_case
+from ..testing.verdict import Expected, Verdict
 from ..tuning.command import parse_budget
 from .check import independent
 from .watchdog import Watchdog, parse_seconds
@@ -273,7 +287,7 @@ def subject(scenario: Scenario, step: int, device: torch.device, **change: Any) 
 
 
 def plan_of(scenario: Scenario, case: DecodeCase) -> mla_cute.DecodePlan | mla_cute.PrefillPlan:
-    return _testing_runs.plan_of(
+    return testing_runs.plan_of(
         case,
         scenario.entry,
         config=scenario.config,
@@ -327,7 +341,7 @@ def _replay(scenario: Scenario, device: torch.device) -> Iterator[str]:
             plan.update()
         it.call(scenario.entry, **options)
 
-    replay = _testing_runs.capture(step)[0].replay if device.type == "cuda" else step
+    replay = testing_runs.capture(step)[0].replay if device.type == "cuda" else step
     for i in range(1, len(scenario.steps)):
         it.load(subject(scenario, i, device))
         it.reset()

@@ -18,13 +18,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from .. import gpu as gpu_facts
-from .. import tuned
 from ..bench import outputs
 from ..bench.__main__ import numbers
 from ..bench.report import text_table
 from ..bench.runner import source_digest
 from ..kernels.registry import DTYPES
-from ..tuned import When
+from ..tuned import select
+from ..tuned.select import When
 from . import device, recipes, report, session, space, store
 from .search import StartError
 from .workers import ChildMeasurer, compile_variants
@@ -194,7 +194,7 @@ def _task(options: Options, whens: Sequence[When], facts: dict[str, Any]) -> ses
     gpu = facts["gpu"]
     out = options.out
     if out is None:
-        out = next((path for label, path in tuned.search_path(gpu["name"]) if label == "user"), None)
+        out = next((path for label, path in select.search_path(gpu["name"]) if label == "user"), None)
     if out is None:
         raise UsageError("--out: expected a file, as there is no home directory")
     versions = gpu_facts.versions()

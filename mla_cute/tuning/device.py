@@ -24,7 +24,7 @@ from ..bench.cases import Case, PrefillCase
 from ..bench.inputs import Inputs, KvPool, make_inputs
 from ..bench.timing import CudaTimer, Replay, read_gbps
 from ..config import KernelConfig
-from ..tuned import When
+from ..tuned.select import When
 from .recipes import case_of
 from .search import CandidateError, ShapeError, StartError
 

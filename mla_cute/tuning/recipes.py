@@ -25,7 +25,7 @@ from typing import Any
 from ..bench.cases import TOKEN_BYTES, Case, PrefillCase
 from ..kernels.registry import OPS
 from ..problem import MAX_HEADS
-from ..tuned import When, read_shapes
+from ..tuned.select import When, read_shapes
 
 FOLDER = pathlib.Path(__file__).parent / "recipes"
 

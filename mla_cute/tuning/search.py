@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from ..config import KernelConfig
-from ..tuned import When
+from ..tuned.select import When
 from .space import changes
 
 # Rounds that a rung adds, as many of them as take RUNG_SECONDS, but at least LEAST_ROUNDS. Medians of single 10 us

@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-from .. import tuned
 from ..bench.cases import TOKEN_BYTES
 from ..config import KernelConfig
-from ..tuned import TunedFile, When
+from ..tuned import select
+from ..tuned.select import TunedFile, When
 from . import search, space
 from .recipes import coarse_first
 from .search import Measurer, StartError
@@ -22,7 +22,7 @@ from .store import Measured, Store
 # What a shape takes until one was timed, for the first decision whether another fits the budget.
 FIRST_SHAPE_S = 4.0
 # Of the budget, for compiling: what is not compiled then is left out. The kernels of the defaults may take more, since
-# without its default a shape cannot be tuned.
+# without its default a shape cannot be select.
 COMPILE_SHARE = 0.5
 DEFAULTS_SHARE = 0.8
 
@@ -73,7 +73,7 @@ def open_store(task: Task) -> Store:
     """The measurements file of a task. ValueError when that or the tuned file is damaged or another GPU's."""
     store = Store(task.measurements, task.gpu)
     if task.out.exists():
-        tuned.merge(task.out, TunedFile(task.gpu, task.made_with, ()))
+        select.merge(task.out, TunedFile(task.gpu, task.made_with, ()))
     return store
 
 
@@ -110,7 +110,7 @@ def _is_done(store: Store, task: Task, when: When) -> bool:
 
 def _merge(task: Task, shapes: Sequence[Measured]) -> None:
     if entries := tuple(entry for shape in shapes if (entry := shape.entry()) is not None):
-        tuned.merge(task.out, TunedFile(task.gpu, task.made_with, entries))
+        select.merge(task.out, TunedFile(task.gpu, task.made_with, entries))
 
 
 def _tune(
@@ -162,7 +162,7 @@ def _compile(
     clock: Callable[[], float],
     deadline: float,
 ) -> Mapping[Variant, str]:
-    """Kernels of the defaults first: a shape without its default cannot be tuned."""
+    """Kernels of the defaults first: a shape without its default cannot be select."""
     defaults = [v for when, found in candidates.items() for v in space.variants_of(when, found[0], task.dtype)]
     others = [v for when, found in candidates.items() for c in found for v in space.variants_of(when, c, task.dtype)]
     begin, num_defaults = clock(), len(dict.fromkeys(defaults))

@@ -25,7 +25,7 @@ from ..kernels.registry import (
     TILE_M,
 )
 from ..steps import Variant, decode_parts, has_few_rows, planner_variant, prefill_min_blocks, step_variant
-from ..tuned import When, default_for
+from ..tuned.select import When, default_for
 
 MIN_BLOCKS = (1, 2, 4, 8, 16)
 ITEM_OVERHEADS = (2, 4, 8)

@@ -13,10 +13,10 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from ..compile.jit import replace_file
 from ..config import KernelConfig
-from ..jit import replace_file
-from ..tuned import Entry, When
-from ..tuned_file import when_of
+from ..tuned.file import when_of
+from ..tuned.select import Entry, When
 from .search import GAIN, KEEP_WITHIN, RUNGS, Result
 
 SCHEMA = 1

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-from .. import _warmup, jit
+from ..compile import jit, warmup
 from ..config import KernelConfig
-from ..tuned import When
+from ..tuned.select import When
 from .search import NO_TIME, CandidateError, ShapeError, StartError
 from .space import Variant
 
@@ -201,7 +201,7 @@ def compile_variants(
         return left
     if not jit.is_writable():
         raise StartError("compiled kernels cannot be kept: set MLA_CUTE_CACHE_DIR to a writable directory")
-    compiling = _warmup.compile_missing(missing, workers or _warmup.default_workers(), _warmup.say_on_stderr)
+    compiling = warmup.compile_missing(missing, workers or warmup.default_workers(), warmup.say_on_stderr)
     with contextlib.closing(compiling):
         for done, (variant, outcome, _) in enumerate(compiling, start=1):
             if isinstance(outcome, Exception):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from mla_cute import quant
-from mla_cute._testing import DecodeCase
+from mla_cute.testing.cases import DecodeCase
 
 E4M3 = torch.float8_e4m3fn
 # "group656": the group format in rows of 656 bytes

@@ -10,7 +10,7 @@ import textwrap
 import pytest
 import torch
 
-from mla_cute import _turn, jit
+from mla_cute.compile import jit, turn
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -22,7 +22,7 @@ def forget_everything(tmp_path, monkeypatch):
     directory = tmp_path / "kernels"
     monkeypatch.setenv("MLA_CUTE_CACHE_DIR", str(directory))
     monkeypatch.setenv("TMPDIR", str(tmp_path))  # of processes
-    monkeypatch.setattr(_turn, "lock_path", lambda: tmp_path / "compiling.lock")
+    monkeypatch.setattr(turn, "lock_path", lambda: tmp_path / "compiling.lock")
     monkeypatch.setattr(jit, "_memory", {})
     monkeypatch.setattr(jit, "_by_digest", {})
     monkeypatch.setattr(jit, "_counters", {"compiled": 0, "loaded": 0})

@@ -11,10 +11,10 @@ import torch
 from check_values import BAD_VALUES, NAMES
 
 import mla_cute
-from mla_cute._testing import expected_of, make_case, run_case
-from mla_cute._testing_verdict import compare
 from mla_cute.plan import num_sms
 from mla_cute.reference import decode_reference
+from mla_cute.testing.cases import expected_of, make_case, run_case
+from mla_cute.testing.verdict import compare
 
 ENTRIES = pytest.mark.parametrize("entry", ["csr", "block_table"])
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import mla_cute
-from mla_cute._testing import make_case
 from mla_cute.launch import flat_table, table_stride
+from mla_cute.testing.cases import make_case
 
 SIZES = {"num_heads": 3, "page_size": 8}
 

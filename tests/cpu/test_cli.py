@@ -13,8 +13,8 @@ from bench_case import CEILINGS, H200, SMALL, FakeLibrary, FakeTimer, bench, shr
 from typer.testing import CliRunner
 
 import mla_cute.cli
-from mla_cute import _testing, reference
 from mla_cute import gpu as gpu_facts
+from mla_cute import reference
 from mla_cute.bench import runner as bench_runner
 from mla_cute.cli import app as app_module
 from mla_cute.cli import check as checking
@@ -23,6 +23,7 @@ from mla_cute.cli import demo as showing
 from mla_cute.cli import info as facts
 from mla_cute.cli import watchdog
 from mla_cute.kernels import registry
+from mla_cute.testing import cases
 
 ROOT = pathlib.Path(mla_cute.__file__).resolve().parents[1]
 
@@ -306,8 +307,8 @@ def test_the_cpu_sweep_is_the_full_one_without_the_longest_requests():
 
 @pytest.mark.parametrize("page_size", [1, 16, 64])
 def test_the_independent_computation_agrees_with_the_reference(page_size):
-    case = _testing.make_case([0, 1, 130], num_heads=4, page_size=page_size, index_offset=3, seed=5)
-    ours, theirs = checking.independent(case), _testing.expected_of(case)
+    case = cases.make_case([0, 1, 130], num_heads=4, page_size=page_size, index_offset=3, seed=5)
+    ours, theirs = checking.independent(case), cases.expected_of(case)
     torch.testing.assert_close(ours.output, theirs.output, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(ours.lse, theirs.lse, rtol=1e-5, atol=1e-5)
     # The yardsticks round at the same places, so they err alike.

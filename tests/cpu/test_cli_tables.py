@@ -21,7 +21,6 @@ from typer.testing import CliRunner
 
 import mla_cute
 from mla_cute import gpu as gpu_facts
-from mla_cute._testing import CaseSpec
 from mla_cute.bench import report
 from mla_cute.bench.cases import PrefillCase
 from mla_cute.cli import app as app_module
@@ -30,6 +29,7 @@ from mla_cute.cli import check_fp8 as checking_fp8
 from mla_cute.cli import demo as showing
 from mla_cute.cli import sanitize as sanitizing
 from mla_cute.cli import screen
+from mla_cute.testing.cases import CaseSpec
 from mla_cute.tuning import recipes
 
 ROOT = pathlib.Path(mla_cute.__file__).resolve().parents[1]

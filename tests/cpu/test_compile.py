@@ -7,9 +7,10 @@ import pathlib
 import pytest
 
 import mla_cute
-from mla_cute import jit, sass, tuned
+from mla_cute.compile import jit, sass
 from mla_cute.config import KernelConfig
 from mla_cute.kernels import registry
+from mla_cute.tuned import select
 from mla_cute.tuning import space
 
 MAX_SMEM_BYTES = 232448  # shared memory a CTA can opt in to on sm_90
@@ -55,8 +56,8 @@ NATIVE_FP8 = [
 def _shipped():
     """What calls with the shipped tuned files' configurations compile, beside the above."""
     found = []
-    for path in sorted((pathlib.Path(mla_cute.__file__).parent / "tuned_data").glob("*.json")):
-        for entry in tuned.load(path).entries:
+    for path in sorted((pathlib.Path(mla_cute.__file__).parent / "tuned" / "data").glob("*.json")):
+        for entry in select.load(path).entries:
             found += space.variants_of(entry.when, entry.config, "bfloat16")
     known = {*VARIANTS, *COVERED_FP8, *NATIVE_FP8}
     return [v for v in dict.fromkeys(found) if v not in known]

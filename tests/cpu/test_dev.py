@@ -9,8 +9,9 @@ import subprocess
 import pytest
 from typer.testing import CliRunner
 
-from mla_cute import _fingerprint, dev, sass
+from mla_cute import dev
 from mla_cute.cli.app import app
+from mla_cute.compile import fingerprint, sass
 from mla_cute.kernels import registry
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -23,7 +24,7 @@ def run(*arguments):
 
 
 def test_every_variant_has_a_name_of_its_own():
-    found = _fingerprint.variants()
+    found = fingerprint.variants()
     assert len(found) == (
         len(registry.variants(kv_formats=("", *registry.KV_FORMATS)))
         + len(registry.append_variants())
@@ -40,7 +41,7 @@ def test_names_by_their_beginning_and_by_pattern():
     with pytest.raises(ValueError, match=r"^variant: expected the name of a kernel variant or a pattern, got nothing"):
         dev.names(["nothing"])
     listed = run("list", "planner")
-    assert listed.stdout.split() == [n for n in _fingerprint.variants() if n.startswith("planner")]
+    assert listed.stdout.split() == [n for n in fingerprint.variants() if n.startswith("planner")]
     refused = run("list", "nothing")
     assert refused.exit_code == 2
     assert "got nothing" in refused.output
@@ -113,7 +114,7 @@ def test_same(checkout, monkeypatch):
 
 
 def test_fingerprints_are_json(capsys):
-    _fingerprint.main([NAME])
+    fingerprint.main([NAME])
     found = json.loads(capsys.readouterr().out)
     assert list(found) == [NAME]
     assert found[NAME]["facts"]["threads"] == 128

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import mla_cute
-from mla_cute import tuned
+from mla_cute.tuned import select
 from mla_cute.tuning import command, recipes
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -22,7 +22,7 @@ RECORDS = ROOT / "tune" / "measurements" / "NVIDIA_H200"
 SOURCES = (
     "api", "api_prefill", "append", "attend", "launch", "merge_states", "ops", "plan", "plan_decode", "plan_prefill",
     "problem", "problem_prefill",
-    "expect", "verify", "quant", "config", "steps", "_explain", "_warmup",
+    "expect", "verify", "quant", "config", "steps", "tuned/explain", "compile/warmup",
 )  # fmt: skip
 
 
@@ -117,7 +117,7 @@ def test_engines_runs(monkeypatch):
 
 @pytest.mark.parametrize("page", ["tuning", "numerics"])
 def test_page_runs(page, monkeypatch):
-    tuned.clear()
+    select.clear()
     assert run(page, monkeypatch)
 
 
@@ -148,11 +148,11 @@ def test_recipes_are_named():
 
 def test_tuned_files_are_searched_in_the_order_of_the_page(monkeypatch, tmp_path):
     monkeypatch.setenv("MLA_CUTE_TUNED_DIR", str(tmp_path))
-    labels = [label for label, _ in tuned.search_path("NVIDIA H200")]
+    labels = [label for label, _ in select.search_path("NVIDIA H200")]
     assert labels == ["MLA_CUTE_TUNED_DIR", "user", "shipped"]
     rows = [row[0] for row in tables("tuning") if row[0].endswith("NVIDIA_H200.json`")]
-    assert ["MLA_CUTE_TUNED_DIR" in rows[0], "cache_dir()" in rows[1], "tuned_data" in rows[2]] == [True] * 3
-    assert {path.name for _, path in tuned.search_path("NVIDIA H200")} == {"NVIDIA_H200.json"}
+    assert ["MLA_CUTE_TUNED_DIR" in rows[0], "cache_dir()" in rows[1], "tuned/data" in rows[2]] == [True] * 3
+    assert {path.name for _, path in select.search_path("NVIDIA H200")} == {"NVIDIA_H200.json"}
 
 
 # ------------------------------------------------------------------------------------------------ numbers

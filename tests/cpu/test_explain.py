@@ -7,8 +7,10 @@ import torch
 from tuned_case import FILE, META, NAME, SMS, Folders, entry, when, write
 
 import mla_cute
-from mla_cute import jit, plan, tuned
+from mla_cute import plan
+from mla_cute.compile import jit
 from mla_cute.config import KernelConfig
+from mla_cute.tuned import select
 
 CONFIG = KernelConfig(fp8_kernel="rows", min_blocks=8)
 
@@ -16,13 +18,13 @@ CONFIG = KernelConfig(fp8_kernel="rows", min_blocks=8)
 @pytest.fixture
 def folders(monkeypatch, tmp_path):
     yield Folders(monkeypatch, tmp_path)
-    tuned.clear()
+    select.clear()
 
 
 def test_an_entry_is_explained(folders):
     write(folders.user, entry(batch=4, kv_len=4096), entry(CONFIG, batch=32))
     found = mla_cute.explain(num_heads=16, page_size=64, batch=64, max_kv_len=16384, device=META)
-    assert found.selection == tuned.select(when(batch=64, kv_len=16384), META)
+    assert found.selection == select.select(when(batch=64, kv_len=16384), META)
     assert (found.config, found.distance, found.kernel) == (CONFIG, 2.0, "decode_few_sm90")
     assert str(found).splitlines() == [
         f"decode, 16 heads, page size 64, batch 64, length 16384, 16-bit cache, on {NAME} (meta, {SMS} SMs)",

@@ -9,8 +9,8 @@ from fp8_case import make_fp8
 
 from mla_cute import problem as shared
 from mla_cute import quant
-from mla_cute._testing import make_case
 from mla_cute.problem import check_decode
+from mla_cute.testing.cases import make_case
 
 OPERANDS = ("q_nope", "q_pe", "ckv_cache", "kpe_cache", "out")
 ADDRESS = "expected a base address that is a multiple of 16 bytes, got 0x"

@@ -9,11 +9,12 @@ from fp8_call_case import BF16, CHECKS, FORM, FP16, LAYOUT, Q_FP8, Call, make_ca
 from fp8_case import make_fp8
 
 import mla_cute
-from mla_cute import jit, launch, plan
-from mla_cute._testing import make_case
+from mla_cute import launch, plan
+from mla_cute.compile import jit
 from mla_cute.kernels import registry
 from mla_cute.problem import DecodeProblem
 from mla_cute.problem_prefill import PrefillProblem
+from mla_cute.testing.cases import make_case
 
 # ------------------------------------------------------------------------------------------------ plans and launches
 

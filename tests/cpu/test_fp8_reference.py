@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from prefill_case import SmallPrefill, make_prefill
 
 import mla_cute
-from mla_cute import _testing, quant, reference
-from mla_cute._testing import DecodeCase, make_case
+from mla_cute import quant, reference
+from mla_cute.testing import cases
+from mla_cute.testing.cases import DecodeCase, make_case
 
 E4M3 = torch.float8_e4m3fn
 LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
@@ -96,7 +97,7 @@ def test_float16(layout, q_fp8):
     form=st.sampled_from(["csr", "table"]),
     page_size=st.integers(1, 20),
     num_heads=st.integers(1, 3),
-    cache_layout=st.sampled_from(_testing.CACHE_LAYOUTS),
+    cache_layout=st.sampled_from(cases.CACHE_LAYOUTS),
     spare_q=st.integers(0, 2),
     shared_pages=st.integers(0, 2),
     index_offset=st.integers(0, 3),

@@ -33,10 +33,10 @@ from hypothesis import strategies as st
 
 import mla_cute
 from mla_cute import expect, problem
-from mla_cute._testing import CACHE_LAYOUTS, OUT_LAYOUTS, Q_LAYOUTS
-from mla_cute._testing_fp8 import LAYOUTS, compare_fp8
-from mla_cute._testing_verdict import compare
 from mla_cute.cli import soak
+from mla_cute.testing.cases import CACHE_LAYOUTS, OUT_LAYOUTS, Q_LAYOUTS
+from mla_cute.testing.fp8 import LAYOUTS, compare_fp8
+from mla_cute.testing.verdict import compare
 
 CPU = torch.device("cpu")
 FP8 = torch.float8_e4m3fn

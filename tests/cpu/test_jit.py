@@ -18,7 +18,7 @@ import pytest
 import torch
 from jit_case import HERE, ROOT, assert_works, forget, forget_everything, result_of, start_process
 
-from mla_cute import _toolchain, elf, jit
+from mla_cute.compile import elf, jit, toolchain
 from toy_keys import TOY, ToyConfig, ToyKey
 
 
@@ -175,7 +175,7 @@ def test_changed_source_of_the_kernel_is_compiled_again(cache, tmp_path):
 
 
 def test_sources_edited_while_compiling_are_not_kept(cache, monkeypatch, caplog):
-    monkeypatch.setattr(_toolchain, "read_sources", lambda module: "another digest")
+    monkeypatch.setattr(toolchain, "read_sources", lambda module: "another digest")
     assert_works(jit.get(TOY, ToyKey(), ToyConfig()))
     assert jit.counters() == {"compiled": 1, "loaded": 0}
     assert not list(cache.glob("*.o"))
@@ -198,9 +198,9 @@ def test_key_and_config_are_told_apart(cache):
 
 
 def test_debug_settings_of_the_dsl_are_told_apart(monkeypatch):
-    plain = _toolchain.environment.__wrapped__()
+    plain = toolchain.environment.__wrapped__()
     monkeypatch.setenv("CUTE_DSL_LINEINFO", "1")
-    assert _toolchain.environment.__wrapped__() != plain
+    assert toolchain.environment.__wrapped__() != plain
 
 
 def test_compiles_for_hopper_whatever_the_environment_says(cache, monkeypatch):
@@ -362,12 +362,12 @@ def _libraries():
 
     import tvm_ffi
 
-    return [ctypes.CDLL(_toolchain.runtime_library()), tvm_ffi.LIB]
+    return [ctypes.CDLL(toolchain.runtime_library()), tvm_ffi.LIB]
 
 
 def test_runtime_library_is_the_one_the_dsl_uses():
     from cutlass.runtime import find_runtime_libraries
 
-    library = _toolchain.runtime_library()
+    library = toolchain.runtime_library()
     assert library is not None
     assert os.path.samefile(library, find_runtime_libraries(enable_tvm_ffi=False)[0])

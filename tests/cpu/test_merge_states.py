@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import mla_cute
-from mla_cute._testing import make_case
+from mla_cute.testing.cases import make_case
 
 NAN, INF = math.nan, math.inf
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mla_cute
-from mla_cute._testing import make_case
+from mla_cute.testing.cases import make_case
 
 OPS = torch.ops.mla_cute
 ENTRIES = ("mla_paged_decode", "mla_paged_decode_block_table", "mla_paged_prefill", "mla_paged_prefill_block_table")

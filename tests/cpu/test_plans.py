@@ -8,11 +8,12 @@ import torch
 from prefill_case import make_prefill
 
 import mla_cute
-from mla_cute import jit, plan
-from mla_cute._testing import make_case
+from mla_cute import plan
+from mla_cute.compile import jit
 from mla_cute.kernels.registry import FIXED_MAX_PIECES, PART_ROW
 from mla_cute.plan_decode import _invariant_layout as decode_layout
 from mla_cute.plan_prefill import _invariant_layout as prefill_layout
+from mla_cute.testing.cases import make_case
 
 META = torch.device("meta")
 SIZES = {"num_heads": 16, "page_size": 64}

@@ -8,12 +8,13 @@ import torch
 from prefill_case import SmallPrefill, make_prefill
 
 import mla_cute
-from mla_cute import jit, launch, plan
+from mla_cute import launch, plan
 from mla_cute import problem as shared
-from mla_cute._testing import CACHE_LAYOUTS
+from mla_cute.compile import jit
 from mla_cute.kernels import registry
 from mla_cute.plan_prefill import _invariant_items, _invariant_rows
 from mla_cute.problem_prefill import PrefillProblem, check_prefill, check_prefill_block_table
+from mla_cute.testing.cases import CACHE_LAYOUTS
 
 TOTAL_Q, HEADS, PAGE_SIZE = 15, 16, 8
 CHECKS = {"csr": check_prefill, "table": check_prefill_block_table}

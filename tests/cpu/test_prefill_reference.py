@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from prefill_case import SmallPrefill, make_prefill
 
 import mla_cute
-from mla_cute import _testing, reference
+from mla_cute import reference
 from mla_cute.reference import decode_reference, prefill_reference, prefill_reference_block_table
+from mla_cute.testing import cases
 
 
 def naive_prefill(case: SmallPrefill, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,14 +71,14 @@ PAIRS = [(9, 9), (5, 40), (7, 3), (1, 17), (0, 6), (4, 0), (0, 0), (2, 1), (3, 3
 @pytest.mark.parametrize("page_size", [1, 3, 16, 64])
 def test_matches_naive_loop(page_size, dtype, causal):
     q_lens, kv_lens = zip(*PAIRS, strict=True)
-    layout = _testing.CACHE_LAYOUTS[page_size % 4]
+    layout = cases.CACHE_LAYOUTS[page_size % 4]
     case = make_prefill(
         q_lens, kv_lens, num_heads=2, page_size=page_size, dtype=dtype, cache_layout=layout, fused_q=True, spare_q=3
     )
     assert_matches_naive(case, causal)
 
 
-@pytest.mark.parametrize("layout", _testing.CACHE_LAYOUTS)
+@pytest.mark.parametrize("layout", cases.CACHE_LAYOUTS)
 def test_strided_caches(layout):
     assert_matches_naive(make_prefill([6, 3], [21, 2], num_heads=3, page_size=8, cache_layout=layout), True)
 
@@ -89,7 +90,7 @@ def test_strided_caches(layout):
     page_size=st.integers(1, 20),
     num_heads=st.integers(1, 3),
     dtype=st.sampled_from([torch.bfloat16, torch.float16]),
-    cache_layout=st.sampled_from(_testing.CACHE_LAYOUTS),
+    cache_layout=st.sampled_from(cases.CACHE_LAYOUTS),
     fused_q=st.booleans(),
     spare_q=st.integers(0, 2),
     shared_pages=st.integers(0, 2),

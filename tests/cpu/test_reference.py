@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mla_cute import _testing, reference
-from mla_cute._testing import DecodeCase, make_case
+from mla_cute import reference
 from mla_cute.reference import decode_reference, decode_reference_block_table
+from mla_cute.testing import cases
+from mla_cute.testing.cases import DecodeCase, make_case
 
 PAGE_SIZES = (1, 3, 16, 64, 100, 128)
 
@@ -64,8 +65,8 @@ def assert_matches_naive(case: DecodeCase) -> None:
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
 def test_matches_naive_loop(page_size, dtype):
     lengths = [0, 1, 2, page_size - 1, page_size, page_size + 1, 2 * page_size, 2 * page_size + 1, 0, 37]
-    layout = _testing.CACHE_LAYOUTS[PAGE_SIZES.index(page_size) % 4]
-    q_layout = _testing.Q_LAYOUTS[PAGE_SIZES.index(page_size) % 3]
+    layout = cases.CACHE_LAYOUTS[PAGE_SIZES.index(page_size) % 4]
+    q_layout = cases.Q_LAYOUTS[PAGE_SIZES.index(page_size) % 3]
     case = make_case(
         lengths, num_heads=2, page_size=page_size, dtype=dtype, cache_layout=layout, q_layout=q_layout, seed=page_size
     )
@@ -78,8 +79,8 @@ def test_matches_naive_loop(page_size, dtype):
     page_size=st.integers(1, 40),
     num_heads=st.integers(1, 3),
     dtype=st.sampled_from([torch.bfloat16, torch.float16]),
-    cache_layout=st.sampled_from(_testing.CACHE_LAYOUTS),
-    q_layout=st.sampled_from(_testing.Q_LAYOUTS),
+    cache_layout=st.sampled_from(cases.CACHE_LAYOUTS),
+    q_layout=st.sampled_from(cases.Q_LAYOUTS),
     shared_pages=st.integers(0, 3),
     drift=st.sampled_from([0.0, 60.0, -60.0]),
     index_offset=st.integers(0, 3),

@@ -14,11 +14,12 @@ import torch
 
 import mla_cute
 from mla_cute import gpu as gpu_facts
-from mla_cute import jit, plan, reference, steps
+from mla_cute import plan, reference, steps
 from mla_cute.cli import check as checking
 from mla_cute.cli import sanitize, soak
+from mla_cute.compile import jit
+from mla_cute.compile.jit import KernelRef
 from mla_cute.config import KERNELS, KernelConfig, why_infeasible
-from mla_cute.jit import KernelRef
 from mla_cute.kernels import registry
 
 ROOT = pathlib.Path(mla_cute.__file__).resolve().parents[1]

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from mla_cute import _toolchain, jit
+from mla_cute.compile import jit, toolchain
 from mla_cute.kernels import registry
 from toy_keys import TOY
 
@@ -22,20 +22,20 @@ STEPS = {f"mla_cute.kernels.{name}" for name in ("decode", "prefill", "step_fp8"
 
 
 def closure(module):
-    return set(_toolchain.closure(module, {}))
+    return set(toolchain.closure(module, {}))
 
 
 @pytest.fixture
 def copy(tmp_path, monkeypatch):
     """A copy of the package, of which digests are made."""
     folder = tmp_path / "mla_cute"
-    shutil.copytree(PACKAGE, folder, ignore=shutil.ignore_patterns("__pycache__", "tuned_data"))
-    monkeypatch.setattr(_toolchain, "__file__", str(folder / "_toolchain.py"))
+    shutil.copytree(PACKAGE, folder, ignore=shutil.ignore_patterns("__pycache__", "data"))
+    monkeypatch.setattr(toolchain, "_folder", str(folder))
     return folder
 
 
 def digests():
-    return {module: _toolchain.read_sources(module) for module in MODULES}
+    return {module: toolchain.read_sources(module) for module in MODULES}
 
 
 def changed_by(path, old="", new="# changed\n"):
@@ -68,7 +68,17 @@ def test_the_planner_is_not_part_of_the_steps(copy):
 
 
 def test_host_code_is_part_of_no_kernel(copy):
-    for name in ("__init__", "api", "plan", "jit", "steps", "tuned", "problem", "_warmup", "_toolchain"):
+    for name in (
+        "__init__",
+        "api",
+        "plan",
+        "compile/jit",
+        "steps",
+        "tuned/select",
+        "problem",
+        "compile/warmup",
+        "compile/toolchain",
+    ):
         assert changed_by(copy / f"{name}.py") == set(), name
     assert changed_by(copy / "kernels" / "__init__.py") == set(MODULES)
 
@@ -132,7 +142,7 @@ def test_no_import_of_a_syntax_tree_is_missed():
         package = ".".join(path.relative_to(ROOT).parts[:-1])
         by_tree = imports_by_ast(path, package)
         number += len(by_tree)
-        assert by_tree <= set(_toolchain._imports(path.read_bytes(), package)), path
+        assert by_tree <= set(toolchain._imports(path.read_bytes(), package)), path
     assert number > 400
 
 
@@ -158,12 +168,12 @@ TEXTS = {
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_imports_of_a_text(text):
-    assert set(_toolchain._imports(text.encode(), "mla_cute.kernels")) == TEXTS[text]
+    assert set(toolchain._imports(text.encode(), "mla_cute.kernels")) == TEXTS[text]
 
 
 def test_names_of_packages(tmp_path, monkeypatch):
     """A name is a module, which counts, or is defined in the __init__, which counts then with what it imports."""
-    monkeypatch.setattr(_toolchain, "__file__", str(tmp_path / "_toolchain.py"))
+    monkeypatch.setattr(toolchain, "_folder", str(tmp_path))
     for name, text in {
         "__init__": "from .host import x",
         "host": "",
@@ -200,26 +210,26 @@ def test_a_kernel_from_elsewhere_counts_with_what_it_imports_of_the_package(tmp_
     module = "elsewhere_kernel"
     assert closure(module) == {module, "mla_cute.kernels", "mla_cute.kernels.ptx"}
     assert module not in sys.modules
-    before = _toolchain.read_sources(module)
+    before = toolchain.read_sources(module)
     for path, counts in (
         (source, True),
         (copy / "kernels" / "ptx.py", True),
         (copy / "kernels" / "softmax.py", False),
-        (copy / "jit.py", False),
+        (copy / "compile/jit.py", False),
     ):
         text = path.read_text()
         path.write_text(text + "# changed\n")
-        assert (_toolchain.read_sources(module) != before) is counts, path
+        assert (toolchain.read_sources(module) != before) is counts, path
         path.write_text(text)
     assert closure(TOY.module) == {TOY.module}
 
 
 def test_files_are_read_once(copy):
     known = {}
-    first = {module: _toolchain.read_sources(module, known) for module in MODULES}
+    first = {module: toolchain.read_sources(module, known) for module in MODULES}
     assert first == digests()
     (copy / "kernels" / "registry.py").write_text("")
-    assert {module: _toolchain.read_sources(module, known) for module in MODULES} == first
+    assert {module: toolchain.read_sources(module, known) for module in MODULES} == first
     assert digests() != first
 
 
@@ -228,16 +238,16 @@ def test_digests_are_cheap():
 
     def seconds():
         start = time.perf_counter()
-        _toolchain.read_sources("mla_cute.kernels.decode")
+        toolchain.read_sources("mla_cute.kernels.decode")
         return time.perf_counter() - start
 
     assert min(seconds() for _ in range(20)) < 0.01
 
 
 def test_compile_options_are_part_of_every_entry(monkeypatch):
-    plain = _toolchain.environment.__wrapped__()
-    monkeypatch.setattr(_toolchain, "COMPILE_OPTIONS", f"{_toolchain.COMPILE_OPTIONS} --opt-level 2")
-    assert _toolchain.environment.__wrapped__() != plain
+    plain = toolchain.environment.__wrapped__()
+    monkeypatch.setattr(toolchain, "COMPILE_OPTIONS", f"{toolchain.COMPILE_OPTIONS} --opt-level 2")
+    assert toolchain.environment.__wrapped__() != plain
 
 
 def test_references_are_found_where_they_were():

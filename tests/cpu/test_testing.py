@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from mla_cute import reference
-from mla_cute._testing import (
+from mla_cute.problem import check_decode, check_decode_block_table
+from mla_cute.reference import decode_reference
+from mla_cute.testing.cases import (
     ABSURD_PAGE_IDS,
     CACHE_LAYOUTS,
     OUT_LAYOUTS,
@@ -20,9 +22,7 @@ from mla_cute._testing import (
     make_case,
     sweep,
 )
-from mla_cute._testing_verdict import compare
-from mla_cute.problem import check_decode, check_decode_block_table
-from mla_cute.reference import decode_reference
+from mla_cute.testing.verdict import compare
 from mla_cute.verify import verify_block_table_on_device, verify_on_device
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])

@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from mla_cute import reference
-from mla_cute._testing import CACHE_LAYOUTS, Q_LAYOUTS, make_case
-from mla_cute._testing_fp8 import (
+from mla_cute.problem import check_decode, check_decode_block_table
+from mla_cute.problem_prefill import check_prefill
+from mla_cute.quant import to_e4m3
+from mla_cute.testing.cases import CACHE_LAYOUTS, Q_LAYOUTS, make_case
+from mla_cute.testing.fp8 import (
     LAYOUTS,
     LSE_LIMIT,
     OUTPUT_LIMIT,
@@ -20,10 +23,7 @@ from mla_cute._testing_fp8 import (
     make_fp8,
     run_fp8,
 )
-from mla_cute._testing_prefill import make_prefill_case
-from mla_cute.problem import check_decode, check_decode_block_table
-from mla_cute.problem_prefill import check_prefill
-from mla_cute.quant import to_e4m3
+from mla_cute.testing.prefill import make_prefill_case
 
 EVERY_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
 BOTH_Q = pytest.mark.parametrize("q_fp8", [False, True], ids=["q16", "q_e4m3"])

@@ -5,16 +5,22 @@ import math
 import pytest
 import torch
 
-from mla_cute import _testing_prefill, reference
-from mla_cute._testing import expected_of, judge, run_case
-from mla_cute._testing_prefill import PrefillCase, make_prefill_case, prefill_sweep, row_tiles
-from mla_cute._testing_verdict import compare
+from mla_cute import reference
 from mla_cute.problem_prefill import (
     check_prefill,
     check_prefill_block_table,
     verify_prefill_block_table_on_device,
     verify_prefill_on_device,
 )
+from mla_cute.testing import prefill
+from mla_cute.testing.cases import expected_of, judge, run_case
+from mla_cute.testing.prefill import (
+    PrefillCase,
+    make_prefill_case,
+    prefill_sweep,
+    row_tiles,
+)
+from mla_cute.testing.verdict import compare
 
 REQUESTS = [(3, 200), (0, 9), (40, 40), (1, 65), (5, 3), (2, 0), (0, 0), (8, 300)]
 
@@ -101,7 +107,7 @@ def test_sweep_cases_pass_the_checks_and_run(index, entry):
 def test_sweep_meets_every_head_count_with_every_page_size():
     specs = prefill_sweep()
     pairs = {(spec.num_heads, spec.page_size) for spec in specs}
-    assert len(pairs) == len(specs) == len(_testing_prefill.SWEEP_HEADS) * len(_testing_prefill.SWEEP_PAGE_SIZES)
+    assert len(pairs) == len(specs) == len(prefill.SWEEP_HEADS) * len(prefill.SWEEP_PAGE_SIZES)
     assert len({str(spec) for spec in specs}) == len(specs)
     for name, least in (("dtype", 2), ("causal", 2), ("cache_layout", 4), ("q_layout", 3), ("drift", 2)):
         for by in ("num_heads", "page_size"):

@@ -15,10 +15,10 @@ from tune_case import DECODE, GPU, FakeMeasurer
 from typer.testing import CliRunner
 
 import mla_cute
-from mla_cute import tuned
 from mla_cute.cli import app as app_module
 from mla_cute.cli import tune as cli_tune
-from mla_cute.tuned import When
+from mla_cute.tuned import select
+from mla_cute.tuned.select import When
 from mla_cute.tuning import command, recipes, report, session, space, store
 
 ROOT = pathlib.Path(mla_cute.__file__).resolve().parents[1]
@@ -224,7 +224,7 @@ def test_a_run_with_named_files(fake_gpu, tmp_path, capsys):
     assert command.main([str(x) for x in arguments]) == 0
     printed = capsys.readouterr()
     whens = recipes.load("small")
-    file = tuned.load(out)
+    file = select.load(out)
     assert {entry.when for entry in file.entries} == set(whens)
     assert file.made_with["driver"] == "580.1"
     assert fake_gpu[0].timeout_s == 7
@@ -241,9 +241,9 @@ def test_a_run_with_named_files(fake_gpu, tmp_path, capsys):
 def test_the_default_files_are_the_users(fake_gpu, tmp_path):
     assert typer_run("--recipe", "small").exit_code == 0
     folder = tmp_path / "cache" / "tuned"
-    assert tuned.load(folder / "Test_GPU.json").entries
+    assert select.load(folder / "Test_GPU.json").entries
     assert store.load(folder / "Test_GPU.measurements.json")[1]
-    assert ("user", folder / "Test_GPU.json") in tuned.search_path("Test GPU")
+    assert ("user", folder / "Test_GPU.json") in select.search_path("Test GPU")
 
 
 def test_a_failed_shape_is_status_1(fake_gpu, monkeypatch, tmp_path):
@@ -268,9 +268,9 @@ def test_ctrl_c_is_status_130_and_keeps_what_is_done(fake_gpu, monkeypatch, tmp_
 
     monkeypatch.setattr(FakeChild, "samples", interrupted)
     assert command.main(["--recipe", "small", "--out", str(tmp_path / "X.json")]) == 130
-    assert len(tuned.load(tmp_path / "X.json").entries) == 2
+    assert len(select.load(tmp_path / "X.json").entries) == 2
     assert typer_run("--recipe", "small", "--out", tmp_path / "X.json").exit_code == 130
-    assert len(tuned.load(tmp_path / "X.json").entries) == 4
+    assert len(select.load(tmp_path / "X.json").entries) == 4
 
 
 def test_a_damaged_measurements_file_is_a_usage_error(fake_gpu, tmp_path):
@@ -307,7 +307,7 @@ def test_the_report_counts_what_was_won(measured):
     assert f"{math.prod(gains) ** (1 / 7):.3f}x the speed of the default (geometric mean), 3 keep" in lines[0]
     assert lines[1].startswith("Worst case 1.000x: decode, ")
     assert lines[2].startswith("Best case 1.111x: ")
-    assert lines[3].endswith("1 shapes could not be tuned.")
+    assert lines[3].endswith("1 shapes could not be select.")
     rows = {row[0]: row[1:] for row in made.group_rows()}
     assert rows["decode, 16-bit cache"] == ("4", "2", f"{(100 / 90) ** 0.5:.3f}", "1.000", "1.111", "1")
     assert rows["prefill, 16-bit cache"] == ("1", "1", "1.111", "1.111", "1.111", "0")

@@ -9,7 +9,7 @@ from mla_cute.bench import cases as cases_module
 from mla_cute.bench import runner
 from mla_cute.bench.inputs import KvPool, make_inputs
 from mla_cute.config import KernelConfig
-from mla_cute.tuned import When
+from mla_cute.tuned.select import When
 from mla_cute.tuning import device as device_module
 from mla_cute.tuning import search
 from mla_cute.tuning.device import Device

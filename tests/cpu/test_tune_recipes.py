@@ -9,7 +9,7 @@ import pytest
 from tune_case import DECODE
 
 from mla_cute.bench.cases import Case, PrefillCase
-from mla_cute.tuned import When
+from mla_cute.tuned.select import When
 from mla_cute.tuning import recipes
 
 DECODE_GRID = 6 * 5 * 2 + 5 * 4 * 2

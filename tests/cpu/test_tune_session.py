@@ -7,9 +7,9 @@ import math
 import pytest
 from tune_case import DECODE, GPU, MADE_WITH, FakeMeasurer
 
-from mla_cute import tuned
 from mla_cute.config import KernelConfig
-from mla_cute.tuned import When
+from mla_cute.tuned import select
+from mla_cute.tuned.select import When
 from mla_cute.tuning import search, session, space, store
 from mla_cute.tuning.recipes import coarse_first
 from mla_cute.tuning.search import StartError
@@ -76,12 +76,12 @@ def test_a_run_fills_both_files(tmp_path):
     assert measurer.opened == ORDER
     assert [shape.when for shape in outcome.tuned] == ORDER
     assert (outcome.failed, outcome.left_out, outcome.resumed) == ([], [], [])
-    file = tuned.load(todo.out)
+    file = select.load(todo.out)
     assert (file.gpu, file.made_with) == (GPU, MADE_WITH)
     entries = {entry.when: entry for entry in file.entries}
     assert set(entries) == set(WHENS)
     for when, entry in entries.items():
-        default = tuned.default_for(when, 132)
+        default = select.default_for(when, 132)
         assert entry.default_us == 100.0
         if when.batch == 1:
             assert (entry.config, entry.us) == (default, 100.0)
@@ -118,10 +118,10 @@ def test_the_time_left_follows_from_the_shapes_done(tmp_path):
 def test_tuned_entries_of_other_shapes_stay(tmp_path):
     todo = task(tmp_path)
     other = dataclasses.replace(DECODE, num_heads=128)
-    entry = tuned.Entry(other, KernelConfig(), 10.0, 11.0, None)
-    tuned.merge(todo.out, tuned.TunedFile(GPU, MADE_WITH, (entry,)))
+    entry = select.Entry(other, KernelConfig(), 10.0, 11.0, None)
+    select.merge(todo.out, select.TunedFile(GPU, MADE_WITH, (entry,)))
     run(todo)
-    assert {e.when for e in tuned.load(todo.out).entries} == {other, *WHENS}
+    assert {e.when for e in select.load(todo.out).entries} == {other, *WHENS}
 
 
 class Interrupting(FakeMeasurer):
@@ -143,14 +143,14 @@ def test_ctrl_c_keeps_what_is_done_and_a_second_run_goes_on(tmp_path):
     assert outcome.interrupted
     assert [shape.when for shape in outcome.tuned] == ORDER[:2]
     assert outcome.left_out == ORDER[2:]
-    assert {entry.when for entry in tuned.load(todo.out).entries} == set(ORDER[:2])
+    assert {entry.when for entry in select.load(todo.out).entries} == set(ORDER[:2])
     assert any("4 shapes left out, interrupted" in text for text in session.summary(outcome))
 
     outcome, measurer, screen = run(todo)
     assert measurer.opened == ORDER[2:]
     assert outcome.resumed == ORDER[:2]
     assert screen.lines[0].startswith("2 of 6 shapes are in ")
-    assert {entry.when for entry in tuned.load(todo.out).entries} == set(WHENS)
+    assert {entry.when for entry in select.load(todo.out).entries} == set(WHENS)
 
     outcome, measurer, _ = run(todo)
     assert measurer.opened == []
@@ -197,7 +197,7 @@ def test_a_resumed_run_fills_another_tuned_file(tmp_path):
     run(task(tmp_path))
     _, measurer, _ = run(task(tmp_path, out=tmp_path / "again.json"))
     assert measurer.opened == []
-    assert {entry.when for entry in tuned.load(tmp_path / "again.json").entries} == set(WHENS)
+    assert {entry.when for entry in select.load(tmp_path / "again.json").entries} == set(WHENS)
 
 
 def test_failed_shapes_have_no_entry_and_are_tried_again(tmp_path):
@@ -206,12 +206,12 @@ def test_failed_shapes_have_no_entry_and_are_tried_again(tmp_path):
     outcome, _, screen = run(todo, measurer)
     assert [shape.when for shape in outcome.failed] == [ORDER[0]]
     assert screen.lines[0] == f"FAILED {ORDER[0]}: needs 300.0 GB of GPU memory, 100.0 GB are there"
-    assert {entry.when for entry in tuned.load(todo.out).entries} == set(ORDER[1:])
+    assert {entry.when for entry in select.load(todo.out).entries} == set(ORDER[1:])
     shape = store.load(todo.measurements)[1][0]
     assert (shape.chosen, shape.entry()) == (None, None)
     _, measurer, _ = run(todo)
     assert measurer.opened == ORDER[:1]
-    assert len(tuned.load(todo.out).entries) == 6
+    assert len(select.load(todo.out).entries) == 6
 
 
 def test_failing_candidates_are_counted_in_the_line_and_kept_in_the_file(tmp_path):
@@ -261,7 +261,7 @@ def test_compiling_takes_its_share_of_the_budget_and_what_is_missing_is_left_out
 
     outcome, measurer, screen = run(task(tmp_path, budget_s=60.0), compiling=compiling, clock=clock)
     assert len(variants) == 3  # half the budget: the default's two, and one more
-    default = tuned.default_for(DECODE, 132)
+    default = select.default_for(DECODE, 132)
     assert list(variants)[:2] == space.variants_of(DECODE, default, "bfloat16")
     assert len(outcome.tuned) == 6
     launches = {trial["verdict"] for trial in outcome.tuned[0].candidates}
@@ -294,7 +294,7 @@ def test_the_defaults_kernels_may_take_more_of_the_budget(tmp_path):
         return {}
 
     outcome, _, _ = run(task(tmp_path, budget_s=100.0), compiling=compiling, clock=clock)
-    assert compiled == space.variants_of(DECODE, tuned.default_for(DECODE, 132), "bfloat16")
+    assert compiled == space.variants_of(DECODE, select.default_for(DECODE, 132), "bfloat16")
     assert len(outcome.tuned) == 6
 
 
@@ -382,7 +382,7 @@ def test_a_damaged_shape_is_an_error_that_names_it(tmp_path, spoil, message):
 
 def test_another_gpus_tuned_file_is_refused_before_anything_runs(tmp_path):
     todo = task(tmp_path)
-    tuned.merge(todo.out, tuned.TunedFile(GPU | {"name": "NVIDIA H20"}, MADE_WITH, ()))
+    select.merge(todo.out, select.TunedFile(GPU | {"name": "NVIDIA H20"}, MADE_WITH, ()))
     with pytest.raises(ValueError, match=r"Test_GPU\.json: made on another GPU"):
         session.open_store(todo)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mla_cute.config import KERNELS, KernelConfig, why_infeasible
 from mla_cute.kernels.registry import BLOCK, MAX_PARTS, DecodeKey
-from mla_cute.tuned import When, default_for
+from mla_cute.tuned.select import When, default_for
 from mla_cute.tuning import recipes, space
 
 CONFIGS = st.builds(

@@ -8,7 +8,7 @@ import time
 import pytest
 from tune_case import DECODE, GPU, ToyDevice, broken_device, no_gpu, toy_device
 
-from mla_cute import _warmup, jit
+from mla_cute.compile import jit, warmup
 from mla_cute.config import KernelConfig
 from mla_cute.tuning import device, workers
 from mla_cute.tuning.search import CandidateError, ShapeError, StartError, tune_shape
@@ -145,7 +145,7 @@ def compiler(monkeypatch):
 
     monkeypatch.setattr(jit, "is_cached", lambda kernel, key, launch: kernel == "old")
     monkeypatch.setattr(jit, "is_writable", lambda: True)
-    monkeypatch.setattr(_warmup, "_compile_parallel", compile_parallel)
+    monkeypatch.setattr(warmup, "_compile_parallel", compile_parallel)
     return asked
 
 

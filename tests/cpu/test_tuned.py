@@ -13,8 +13,9 @@ import torch
 from tuned_case import FILE, META, NAME, SMS, Folders, entry, tuned_file, values_of, when, write
 
 import mla_cute
-from mla_cute import jit, tuned
+from mla_cute.compile import jit
 from mla_cute.config import KERNELS, KernelConfig, why_infeasible
+from mla_cute.tuned import select
 
 OTHER = KernelConfig(evict_first=False, min_blocks=8)
 
@@ -22,7 +23,7 @@ OTHER = KernelConfig(evict_first=False, min_blocks=8)
 @pytest.fixture
 def folders(monkeypatch, tmp_path):
     yield Folders(monkeypatch, tmp_path)
-    tuned.clear()
+    select.clear()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -30,32 +31,32 @@ def folders(monkeypatch, tmp_path):
 
 
 def test_the_file_of_a_gpu_is_named_by_it():
-    assert tuned.file_name("NVIDIA H200") == "NVIDIA_H200.json"
-    assert tuned.file_name("NVIDIA GH200 480GB/x\\y") == "NVIDIA_GH200_480GB_x_y.json"
+    assert select.file_name("NVIDIA H200") == "NVIDIA_H200.json"
+    assert select.file_name("NVIDIA GH200 480GB/x\\y") == "NVIDIA_GH200_480GB_x_y.json"
 
 
 def test_a_file_comes_back_as_it_was_written():
     file = tuned_file(entry(batch=1), entry(OTHER, us=12.125, batch=4), entry(batch=4, op="prefill", q_len=512))
-    text = tuned.dump(file)
-    assert tuned.parse(json.loads(text), "here") == file
-    assert tuned.dump(tuned.parse(json.loads(text), "here")) == text
+    text = select.dump(file)
+    assert select.parse(json.loads(text), "here") == file
+    assert select.dump(select.parse(json.loads(text), "here")) == text
 
 
 def test_a_file_has_an_entry_a_line_in_one_order():
     entries = [entry(batch=b, num_heads=h, op=op) for op in ("prefill", "decode") for h in (128, 8) for b in (16, 4)]
-    lines = tuned.dump(tuned_file(*entries)).splitlines()
-    assert tuned.dump(tuned_file(*reversed(entries))).splitlines() == lines
+    lines = select.dump(tuned_file(*entries)).splitlines()
+    assert select.dump(tuned_file(*reversed(entries))).splitlines() == lines
     shapes = [json.loads(line.rstrip(","))["when"] for line in lines if line.startswith('{"when"')]
     assert [(s["op"], s["num_heads"], s["batch"]) for s in shapes] == sorted(
         (s["op"], s["num_heads"], s["batch"]) for s in shapes
     )
     faster = [dataclasses.replace(entries[3], us=39.0), *entries[:3], *entries[4:]]
-    changed = tuned.dump(tuned_file(*faster)).splitlines()
+    changed = select.dump(tuned_file(*faster)).splitlines()
     assert sum(a != b for a, b in zip(lines, changed, strict=True)) == 1
 
 
 def test_times_are_kept_to_the_nanosecond():
-    assert '"us": 40.123, ' in tuned.dump(tuned_file(entry(us=40.12345678)))
+    assert '"us": 40.123, ' in select.dump(tuned_file(entry(us=40.12345678)))
 
 
 def with_entry(**change) -> dict:
@@ -144,12 +145,12 @@ def without_entry_field(name: str) -> dict:
 )
 def test_what_is_wrong_with_a_file_is_said_with_its_name_and_entry(values, message):
     with pytest.raises(ValueError, match=r"^some\.json: " + re.escape(message)):
-        tuned.parse(values, "some.json")
+        select.parse(values, "some.json")
 
 
 def test_fields_of_a_config_that_a_file_does_not_name_have_their_default():
     for named in ({"min_blocks": 4}, {"cut_unit": 1}, {"cut_unit": 1, "min_blocks": 1}, {"kernel": "few_rows"}):
-        file = tuned.parse(with_entry(config=named), "some.json")
+        file = select.parse(with_entry(config=named), "some.json")
         assert file.entries[1].config == KernelConfig(**named)
 
 
@@ -163,7 +164,7 @@ def test_kernels_and_where_they_cut_come_back(tmp_path):
     ]
     entries = tuple(entry(config, batch=batch) for batch, config in enumerate(configs, start=1))
     path = write(tmp_path / FILE, *entries)
-    assert tuned.load(path).entries == entries
+    assert select.load(path).entries == entries
     values = [at["config"] for at in values_of(*entries)["entries"]]
     assert [(at["kernel"], at["cut_unit"], at["min_blocks"]) for at in values] == [
         (config.kernel, config.cut_unit, config.min_blocks) for config in configs
@@ -175,19 +176,19 @@ def test_what_is_no_json_is_refused_with_the_name_of_the_file(tmp_path, content)
     path = tmp_path / FILE
     path.write_bytes(content)
     with pytest.raises(ValueError, match="^" + re.escape(f"{path}: ")):
-        tuned.load(path)
+        select.load(path)
     with pytest.raises(ValueError, match="No such file"):
-        tuned.load(tmp_path / "absent.json")
+        select.load(tmp_path / "absent.json")
 
 
 def test_shipped_files_are_valid_and_named_by_their_gpu():
-    folder = pathlib.Path(mla_cute.__file__).parent / "tuned_data"
-    assert tuned.directories()[-1] == ("shipped", folder)
+    folder = pathlib.Path(mla_cute.__file__).parent / "tuned" / "data"
+    assert select.directories()[-1] == ("shipped", folder)
     for path in folder.glob("*"):
-        file = tuned.load(path)
-        assert path.name == tuned.file_name(file.gpu["name"])
+        file = select.load(path)
+        assert path.name == select.file_name(file.gpu["name"])
         assert file.entries
-        assert path.read_text() == tuned.dump(file), "sorted and formatted as `merge` writes it"
+        assert path.read_text() == select.dump(file), "sorted and formatted as `merge` writes it"
         for at in file.entries:
             assert why_infeasible(at.config) is None
             assert at.config.accuracy == KernelConfig().accuracy, "tuning changes no results"
@@ -199,7 +200,7 @@ def test_the_wheel_holds_the_tuned_files():
     if not (root / "pyproject.toml").is_file():
         pytest.skip("mla_cute is installed without its pyproject.toml")
     project = tomllib.loads((root / "pyproject.toml").read_text())
-    assert "tuned_data/*.json" in project["tool"]["setuptools"]["package-data"]["mla_cute"]
+    assert "tuned/data/*.json" in project["tool"]["setuptools"]["package-data"]["mla_cute"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -209,12 +210,12 @@ def test_the_wheel_holds_the_tuned_files():
 def test_merge_makes_the_file_replaces_and_keeps(tmp_path):
     path = tmp_path / "deep" / "folder" / FILE
     first = tuned_file(entry(batch=4), entry(batch=1))
-    assert tuned.merge(path, first) == tuned.load(path)
-    assert tuned.load(path).entries == (entry(batch=1), entry(batch=4))
+    assert select.merge(path, first) == select.load(path)
+    assert select.load(path).entries == (entry(batch=1), entry(batch=4))
     newer = tuned_file(entry(OTHER, us=30.0, batch=4), entry(batch=2))
     newer.made_with["date"] = "2027-01-01"
-    merged = tuned.merge(path, newer)
-    assert merged == tuned.load(path)
+    merged = select.merge(path, newer)
+    assert merged == select.load(path)
     assert merged.entries == (entry(batch=1), entry(batch=2), entry(OTHER, us=30.0, batch=4))
     assert merged.made_with["date"] == "2027-01-01"
     assert sorted(p.name for p in path.parent.iterdir() if p.suffix != ".lock") == [FILE], "nothing temporary is left"
@@ -225,7 +226,7 @@ def test_merge_leaves_the_file_of_another_gpu_alone(tmp_path, gpu, field):
     path = write(tmp_path / FILE, entry(), **gpu)
     before = path.read_bytes()
     with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}: made on another GPU: expected gpu\.{field} "):
-        tuned.merge(path, tuned_file(entry(batch=1)))
+        select.merge(path, tuned_file(entry(batch=1)))
     assert path.read_bytes() == before
 
 
@@ -233,17 +234,17 @@ def test_merge_neither_replaces_nor_writes_what_is_broken(tmp_path):
     path = tmp_path / FILE
     path.write_text("{")
     with pytest.raises(ValueError, match="^" + re.escape(str(path))):
-        tuned.merge(path, tuned_file(entry()))
+        select.merge(path, tuned_file(entry()))
     assert path.read_text() == "{"
     path.unlink()
     with pytest.raises(ValueError, match=r"^new entries for .*: entry 0: config: min_blocks"):
-        tuned.merge(path, tuned_file(entry(KernelConfig(min_blocks=3))))
+        select.merge(path, tuned_file(entry(KernelConfig(min_blocks=3))))
     assert not path.exists()
 
 
 def _merge_many(path, writer):
     for number in range(20):
-        tuned.merge(path, tuned_file(entry(batch=writer * 20 + number + 1)))
+        select.merge(path, tuned_file(entry(batch=writer * 20 + number + 1)))
 
 
 def test_writers_do_not_lose_each_others_entries(tmp_path):
@@ -255,7 +256,7 @@ def test_writers_do_not_lose_each_others_entries(tmp_path):
     for process in writers:
         process.join(120)
     assert [process.exitcode for process in writers] == [0, 0, 0, 0]
-    assert [at.when.batch for at in tuned.load(path).entries] == list(range(1, 81))
+    assert [at.when.batch for at in select.load(path).entries] == list(range(1, 81))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,23 +265,23 @@ def test_writers_do_not_lose_each_others_entries(tmp_path):
 
 def test_the_first_file_of_the_search_path_wins_as_a_whole(folders):
     write(folders.shipped, entry(OTHER), entry(OTHER, batch=32))
-    selection = tuned.select(when(), META)
+    selection = select.select(when(), META)
     assert (selection.source, selection.config) == (f"shipped {FILE} entry 0", OTHER)
     assert (selection.entry, selection.when) == (entry(OTHER), when())
     in_user = KernelConfig(min_blocks=4)
     write(folders.user, entry(in_user))
-    assert tuned.select(when(), META) is selection, "what was selected stays"
-    tuned.clear()
-    assert tuned.select(when(), META).source == f"user {FILE} entry 0"
-    assert tuned.select(when(batch=64), META).source == f"default: no entry of user {FILE} is near"
+    assert select.select(when(), META) is selection, "what was selected stays"
+    select.clear()
+    assert select.select(when(), META).source == f"user {FILE} entry 0"
+    assert select.select(when(batch=64), META).source == f"default: no entry of user {FILE} is near"
     folders.use_named()
-    tuned.clear()
-    assert tuned.select(when(), META).config == in_user, "a folder without the file is passed over"
+    select.clear()
+    assert select.select(when(), META).config == in_user, "a folder without the file is passed over"
     write(folders.named, entry(KernelConfig(min_blocks=6)))
-    tuned.clear()
-    assert tuned.select(when(), META).source == f"MLA_CUTE_TUNED_DIR {FILE} entry 0"
-    assert [label for label, _ in tuned.search_path(NAME)] == ["MLA_CUTE_TUNED_DIR", "user", "shipped"]
-    assert [path for _, path in tuned.search_path(NAME)] == [folders.named, folders.user, folders.shipped]
+    select.clear()
+    assert select.select(when(), META).source == f"MLA_CUTE_TUNED_DIR {FILE} entry 0"
+    assert [label for label, _ in select.search_path(NAME)] == ["MLA_CUTE_TUNED_DIR", "user", "shipped"]
+    assert [path for _, path in select.search_path(NAME)] == [folders.named, folders.user, folders.shipped]
 
 
 def test_the_search_path_does_without_a_home(folders, monkeypatch):
@@ -288,15 +289,15 @@ def test_the_search_path_does_without_a_home(folders, monkeypatch):
         raise RuntimeError("no home")
 
     monkeypatch.setattr(jit, "cache_dir", homeless)
-    assert [label for label, _ in tuned.search_path(NAME)] == ["shipped"]
+    assert [label for label, _ in select.search_path(NAME)] == ["shipped"]
 
 
 def test_files_can_be_turned_off(folders, monkeypatch):
     write(folders.shipped, entry(OTHER))
     monkeypatch.setenv("MLA_CUTE_TUNED", "0")
-    selection = tuned.select(when(), META)
+    selection = select.select(when(), META)
     assert selection.source == "default: MLA_CUTE_TUNED=0"
-    assert (selection.config, selection.entry) == (tuned.default_for(when(), SMS), None)
+    assert (selection.config, selection.entry) == (select.default_for(when(), SMS), None)
 
 
 @pytest.mark.parametrize(
@@ -310,22 +311,22 @@ def test_files_can_be_turned_off(folders, monkeypatch):
     ],
 )
 def test_the_default_is_that_of_the_rows_of_an_item(folders, op, num_heads, split_penalty, unit):
-    selection = tuned.select(when(op=op, num_heads=num_heads), META)
+    selection = select.select(when(op=op, num_heads=num_heads), META)
     assert selection.config == KernelConfig(split_penalty=split_penalty, cut_unit=unit, min_blocks=unit)
     assert selection.source == f"default: no tuned file {FILE}"
 
 
 def test_a_device_that_is_no_gpu_takes_the_default(folders):
     write(folders.shipped, entry(OTHER))
-    selection = tuned.select(when(), torch.device("cpu"))
+    selection = select.select(when(), torch.device("cpu"))
     assert (selection.source, selection.entry) == ("default: cpu is no GPU", None)
 
 
 def test_batch_invariant_plans_take_the_default(folders):
     write(folders.shipped, entry(OTHER))
-    selection = tuned.select(when(), META, batch_invariant=True)
-    assert (selection.config, selection.entry) == (tuned.default_for(when(), SMS), None)
-    assert tuned.select(when(), META).config == OTHER
+    selection = select.select(when(), META, batch_invariant=True)
+    assert (selection.config, selection.entry) == (select.default_for(when(), SMS), None)
+    assert select.select(when(), META).config == OTHER
 
 
 def test_the_file_of_another_gpu_is_an_error(folders):
@@ -334,16 +335,16 @@ def test_the_file_of_another_gpu_is_an_error(folders):
         with pytest.raises(
             ValueError, match=r"made on another GPU: expected gpu\.name 'NVIDIA Test/1 X', got 'NVIDIA H200'"
         ):
-            tuned.select(when(), META)
+            select.select(when(), META)
 
 
 def test_a_file_made_with_other_sms_is_not_used_and_that_is_said(folders, caplog):
     write(folders.user, entry(OTHER), sm_count=114)
     with caplog.at_level(logging.INFO, "mla_cute"):
-        selection = tuned.select(when(), META)
-        tuned.select(when(batch=1), META)
+        selection = select.select(when(), META)
+        select.select(when(batch=1), META)
     assert selection.source == f"default: user {FILE} was made with 114 SMs, this GPU has 132"
-    assert selection.config == tuned.default_for(when(), SMS)
+    assert selection.config == select.default_for(when(), SMS)
     assert caplog.messages == [f"{folders.user} is not used: made with 114 SMs, this {NAME} has 132"]
 
 
@@ -353,7 +354,7 @@ def test_a_broken_file_is_never_passed_over(folders):
     folders.user.write_text(json.dumps(with_config(min_blocks=3)))
     for _ in range(2):
         with pytest.raises(ValueError, match=f"^{re.escape(str(folders.user))}: entry 1: config: min_blocks"):
-            tuned.select(when(), META)
+            select.select(when(), META)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -363,7 +364,7 @@ def test_a_broken_file_is_never_passed_over(folders):
 def test_that_there_is_no_file_is_said_once(folders, caplog):
     with caplog.at_level(logging.INFO, "mla_cute"):
         for batch in (1, 2, 3):
-            tuned.select(when(batch=batch), META)
+            select.select(when(batch=batch), META)
     (record,) = caplog.records
     assert (record.name, record.levelno) == ("mla_cute", logging.INFO)
     for text in (NAME, str(folders.user), str(folders.shipped), "`mla-cute tune`", "default"):
@@ -373,12 +374,12 @@ def test_that_there_is_no_file_is_said_once(folders, caplog):
 def test_selections_are_said_where_asked_each_once(folders, caplog, monkeypatch):
     write(folders.user, entry(OTHER))
     with caplog.at_level(logging.INFO, "mla_cute"):
-        tuned.select(when(batch=4), META)
+        select.select(when(batch=4), META)
         assert caplog.records == []
         monkeypatch.setenv("MLA_CUTE_LOG", "1")
         for _ in range(3):
-            tuned.select(when(batch=2), META)
-            tuned.select(when(batch=500), META)
+            select.select(when(batch=2), META)
+            select.select(when(batch=500), META)
     first, second = caplog.messages
     assert {record.levelno for record in caplog.records} == {logging.WARNING}
     for text in (

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 from tuned_case import SMS, when
 
-from mla_cute import tuned
 from mla_cute.config import default_config, why_infeasible, with_kernel
+from mla_cute.tuned import select
 
 
 @pytest.mark.parametrize("num_heads", [16, 17])
@@ -52,9 +52,9 @@ def test_another_kernel_comes_with_its_pieces(kv_format, field, other, num_heads
 def test_small_steps_of_many_heads_take_few_rows_by_default(facts, few):
     shape = when(**{"kv_format": "tensor", "q_fp8": True} | facts)
     field, other = ("fp8_kernel", "kernel") if shape.kv_format else ("kernel", "fp8_kernel")
-    config = tuned.default_for(shape, 132)
+    config = select.default_for(shape, 132)
     assert getattr(config, field) == ("few_rows" if few else "auto")
     assert getattr(config, other) == "auto"
     runs_few = few or (shape.op == "decode" and shape.num_heads <= 16)
     assert config.cut_unit == config.min_blocks == (1 if runs_few else 2)
-    assert getattr(tuned.default_for(shape, 132, batch_invariant=True), field) == "auto"
+    assert getattr(select.default_for(shape, 132, batch_invariant=True), field) == "auto"

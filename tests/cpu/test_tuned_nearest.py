@@ -5,10 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tuned_case import entry, tuned_file, when
 
-from mla_cute import tuned
 from mla_cute.config import KERNELS, KernelConfig, why_infeasible
 from mla_cute.kernels.registry import box_rows_of
-from mla_cute.tuned import Entry, Grid, When
+from mla_cute.tuned import select
+from mla_cute.tuned.select import Entry, Grid, When
 
 OTHER = KernelConfig(evict_first=False, min_blocks=8)
 
@@ -83,7 +83,7 @@ def test_every_coordinate_has_to_be_in_reach():
     assert nearest(when(batch=32, kv_len=2048), entry()) is not None
     # Nearer in sum, out of reach in one.
     far, near = entry(batch=40), entry(batch=32, kv_len=2048)
-    assert tuned.distance(when(), far.when) < tuned.distance(when(), near.when)
+    assert select.distance(when(), far.when) < select.distance(when(), near.when)
     assert nearest(when(), far, near) is near
 
 
@@ -101,8 +101,8 @@ def test_a_tuned_range_is_continued_beyond_its_ends():
 
 
 def test_the_distance_counts_octaves():
-    assert tuned.distance(when(batch=8, kv_len=8192), when(batch=2, kv_len=16384)) == 3.0
-    assert tuned.distance(when(kv_len=None), when(batch=2, kv_len=16384)) == 2.0
+    assert select.distance(when(batch=8, kv_len=8192), when(batch=2, kv_len=16384)) == 3.0
+    assert select.distance(when(kv_len=None), when(batch=2, kv_len=16384)) == 2.0
     entries = [entry(batch=b) for b in (1, 4, 16, 64)]
     assert [nearest(when(batch=b), *entries).when.batch for b in (1, 3, 5, 30, 33, 64)] == [1, 4, 4, 16, 64, 64]
 
@@ -211,7 +211,7 @@ def test_the_nearest_entry(entries, call, random):
         assert (taken.when.op, taken.when.kv_format, taken.when.q_fp8) == (call.op, call.kv_format, call.q_fp8)
         for at in entries:
             if in_reach(call, at):
-                assert tuned.distance(call, taken.when) <= tuned.distance(call, at.when) + 1e-6
+                assert select.distance(call, taken.when) <= select.distance(call, at.when) + 1e-6
     # Whatever the order in the file, and however often.
     shuffled = random.sample(entries, len(entries))
     again = Grid(tuned_file(*shuffled)).nearest(call)

@@ -13,10 +13,12 @@ import torch
 from tuned_case import FILE, META, SMS, Folders, entry, when, write
 
 import mla_cute
-from mla_cute import attend, jit, plan, shape_log, tuned
+from mla_cute import attend, plan
+from mla_cute.compile import jit
 from mla_cute.config import KernelConfig
 from mla_cute.kernels.registry import KV_FORMATS
-from mla_cute.shape_log import ShapeLog
+from mla_cute.tuned import select, shape_log
+from mla_cute.tuned.select.shape_log import ShapeLog
 
 OTHER = KernelConfig(evict_first=False, min_blocks=8)
 
@@ -24,7 +26,7 @@ OTHER = KernelConfig(evict_first=False, min_blocks=8)
 @pytest.fixture
 def folders(monkeypatch, tmp_path):
     yield Folders(monkeypatch, tmp_path)
-    tuned.clear()
+    select.clear()
 
 
 @pytest.fixture
@@ -54,7 +56,7 @@ def test_plans_say_what_they_know(folders, no_kernels):
     for name, made in make_plans().items():
         op, _, table = name.partition(" ")
         shape = when(op=op, q_len=1 if op == "decode" else 5, kv_len=6400 if table else None)
-        assert made.selection == tuned.select(shape, META)
+        assert made.selection == select.select(shape, META)
         assert made.config is made.selection.config
     for name, made in make_plans(kv_format="group", q_fp8=True, max_kv_len=7000).items():
         kv_len = 6400 if "table" in name else 7000
@@ -74,7 +76,7 @@ def test_plans_run_with_the_tuned_configuration(folders, no_kernels):
     for made in make_plans(config=OTHER).values():
         assert (made.config, made.selection) == (OTHER, None)
     for made in make_plans(batch_invariant=True).values():
-        assert made.config == tuned.default_for(made.selection.when, SMS)
+        assert made.config == select.default_for(made.selection.when, SMS)
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])
@@ -92,7 +94,7 @@ def test_decode_planners_are_told_where_to_cut(folders, no_kernels, num_heads, b
         config = KernelConfig(cut_unit=unit, min_blocks=2 * unit)
         assert planned(config=config) == {(unit, unit)}
         write(folders.user, entry(config, num_heads=num_heads))
-        tuned.clear()
+        select.clear()
         used = default if batch_invariant else unit
         assert planned() == {(used, used)}
 
@@ -122,7 +124,7 @@ def test_plans_of_nothing(folders, no_kernels):
 
 
 def test_plans_of_cpu_tensors_look_nothing_up(folders, monkeypatch):
-    monkeypatch.setattr(tuned, "_select", None)
+    monkeypatch.setattr(select, "_select", None)
     made = mla_cute.plan_decode(torch.zeros(9, dtype=torch.int32), num_heads=16, page_size=64, kv_format="token")
     assert (made.selection, made.config) == (None, KernelConfig())
 
@@ -210,16 +212,16 @@ def test_shapes_are_counted(tmp_path):
     for _ in range(5):
         log.saw(facts())
     log.saw(facts(batch=1, kv_len=None))
-    assert tuned.read_shapes(path) == {when(): 1, when(batch=1, kv_len=None): 1}, "a killed process leaves the shapes"
+    assert select.read_shapes(path) == {when(): 1, when(batch=1, kv_len=None): 1}, "a killed process leaves the shapes"
     log.flush()
     log.flush()
-    assert tuned.read_shapes(path) == {when(): 5, when(batch=1, kv_len=None): 1}
+    assert select.read_shapes(path) == {when(): 5, when(batch=1, kv_len=None): 1}
     log.saw(facts())
     log.flush()
-    assert tuned.read_shapes(path)[when()] == 6
+    assert select.read_shapes(path)[when()] == 6
     other = ShapeLog(path)
     other.saw(facts())
-    assert tuned.read_shapes(path)[when()] == 7
+    assert select.read_shapes(path)[when()] == 7
     assert len(path.read_text().splitlines()) == 5
 
 
@@ -229,7 +231,7 @@ def test_plans_are_recorded_whatever_their_configuration_is_from(folders, no_ker
     shapes = [made.selection.when for made in make_plans(kv_format="token").values()]
     make_plans(kv_format="token", config=OTHER)
     log.flush()
-    assert tuned.read_shapes(log.path) == dict.fromkeys(shapes, 2)
+    assert select.read_shapes(log.path) == dict.fromkeys(shapes, 2)
     assert [shape.op for shape in shapes] == ["decode", "decode", "prefill", "prefill"]
 
 
@@ -271,7 +273,7 @@ def test_servers_write_one_file(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(pathlib.Path(mla_cute.__file__).resolve().parents[1]))
     subprocess.run([sys.executable, "-c", SERVER], check=True)
     subprocess.run([sys.executable, "-c", SERVER + FORKED], check=True)
-    assert tuned.read_shapes(path) == {when(kv_len=None): 14, when(kv_len=None, page_size=1): 2}
+    assert select.read_shapes(path) == {when(kv_len=None): 14, when(kv_len=None, page_size=1): 2}
 
 
 def test_without_the_variable_nothing_is_recorded(monkeypatch):
@@ -301,9 +303,9 @@ def test_a_broken_line_is_named(tmp_path, line, message):
     with path.open("a") as file:
         file.write(line + "\n")
     with pytest.raises(ValueError, match="^" + re.escape(f"{path} line 2: {message}")):
-        tuned.read_shapes(path)
+        select.read_shapes(path)
 
 
 def test_a_log_that_is_not_there_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError):
-        tuned.read_shapes(tmp_path / "absent")
+        select.read_shapes(tmp_path / "absent")

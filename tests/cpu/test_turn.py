@@ -9,7 +9,9 @@ import filelock
 import pytest
 from jit_case import HERE, ROOT, assert_works, forget_everything, result_of, start_process
 
-from mla_cute import _turn, _warmup, jit, warmup
+from mla_cute import warmup
+from mla_cute.compile import jit, turn
+from mla_cute.compile import warmup as warmup_module
 from mla_cute.tuning.workers import compile_variants
 from toy_keys import TOY, ToyConfig, ToyKey
 
@@ -59,7 +61,7 @@ def test_ranks_that_warm_up_at_once_compile_in_turns(tmp_path, cache, number, di
     script = f"""
     import os
     import mla_cute
-    from mla_cute.jit import KernelRef
+    from mla_cute.compile.jit import KernelRef
     {own}
     ref = KernelRef("slow_toy", "slow_toy", "SlowToy")
     warmed = mla_cute.warmup(variants=[(ref, ToyKey(), ToyConfig(32 * n)) for n in (1, 2, 3)], num_workers=2)
@@ -92,11 +94,11 @@ def test_single_calls_at_once_compile_once(tmp_path, cache):
 
 def test_a_holder_that_dies_blocks_nobody(tmp_path, monkeypatch):
     path = tmp_path / "compiling.lock"
-    monkeypatch.setattr(_turn, "lock_path", lambda: path)
+    monkeypatch.setattr(turn, "lock_path", lambda: path)
     code = (
-        "import pathlib, time\nfrom mla_cute import _turn\n"
-        f"_turn.lock_path = lambda: pathlib.Path({str(path)!r})\n"
-        "with _turn.turn(lambda: None, lambda: True):\n    print('held', flush=True)\n    time.sleep(100)\n"
+        "import pathlib, time\nfrom mla_cute.compile import turn\n"
+        f"turn.lock_path = lambda: pathlib.Path({str(path)!r})\n"
+        "with turn.turn(lambda: None, lambda: True):\n    print('held', flush=True)\n    time.sleep(100)\n"
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(HERE)))}
     holder = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True)
@@ -104,23 +106,23 @@ def test_a_holder_that_dies_blocks_nobody(tmp_path, monkeypatch):
     waited = []
 
     def kill():
-        waited.append(_turn._acquire(filelock.FileLock(str(path))))
+        waited.append(turn._acquire(filelock.FileLock(str(path))))
         holder.kill()
 
     start = time.monotonic()
-    with _turn.turn(kill, lambda: True) as alive:
+    with turn.turn(kill, lambda: True) as alive:
         alive()
-        assert not _turn._acquire(filelock.FileLock(str(path)))
+        assert not turn._acquire(filelock.FileLock(str(path)))
     assert waited == [False]
     assert time.monotonic() - start < 30
     holder.communicate(timeout=10)
-    with _turn.turn(no_wait, lambda: True):
+    with turn.turn(no_wait, lambda: True):
         pass
 
 
 def test_a_stuck_holder_is_passed_by(cache, monkeypatch, caplog, capsys):
-    monkeypatch.setattr(_turn, "_STUCK_S", 0.3)
-    with filelock.FileLock(str(_turn.lock_path())):
+    monkeypatch.setattr(turn, "_STUCK_S", 0.3)
+    with filelock.FileLock(str(turn.lock_path())):
         (warmed,) = warmup(variants=[VARIANT], num_workers=1)
     assert not warmed.cached
     assert_works(jit.get(*VARIANT))
@@ -135,9 +137,9 @@ def test_a_stuck_holder_is_passed_by(cache, monkeypatch, caplog, capsys):
 
 def test_a_holder_that_goes_on_is_waited_for(cache, monkeypatch):
     """It finishes a kernel every 0.2 s, five times: together longer than what counts as stuck."""
-    monkeypatch.setattr(_turn, "_STUCK_S", 0.8)
-    lock = filelock.FileLock(str(_turn.lock_path()))
-    beat = _turn.lock_path().with_suffix(".beat")
+    monkeypatch.setattr(turn, "_STUCK_S", 0.8)
+    lock = filelock.FileLock(str(turn.lock_path()))
+    beat = turn.lock_path().with_suffix(".beat")
     asked = []
 
     def is_needed():
@@ -149,9 +151,9 @@ def test_a_holder_that_goes_on_is_waited_for(cache, monkeypatch):
         return True
 
     lock.acquire()
-    with _turn.turn(beat.touch, is_needed):
+    with turn.turn(beat.touch, is_needed):
         assert len(asked) == 5
-        assert not _turn._acquire(filelock.FileLock(str(_turn.lock_path())))
+        assert not turn._acquire(filelock.FileLock(str(turn.lock_path())))
     assert asked[-1] - asked[0] > 0.7
 
 
@@ -162,33 +164,33 @@ def test_waiting_ends_when_others_have_compiled_everything(cache, monkeypatch):
     def compile_elsewhere(text):
         assert "another process compiles kernels" in text
         jit.prepare(*VARIANT)
-        _turn.lock_path().with_suffix(".beat").touch()
+        turn.lock_path().with_suffix(".beat").touch()
 
-    monkeypatch.setattr(_warmup, "_compile_parallel", compile_parallel)
-    with filelock.FileLock(str(_turn.lock_path())):
-        ((variant, seconds, elsewhere),) = _warmup.compile_missing([VARIANT], 1, compile_elsewhere)
+    monkeypatch.setattr(warmup_module, "_compile_parallel", compile_parallel)
+    with filelock.FileLock(str(turn.lock_path())):
+        ((variant, seconds, elsewhere),) = warmup_module.compile_missing([VARIANT], 1, compile_elsewhere)
     assert (variant, elsewhere) == (VARIANT, True)
     assert seconds > 0
 
 
 def test_where_no_lock_can_be_made_it_goes_on(cache, monkeypatch, tmp_path, caplog):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(_turn, "lock_path", lambda: tmp_path / "file" / "compiling.lock")
+    monkeypatch.setattr(turn, "lock_path", lambda: tmp_path / "file" / "compiling.lock")
     (warmed,) = warmup(variants=[VARIANT], num_workers=1, progress=False)
     assert not warmed.cached
     assert any("compiling without waiting for other processes" in record.getMessage() for record in caplog.records)
 
 
 def test_the_lock_is_the_users_and_the_machines(monkeypatch, tmp_path):
-    monkeypatch.setattr(_turn.tempfile, "tempdir", str(tmp_path))
-    assert _turn.lock_path() == tmp_path / f"mla_cute-compiling-{os.getuid()}.lock"
+    monkeypatch.setattr(turn.tempfile, "tempdir", str(tmp_path))
+    assert turn.lock_path() == tmp_path / f"mla_cute-compiling-{os.getuid()}.lock"
     monkeypatch.setattr(os, "getuid", lambda: 4321)
-    assert _turn.lock_path() == tmp_path / "mla_cute-compiling-4321.lock"
+    assert turn.lock_path() == tmp_path / "mla_cute-compiling-4321.lock"
 
 
 def test_the_tuner_takes_its_turn_too(cache, monkeypatch, capsys):
-    monkeypatch.setattr(_turn, "_STUCK_S", 0.2)
-    with filelock.FileLock(str(_turn.lock_path())):
+    monkeypatch.setattr(turn, "_STUCK_S", 0.2)
+    with filelock.FileLock(str(turn.lock_path())):
         assert compile_variants([VARIANT], 1) == {}
     assert "another process compiles kernels" in capsys.readouterr().err
 
@@ -199,5 +201,5 @@ def test_the_lock_is_free_after_a_failure(cache):
 
     with pytest.raises(KeyError):
         warmup(variants=[VARIANT], num_workers=1, progress=fail)
-    with _turn.turn(no_wait, lambda: True):
+    with turn.turn(no_wait, lambda: True):
         pass

@@ -12,7 +12,9 @@ from jit_case import HERE, ROOT, assert_works, forget, forget_everything, result
 from tuned_case import FILE, NAME, SMS, entry, write
 
 import mla_cute
-from mla_cute import _visible_gpus, _warmup, jit, warmup
+from mla_cute import _visible_gpus, warmup
+from mla_cute.compile import jit
+from mla_cute.compile import warmup as warmup_module
 from mla_cute.config import KernelConfig
 from mla_cute.kernels import registry
 from toy_keys import TOY, ToyConfig, ToyKey
@@ -119,7 +121,7 @@ for name in functions:
 torch.version.cuda = "13.0"
 
 import mla_cute
-from mla_cute import _visible_gpus, _warmup
+from mla_cute import _visible_gpus
 _visible_gpus.__file__ = os.environ["GPU_SCRIPT"]
 variants = [(TOY, ToyKey(), ToyConfig()), (TOY, ToyKey("bfloat16"), ToyConfig())]
 mla_cute.warmup(variants=variants, progress=False)
@@ -162,10 +164,10 @@ def test_the_gpus_are_asked_for_in_a_process_of_their_own(monkeypatch, tmp_path,
     monkeypatch.setattr(_visible_gpus, "__file__", str(script))
     script.write_text("import json, os; print(json.dumps([[os.environ['CUDA_VISIBLE_DEVICES'], 3]]))")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
-    assert _warmup._ask_for_gpus() == [("7", 3)]
+    assert warmup_module._ask_for_gpus() == [("7", 3)]
     assert not caplog.records
     script.write_text("import sys; sys.exit('cuInit returned CUDA error 803')")
-    assert _warmup._ask_for_gpus() == []
+    assert warmup_module._ask_for_gpus() == []
     assert caplog.records[-1].levelname == "WARNING"
     assert caplog.records[-1].getMessage().endswith("the GPU is not known: cuInit returned CUDA error 803")
 
@@ -220,21 +222,23 @@ def test_gpus_by_the_driver():
 
 def test_a_server_needs_nothing_else():
     """Every kernel of every public call, for the dtypes and formats that were asked for."""
-    found = _warmup.selected(("bfloat16",), (64,), _warmup.OPS, ("", "tensor"))
+    found = warmup_module.selected(("bfloat16",), (64,), warmup_module.OPS, ("", "tensor"))
     of = {ref: {key for kernel, key, _ in found if kernel == ref} for ref in dict.fromkeys(v[0] for v in found)}
     assert of.keys() == {ref for ref in vars(registry).values() if isinstance(ref, registry.KernelRef)}
     slots = ("int32", "int64")
     assert of[registry.APPEND] == {registry.AppendKey("bfloat16", f, s) for f in ("", "tensor") for s in slots}
     assert of[registry.MERGE_STATES] == {registry.MergeStatesKey(dtype) for dtype in ("bfloat16", "float32")}
-    only = _warmup.selected(("float16",), (64,), ("append",), ("group",))
+    only = warmup_module.selected(("float16",), (64,), ("append",), ("group",))
     assert only == [(registry.APPEND, registry.AppendKey("float16", "group", s), None) for s in slots]
 
 
 def test_dtypes_of_torch_are_names_too():
     both = (torch.bfloat16, "float16")
-    asked = ((64,), _warmup.OPS, ("",))
-    assert _warmup.selected(both, *asked) == _warmup.selected(registry.DTYPES, *asked)
-    assert _warmup.selected(iter(both), iter((64,)), iter(_warmup.OPS), iter(("",))) == _warmup.selected(both, *asked)
+    asked = ((64,), warmup_module.OPS, ("",))
+    assert warmup_module.selected(both, *asked) == warmup_module.selected(registry.DTYPES, *asked)
+    assert warmup_module.selected(
+        iter(both), iter((64,)), iter(warmup_module.OPS), iter(("",))
+    ) == warmup_module.selected(both, *asked)
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,12 @@ import pytest
 import torch
 from tuned_case import FILE, NAME, SMS, Folders, entry, write
 
-from mla_cute import _warmup, tuned
 from mla_cute.cli import info
+from mla_cute.compile import warmup as warmup_module
 from mla_cute.config import KernelConfig
 from mla_cute.kernels import registry
 from mla_cute.kernels.registry import DecodeKey, Fp8Key, PlannerKey, PrefillKey, PrefillPlannerKey
+from mla_cute.tuned import select
 
 ASKED = {"dtypes": ("bfloat16",), "page_sizes": (1, 64), "ops": ("decode", "prefill"), "kv_formats": ("",)}
 NO_PDL = KernelConfig(use_pdl=False)
@@ -22,9 +23,9 @@ def folders(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(tuned, "gpu_of", lambda device: (NAME, SMS) if device.type == "cuda" else None)
+    monkeypatch.setattr(select, "gpu_of", lambda device: (NAME, SMS) if device.type == "cuda" else None)
     yield found
-    tuned.clear()
+    select.clear()
 
 
 def default(**change):
@@ -33,7 +34,7 @@ def default(**change):
 
 def extra(**change):
     """What is selected beyond the default configuration."""
-    selected = _warmup.selected(**ASKED | change)
+    selected = warmup_module.selected(**ASKED | change)
     assert len(selected) == len(set(selected))
     assert selected[: len(default(**change))] == default(**change)
     return set(selected) - set(default(**change))
@@ -63,13 +64,13 @@ def test_without_cuda_the_visible_gpus_count(folders, monkeypatch):
     other = folders.shipped.with_name("NVIDIA_Other.json")
     write(other, entry(NO_HINT), name="NVIDIA Other", sm_count=7)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
-    monkeypatch.setattr(_warmup, "_ask_for_gpus", ask)
+    monkeypatch.setattr(warmup_module, "_ask_for_gpus", ask)
     few = {(registry.DECODE_FEW, DecodeKey("bfloat16", 64), config.launch()) for config in (NO_PDL, NO_HINT)}
     assert few < extra()
     write(other, entry(NO_HINT), name="NVIDIA Other", sm_count=8)
     assert few & extra() == {(registry.DECODE_FEW, DecodeKey("bfloat16", 64), NO_PDL.launch())}
     assert asked == [1, 1]
-    assert len(_warmup.selected(**ASKED | {"ops": ("append",)})) == 2
+    assert len(warmup_module.selected(**ASKED | {"ops": ("append",)})) == 2
     assert asked == [1, 1]
     monkeypatch.setenv("MLA_CUTE_TUNED", "0")
     assert extra() == set()
@@ -168,19 +169,19 @@ def test_files_that_calls_do_not_use(folders, monkeypatch):
 def test_a_broken_file_is_named(folders):
     write(folders.shipped, entry()).write_text("{")
     with pytest.raises(ValueError, match=FILE):
-        _warmup.selected(**ASKED)
+        warmup_module.selected(**ASKED)
 
 
 def test_what_is_selected_is_what_calls_run_with(folders):
     write(folders.shipped, entry(NO_PDL), entry(NO_HINT, num_heads=128), entry(NO_HINT, op="prefill", q_len=100))
-    selected = set(_warmup.selected(**ASKED))
+    selected = set(warmup_module.selected(**ASKED))
     decode, prefill = DecodeKey("bfloat16", 64), PrefillKey("bfloat16", 64)
     for op, num_heads, q_len, ref, key in (
         ("decode", 16, 1, registry.DECODE_FEW, decode),
         ("decode", 128, 1, registry.DECODE, decode),
         ("prefill", 16, 100, registry.PREFILL, prefill),
     ):
-        found = tuned.choose(op, "", False, num_heads, 64, q_len, 8, 8192, torch.device("cuda", 0))
+        found = select.choose(op, "", False, num_heads, 64, q_len, 8, 8192, torch.device("cuda", 0))
         assert found.entry is not None
         assert (ref, key, found.config.launch()) in selected
 
@@ -204,7 +205,7 @@ def test_info_shows_every_variable_of_the_library():
 def test_warmup_compiles_what_is_selected(folders, monkeypatch):
     write(folders.shipped, entry(NO_PDL))
     compiled = []
-    monkeypatch.setattr(_warmup, "_warm", lambda variants, *options: compiled.extend(variants) or [])
-    _warmup.warmup(page_sizes=(64,))
-    assert compiled == _warmup.selected(**ASKED | {"page_sizes": (64,), "ops": _warmup.OPS})
+    monkeypatch.setattr(warmup_module, "_warm", lambda variants, *options: compiled.extend(variants) or [])
+    warmup_module.warmup(page_sizes=(64,))
+    assert compiled == warmup_module.selected(**ASKED | {"page_sizes": (64,), "ops": warmup_module.OPS})
     assert (registry.DECODE_FEW, DecodeKey("bfloat16", 64), NO_PDL.launch()) in compiled

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # A tuned file of no GPU: whether the package has real ones or not, the pattern for them is tested.
-TUNED = "mla_cute/tuned_data/No_GPU.json"
+TUNED = "mla_cute/tuned/data/No_GPU.json"
 CODE = """
 import math, pathlib, sys, torch, mla_cute
 from mla_cute.tuning import recipes

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mla_cute.jit import KernelRef
+from mla_cute.compile.jit import KernelRef
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ import json
 
 import torch
 
-from mla_cute import tuned
 from mla_cute.config import KernelConfig
-from mla_cute.tuned import Entry, TunedFile, When
+from mla_cute.tuned import select
+from mla_cute.tuned.select import Entry, TunedFile, When
 
 # Plans on the meta device allocate as on a GPU; selection is told that it is one.
 META = torch.device("meta")
@@ -34,12 +34,12 @@ def tuned_file(*entries: Entry, name: str = NAME, sm_count: int = SMS) -> TunedF
 
 def values_of(*entries: Entry) -> dict:
     """Decoded JSON of a file."""
-    return json.loads(tuned.dump(tuned_file(*entries)))
+    return json.loads(select.dump(tuned_file(*entries)))
 
 
 def write(path, *entries: Entry, **gpu):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(tuned.dump(tuned_file(*entries, **gpu)))
+    path.write_text(select.dump(tuned_file(*entries, **gpu)))
     return path
 
 
@@ -54,9 +54,9 @@ class Folders:
         for variable in ("MLA_CUTE_TUNED_DIR", "MLA_CUTE_TUNED", "MLA_CUTE_LOG"):
             monkeypatch.delenv(variable, raising=False)
         monkeypatch.setenv("MLA_CUTE_CACHE_DIR", str(tmp_path / "cache"))
-        monkeypatch.setattr(tuned, "_SHIPPED", self.shipped.parent)
-        monkeypatch.setattr(tuned, "gpu_of", lambda device: (NAME, SMS) if device == META else None)
-        tuned.clear()
+        monkeypatch.setattr(select, "_SHIPPED", self.shipped.parent)
+        monkeypatch.setattr(select, "gpu_of", lambda device: (NAME, SMS) if device == META else None)
+        select.clear()
 
     def use_named(self) -> None:
         self._monkeypatch.setenv("MLA_CUTE_TUNED_DIR", str(self.named.parent))

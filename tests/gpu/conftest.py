@@ -9,10 +9,10 @@ import torch
 @pytest.fixture(autouse=True)
 def _default_configurations(monkeypatch):
     """What a tuned file chooses may differ between entry points, of which one knows the lengths: other bits."""
-    from mla_cute import tuned
+    from mla_cute.tuned import select
 
     monkeypatch.setenv("MLA_CUTE_TUNED", "0")
-    tuned.clear()
+    select.clear()
 
 
 # What torch may keep between tests: processes of pytest-xdist share the GPU, and fifteen filled the 80 GB of an H100.

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from mla_cute._testing import make_case
-from mla_cute._testing_fp8 import LAYOUTS, Fp8Case, make_fp8
 from mla_cute.config import FEW_ROWS
 from mla_cute.kernels.registry import KV_FORMATS, box_rows_of
+from mla_cute.testing.cases import make_case
+from mla_cute.testing.fp8 import LAYOUTS, Fp8Case, make_fp8
 
 # What these tests compile: (kernel, dtype, box rows, format, e4m3 queries). Full boxes in bfloat16 with every format
 # and query; every other way of loading, which both kernels share, with every format.

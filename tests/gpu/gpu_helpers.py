@@ -3,11 +3,16 @@
 import pytest
 import torch
 
-from mla_cute._testing import DecodeCase, expected_of, judge, run_case
-from mla_cute._testing_fp8 import Fp8Case, run_fp8
-from mla_cute._testing_prefill import PrefillCase, make_prefill_case
-from mla_cute._testing_runs import capture, plan_of
-from mla_cute._testing_verdict import Verdict
+from mla_cute.testing.cases import (
+    DecodeCase,
+    expected_of,
+    judge,
+    run_case,
+)
+from mla_cute.testing.fp8 import Fp8Case, run_fp8
+from mla_cute.testing.prefill import PrefillCase, make_prefill_case
+from mla_cute.testing.runs import capture, plan_of
+from mla_cute.testing.verdict import Verdict
 
 __all__ = [
     "ENTRIES", "MIXED", "bits", "capture", "check", "check_fp8", "decode", "judge_outputs", "make_prefill",

@@ -5,8 +5,8 @@ import torch
 from gpu_helpers import check, make_prefill
 
 import mla_cute
-from mla_cute._testing import make_case
-from mla_cute._testing_runs import plan_of
+from mla_cute.testing.cases import make_case
+from mla_cute.testing.runs import plan_of
 
 WITH_PLAN = pytest.mark.parametrize("with_plan", [False, True], ids=["no_plan", "plan"])
 SIZES = {"num_heads": 16, "page_size": 64}

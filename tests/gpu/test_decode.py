@@ -8,8 +8,13 @@ import torch
 from gpu_helpers import ENTRIES, bits, check, decode, plan_of, same_bits
 
 import mla_cute
-from mla_cute._testing import expected_of, make_case, run_case, sweep
-from mla_cute._testing_verdict import compare
+from mla_cute.testing.cases import (
+    expected_of,
+    make_case,
+    run_case,
+    sweep,
+)
+from mla_cute.testing.verdict import compare
 
 BOTH_ENTRIES = pytest.mark.parametrize("entry", ENTRIES)
 # One page size for each way of loading: gather, boxes of 8, 16 and 32 rows, full boxes; and one that is above the tile.

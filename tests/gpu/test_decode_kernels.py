@@ -11,8 +11,8 @@ import torch
 from gpu_helpers import ENTRIES, capture, check, decode, plan_of, same_bits
 
 import mla_cute
-from mla_cute._testing import expected_of, make_case
 from mla_cute.config import with_kernel
+from mla_cute.testing.cases import expected_of, make_case
 
 # One page size for each way of loading: gather, boxes of 8, 16, 32 and 64 rows.
 LOADS = (1, 24, 16, 32, 64)

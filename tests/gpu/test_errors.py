@@ -6,7 +6,7 @@ from check_values import BAD_VALUES, NAMES
 from gpu_helpers import ENTRIES, decode, plan_of
 
 import mla_cute
-from mla_cute._testing import make_case, run_case
+from mla_cute.testing.cases import make_case, run_case
 
 BOTH_ENTRIES = pytest.mark.parametrize("entry", ENTRIES)
 

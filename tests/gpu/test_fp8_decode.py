@@ -11,8 +11,19 @@ from gpu_helpers import ENTRIES, bits, plan_of, same_bits
 from gpu_helpers import check_fp8 as check
 
 import mla_cute
-from mla_cute._testing import CACHE_LAYOUTS, OUT_LAYOUTS, Q_LAYOUTS, make_case, run_case
-from mla_cute._testing_fp8 import LAYOUTS, Fp8Case, compare_fp8, expected_fp8
+from mla_cute.testing.cases import (
+    CACHE_LAYOUTS,
+    OUT_LAYOUTS,
+    Q_LAYOUTS,
+    make_case,
+    run_case,
+)
+from mla_cute.testing.fp8 import (
+    LAYOUTS,
+    Fp8Case,
+    compare_fp8,
+    expected_fp8,
+)
 
 PAGE_SIZES = {64: (64, 128), 32: (32,), 16: (16,), 8: (8, 24), 0: (1,)}
 HEADS = {"rows": (24, 64, 100, 128), "few_rows": (1, 8, 16)}

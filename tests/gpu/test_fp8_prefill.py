@@ -11,10 +11,22 @@ from gpu_helpers import ENTRIES, MIXED, owned, plan_of, same_bits
 from gpu_helpers import check_fp8 as check
 
 import mla_cute
-from mla_cute._testing import CACHE_LAYOUTS, OUT_LAYOUTS, Q_LAYOUTS, DecodeCase, run_case
-from mla_cute._testing_fp8 import LAYOUTS, Fp8Case, compare_fp8, expected_fp8, make_fp8
-from mla_cute._testing_prefill import make_prefill_case
 from mla_cute.kernels.registry import box_rows_of
+from mla_cute.testing.cases import (
+    CACHE_LAYOUTS,
+    OUT_LAYOUTS,
+    Q_LAYOUTS,
+    DecodeCase,
+    run_case,
+)
+from mla_cute.testing.fp8 import (
+    LAYOUTS,
+    Fp8Case,
+    compare_fp8,
+    expected_fp8,
+    make_fp8,
+)
+from mla_cute.testing.prefill import make_prefill_case
 
 # What these tests compile: (dtype, box rows, format, e4m3 queries).
 BF16, FP16 = torch.bfloat16, torch.float16

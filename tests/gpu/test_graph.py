@@ -4,7 +4,7 @@ import pytest
 import torch
 from gpu_helpers import ENTRIES, capture, decode, judge_outputs, plan_of, same_bits
 
-from mla_cute._testing import make_case
+from mla_cute.testing.cases import make_case
 
 # ragged, all empty, one long, all full: what a replay has to follow without being captured again
 REPLAYS = ([1000, 0, 129, 64, 5000, 1], [0] * 6, [0, 0, 30000, 0, 0, 1], [8000, 8001, 7, 8063, 8064, 8065])

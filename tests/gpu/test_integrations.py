@@ -9,10 +9,10 @@ from gpu_helpers import capture
 from integration_case import SM_SCALE, Case, rows_of_656, spare_ids
 
 from mla_cute import quant
-from mla_cute._testing_fp8 import LSE_LIMIT
 from mla_cute.integrations.flash_mla import flash_mla_with_kvcache, get_mla_metadata
 from mla_cute.integrations.flashinfer import BatchMLAPagedAttentionWrapper
 from mla_cute.plan_decode import DecodePlan
+from mla_cute.testing.fp8 import LSE_LIMIT
 
 RAGGED = [(1, 700), (9, 300), (0, 9), (70, 70), (2, 1), (4, 64), (1, 0), (0, 0)]
 DECODE = [(1, 700), (1, 64), (1, 0), (1, 1), (1, 1500), (1, 65), (1, 128), (1, 5)]

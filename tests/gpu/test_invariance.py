@@ -6,7 +6,7 @@ import pytest
 import torch
 from gpu_helpers import ENTRIES, decode, plan_of, same_bits
 
-from mla_cute._testing import DecodeCase, make_case, run_case
+from mla_cute.testing.cases import DecodeCase, make_case, run_case
 
 
 def select(case: DecodeCase, rows: list[int]) -> DecodeCase:

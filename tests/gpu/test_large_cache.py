@@ -3,7 +3,7 @@
 import pytest
 from gpu_helpers import spread_cache
 
-from mla_cute._testing import expected_of, make_case, run_case
+from mla_cute.testing.cases import expected_of, make_case, run_case
 
 
 @pytest.mark.parametrize("log2_elements", [31, 32])

@@ -11,7 +11,7 @@ import torch
 from gpu_helpers import ENTRIES, check, make_prefill, plan_of
 
 import mla_cute
-from mla_cute._testing import make_case
+from mla_cute.testing.cases import make_case
 
 MIB = 2**20
 ROOT = pathlib.Path(mla_cute.__file__).resolve().parents[1]

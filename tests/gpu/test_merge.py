@@ -6,8 +6,8 @@ from gpu_helpers import bits, check, other_bits, plan_of
 from hog import beside, compile_hog
 
 import mla_cute
-from mla_cute._testing import make_case
 from mla_cute.config import KernelConfig
+from mla_cute.testing.cases import make_case
 
 # Every number of pieces of a request, and so every way to share its rows, from 2 to a part of each SM.
 PIECES = (2, 3, 4, 5, 8, 9, 16, 17, 31, 33, 64, 65, 100, 132)

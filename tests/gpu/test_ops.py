@@ -11,9 +11,9 @@ import torch
 from gpu_helpers import capture
 
 import mla_cute
-from mla_cute._testing import expected_of, make_case
-from mla_cute._testing_fp8 import compare_fp8, expected_fp8, make_fp8
-from mla_cute._testing_verdict import compare
+from mla_cute.testing.cases import expected_of, make_case
+from mla_cute.testing.fp8 import compare_fp8, expected_fp8, make_fp8
+from mla_cute.testing.verdict import compare
 
 # No two sizes are equal by chance: dynamic shapes make one symbol of those that are.
 BATCHES = ([1000, 0, 129, 64, 5000, 1, 33], [8000, 7, 3], [0, 65] * 6)

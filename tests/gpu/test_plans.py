@@ -6,9 +6,9 @@ from gpu_helpers import ENTRIES, MIXED, check, check_fp8, decode, make_prefill, 
 
 import mla_cute
 from mla_cute import plan as plans
-from mla_cute._testing import make_case
-from mla_cute._testing_fp8 import make_fp8
 from mla_cute.kernels.registry import PART_ROW
+from mla_cute.testing.cases import make_case
+from mla_cute.testing.fp8 import make_fp8
 
 BOTH_ENTRIES = pytest.mark.parametrize("entry", ENTRIES)
 LENGTHS = [20000, 1, 0, 1024, 1025, 5000, 2047, 3, 9000, 64, 0, 16384, 2048]

@@ -10,9 +10,9 @@ import torch
 from gpu_helpers import ENTRIES, MIXED, bits, check, decode, make_prefill, owned, plan_of, same_bits
 
 import mla_cute
-from mla_cute._testing import DecodeCase, expected_of, judge
-from mla_cute._testing_prefill import PrefillCase, prefill_sweep, row_tiles
-from mla_cute._testing_verdict import compare
+from mla_cute.testing.cases import DecodeCase, expected_of, judge
+from mla_cute.testing.prefill import PrefillCase, prefill_sweep, row_tiles
+from mla_cute.testing.verdict import compare
 
 BOTH_ENTRIES = pytest.mark.parametrize("entry", ENTRIES)
 BOTH_MODES = pytest.mark.parametrize("batch_invariant", [False, True], ids=["balanced", "invariant"])

@@ -20,8 +20,8 @@ from gpu_helpers import (
 from hog import beside, compile_hog
 
 import mla_cute
-from mla_cute._testing import expected_of
-from mla_cute._testing_verdict import compare
+from mla_cute.testing.cases import expected_of
+from mla_cute.testing.verdict import compare
 
 BOTH_ENTRIES = pytest.mark.parametrize("entry", ENTRIES)
 BOTH_MODES = pytest.mark.parametrize("batch_invariant", [False, True], ids=["balanced", "invariant"])

@@ -6,8 +6,8 @@ from gpu_helpers import bits, other_bits, plan_of
 from hog import beside, compile_hog
 
 import mla_cute
-from mla_cute._testing import expected_of, make_case
-from mla_cute._testing_verdict import compare
+from mla_cute.testing.cases import expected_of, make_case
+from mla_cute.testing.verdict import compare
 
 REPEATS = 200
 

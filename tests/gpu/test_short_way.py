@@ -6,8 +6,8 @@ from gpu_helpers import ENTRIES, MIXED, check, check_fp8, decode, make_prefill, 
 
 import mla_cute
 from mla_cute import short_way
-from mla_cute._testing import make_case
-from mla_cute._testing_fp8 import E4M3, make_fp8
+from mla_cute.testing.cases import make_case
+from mla_cute.testing.fp8 import E4M3, make_fp8
 
 CALLS = pytest.mark.parametrize("with_plan", [False, True], ids=["no_plan", "plan"])
 BOTH_ENTRIES = pytest.mark.parametrize("entry", ENTRIES)
@@ -273,7 +273,7 @@ def test_gradients_are_warned_of_behind_a_good_call():
 def test_tuned_entries_that_are_forgotten_are_not_used(ways):
     case = small_case()
     check(case)
-    mla_cute.tuned.clear()
+    mla_cute.tuned.select.clear()
     check(case)
     check(case)
     assert ways == {"short": 1, "long": 2}

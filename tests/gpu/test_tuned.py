@@ -4,28 +4,28 @@ import pytest
 import torch
 from gpu_helpers import make_prefill
 
-from mla_cute import tuned
-from mla_cute._testing import make_case, run_case
-from mla_cute._testing_fp8 import make_fp8, run_fp8
+from mla_cute.testing.cases import make_case, run_case
+from mla_cute.testing.fp8 import make_fp8, run_fp8
+from mla_cute.tuned import select
 
 LENGTHS = [1, 64, 0, 65, 1000, 20000, 129]
 CHUNKS = [(1, 1000), (70, 70), (0, 50), (4, 129), (200, 3000), (1, 64), (2, 9000)]
 
 
-def entries() -> list[tuned.Entry]:
+def entries() -> list[select.Entry]:
     """One per configuration and kind of call; the first of a sorted file has the fewest heads, batch and keys."""
     if not torch.cuda.is_available():
         return []
-    found = tuned.located(torch.cuda.get_device_properties(0).name)
+    found = select.located(torch.cuda.get_device_properties(0).name)
     kinds = {}
-    for entry in tuned.load(found[1]).entries if found else ():
+    for entry in select.load(found[1]).entries if found else ():
         when = entry.when
         key = (when.op, when.kv_format, when.q_fp8, when.num_heads, when.page_size, entry.config)
         kinds.setdefault(key, entry)
     return list(kinds.values())
 
 
-def name(entry: tuned.Entry) -> str:
+def name(entry: select.Entry) -> str:
     when = entry.when
     cache = f"{when.kv_format or '16bit'}{'-q_e4m3' if when.q_fp8 else ''}"
     return f"{when.op}-{cache}-h{when.num_heads}-page{when.page_size}-b{when.batch}-n{when.kv_len}"

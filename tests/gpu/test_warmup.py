@@ -26,7 +26,7 @@ found |= {"after": status(), "initialised": torch.cuda.is_initialized(), "loaded
           "kernels": sorted({w.kernel for w in warmed})}
 
 def child():
-    from mla_cute._testing import make_case, run_case
+    from mla_cute.testing.cases import make_case, run_case
     verdict = run_case(make_case([1, 64, 0, 65, 5000], num_heads=16, page_size=64, device="cuda"))
     many = run_case(make_case([1, 1000, 8192], num_heads=128, page_size=64, device="cuda"), entry="block_table")
     a, lse = torch.ones(3, 16, 512, dtype=torch.bfloat16, device="cuda"), torch.zeros(3, 16, device="cuda")
@@ -86,10 +86,10 @@ def test_a_process_that_warms_up_can_fork():
 def test_the_gpu_that_a_process_of_its_own_sees_is_torchs():
     import torch
 
-    from mla_cute import _warmup
+    from mla_cute.compile import warmup
 
     properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    assert _warmup._ask_for_gpus() == [(gpu.name, gpu.multi_processor_count) for gpu in properties]
+    assert warmup._ask_for_gpus() == [(gpu.name, gpu.multi_processor_count) for gpu in properties]
     assert torch.cuda.current_device() == 0
     torch.zeros(1, device="cuda")
-    assert _warmup._gpus() == _warmup._ask_for_gpus()[:1]
+    assert warmup._gpus() == warmup._ask_for_gpus()[:1]

@@ -2,7 +2,7 @@
 
 `dev.same` runs this file by its path with another checkout in front, so it goes by what older ones have too.
 
-    python _fingerprint.py PATTERN...   prints {variant: {"text": [checksums of kernels' code], "facts": {...}}} as JSON
+    python fingerprint.py PATTERN...   prints {variant: {"text": [checksums of kernels' code], "facts": {...}}} as JSON
 
 Compared are the `.text` sections in their order, with the resources beside them, and not whole cubins: symbols embed
 module paths, class and field names, so a move or a rename changes a cubin and not the code.
@@ -44,7 +44,7 @@ def matching(patterns: Sequence[str]) -> list[str]:
 
 
 def fingerprint(name: str) -> dict:
-    from mla_cute import elf, jit
+    from mla_cute.compile import elf, jit
 
     variant = variants()[name]
     texts = []

@@ -1,4 +1,4 @@
-"""FP8 twins of the adversarial cases of `_testing` and `_testing_prefill`, and the verdict on their results.
+"""FP8 twins of the adversarial cases of cases.py and prefill.py, and the verdict on their results.
 
 `make_fp8` quantises the cache of a 16-bit case, and its queries if asked. What a kernel must not read stays poison:
 e4m3 NaN in unused rows and in the gaps of strided tensors, NaN in their 16-bit rope and in their scales. The reference
@@ -15,11 +15,17 @@ from typing import Any
 
 import torch
 
-from . import quant, reference
-from ._testing import DecodeCase, guard_failures, not_as_given
-from ._testing_prefill import PrefillCase
-from ._testing_verdict import Expected, Verdict, kind, over, worst
-from .problem import CKV_DIM
+from .. import quant, reference
+from ..problem import CKV_DIM
+from .cases import DecodeCase, guard_failures, not_as_given
+from .prefill import PrefillCase
+from .verdict import (
+    Expected,
+    Verdict,
+    kind,
+    over,
+    worst,
+)
 
 E4M3 = torch.float8_e4m3fn
 # "group656" is the format "group" in rows of 656 bytes.

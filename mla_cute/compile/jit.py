@@ -19,8 +19,8 @@ Measured in a fresh process that has imported torch 2.13, on two cores of an EPY
     first kernel through the DSL's loader   450 ms   (420 ms of it `import cutlass`; 900 ms when its files are cold)
     compiling the decode kernel           7..10 s
 
-The difference is why :func:`get` accepts a :class:`KernelRef` and loads objects with :mod:`mla_cute.elf`; objects and
-hosts that `elf` does not know go through the DSL's loader.
+The difference is why :func:`get` accepts a :class:`KernelRef` and loads objects with :mod:`.elf`; objects and hosts
+that `elf` does not know go through the DSL's loader.
 
 Finding and reading entries leaves the CUDA driver alone. Loading one does not, nor does compiling: importing tvm_ffi
 asks torch whether there is a GPU, which initialises the driver, and processes forked after that cannot use it.
@@ -46,9 +46,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from . import _toolchain as toolchain
-from . import elf, sass
-from .kernels.registry import KernelRef
+from ..kernels.registry import KernelRef
+from . import elf, sass, toolchain
 
 log = logging.getLogger("mla_cute.jit")
 

@@ -16,7 +16,11 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from . import dlpack
+from .. import dlpack
+
+_PACKAGE = __name__.split(".")[0]
+# The folder of the package, whose files the digests are of.
+_folder = os.path.dirname(os.path.dirname(__file__))
 
 ARCH = "sm_90a"
 # --gpu-arch wins over CUTE_DSL_ARCH and over the GPU that is present, for one compile only.
@@ -55,7 +59,7 @@ _UNRUN = re.compile(
 )
 _IMPORT = re.compile(
     rb"[ \t]*(?:from[ \t]+(\.+[\w.]*|%(package)s\b[\w.]*)[ \t]+import[ \t]*(\((?:[^)#]|\#[^\n]*)*|[^\n]*)"
-    rb"|import[ \t]+([^\n]*\b%(package)s\b[^\n]*))" % {b"package": str(__package__).encode()}
+    rb"|import[ \t]+([^\n]*\b%(package)s\b[^\n]*))" % {b"package": _PACKAGE.encode()}
 )
 
 
@@ -80,12 +84,11 @@ def read_sources(module_name: str, known: dict[str, Source | None] | None = None
 
 def closure(module_name: str, known: dict[str, Source | None]) -> dict[str, str]:
     """The modules that :func:`read_sources` covers, with the checksums of their files."""
-    top = str(__package__)
-    root = os.path.dirname(__file__)
+    top = _PACKAGE
 
     def source_of(module: str) -> Source | None:
         """None if there is no such module."""
-        stem = os.path.join(root, *module.split(".")[1:])
+        stem = os.path.join(_folder, *module.split(".")[1:])
         found = _source(f"{stem}.py", module.rpartition(".")[0], known) if module != top else None
         return found or _source(os.path.join(stem, "__init__.py"), module, known)
 
@@ -113,7 +116,7 @@ def closure(module_name: str, known: dict[str, Source | None]) -> dict[str, str]
 def _imported(source: Source, source_of: Callable[[str], Source | None]) -> Iterator[str]:
     """Modules that the imports of a file may run, their parent packages aside."""
     for module, names in source.imports:
-        if not names or module != __package__:
+        if not names or module != _PACKAGE:
             yield module
         base = source_of(module)
         if base is not None and base.is_package:
@@ -138,7 +141,7 @@ def _source(path: str, package: str, known: dict[str, Source | None]) -> Source 
 
 def _imports(content: bytes, package: str) -> Iterator[tuple[str, tuple[str, ...]]]:
     """(module, names taken from it; none for `import module`) of the imports in a text that may be this package's."""
-    top = str(__package__)
+    top = _PACKAGE
     if b"\\\n" in content:
         content = content.replace(b"\\\n", b" ")
     if b"TYPE_CHECKING" in content:

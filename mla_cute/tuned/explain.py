@@ -6,24 +6,24 @@ import dataclasses
 
 import torch
 
-from . import tuned
-from .config import KernelConfig
-from .expect import expect_bool, expect_int
-from .plan import expect_hints, num_sms
-from .problem import MAX_HEADS
+from ..config import KernelConfig
+from ..expect import expect_bool, expect_int
+from ..plan import expect_hints, num_sms
+from ..problem import MAX_HEADS
+from . import select
 
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
     """`str` of it is a readable text.
 
-    selection   the :class:`~mla_cute.tuned.Selection` that a plan of this shape gets: config, source, entry, when
+    selection   the :class:`~.select.Selection` that a plan of this shape gets: config, source, entry, when
     device      where the call would run
     distance    between call and entry, the sum of |log2| of num_heads, q_len, batch and kv_len; None without an entry
     kernel      name of the main kernel; "float32 reference" on the CPU
     """
 
-    selection: tuned.Selection
+    selection: select.Selection
     device: torch.device
     distance: float | None
     kernel: str
@@ -45,7 +45,7 @@ class Explanation:
         return "\n".join([*lines, f"  config    {selection.config}", f"  kernel    {self.kernel}"])
 
     def _device_name(self) -> str:
-        gpu = tuned.gpu_of(self.device)
+        gpu = select.gpu_of(self.device)
         return str(self.device) if gpu is None else f"{gpu[0]} ({self.device}, {gpu[1]} SMs)"
 
 
@@ -93,9 +93,9 @@ def explain(
     if where.type == "cuda":
         num_sms(where)
     kv_len = 1 if max_kv_len == 0 else max_kv_len
-    when = tuned.When(op, kv_format, q_fp8, num_heads, page_size, q_len, batch, kv_len)
-    selection = tuned.select(when, where, batch_invariant)
-    apart = None if selection.entry is None else tuned.distance(when, selection.entry.when)
+    when = select.When(op, kv_format, q_fp8, num_heads, page_size, q_len, batch, kv_len)
+    selection = select.select(when, where, batch_invariant)
+    apart = None if selection.entry is None else select.distance(when, selection.entry.when)
     return Explanation(selection, where, apart, "float32 reference" if where.type == "cpu" else selection.kernel)
 
 

@@ -1,4 +1,4 @@
-"""Adversarial prefill cases, built and judged with the parts of `_testing`: its `run_case`, `expected_of` and `judge`.
+"""Adversarial prefill cases, built and judged with the parts of cases.py: its `run_case`, `expected_of` and `judge`.
 
 Beside what decode cases punish: query rows past qo_indptr[-1] are NaN, and so are the gaps of strided queries; rows of
 out and lse past qo_indptr[-1] are guards; the key right behind the last one that a query may see is finite and normal,
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ._testing import (
+from .cases import (
     CACHE_LAYOUTS,
     OUT_LAYOUTS,
     Q_LAYOUTS,

@@ -28,11 +28,13 @@ from typing import IO, Any, NamedTuple
 
 import torch
 
-from . import _turn, _visible_gpus, jit, tuned
-from .expect import expect_int
-from .kernels import registry
-from .steps import planner_variant, step_variant
-from .tuned_file import Entry
+from .. import _visible_gpus
+from ..expect import expect_int
+from ..kernels import registry
+from ..steps import planner_variant, step_variant
+from ..tuned import select
+from ..tuned.file import Entry
+from . import jit, turn
 
 log = logging.getLogger("mla_cute.jit")
 
@@ -101,7 +103,7 @@ class _Worker:
         environment["CUDA_VISIBLE_DEVICES"] = ""  # compiling needs no GPU, so leave its memory alone
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
         self.process = subprocess.Popen(
-            [sys.executable, "-c", "from mla_cute import _warmup; _warmup.serve()"],
+            [sys.executable, "-c", "from mla_cute.compile import warmup; warmup.serve()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
@@ -180,9 +182,9 @@ def compile_missing(missing: Sequence[Variant], num_workers: int, say: Callable[
         return bool(left)
 
     def on_wait() -> None:
-        say(f"another process compiles kernels ({_turn.lock_path()} is locked), waiting for it")
+        say(f"another process compiles kernels ({turn.lock_path()} is locked), waiting for it")
 
-    with _turn.turn(on_wait, is_needed) as alive:
+    with turn.turn(on_wait, is_needed) as alive:
         is_needed()
         waited = time.perf_counter() - start
         compiling = set(left)
@@ -272,13 +274,13 @@ def selected(
 
 def _tuned_entries() -> list[Entry]:
     """Of the files that calls on this process's GPUs go by; none without a GPU."""
-    if tuned.is_off():
+    if select.is_off():
         return []
     entries: list[Entry] = []
     for gpu in dict.fromkeys(_gpus()):
-        found = tuned.located(gpu[0])
+        found = select.located(gpu[0])
         if found is not None:
-            file = tuned.load(found[1])
+            file = select.load(found[1])
             if (file.gpu["name"], file.gpu["sm_count"]) == gpu:
                 entries += file.entries
     return entries
@@ -290,7 +292,7 @@ def _gpus() -> list[tuple[str, int]]:
         return []
     if not torch.cuda.is_initialized():
         return _ask_for_gpus()
-    gpu = tuned.gpu_of(torch.device("cuda", torch.cuda.current_device()))
+    gpu = select.gpu_of(torch.device("cuda", torch.cuda.current_device()))
     return [] if gpu is None else [gpu]
 
 

@@ -1,16 +1,21 @@
-"""Plans of the cases of `_testing` and its siblings, and CUDA graphs of what runs on them."""
+"""Plans of the cases of cases.py and its siblings, and CUDA graphs of what runs on them."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 
-from . import plan_decode, plan_decode_block_table, plan_prefill, plan_prefill_block_table
-from ._testing import DecodeCase
-from ._testing_prefill import PrefillCase
-from .launch import table_stride
-from .plan_decode import DecodePlan
-from .plan_prefill import PrefillPlan
+from .. import (
+    plan_decode,
+    plan_decode_block_table,
+    plan_prefill,
+    plan_prefill_block_table,
+)
+from ..launch import table_stride
+from ..plan_decode import DecodePlan
+from ..plan_prefill import PrefillPlan
+from .cases import DecodeCase
+from .prefill import PrefillCase
 
 T = TypeVar("T")
 

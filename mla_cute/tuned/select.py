@@ -4,7 +4,7 @@ The file is the first that exists, as a whole, of
 
     $MLA_CUTE_TUNED_DIR/NVIDIA_H200.json            where the variable is set
     <mla_cute.cache_dir()>/tuned/NVIDIA_H200.json   what `mla-cute tune` writes
-    mla_cute/tuned_data/NVIDIA_H200.json            shipped
+    mla_cute/tuned/data/NVIDIA_H200.json            shipped
 
 so files are not mixed: one of $MLA_CUTE_TUNED_DIR with a single entry hides the shipped ones. A broken file, or one
 that says it was made on a GPU of another name, is a ValueError at first use; one of the same name with another number
@@ -45,12 +45,29 @@ from collections.abc import Sequence
 
 import torch
 
-from . import jit
-from .config import FEW_ROWS, KernelConfig, default_config, is_small_step, with_kernel
-from .kernels.registry import TILE_M, box_rows_of
+from ..compile import jit
+from ..config import (
+    FEW_ROWS,
+    KernelConfig,
+    default_config,
+    is_small_step,
+    with_kernel,
+)
+from ..kernels.registry import TILE_M, box_rows_of
+from ..steps import has_few_rows, step_of
+from .file import (
+    SCHEMA,
+    Entry,
+    TunedFile,
+    When,
+    dump,
+    file_name,
+    load,
+    merge,
+    parse,
+    sort_key,
+)
 from .shape_log import read_shapes
-from .steps import has_few_rows, step_of
-from .tuned_file import SCHEMA, Entry, TunedFile, When, dump, file_name, load, merge, parse, sort_key
 
 __all__ = [
     "SCHEMA", "Entry", "Grid", "Selection", "TunedFile", "When", "choose", "clear", "default_for", "directories",
@@ -60,7 +77,7 @@ __all__ = [
 
 log = logging.getLogger("mla_cute")
 
-_SHIPPED = pathlib.Path(__file__).resolve().parent / "tuned_data"
+_SHIPPED = pathlib.Path(__file__).resolve().parent / "data"
 
 # Of log2 of a coordinate: how far an entry may be from a call, and what a class has to span to be continued. A factor
 # of 4 each, whatever the logarithms' last bits.

@@ -22,10 +22,10 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from .config import KernelConfig, why_infeasible
-from .jit import replace_file
-from .kernels.registry import KV_FORMATS, OPS
-from .problem import MAX_HEADS
+from ..compile.jit import replace_file
+from ..config import KernelConfig, why_infeasible
+from ..kernels.registry import KV_FORMATS, OPS
+from ..problem import MAX_HEADS
 
 SCHEMA = 1
 _GPU_FIELDS = ("name", "sm_count", "clock_mhz", "memory_gbps")

@@ -1,8 +1,8 @@
-"""Adversarial decode cases, shared by tests/, `mla-cute check` and _testing_prefill.py.
+"""Adversarial decode cases, shared by tests/, `mla-cute check` and testing/prefill.py.
 
 `make_case` builds inputs that punish what a kernel must not do: every page, row and gap that a correct kernel does not
 read holds NaN, every page id that it must not dereference is absurd, metadata is only 4-byte aligned, pages come in
-random order, and the outputs lie between guard regions. `expected_of` is what _testing_verdict.py judges a result by.
+random order, and the outputs lie between guard regions. `expected_of` is what testing/verdict.py judges a result by.
 `sweep` lists the cases every release has to pass, and `run_case` runs one through the public call.
 """
 
@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from mla_cute import reference
-from mla_cute._testing_verdict import Expected, Verdict, compare
 from mla_cute.problem import CKV_DIM, KPE_DIM
+from mla_cute.testing.verdict import Expected, Verdict, compare
 
 # softmax scale of DeepSeek-V2/V3: 128 + 64 query dimensions before absorption
 SM_SCALE = 192**-0.5

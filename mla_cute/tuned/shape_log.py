@@ -16,7 +16,7 @@ import os
 import pathlib
 from collections import Counter
 
-from .tuned_file import When, when_of
+from .file import When, when_of
 
 log = logging.getLogger("mla_cute")
 

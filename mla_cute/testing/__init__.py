@@ -1,0 +1,1 @@
+"""Cases and verdicts of calls, shared by the tests and by `mla-cute check`."""
