@@ -9,6 +9,7 @@ import torch
 from . import problem as shared
 from . import quant
 from .compile import jit
+from .dims import CKV_DIM, KPE_DIM
 from .expect import (
     MAX_SCALE,
     MIN_SCALE,
@@ -21,9 +22,9 @@ from .expect import (
     expect_scale,
     expect_shape,
 )
-from .kernels.registry import APPEND, AppendKey
+from .kernels.keys import APPEND, AppendKey
 from .plan import check_enabled, num_sms
-from .problem import CKV_DIM, DTYPES, FP8, KPE_DIM, UNSCALED
+from .problem import DTYPES, FP8, UNSCALED
 from .verify import first_of, raise_first
 
 _SLOT_NAMES = {torch.int32: "int32", torch.int64: "int64"}

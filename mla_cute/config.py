@@ -4,37 +4,29 @@ import dataclasses
 import functools
 from typing import Any
 
-KERNELS = ("auto", "rows", "few_rows")
-# Heads up to which "auto" is the few-rows kernel: the rows of its tile.
-FEW_ROWS = 16
+from .dims import TILE16_M
+from .kernels.keys import LaunchConfig
+
+KERNELS = ("auto", "tile64", "tile16")
 ACCURACIES = ("high", "native")
-
-
-@dataclasses.dataclass(frozen=True)
-class LaunchConfig:
-    """The part of a configuration that compiled code depends on."""
-
-    evict_first: bool
-    use_pdl: bool
-    accuracy: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class KernelConfig:
     """One point of the tuning space of the decode path.
 
-    kernel            which main kernel runs over 16-bit caches: "rows" (64 rows per tile on wgmma, two KV tiles in
-                      flight); "few_rows" (decode: tiles of 16 heads on mma.sync, for few heads or few keys); or
-                      "auto": few_rows up to 16 heads
+    kernel            which main kernel runs over 16-bit caches: "tile64" (64 rows per tile on wgmma, two KV tiles in
+                      flight); "tile16" (decode: tiles of 16 heads on mma.sync, for few heads or few keys); or
+                      "auto": tile16 up to 16 heads
     fp8_kernel        the same over FP8 caches
-    accuracy          of "rows" on FP8 caches in formats tensor and token. e4m3 wgmma adds products up with about 14
+    accuracy          of "tile64" on FP8 caches in formats tensor and token. e4m3 wgmma adds products up with about 14
                       bits: "native" lets it add all 512 channels, "high" each 128, and those in float32, as format
-                      group always does: half the error for 0 to 2 % of the time. For few_rows and 16-bit caches both
+                      group always does: half the error for 0 to 2 % of the time. For tile16 and 16-bit caches both
                       are the same
     evict_first       KV loads carry the L2 evict-first hint
     use_pdl           launch planner, main and merge kernels with programmatic dependent launch
-    cut_unit          decode: requests are cut at multiples of that many 64-token blocks: 2, since "rows" takes them in
-                      pairs, or 1, for "few_rows"
+    cut_unit          decode: requests are cut at multiples of that many 64-token blocks: 2, since "tile64" takes
+                      them in pairs, or 1, for "tile16"
     min_blocks        blocks below which a piece of a request is not split further (a multiple of cut_unit; prefill
                       cuts at pairs whatever cut_unit is, and rounds it up to even)
     item_overhead     cost of starting a work item, in 64-token blocks, as the planner's balance counts it
@@ -120,29 +112,29 @@ def default_config(num_heads: int, page_size: int, batch: int, num_sms: int) -> 
     """The configuration used when no tuned entry applies."""
     del page_size, batch, num_sms
     config = KernelConfig(split_penalty=2 + (4 * min(num_heads, 128) + 63) // 64)
-    return _with_pieces(config, few_rows=num_heads <= FEW_ROWS)
+    return _with_pieces(config, tile16=num_heads <= TILE16_M)
 
 
-def _with_pieces(config: KernelConfig, few_rows: bool) -> KernelConfig:
-    """`config` with the smallest pieces that few_rows, or else row tiles, take."""
-    unit = 1 if few_rows else 2
+def _with_pieces(config: KernelConfig, tile16: bool) -> KernelConfig:
+    """`config` with the smallest pieces that tile16, or else row tiles, take."""
+    unit = 1 if tile16 else 2
     return dataclasses.replace(config, cut_unit=unit, min_blocks=unit)
 
 
 def with_kernel(config: KernelConfig, kv_format: str, kernel: str) -> KernelConfig:
-    """`config` with that main kernel ("rows" or "few_rows") for a cache, and the pieces it takes."""
-    config = _with_pieces(config, few_rows=kernel == "few_rows")
+    """`config` with that main kernel ("tile64" or "tile16") for a cache, and the pieces it takes."""
+    config = _with_pieces(config, tile16=kernel == "tile16")
     return dataclasses.replace(config, fp8_kernel=kernel) if kv_format else dataclasses.replace(config, kernel=kernel)
 
 
 def is_small_step(kv_format: str, q_fp8: bool, num_heads: int, batch: int, kv_len: int, num_sms: int) -> bool:
-    """Whether a decode step of more than 16 heads is so small that few_rows is the faster kernel.
+    """Whether a decode step of more than 16 heads is so small that tile16 is the faster kernel.
 
-    By tiles of 16 heads x 64 tokens per SM, as measured on an H200 (docs/performance.md). A step costs few_rows 1 to 2
+    By tiles of 16 heads x 64 tokens per SM, as measured on an H200 (docs/performance.md). A step costs tile16 1 to 2
     us less than row tiles, over an FP8 cache 3 (with 16-bit queries 6), and a tile more: as many times as its heads
     take tiles, the keys come from L2 again.
     """
-    tiles = batch * -(-kv_len // 64) * -(-num_heads // FEW_ROWS) / num_sms
+    tiles = batch * -(-kv_len // 64) * -(-num_heads // TILE16_M) / num_sms
     if not kv_format:
         return tiles <= (12 if num_heads <= 32 else 5 if num_heads <= 64 else 2.5)
     most = (24, 12) if num_heads <= 32 else (18, 6)

@@ -10,9 +10,10 @@ import torch
 
 from . import dlpack
 from .allocate import current_device, empty
+from .dims import CKV_DIM
 from .expect import Scale
 from .plan import Plan, Round
-from .problem import CKV_DIM, FP8, DecodeProblem
+from .problem import FP8, DecodeProblem
 from .problem_prefill import PrefillProblem
 
 LOG2_E = math.log2(math.e)

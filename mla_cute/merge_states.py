@@ -16,7 +16,7 @@ from .expect import (
     expect_shape,
     expect_tensor,
 )
-from .kernels.registry import MERGE_STATES, MergeStatesKey
+from .kernels.keys import MERGE_STATES, MergeStatesKey
 from .plan import num_sms
 
 _DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}

@@ -37,10 +37,11 @@ import torch
 from . import api, api_prefill, append
 from . import problem as shared
 from .config import KernelConfig
+from .dims import CKV_DIM, GROUP_DIM, KPE_DIM
 from .expect import expect_bool, expect_device, expect_indptr, expect_lse_base, expect_shape
 from .merge_states import merge_states as _merge_states
 from .plan import Plan, expect_config, expect_plan, plan_of
-from .problem import CKV_DIM, FP8, GROUP_DIM, KPE_DIM
+from .problem import FP8
 
 F = TypeVar("F", bound=Callable[..., Any])
 

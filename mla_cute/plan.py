@@ -14,11 +14,11 @@ import torch
 from .allocate import empty
 from .compile import jit
 from .config import KernelConfig, expect_types, why_infeasible
+from .dims import KV_FORMATS, MAX_HEADS, PART_ROW
 from .expect import expect_bool, expect_int
-from .kernels.registry import KV_FORMATS, PART_ROW
-from .problem import MAX_HEADS, MAX_PAGE_SIZE, DecodeProblem
+from .kernels.registry import step_variant
+from .problem import MAX_PAGE_SIZE, DecodeProblem
 from .problem_prefill import PrefillProblem
-from .steps import step_variant
 from .tuned import select, shape_log
 from .verify import Finding, first_of
 
@@ -232,7 +232,7 @@ class Plan:
 
     @property
     def table(self) -> torch.Tensor:
-        """Of the first round; kernels/planner.py and kernels/prefill_planner.py say what is in it."""
+        """Of the first round; kernels/planner/decode.py and kernels/planner/prefill.py say what is in it."""
         return self.rounds[0].table
 
     @property

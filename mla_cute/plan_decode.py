@@ -8,8 +8,10 @@ import torch
 
 from .compile import jit
 from .config import KernelConfig
+from .dims import BLOCK, PART_ROW
 from .expect import expect_bool, expect_indptr, expect_int, expect_metadata
-from .kernels.registry import BLOCK, FIXED_MAX_PIECES, FIXED_MIN_BLOCKS, PART_ROW, PLANNER, PlannerKey
+from .kernels.keys import FIXED_MAX_PIECES, FIXED_MIN_BLOCKS, PLANNER, PlannerKey
+from .kernels.registry import decode_parts
 from .plan import (
     MOST_PARTIAL_BYTES,
     Layout,
@@ -26,7 +28,6 @@ from .plan import (
     rounds_of,
 )
 from .problem import DecodeProblem
-from .steps import decode_parts
 
 _SCRATCH_ROWS = 4
 

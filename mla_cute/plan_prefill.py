@@ -8,19 +8,18 @@ import torch
 
 from .compile import jit
 from .config import KernelConfig
+from .dims import BLOCK, PART_ROW, TILE_M
 from .expect import expect_bool, expect_indptr, expect_int, expect_metadata
-from .kernels.registry import (
-    BLOCK,
+from .kernels.keys import (
     FIXED_MAX_ITEMS,
     FIXED_MAX_PIECES,
     FIXED_MIN_BLOCKS,
     MAX_PARTS,
-    PART_ROW,
     PREFILL_PLANNER,
     TAIL_ITEMS_PER_PART,
-    TILE_M,
     PrefillPlannerKey,
 )
+from .kernels.registry import prefill_min_blocks
 from .plan import (
     MOST_PARTIAL_BYTES,
     Layout,
@@ -37,7 +36,6 @@ from .plan import (
     rounds_of,
 )
 from .problem_prefill import PrefillProblem
-from .steps import prefill_min_blocks
 
 _SCRATCH_ROWS = 8
 

@@ -21,6 +21,7 @@ from typing import ClassVar
 
 import torch
 
+from .dims import CKV_DIM, KPE_DIM, MAX_HEADS, NUM_SCALES
 from .expect import (
     ALIGN_BYTES,
     MAX_SCALE,
@@ -43,18 +44,13 @@ from .expect import (
     rows_fit_32_bits,
 )
 
-CKV_DIM = 512
-KPE_DIM = 64
-MAX_HEADS = 128
 # Lengths are 32-bit; a page holds no more tokens than a request may have.
 MAX_PAGE_SIZE = 2**31 - 1
 DTYPES = (torch.bfloat16, torch.float16)
 FP8 = torch.float8_e4m3fn
 _DTYPES_16BIT = " or ".join(map(str, DTYPES))
-# Channels of ckv that share a scale in the format "group" (quant.py), and scales per token of the formats that have an
-# array of them.
-GROUP_DIM = 128
-_FORMAT_OF_SCALES = {1: "token", CKV_DIM // GROUP_DIM: "group"}
+# The format of an FP8 cache with so many scales a token.
+_FORMAT_OF_SCALES = {scales: kv_format for kv_format, scales in NUM_SCALES.items() if scales}
 
 # Elements of bf16 or fp16 in 16 bytes, of which TMA and vector accesses want multiples.
 _ALIGN_ELEMENTS = 8

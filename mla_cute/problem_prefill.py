@@ -12,14 +12,7 @@ import torch
 from . import problem as shared
 from .expect import Scale, expect_bool, expect_indptr
 from .problem import UNSCALED, DecodeProblem
-from .verify import (
-    Finding,
-    block_table_findings,
-    csr_findings,
-    first_of,
-    indptr_findings,
-    raise_first,
-)
+from .verify import Finding, block_table_findings, csr_findings, first_of, indptr_findings, raise_first
 
 
 @dataclass(frozen=True, slots=True)

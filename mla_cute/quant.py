@@ -26,11 +26,11 @@ import math
 
 import torch
 
+from .dims import CKV_DIM, GROUP_DIM, KPE_DIM
 from .expect import MIN_SCALE, expect_dense, expect_scale
-from .problem import CKV_DIM, FP8, KPE_DIM
+from .problem import FP8
 
-GROUP = 128
-GROUP_ROW_BYTES = CKV_DIM + 4 * (CKV_DIM // GROUP) + 2 * KPE_DIM
+GROUP_ROW_BYTES = CKV_DIM + 4 * (CKV_DIM // GROUP_DIM) + 2 * KPE_DIM
 E4M3_MAX = 448.0
 
 
@@ -176,7 +176,7 @@ def quantize_group(ckv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Format "group": ckv [..., 512] to (float8_e4m3fn [..., 512], ckv_scale_arr [..., 4] float32, powers of two). Rope
     stays bf16. Raises as `quantize_token`."""
     _expect_width("ckv", ckv, CKV_DIM)
-    groups = ckv.unflatten(-1, (CKV_DIM // GROUP, GROUP))
+    groups = ckv.unflatten(-1, (CKV_DIM // GROUP_DIM, GROUP_DIM))
     scale = _scale_of(groups, power_of_two=True)
     return _to_e4m3(groups, scale).flatten(-2), scale.squeeze(-1)
 
@@ -197,9 +197,9 @@ def dequantize(ckv: torch.Tensor, ckv_scale_arr: torch.Tensor) -> torch.Tensor:
         raise TypeError(f"ckv_scale_arr: expected a float32 tensor, got {got}")
     expect_dense("ckv_scale_arr", ckv_scale_arr)
     scales = ckv_scale_arr.shape[-1] if ckv_scale_arr.dim() else 0
-    if ckv_scale_arr.shape[:-1] != ckv.shape[:-1] or scales not in (1, CKV_DIM // GROUP):
+    if ckv_scale_arr.shape[:-1] != ckv.shape[:-1] or scales not in (1, CKV_DIM // GROUP_DIM):
         lead = ", ".join(map(str, ckv.shape[:-1]))
-        expected = f"[{lead}{', ' if lead else ''}1 or {CKV_DIM // GROUP}]"
+        expected = f"[{lead}{', ' if lead else ''}1 or {CKV_DIM // GROUP_DIM}]"
         raise ValueError(f"ckv_scale_arr: expected shape {expected}, got {list(ckv_scale_arr.shape)}")
     if ckv_scale_arr.device != ckv.device:
         raise ValueError(f"ckv_scale_arr: expected device {ckv.device} (that of ckv), got {ckv_scale_arr.device}")
@@ -230,7 +230,7 @@ def group_rows(pool: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
             "pool: expected a contiguous last dimension and other strides and offset in multiples of 4 bytes, got "
             f"strides {list(pool.stride())} and offset {pool.storage_offset()}"
         )
-    scales_end = CKV_DIM + 4 * (CKV_DIM // GROUP)
+    scales_end = CKV_DIM + 4 * (CKV_DIM // GROUP_DIM)
     return (
         pool[..., :CKV_DIM].view(torch.float8_e4m3fn),
         pool[..., CKV_DIM:scales_end].view(torch.float32),

@@ -20,10 +20,11 @@ import torch
 from . import dlpack
 from .allocate import current_device, empty
 from .config import KernelConfig
+from .dims import CKV_DIM
 from .expect import MAX_SCALE, MIN_SCALE, Scale, rows_fit_32_bits
 from .launch import LN_2, LOG2_E, flat_table, memory_of_table, number_and_address, rows_are_even, score_scales
 from .plan import Plan, check_enabled, planner_reads
-from .problem import CKV_DIM, DTYPES, UNSCALED, DecodeProblem
+from .problem import DTYPES, UNSCALED, DecodeProblem
 from .problem_prefill import PrefillProblem
 from .tuned import select, shape_log
 

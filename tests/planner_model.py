@@ -1,9 +1,10 @@
-"""The planner of kernels/planner.py in plain loops: what the GPU planner must produce, item by item."""
+"""The planner of kernels/planner/decode.py in plain loops: what the GPU planner must produce, item by item."""
 
 from dataclasses import dataclass
 
 from mla_cute.config import KernelConfig
-from mla_cute.kernels.registry import BLOCK, FIXED_MAX_PIECES, FIXED_MIN_BLOCKS
+from mla_cute.dims import BLOCK
+from mla_cute.kernels.keys import FIXED_MAX_PIECES, FIXED_MIN_BLOCKS
 
 
 @dataclass

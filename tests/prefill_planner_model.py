@@ -1,4 +1,4 @@
-"""The planner of kernels/prefill_planner.py in plain loops: what the GPU planner must produce, item by item."""
+"""The planner of kernels/planner/prefill.py in plain loops: what the GPU planner must produce, item by item."""
 
 import itertools
 from collections.abc import Iterator
@@ -7,15 +7,8 @@ from dataclasses import dataclass
 from planner_model import even_up
 
 from mla_cute.config import KernelConfig
-from mla_cute.kernels.registry import (
-    BLOCK,
-    COST_CLASSES,
-    FIXED_MAX_ITEMS,
-    FIXED_MAX_PIECES,
-    FIXED_MIN_BLOCKS,
-    TAIL_ITEMS_PER_PART,
-    TILE_M,
-)
+from mla_cute.dims import BLOCK, TILE_M
+from mla_cute.kernels.keys import COST_CLASSES, FIXED_MAX_ITEMS, FIXED_MAX_PIECES, FIXED_MIN_BLOCKS, TAIL_ITEMS_PER_PART
 
 SEES_ALL = 1 << 30
 

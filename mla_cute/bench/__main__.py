@@ -36,7 +36,7 @@ def dtypes(text: str) -> list[str]:
 
 
 def kernel_config(text: str) -> KernelConfig:
-    """A KernelConfig as JSON: '{"kernel": "rows"}'."""
+    """A KernelConfig as JSON: '{"kernel": "tile64"}'."""
     try:
         values = json.loads(text)
     except (RecursionError, ValueError) as error:

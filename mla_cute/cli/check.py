@@ -7,13 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..testing.cases import (
-    CaseSpec,
-    DecodeCase,
-    expected_of,
-    run_case,
-    sweep,
-)
+from ..testing.cases import CaseSpec, DecodeCase, expected_of, run_case, sweep
 from ..testing.fp8 import Fp8Case, Fp8Expected
 from ..testing.runs import plan_of
 from ..testing.verdict import Expected, Verdict

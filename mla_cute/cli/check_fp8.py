@@ -17,15 +17,11 @@ import torch
 from .. import gpu as gpu_facts
 from .. import quant
 from ..bench.runner import source_digest
-from ..config import ACCURACIES, FEW_ROWS, KernelConfig
+from ..config import ACCURACIES, KernelConfig
+from ..dims import TILE16_M
 from ..reference import decode_reference
 from ..testing.cases import DecodeCase, make_case
-from ..testing.fp8 import (
-    Fp8Case,
-    compare_fp8,
-    expected_fp8,
-    make_fp8,
-)
+from ..testing.fp8 import Fp8Case, compare_fp8, expected_fp8, make_fp8
 
 SCHEMA = 1
 PAGE_SIZE = 64
@@ -106,7 +102,7 @@ def specs() -> list[Spec]:
     return [
         Spec(*facts, accuracy)
         for facts in itertools.product(DATA, FORMATS, (False, True), HEADS)
-        for accuracy in (ACCURACIES if facts[1] != "group" and facts[3] > FEW_ROWS else ("high",))
+        for accuracy in (ACCURACIES if facts[1] != "group" and facts[3] > TILE16_M else ("high",))
     ]
 
 

@@ -57,7 +57,7 @@ def showcase_variants() -> list[tuple[Any, Any, Any]]:
 
 
 def label(variant: tuple[Any, Any, Any]) -> str:
-    """A variant in words: "decode_rows_sm90 bfloat16 64"."""
+    """A variant in words: "decode_tile64 bfloat16 64"."""
     kernel, key, _ = variant
     if isinstance(key, registry.DecodeKey | registry.PrefillKey):
         loading = f"TMA boxes of {key.box_rows} rows" if key.box_rows else "cp.async gather"

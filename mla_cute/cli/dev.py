@@ -10,7 +10,7 @@ from .screen import say, show_table, usage_error
 
 app = typer.Typer(help="Machine code of kernel variants, on any machine.", no_args_is_help=True)
 
-_VARIANTS = "Names of variants, their beginnings, or shell patterns: 'decode_rows*-bfloat16-64'."
+_VARIANTS = "Names of variants, their beginnings, or shell patterns: 'decode_tile64*-bfloat16-64'."
 
 
 @app.command("list")

@@ -34,9 +34,10 @@ from .. import quant
 from ..append import append_reference
 from ..bench.report import text_table
 from ..config import KernelConfig, with_kernel
-from ..kernels.registry import APPEND, KV_FORMATS, MERGE_STATES, PLANNER, PREFILL_PLANNER, KernelRef
-from ..problem import CKV_DIM, FP8, KPE_DIM
-from ..steps import step_of
+from ..dims import CKV_DIM, KPE_DIM, KV_FORMATS
+from ..kernels.keys import APPEND, MERGE_STATES, PLANNER, PREFILL_PLANNER, KernelRef
+from ..kernels.registry import step_of
+from ..problem import FP8
 from ..testing.runs import plan_of
 from . import soak
 from .watchdog import parse_seconds
@@ -51,14 +52,14 @@ _SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) haza
 _DECODE = ((1, 0), (1, 1), (1, 65), (1, 1130), (1, 130))
 _PREFILL = ((5, 70), (0, 3), (3, 0), (1, 700), (20, 20))
 # Heads, main kernel, min_blocks and requests of decode. Pieces of the longest request are longer than the rings of
-# tiles in shared memory; few_rows' begin at an odd block. With 40 heads it has several tiles of heads, the last one not
+# tiles in shared memory; tile16's begin at an odd block. With 40 heads it has several tiles of heads, the last one not
 # full, and more requests than work lists: CTAs go from item to item.
 _DECODE_KERNELS = (
-    (16, "few_rows", 9, _DECODE),
-    (40, "few_rows", 9, _DECODE + 60 * ((1, 65),)),
-    (128, "rows", 10, _DECODE),
+    (16, "tile16", 9, _DECODE),
+    (40, "tile16", 9, _DECODE + 60 * ((1, 65),)),
+    (128, "tile64", 10, _DECODE),
 )
-_PREFILL_KERNELS = ((16, "rows", 2, _PREFILL),)
+_PREFILL_KERNELS = ((16, "tile64", 2, _PREFILL),)
 _FULL_PAGES = {"decode": ((1, 64), (1, 640)), "prefill": ((5, 64), (1, 640))}
 
 
@@ -135,7 +136,7 @@ def _append(kv_format: str, device: torch.device) -> list[str]:
             scales: dict[str, Any] = {"ckv_scale": 0.02, "kpe_scale": 0.03} if kv_format == "tensor" else {}
             array = None
             if kv_format in ("token", "group"):
-                array = torch.zeros(*sizes, 1 if kv_format == "token" else CKV_DIM // quant.GROUP, device=where)
+                array = torch.zeros(*sizes, 1 if kv_format == "token" else CKV_DIM // quant.GROUP_DIM, device=where)
             tokens = new.to(where)
             arguments = (tokens[:, :CKV_DIM], tokens[:, CKV_DIM:], ckv_cache, kpe_cache, slots.to(where, slot_dtype))
             if where.type == "cpu":

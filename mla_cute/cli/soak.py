@@ -28,23 +28,9 @@ import mla_cute
 from .. import gpu as gpu_facts
 from ..config import KERNELS, KernelConfig
 from ..testing import runs as testing_runs
-from ..testing.cases import (
-    CACHE_LAYOUTS,
-    OUT_LAYOUTS,
-    Q_LAYOUTS,
-    DecodeCase,
-    expected_of,
-    judge,
-    make_case,
-)
+from ..testing.cases import CACHE_LAYOUTS, OUT_LAYOUTS, Q_LAYOUTS, DecodeCase, expected_of, judge, make_case
 from ..testing.fp8 import LAYOUTS as FP8_LAYOUTS
-from ..testing.fp8 import (
-    Fp8Case,
-    Fp8Expected,
-    expected_fp8,
-    judge_fp8,
-    make_fp8,
-)
+from ..testing.fp8 import Fp8Case, Fp8Expected, expected_fp8, judge_fp8, make_fp8
 from ..testing.prefill import SPARE_QUERIES, make_prefill_case
 from ..testing.verdict import Expected, Verdict
 from ..tuning.command import parse_budget

@@ -10,6 +10,7 @@ module paths, class and field names, so a move or a rename changes a cubin and n
 
 import fnmatch
 import hashlib
+import importlib
 import json
 import os
 import sys
@@ -30,8 +31,21 @@ def variants() -> dict:
     return {name_of(*variant[:2]): variant for variant in found}
 
 
+# What kernels were called before 0.1.0.
+_OLD_NAMES = {
+    "decode_rows_sm90": "decode_tile64",
+    "decode_few_sm90": "decode_tile16",
+    "decode_fp8_sm90": "decode_tile64_fp8",
+    "decode_few_fp8_sm90": "decode_tile16_fp8",
+    "prefill_rows_sm90": "prefill_tile64",
+    "prefill_fp8_sm90": "prefill_tile64_fp8",
+}
+
+
 def name_of(kernel: Any, key: Any) -> str:
-    return "-".join([kernel.name, *(str(value) or "16bit" for value in vars(key).values())])
+    return "-".join(
+        [_OLD_NAMES.get(kernel.name, kernel.name), *(str(value) or "16bit" for value in vars(key).values())]
+    )
 
 
 def matching(patterns: Sequence[str]) -> list[str]:
@@ -43,8 +57,16 @@ def matching(patterns: Sequence[str]) -> list[str]:
     ]
 
 
+def _module(name: str) -> Any:
+    """A module of mla_cute.compile; before 0.1.0 it lay in mla_cute."""
+    try:
+        return importlib.import_module(f"mla_cute.compile.{name}")
+    except ModuleNotFoundError:
+        return importlib.import_module(f"mla_cute.{name}")
+
+
 def fingerprint(name: str) -> dict:
-    from mla_cute.compile import elf, jit
+    elf, jit = (_module(name) for name in ("elf", "jit"))
 
     variant = variants()[name]
     texts = []

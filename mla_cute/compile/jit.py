@@ -46,7 +46,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ..kernels.registry import KernelRef
+from ..kernels.keys import KernelRef
 from . import elf, sass, toolchain
 
 log = logging.getLogger("mla_cute.jit")

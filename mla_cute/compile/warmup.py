@@ -31,7 +31,7 @@ import torch
 from .. import _visible_gpus
 from ..expect import expect_int
 from ..kernels import registry
-from ..steps import planner_variant, step_variant
+from ..kernels.registry import planner_variant, step_variant
 from ..tuned import select
 from ..tuned.file import Entry
 from . import jit, turn

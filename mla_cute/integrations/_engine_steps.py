@@ -10,11 +10,12 @@ import torch
 
 from ..api import mla_paged_decode_block_table
 from ..api_prefill import mla_paged_prefill_block_table
+from ..dims import CKV_DIM
 from ..launch import table_stride
 from ..plan import Plan
 from ..plan_decode import plan_decode_block_table
 from ..plan_prefill import plan_prefill_block_table
-from ..problem import CKV_DIM, FP8
+from ..problem import FP8
 from ..quant import GROUP_ROW_BYTES, group_rows
 
 

@@ -22,11 +22,12 @@ import torch
 from .. import problem
 from ..api import mla_paged_decode_block_table
 from ..api_prefill import mla_paged_prefill_block_table
+from ..dims import CKV_DIM, KPE_DIM, MAX_HEADS
 from ..expect import describe, expect_bool, expect_metadata, expect_scale, expect_shape, expect_tensor
 from ..launch import table_stride
 from ..plan_decode import plan_decode_block_table
 from ..plan_prefill import plan_prefill_block_table
-from ..problem import CKV_DIM, FP8, KPE_DIM, MAX_HEADS
+from ..problem import FP8
 from ..problem_prefill import check_prefill_block_table
 from ..quant import GROUP_ROW_BYTES, group_rows
 

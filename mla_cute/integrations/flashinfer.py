@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 
+from ..dims import CKV_DIM, KPE_DIM, MAX_HEADS
 from ..expect import (
     Scale,
     describe,
@@ -45,7 +46,7 @@ from ..expect import (
 )
 from ..plan_decode import DecodePlan
 from ..plan_prefill import PrefillPlan
-from ..problem import CKV_DIM, DTYPES, FP8, KPE_DIM, MAX_HEADS
+from ..problem import DTYPES, FP8
 from ._flashinfer_metadata import (
     CSR_FIELDS,
     CsrPages,

@@ -24,8 +24,9 @@ from typing import Any
 
 import torch
 
+from ..dims import CKV_DIM, KPE_DIM
 from ..plan import num_sms
-from ..problem import CKV_DIM, DTYPES, FP8, KPE_DIM
+from ..problem import DTYPES, FP8
 from ._engine_steps import PagedCache, Step, StepPlans, paged_cache
 
 try:

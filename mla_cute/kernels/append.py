@@ -25,11 +25,12 @@ from cutlass import Float32, Int32, Int64, Uint8, Uint32, Uint64, const_expr
 from cutlass.cute.runtime import make_fake_stream
 from cutlass.cutlass_dsl import T
 
-from .fake import fake_tensor, sym64
-from .fp8 import E4M3_MAX, load_global_16, row_address, store_global, to_e4m3x4, unpack_16bit
-from .ptx import asm
-from .registry import APPEND, AppendKey
-from .rows_params import DTYPES, HEAD_DIM_ROPE, HEAD_DIM_V
+from ..dims import CKV_DIM, KPE_DIM
+from .keys import APPEND, AppendKey
+from .lib.dtypes import CUTLASS_DTYPES
+from .lib.e4m3 import E4M3_MAX, to_e4m3x4
+from .lib.fake import fake_tensor, sym64
+from .lib.ptx import asm, load_global_16, row_address, store_global, unpack_16bit
 
 NUM_WARPS = 4
 LANES_PER_GROUP = {"token": 32, "group": 8}
@@ -66,7 +67,7 @@ class Append:
     def __init__(self, key: AppendKey, config: None):
         del config
         self.key = key
-        self.dtype = DTYPES[key.dtype]
+        self.dtype = CUTLASS_DTYPES[key.dtype]
         self.ckv_fp8 = key.kv_format != ""
         self.kpe_fp8 = key.kv_format == "tensor"
         self.has_scales = key.kv_format in LANES_PER_GROUP
@@ -89,10 +90,10 @@ class Append:
             width = 32 // LANES_PER_GROUP[self.key.kv_format]
             scales = fake_tensor(Float32, (pages, page, width), (sym64(), sym64(), sym64()), 4)
         return (
-            rows(HEAD_DIM_V),
-            rows(HEAD_DIM_ROPE),
-            cache(HEAD_DIM_V, self.ckv_fp8),
-            cache(HEAD_DIM_ROPE, self.kpe_fp8),
+            rows(CKV_DIM),
+            rows(KPE_DIM),
+            cache(CKV_DIM, self.ckv_fp8),
+            cache(KPE_DIM, self.kpe_fp8),
             scales,
             slots,
             Float32(1.0),

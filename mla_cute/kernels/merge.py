@@ -21,11 +21,11 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr, memory
 from cutlass.cutlass_dsl import T
 
-from ..config import LaunchConfig
-from .ptx import asm
-from .registry import INT16_BIAS, MAX_PARTS, PART_LSE, PART_ROW
-from .rows_params import DTYPES
-from .softmax import LOWEST, exp2
+from ..dims import INT16_BIAS, PART_LSE, PART_ROW
+from .keys import MAX_PARTS, LaunchConfig
+from .lib.dtypes import CUTLASS_DTYPES
+from .lib.ptx import asm
+from .lib.softmax import LOWEST, exp2
 
 NUM_WARPS_LOG = 3
 NUM_WARPS = 1 << NUM_WARPS_LOG
@@ -39,8 +39,8 @@ assert MAX_PARTS <= 4 * NUM_WARPS * IN_FLIGHT
 
 @dataclasses.dataclass(frozen=True)
 class MergeParams:
-    table: cute.Tensor  # (rows, 8): the plan, see planner.py and prefill_planner.py
-    part: cute.Tensor  # (rows, PART_ROW) words: see registry.py
+    table: cute.Tensor  # (rows, 8): the plan, see planner/decode.py and planner/prefill.py
+    part: cute.Tensor  # (rows, PART_ROW) words: see dims.py
     out: cute.Tensor  # (tokens, H, 512)
     lse: cute.Tensor  # (tokens, H) float32
     num_parts: Int32
@@ -83,28 +83,18 @@ def _warp_max(x):
 class Merge:
     def __init__(self, dtype: str, packed: bool, config: LaunchConfig):
         """packed: entries name rows (token * H + head) as in prefill; else a token, and mean its H heads."""
-        self.dtype = DTYPES[dtype]
+        self.dtype = CUTLASS_DTYPES[dtype]
         self.packed = packed
         self.use_pdl = config.use_pdl
 
-    @cute.jit
-    def __call__(
-        self,
-        table: cute.Tensor,
-        part: cute.Tensor,
-        out: cute.Tensor,
-        lse: cute.Tensor,
-        num_parts: Int32,
-        grid_x: Int32,
-        grid_y: Int32,
-        lse_scale: Float32,
-        stream,
-    ):
-        self.kernel(MergeParams(table, part, out, lse, num_parts, lse_scale)).launch(
-            grid=[grid_x, grid_y, 1],
+    def launch(self, args) -> None:
+        """`args`: the step's (step.py)."""
+        params = MergeParams(args.table, args.part, args.out, args.lse, args.num_parts, args.lse_scale)
+        self.kernel(params).launch(
+            grid=[args.merge_x, args.merge_y, 1],
             block=[32 * NUM_WARPS, 1, 1],
             min_blocks_per_mp=1,
-            stream=stream,
+            stream=args.stream,
             use_pdl=self.use_pdl,
         )
 
@@ -157,7 +147,7 @@ class Merge:
         return token, entry.row0 + row - token * num_heads
 
     def _from_int16(self, pair, half: int):
-        """Integer `half` of a pair as float32: its bits under the exponent of 2^23, less the bias (epilogue.py)."""
+        """Integer `half` of a pair as float32: its bits under the exponent of 2^23, less the bias."""
         bits = Int32(cute.arch.prmt(pair, Int32(0x4B000000), 0x7632 if half else 0x7610))
         return bits.bitcast(Float32) - Float32(INT16_BIAS)
 

@@ -15,11 +15,11 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32, const_expr
 from cutlass.cute.runtime import make_fake_stream
 
-from .fake import fake_tensor, sym64
-from .fp8 import load_global_16, row_address, store_global, to_16bit_pair, unpack_16bit
-from .registry import MERGE_STATES, MergeStatesKey
-from .rows_params import DTYPES
-from .softmax import exp2
+from .keys import MERGE_STATES, MergeStatesKey
+from .lib.dtypes import CUTLASS_DTYPES
+from .lib.fake import fake_tensor, sym64
+from .lib.ptx import load_global_16, row_address, store_global, to_16bit_pair, unpack_16bit
+from .lib.softmax import exp2
 
 NUM_WARPS = 4
 CHUNKS_AT_ONCE = 2
@@ -31,7 +31,7 @@ class MergeStates:
     def __init__(self, key: MergeStatesKey, config: None):
         del config
         self.is_float32 = key.dtype == "float32"
-        self.dtype = Float32 if self.is_float32 else DTYPES[key.dtype]
+        self.dtype = Float32 if self.is_float32 else CUTLASS_DTYPES[key.dtype]
 
     def compile_args(self) -> tuple:
         # Strides promise nothing: those of dimensions of size 1 are arbitrary. The others are multiples of 16 bytes.

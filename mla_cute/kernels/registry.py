@@ -1,136 +1,94 @@
-"""The shipped kernel variants and their static keys. Imports nothing of the DSL: a warm start does not need it."""
+"""Which kernels a call runs, under which keys, what of the planner's sizes follows from that; and the shipped variants.
+Imports nothing of the DSL: a warm
+start does not need it."""
 
-import dataclasses
-import importlib
+import functools
 import math
 from collections.abc import Iterable
 
-from ..config import KernelConfig, LaunchConfig
+from ..config import KernelConfig
+from ..dims import BLOCK, DTYPES, KV_FORMATS, TILE16_M, TILE_M
+from .keys import (
+    APPEND,
+    BOX_ROWS,
+    DECODE,
+    DECODE_FP8,
+    DECODE_TILE16,
+    DECODE_TILE16_FP8,
+    LENGTHS,
+    MAX_PARTS,
+    MERGE_STATES,
+    PLANNER,
+    PREFILL,
+    PREFILL_FP8,
+    PREFILL_PLANNER,
+    AppendKey,
+    DecodeKey,
+    Fp8Key,
+    KernelRef,
+    LaunchConfig,
+    MergeStatesKey,
+    PlannerKey,
+    PrefillKey,
+    PrefillPlannerKey,
+)
 
 OPS = ("decode", "prefill")
-DTYPES = ("bfloat16", "float16")
-# Rows of a TMA box; 0 is the cp.async gather (paged_kv.py).
-BOX_ROWS = (64, 32, 16, 8, 0)
-LENGTHS = ("csr", "csr_last", "seq_lens")
-# FP8 caches (quant.py): which scales they have, and whether the queries are e4m3 too.
-KV_FORMATS = ("tensor", "token", "group")
-
-# Planner geometry, shared by its device and host sides (kernels/planner.py explains them).
-BLOCK = 64
-TILE_M = 64
-# A partial row in 32-bit words: 512 outputs as 16-bit integers, the float32 log-sum-exp in base 2, what an integer is
-# worth in each half of the row, padding to whole 128-byte lines: rows that straddle sectors made the partial stores of
-# 128 heads twice as slow. Integers under a scale keep 2^-15 of the row's largest element. The dtype's own 16 bits
-# round once more than an uncut computation does (a few rows in ten thousand then exceed twice its error); float32 is
-# twice the bytes, which at 64 heads, batch 16 and 1024 tokens are as many as the cache's.
-PART_ROW = 288
-PART_LSE = 256
-# What a row's largest element becomes: a little under the largest integer, which the product must not exceed, since the
-# approximate reciprocal may be off by an ulp. And what the integers are added to in float32 to fill its low bits.
-INT16_MOST = 32767.0 * (1 - 2.0**-20)
-INT16_BIAS = float(2**23 + 2**15)
-MAX_PARTS = 256
-FIXED_MIN_BLOCKS = 16
-FIXED_MAX_PIECES = 16
-
-# Prefill plans (kernels/prefill_planner.py): costs are sorted in that many classes; tiles left after whole rounds may
-# become that many items per part; batch-invariant pieces of a request, all its row tiles together.
-COST_CLASSES = 1024
-TAIL_ITEMS_PER_PART = 4
-FIXED_MAX_ITEMS = 128
+# What `jit.get` takes: kernel, static key, launch configuration.
+Variant = tuple[KernelRef, object, LaunchConfig]
 
 
-@dataclasses.dataclass(frozen=True)
-class KernelRef:
-    """A kernel class named without importing its module, so that a start from disk does not import cutlass.
-
-    Attributes:
-        name: the class's `name`.
-        module: importable module that defines it.
-        qualname: the class's name in that module.
-    """
-
-    name: str
-    module: str
-    qualname: str
-
-    def resolve(self) -> type:
-        return getattr(importlib.import_module(self.module), self.qualname)
+# ------------------------------------------------------------------------------------------ which kernels a call runs
 
 
-@dataclasses.dataclass(frozen=True)
-class DecodeKey:
-    """Static facts of the decode step: element type of q, caches and output; rows of a TMA box (0: gather)."""
-
-    dtype: str
-    box_rows: int
-
-
-@dataclasses.dataclass(frozen=True)
-class PlannerKey:
-    """`lengths`: "csr" (kv_indptr, last pages full), "csr_last" (with kv_last_page_len) or "seq_lens"."""
-
-    lengths: str
-    batch_invariant: bool
+def step_of(op: str, kv_format: str, num_heads: int, config: KernelConfig) -> KernelRef:
+    """The main kernel of a call; `kv_format` is "" for a 16-bit cache."""
+    if op == "prefill":
+        return PREFILL_FP8 if kv_format else PREFILL
+    if takes_tile16(kv_format, num_heads, config):
+        return DECODE_TILE16_FP8 if kv_format else DECODE_TILE16
+    return DECODE_FP8 if kv_format else DECODE
 
 
-@dataclasses.dataclass(frozen=True)
-class PrefillKey:
-    """Static facts of a prefill step, as of a decode step; causal or not is the plan's."""
-
-    dtype: str
-    box_rows: int
+def takes_tile16(kv_format: str, num_heads: int, config: KernelConfig) -> bool:
+    """Whether a decode step's main kernel is the tile16 kernel of its kind of cache."""
+    kernel = config.fp8_kernel if kv_format else config.kernel
+    return kernel == "tile16" or (kernel == "auto" and num_heads <= TILE16_M)
 
 
-@dataclasses.dataclass(frozen=True)
-class PrefillPlannerKey:
-    """As `PlannerKey`."""
-
-    lengths: str
-    batch_invariant: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Fp8Key:
-    """Static facts of a step over an FP8 cache.
-
-    dtype      16-bit type of the output, and of the queries and the rope cache where those are not e4m3
-    q_fp8      the queries are e4m3: q_nope always, q_pe where kpe_cache is (format "tensor")
-    """
-
-    dtype: str
-    box_rows: int
-    kv_format: str
-    q_fp8: bool
+@functools.lru_cache(maxsize=4096)  # a call without a plan asks every time
+def step_variant(
+    op: str, kv_format: str, q_fp8: bool, num_heads: int, page_size: int, dtype: str, config: KernelConfig
+) -> Variant:
+    """The step of a call: main kernel and merge. `dtype` is that of its output, "bfloat16" or "float16"."""
+    box_rows = box_rows_of(page_size)
+    key: object
+    if kv_format:
+        key = Fp8Key(dtype, box_rows, kv_format, q_fp8)
+    else:
+        key = (DecodeKey if op == "decode" else PrefillKey)(dtype, box_rows)
+    return step_of(op, kv_format, num_heads, config), key, config.launch()
 
 
-@dataclasses.dataclass(frozen=True)
-class AppendKey:
-    """Static facts of an append: element type of the tokens and of 16-bit caches, "" or a name from KV_FORMATS, and the
-    element type of slot_mapping ("int32" or "int64")."""
-
-    dtype: str
-    kv_format: str
-    slots: str
+def planner_variant(op: str, lengths: str, config: KernelConfig) -> Variant:
+    """The planner for one of `registry.LENGTHS`, of plans that are not batch-invariant."""
+    if op == "decode":
+        return PLANNER, PlannerKey(lengths, False), config.planner_launch()
+    return PREFILL_PLANNER, PrefillPlannerKey(lengths, False), config.planner_launch()
 
 
-@dataclasses.dataclass(frozen=True)
-class MergeStatesKey:
-    """Static facts of a merge of two states: element type of the outputs, "bfloat16", "float16" or "float32"."""
+def decode_parts(kv_format: str, num_heads: int, config: KernelConfig, num_sms: int) -> int:
+    """Work lists of a decode plan: a CTA for each list and row tile, no more CTAs than SMs."""
+    rows = TILE16_M if takes_tile16(kv_format, num_heads, config) else TILE_M
+    return max(1, min(MAX_PARTS, num_sms // -(-num_heads // rows)))
 
-    dtype: str
+
+def prefill_min_blocks(config: KernelConfig) -> int:
+    """`min_blocks` in whole pairs: its planner counts in pairs and would round an odd number down."""
+    return config.min_blocks + config.min_blocks % 2
 
 
-DECODE = KernelRef("decode_rows_sm90", "mla_cute.kernels.decode", "Decode")
-DECODE_FEW = KernelRef("decode_few_sm90", "mla_cute.kernels.decode", "DecodeFew")
-PLANNER = KernelRef("planner", "mla_cute.kernels.planner", "Planner")
-PREFILL = KernelRef("prefill_rows_sm90", "mla_cute.kernels.prefill", "Prefill")
-DECODE_FP8 = KernelRef("decode_fp8_sm90", "mla_cute.kernels.step_fp8", "DecodeFp8")
-DECODE_FEW_FP8 = KernelRef("decode_few_fp8_sm90", "mla_cute.kernels.step_fp8", "DecodeFewFp8")
-PREFILL_FP8 = KernelRef("prefill_fp8_sm90", "mla_cute.kernels.step_fp8", "PrefillFp8")
-PREFILL_PLANNER = KernelRef("prefill_planner", "mla_cute.kernels.prefill_planner", "PrefillPlanner")
-APPEND = KernelRef("append", "mla_cute.kernels.append", "Append")
-MERGE_STATES = KernelRef("merge_states", "mla_cute.kernels.merge_states", "MergeStates")
+# ---------------------------------------------------------------------------------------------------- shipped variants
 
 
 def box_rows_of(page_size: int) -> int:
@@ -145,7 +103,7 @@ def variants(
     config: KernelConfig | None = None,
     ops: Iterable[str] | None = None,
     kv_formats: Iterable[str] = ("",),
-) -> list[tuple[KernelRef, object, LaunchConfig]]:
+) -> list[Variant]:
     """(kernel, key, launch config) of what `ops` ("decode", "prefill") need for `dtypes` ("bfloat16", "float16") and
     `page_sizes`; None means all. `kv_formats`: "" is a 16-bit cache, a name from KV_FORMATS an FP8 one, with 16-bit
     queries and with e4m3 ones.
@@ -162,9 +120,9 @@ def variants(
         asked = {box_rows_of(p) for p in known_page_sizes(page_sizes)}
         boxes = tuple(b for b in BOX_ROWS if b in asked)
     config = config or KernelConfig()
-    found: list[tuple[KernelRef, object, LaunchConfig]] = []
+    found: list[Variant] = []
     for op, main, key, main_fp8, planner, planner_key in (
-        ("decode", (DECODE, DECODE_FEW), DecodeKey, (DECODE_FP8, DECODE_FEW_FP8), PLANNER, PlannerKey),
+        ("decode", (DECODE, DECODE_TILE16), DecodeKey, (DECODE_FP8, DECODE_TILE16_FP8), PLANNER, PlannerKey),
         ("prefill", (PREFILL,), PrefillKey, (PREFILL_FP8,), PREFILL_PLANNER, PrefillPlannerKey),
     ):
         if op in ops:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from mla_cute import reference
-from mla_cute.problem import CKV_DIM, KPE_DIM
+from mla_cute.dims import CKV_DIM, KPE_DIM
 from mla_cute.testing.verdict import Expected, Verdict, compare
 
 # softmax scale of DeepSeek-V2/V3: 128 + 64 query dimensions before absorption

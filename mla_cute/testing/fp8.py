@@ -16,16 +16,10 @@ from typing import Any
 import torch
 
 from .. import quant, reference
-from ..problem import CKV_DIM
+from ..dims import CKV_DIM
 from .cases import DecodeCase, guard_failures, not_as_given
 from .prefill import PrefillCase
-from .verdict import (
-    Expected,
-    Verdict,
-    kind,
-    over,
-    worst,
-)
+from .verdict import Expected, Verdict, kind, over, worst
 
 E4M3 = torch.float8_e4m3fn
 # "group656" is the format "group" in rows of 656 bytes.

@@ -5,12 +5,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from .. import (
-    plan_decode,
-    plan_decode_block_table,
-    plan_prefill,
-    plan_prefill_block_table,
-)
+from .. import plan_decode, plan_decode_block_table, plan_prefill, plan_prefill_block_table
 from ..launch import table_stride
 from ..plan_decode import DecodePlan
 from ..plan_prefill import PrefillPlan

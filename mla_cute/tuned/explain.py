@@ -7,9 +7,9 @@ import dataclasses
 import torch
 
 from ..config import KernelConfig
+from ..dims import MAX_HEADS
 from ..expect import expect_bool, expect_int
 from ..plan import expect_hints, num_sms
-from ..problem import MAX_HEADS
 from . import select
 
 

@@ -24,8 +24,8 @@ from typing import Any
 
 from ..compile.jit import replace_file
 from ..config import KernelConfig, why_infeasible
-from ..kernels.registry import KV_FORMATS, OPS
-from ..problem import MAX_HEADS
+from ..dims import KV_FORMATS, MAX_HEADS
+from ..kernels.registry import OPS
 
 SCHEMA = 1
 _GPU_FIELDS = ("name", "sm_count", "clock_mhz", "memory_gbps")

@@ -18,14 +18,14 @@ An entry can serve a call when
   the entries of this class span counts as the span's end, if they span a factor of 4: a batch larger than the largest
   one timed runs as that one does. From a single point nothing is extrapolated;
 * its kernel fits the size of the step (batch * kv_len * tiles of 16 heads), where decode has more than 16 heads:
-  few_rows reads the keys again for every tile, so an entry with it serves no larger step than its own, nor one of
-  unknown length. One with row tiles serves a step whose default is few_rows if its own default is that, too, and the
+  tile16 reads the keys again for every tile, so an entry with it serves no larger step than its own, nor one of
+  unknown length. One with row tiles serves a step whose default is tile16 if its own default is that, too, and the
   step is no smaller than its own.
 
 Of these the one at the smallest distance, the sum of |log2| of the four ratios; of several the one with the nearest
 page_size, then the largest kv_len, then the first of a sorted file. A call that knows no kv_len leaves its ratio out.
 Batch-invariant plans take the default: an entry's kernel would depend on the batch, and results with it. The default
-of a decode step with more than 16 heads and a known, small kv_len is the few-rows kernel (config.is_small_step).
+of a decode step with more than 16 heads and a known, small kv_len is the tile16 kernel (config.is_small_step).
 
 MLA_CUTE_LOG=1 logs each new selection. Logger "mla_cute": without the variable selections are DEBUG and that there is
 no file is INFO, with it both are WARNING, which logging shows unless told otherwise. All three variables are read when
@@ -46,27 +46,10 @@ from collections.abc import Sequence
 import torch
 
 from ..compile import jit
-from ..config import (
-    FEW_ROWS,
-    KernelConfig,
-    default_config,
-    is_small_step,
-    with_kernel,
-)
-from ..kernels.registry import TILE_M, box_rows_of
-from ..steps import has_few_rows, step_of
-from .file import (
-    SCHEMA,
-    Entry,
-    TunedFile,
-    When,
-    dump,
-    file_name,
-    load,
-    merge,
-    parse,
-    sort_key,
-)
+from ..config import KernelConfig, default_config, is_small_step, with_kernel
+from ..dims import TILE16_M, TILE_M
+from ..kernels.registry import box_rows_of, step_of, takes_tile16
+from .file import SCHEMA, Entry, TunedFile, When, dump, file_name, load, merge, parse, sort_key
 from .shape_log import read_shapes
 
 __all__ = [
@@ -152,10 +135,10 @@ def default_for(when: When, sm_count: int, batch_invariant: bool = False) -> Ker
     rows = when.num_heads if when.op == "decode" else TILE_M
     config = default_config(rows, when.page_size, when.batch, sm_count)
     # Another kernel is other bits: not by what else is in the batch, where a request's bits are its own.
-    may_change = when.op == "decode" and when.num_heads > FEW_ROWS and not batch_invariant
+    may_change = when.op == "decode" and when.num_heads > TILE16_M and not batch_invariant
     if may_change and sm_count and when.kv_len is not None:
         if is_small_step(when.kv_format, when.q_fp8, when.num_heads, when.batch, when.kv_len, sm_count):
-            config = with_kernel(config, when.kv_format, "few_rows")
+            config = with_kernel(config, when.kv_format, "tile16")
     return config
 
 
@@ -212,7 +195,7 @@ def _select(when: When, device: torch.device, batch_invariant: bool) -> Selectio
     if made_on["sm_count"] != sm_count:
         _say_once(f"{path} is not used: made with {made_on['sm_count']} SMs, this {name} has {sm_count}")
         return default(f"default: {source} was made with {made_on['sm_count']} SMs, this GPU has {sm_count}")
-    index = grid.nearest(when, when.op == "decode" and has_few_rows(when.kv_format, when.num_heads, untuned))
+    index = grid.nearest(when, when.op == "decode" and takes_tile16(when.kv_format, when.num_heads, untuned))
     if index is None:
         return default(f"default: no entry of {source} is near")
     entry = grid.file.entries[index]
@@ -281,7 +264,7 @@ class Grid:
         self._classes = {key: _Class(file.entries, indices, sms) for key, indices in classes.items()}
 
     def nearest(self, when: When, small: bool = False) -> int | None:
-        """Index of the entry that serves `when`; None if none does. `small`: the default is few_rows."""
+        """Index of the entry that serves `when`; None if none does. `small`: the default is tile16."""
         found = self._classes.get(_class_of(when))
         return found.nearest(when, small) if found is not None else None
 
@@ -332,25 +315,25 @@ class _Class:
 
 
 def _work(when: When) -> float:
-    """Of few_rows: tokens that its tiles of 16 heads read; infinite where the length is not known."""
-    return math.inf if when.kv_len is None else when.batch * when.kv_len * -(-when.num_heads // FEW_ROWS)
+    """Of tile16: tokens that its tiles of 16 heads read; infinite where the length is not known."""
+    return math.inf if when.kv_len is None else when.batch * when.kv_len * -(-when.num_heads // TILE16_M)
 
 
 def _work_span(entry: Entry, sm_count: int) -> tuple[float, float]:
-    """Least work of a call with few_rows as its default, and most of any call, that the entry's kernel is fit for."""
+    """Least work of a call with tile16 as its default, and most of any call, that the entry's kernel is fit for."""
     when = entry.when
-    if when.op != "decode" or when.num_heads <= FEW_ROWS:
+    if when.op != "decode" or when.num_heads <= TILE16_M:
         return 0.0, math.inf
-    if has_few_rows(when.kv_format, when.num_heads, entry.config):
+    if takes_tile16(when.kv_format, when.num_heads, entry.config):
         return 0.0, _work(when)
-    won = has_few_rows(when.kv_format, when.num_heads, default_for(when, sm_count))
+    won = takes_tile16(when.kv_format, when.num_heads, default_for(when, sm_count))
     return _work(when) if won else math.inf, math.inf
 
 
 def _class_of(when: When) -> tuple[object, ...]:
     rows: tuple[object, ...] = ()
     if when.op == "decode":
-        rows = (-(-when.num_heads // TILE_M), when.num_heads <= FEW_ROWS)
+        rows = (-(-when.num_heads // TILE_M), when.num_heads <= TILE16_M)
     return (when.op, when.kv_format, when.q_fp8, box_rows_of(when.page_size), *rows)
 
 

@@ -22,7 +22,7 @@ from ..bench import outputs
 from ..bench.__main__ import numbers
 from ..bench.report import text_table
 from ..bench.runner import source_digest
-from ..kernels.registry import DTYPES
+from ..dims import DTYPES
 from ..tuned import select
 from ..tuned.select import When
 from . import device, recipes, report, session, space, store

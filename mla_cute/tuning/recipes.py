@@ -23,8 +23,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..bench.cases import TOKEN_BYTES, Case, PrefillCase
+from ..dims import MAX_HEADS
 from ..kernels.registry import OPS
-from ..problem import MAX_HEADS
 from ..tuned.select import When, read_shapes
 
 FOLDER = pathlib.Path(__file__).parent / "recipes"

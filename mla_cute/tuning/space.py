@@ -5,7 +5,7 @@ planner cuts by (min_blocks, item_overhead, split_penalty). `accuracy` changes r
 behind the kernels in front, which the call timed alone does not have: both are left as the default has them.
 
 Planner numbers act through the plan alone, so of those that give a shape the same plan only the first is a candidate.
-`plan_signature` decides that on the host: it follows kernels/planner.py and kernels/prefill_balanced.py for a batch of
+`plan_signature` decides that on the host: it follows the kernels' planner/decode.py and balanced.py for a batch of
 equal requests, and equal signatures mean equal work items (tests/cpu/test_tune_space.py holds it to the planners'
 models).
 """
@@ -17,14 +17,9 @@ import itertools
 from collections.abc import Hashable, Iterator
 
 from ..config import KernelConfig, why_infeasible, with_kernel
-from ..kernels.registry import (
-    BLOCK,
-    COST_CLASSES,
-    MAX_PARTS,
-    TAIL_ITEMS_PER_PART,
-    TILE_M,
-)
-from ..steps import Variant, decode_parts, has_few_rows, planner_variant, prefill_min_blocks, step_variant
+from ..dims import BLOCK, TILE_M
+from ..kernels.keys import COST_CLASSES, MAX_PARTS, TAIL_ITEMS_PER_PART
+from ..kernels.registry import Variant, decode_parts, planner_variant, prefill_min_blocks, step_variant, takes_tile16
 from ..tuned.select import When, default_for
 
 MIN_BLOCKS = (1, 2, 4, 8, 16)
@@ -32,7 +27,7 @@ ITEM_OVERHEADS = (2, 4, 8)
 # 0: cut whenever that balances; 64 blocks, 4096 tokens per CTA: hardly ever. In decode none above the default's: the
 # batches timed are uniform and balance by themselves, a ragged one left whole waits for its longest request.
 SPLIT_PENALTIES = (0, 3, 6, 12, 64)
-_MAX_CUTS = 64  # kernels/prefill_balanced.py's
+_MAX_CUTS = 64  # kernels/planner/balanced.py's
 
 
 def candidates(when: When, num_sms: int = 132) -> list[KernelConfig]:
@@ -48,7 +43,7 @@ def candidates(when: When, num_sms: int = 132) -> list[KernelConfig]:
         for config in planned
     ]
     if when.op == "decode":
-        kernel = "rows" if has_few_rows(when.kv_format, when.num_heads, default) else "few_rows"
+        kernel = "tile64" if takes_tile16(when.kv_format, when.num_heads, default) else "tile16"
         found += _planned(when, with_kernel(default, when.kv_format, kernel), num_sms)
     return [config for config in dict.fromkeys(found) if why_infeasible(config) is None]
 
@@ -101,7 +96,7 @@ def plan_signature(when: When, config: KernelConfig, num_sms: int) -> Hashable:
 
 
 def _decode_signature(batch: int, blocks: int, parts: int, config: KernelConfig) -> Hashable:
-    """Of the three ways to cut (planner.py), the one taken and all that its items depend on."""
+    """Of the three ways to cut (planner/decode.py), the one taken and all that its items depend on."""
     overhead = config.item_overhead
     request = blocks + overhead
     payload = max(-(-batch * request // parts), config.min_blocks)
@@ -137,7 +132,7 @@ def _decode_signature(batch: int, blocks: int, parts: int, config: KernelConfig)
 
 
 def _prefill_tail(when: When, parts: int) -> list[int]:
-    """Blocks of the tiles that are left after whole rounds (prefill_planner.py), under the causal mask."""
+    """Blocks of the tiles that are left after whole rounds (planner/prefill.py), under the causal mask."""
     assert when.kv_len is not None
     tiles = -(-when.q_len * when.num_heads // TILE_M)
     pairs = []

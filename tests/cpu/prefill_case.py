@@ -7,13 +7,7 @@ from typing import Any
 
 import torch
 
-from mla_cute.testing.cases import (
-    DecodeCase,
-    Guarded,
-    make_case,
-    make_outputs,
-    make_q,
-)
+from mla_cute.testing.cases import DecodeCase, Guarded, make_case, make_outputs, make_q
 
 
 @dataclass

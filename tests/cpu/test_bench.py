@@ -8,17 +8,7 @@ import signal
 
 import pytest
 import torch
-from bench_case import (
-    CEILINGS,
-    FP8_CASES,
-    H200,
-    SMALL,
-    FakeLibrary,
-    FakeTimer,
-    bench,
-    row_of,
-    wrong_page,
-)
+from bench_case import CEILINGS, FP8_CASES, H200, SMALL, FakeLibrary, FakeTimer, bench, row_of, wrong_page
 
 from mla_cute.bench import cases as cases_module
 from mla_cute.bench import report, runner

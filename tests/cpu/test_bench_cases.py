@@ -5,11 +5,7 @@ import itertools
 
 import pytest
 import torch
-from bench_case import (
-    FP8_CASES,
-    SMALL,
-    row_of,
-)
+from bench_case import FP8_CASES, SMALL, row_of
 
 from mla_cute.bench import cases as cases_module
 from mla_cute.bench import report, runner

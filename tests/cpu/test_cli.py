@@ -367,7 +367,7 @@ def test_demo_shows_page_sizes_64_and_1_the_planner_and_prefill():
     labels = [showing.label(variant) for variant in showing.showcase_variants()]
     assert len(labels) == 6
     assert any(text.startswith("prefill") for text in labels)
-    for kernel in ("decode_rows_sm90", "decode_few_sm90"):
+    for kernel in ("decode_tile64", "decode_tile16"):
         of_kernel = [text for text in labels if text.startswith(kernel)]
         assert any("TMA boxes of 64 rows" in text for text in of_kernel)
         assert any("cp.async gather" in text for text in of_kernel)
@@ -375,8 +375,8 @@ def test_demo_shows_page_sizes_64_and_1_the_planner_and_prefill():
 
 
 def test_kernel_name():
-    mangled = "kernel_cutlass_kernel_mla_cutekernelsrows_sm90RowsSm90_object_at__Paramsmma_qkcutlasscuteatom_0"
-    assert showing.kernel_name(mangled) == "RowsSm90"
+    mangled = "kernel_cutlass_kernel_mla_cutekernelstile64setupTile64_object_at__Paramsmma_qkcutlasscuteatom_0"
+    assert showing.kernel_name(mangled) == "Tile64"
     assert showing.kernel_name("something_else_entirely_and_long") == "something_else_entirely_"
 
 

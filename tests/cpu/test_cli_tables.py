@@ -253,7 +253,7 @@ def test_check_fp8(width, monkeypatch):
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_sanitize(width, monkeypatch):
-    found = [(name, "decode_rows_sm90", "ok") for name in list(sanitizing.cases())[:30]]
+    found = [(name, "decode_tile64", "ok") for name in list(sanitizing.cases())[:30]]
     found[1] = (*found[1][:2], "3 errors of memcheck: Invalid __global__ read of size 16 bytes [0x7f] at /usr/[/x]")
     monkeypatch.setattr(gpu_facts, "why_not_hopper", lambda: None)
     monkeypatch.setattr(sanitizing, "run", lambda tool, say: (found, 1))

@@ -18,14 +18,14 @@ MAX_REGISTERS_PER_SM = 65536
 
 VARIANTS = registry.variants()
 STEPS = [v for v in VARIANTS if v[0] in (registry.DECODE, registry.PREFILL)]
-FEW_ROWS_STEPS = [v for v in VARIANTS if v[0] is registry.DECODE_FEW]
+TILE16_STEPS = [v for v in VARIANTS if v[0] is registry.DECODE_TILE16]
 PLANNERS = [v for v in VARIANTS if v[0] in (registry.PLANNER, registry.PREFILL_PLANNER)]
 APPENDS = registry.append_variants()
 MERGES = registry.merge_states_variants()
 FP8_STEPS = [
     v
     for v in registry.variants(kv_formats=registry.KV_FORMATS)
-    if v[0] in (registry.DECODE_FP8, registry.DECODE_FEW_FP8, registry.PREFILL_FP8)
+    if v[0] in (registry.DECODE_FP8, registry.DECODE_TILE16_FP8, registry.PREFILL_FP8)
 ]
 
 
@@ -87,7 +87,7 @@ def nvdisasm():
 
 
 def test_registry_is_complete():
-    for kernel in (registry.DECODE, registry.DECODE_FEW, registry.PREFILL):
+    for kernel in (registry.DECODE, registry.DECODE_TILE16, registry.PREFILL):
         keys = [v[1] for v in VARIANTS if v[0] == kernel]
         assert {(key.dtype, key.box_rows) for key in keys} == {
             (dtype, box) for dtype in ("bfloat16", "float16") for box in (64, 32, 16, 8, 0)
@@ -95,7 +95,7 @@ def test_registry_is_complete():
     for kernel in (registry.PLANNER, registry.PREFILL_PLANNER):
         assert len([v for v in PLANNERS if v[0] == kernel]) == 6
     assert len(set(VARIANTS)) == len(VARIANTS)
-    assert len(STEPS) + len(FEW_ROWS_STEPS) + len(PLANNERS) == len(VARIANTS)
+    assert len(STEPS) + len(TILE16_STEPS) + len(PLANNERS) == len(VARIANTS)
     assert len({repr(v) for v in VARIANTS}) == len(VARIANTS), "keys with equal repr would share a cache entry"
 
 
@@ -135,8 +135,8 @@ def test_step_instructions(variant):
         assert mnemonics["UTMALDG"] >= 64 // key.box_rows
 
 
-@pytest.mark.parametrize("variant", FEW_ROWS_STEPS, ids=name)
-def test_few_rows_instructions(variant):
+@pytest.mark.parametrize("variant", TILE16_STEPS, ids=name)
+def test_tile16_instructions(variant):
     """All on mma.sync; nothing is converted, and every K fragment is read once."""
     _, opcodes = compiled(variant)
     key = variant[1]
@@ -154,7 +154,7 @@ def test_few_rows_instructions(variant):
 
 
 def test_fp8_registry_is_complete():
-    for kernel in (registry.DECODE_FP8, registry.DECODE_FEW_FP8, registry.PREFILL_FP8):
+    for kernel in (registry.DECODE_FP8, registry.DECODE_TILE16_FP8, registry.PREFILL_FP8):
         keys = [v[1] for v in FP8_STEPS if v[0] == kernel]
         assert len(set(keys)) == len({repr(key) for key in keys}) == len(keys) == 2 * 5 * 3 * 2
     assert len(COVERED_FP8) == 2 * 3 * (2 + 4 + 1) + 3 * 3
@@ -166,7 +166,7 @@ def test_fp8_step_instructions(variant):
     kernel, key, _ = variant
     _, opcodes = compiled(variant)
     mnemonics = sass.instruction_counts_of(opcodes)
-    if kernel is registry.DECODE_FEW_FP8:
+    if kernel is registry.DECODE_TILE16_FP8:
         assert mnemonics["HGMMA"] == mnemonics["QGMMA"] == 0
         assert mnemonics["HMMA"] > 0
     else:

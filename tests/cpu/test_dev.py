@@ -31,7 +31,7 @@ def test_every_variant_has_a_name_of_its_own():
         + len(registry.merge_states_variants())
     )
     assert found[NAME][0] is registry.MERGE_STATES
-    assert "decode_rows_sm90-bfloat16-64" in found
+    assert "decode_tile64-bfloat16-64" in found
     assert "append-bfloat16-16bit-int32" in found
 
 

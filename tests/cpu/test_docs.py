@@ -22,7 +22,7 @@ RECORDS = ROOT / "tune" / "measurements" / "NVIDIA_H200"
 SOURCES = (
     "api", "api_prefill", "append", "attend", "launch", "merge_states", "ops", "plan", "plan_decode", "plan_prefill",
     "problem", "problem_prefill",
-    "expect", "verify", "quant", "config", "steps", "tuned/explain", "compile/warmup",
+    "expect", "verify", "quant", "config", "kernels/registry", "tuned/explain", "compile/warmup",
 )  # fmt: skip
 
 
@@ -204,7 +204,7 @@ def test_errors_over_a_bf16_cache_are_the_records():
     assert f"found {min(errors):.1e} to {max(errors):.1e}" in prose("numerics")
 
 
-def runs_few_rows(case, num_sms):
+def runs_tile16(case, num_sms):
     """Whether a case of the FP8 record, of 16 or from 64 heads on, ran the kernel for few heads: by the default
     (docs/performance.md), its plans knowing format and lengths, or by the tuned file of its commit."""
     if "groups" in case:
@@ -223,7 +223,7 @@ def test_times_of_queries_are_the_records():
         size = case.get("batch"), case.get("kv_len"), str(case.get("groups"))
         key = case["num_heads"], size, case["kv_format"], case["q_fp8"]
         rows[key] = row["us_amortised"]
-        few[key] = runs_few_rows(case, measured["gpu"]["sm_count"])
+        few[key] = runs_tile16(case, measured["gpu"]["sm_count"])
     found = [row for row in tables("formats") if row[0] in ("16", "64", "128")]
     assert len(found) == 3
     for heads, *cells in found:

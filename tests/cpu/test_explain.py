@@ -12,7 +12,7 @@ from mla_cute.compile import jit
 from mla_cute.config import KernelConfig
 from mla_cute.tuned import select
 
-CONFIG = KernelConfig(fp8_kernel="rows", min_blocks=8)
+CONFIG = KernelConfig(fp8_kernel="tile64", min_blocks=8)
 
 
 @pytest.fixture
@@ -25,14 +25,14 @@ def test_an_entry_is_explained(folders):
     write(folders.user, entry(batch=4, kv_len=4096), entry(CONFIG, batch=32))
     found = mla_cute.explain(num_heads=16, page_size=64, batch=64, max_kv_len=16384, device=META)
     assert found.selection == select.select(when(batch=64, kv_len=16384), META)
-    assert (found.config, found.distance, found.kernel) == (CONFIG, 2.0, "decode_few_sm90")
+    assert (found.config, found.distance, found.kernel) == (CONFIG, 2.0, "decode_tile16")
     assert str(found).splitlines() == [
         f"decode, 16 heads, page size 64, batch 64, length 16384, 16-bit cache, on {NAME} (meta, {SMS} SMs)",
         f"  from      user {FILE} entry 1",
         "  timed     decode, 16 heads, page size 64, batch 32, length 8192, 16-bit cache; distance 2.00",
         "            40 us, default 44 us, next best 42.5 us: 1.100x",
         f"  config    {CONFIG}",
-        "  kernel    decode_few_sm90",
+        "  kernel    decode_tile16",
     ]
     again = mla_cute.explain(num_heads=16, page_size=64, batch=64, max_kv_len=16384, device=META)
     assert again == found
@@ -47,19 +47,19 @@ def test_a_default_is_explained(folders):
         f"on {NAME} (meta, {SMS} SMs)",
         f"  from      default: no tuned file {FILE}",
         f"  config    {KernelConfig(split_penalty=6)}",
-        "  kernel    prefill_rows_sm90",
+        "  kernel    prefill_tile64",
     ]
 
 
 def test_the_kernel_of_a_default_is_that_of_its_heads(folders):
-    for num_heads, kernel in ((16, "decode_few_sm90"), (17, "decode_rows_sm90")):
+    for num_heads, kernel in ((16, "decode_tile16"), (17, "decode_tile64")):
         found = mla_cute.explain(num_heads=num_heads, page_size=64, batch=3, device=META)
         assert (found.selection.entry, found.kernel) == (None, kernel)
         assert f"  kernel    {kernel}" in str(found).splitlines()
     # With lengths known to be few it is the other one: it says so, and why is in the configuration.
     small = mla_cute.explain(num_heads=17, page_size=64, batch=3, max_kv_len=1024, device=META)
-    assert (small.config.kernel, small.config.cut_unit, small.kernel) == ("few_rows", 1, "decode_few_sm90")
-    assert "kernel='few_rows'" in str(small)
+    assert (small.config.kernel, small.config.cut_unit, small.kernel) == ("tile16", 1, "decode_tile16")
+    assert "kernel='tile16'" in str(small)
 
 
 def test_the_cpu_runs_the_reference(folders):
@@ -73,18 +73,18 @@ def test_the_cpu_runs_the_reference(folders):
 @pytest.mark.parametrize(
     ("op", "kv_format", "num_heads", "config", "kernel"),
     [
-        ("decode", "token", 16, {"kernel": "rows"}, "decode_few_fp8_sm90"),
-        ("decode", "token", 16, {"fp8_kernel": "few_rows"}, "decode_few_fp8_sm90"),
-        ("decode", "token", 16, {"fp8_kernel": "rows"}, "decode_fp8_sm90"),
-        ("decode", "token", 64, {"kernel": "few_rows"}, "decode_fp8_sm90"),
-        ("decode", "token", 64, {"fp8_kernel": "few_rows"}, "decode_few_fp8_sm90"),
-        ("prefill", "token", 16, {"fp8_kernel": "few_rows"}, "prefill_fp8_sm90"),
-        ("decode", "", 16, {"fp8_kernel": "rows"}, "decode_few_sm90"),
-        ("decode", "", 16, {"kernel": "few_rows"}, "decode_few_sm90"),
-        ("decode", "", 16, {"kernel": "rows"}, "decode_rows_sm90"),
-        ("decode", "", 64, {"fp8_kernel": "few_rows"}, "decode_rows_sm90"),
-        ("decode", "", 64, {"kernel": "few_rows"}, "decode_few_sm90"),
-        ("prefill", "", 16, {"kernel": "few_rows"}, "prefill_rows_sm90"),
+        ("decode", "token", 16, {"kernel": "tile64"}, "decode_tile16_fp8"),
+        ("decode", "token", 16, {"fp8_kernel": "tile16"}, "decode_tile16_fp8"),
+        ("decode", "token", 16, {"fp8_kernel": "tile64"}, "decode_tile64_fp8"),
+        ("decode", "token", 64, {"kernel": "tile16"}, "decode_tile64_fp8"),
+        ("decode", "token", 64, {"fp8_kernel": "tile16"}, "decode_tile16_fp8"),
+        ("prefill", "token", 16, {"fp8_kernel": "tile16"}, "prefill_tile64_fp8"),
+        ("decode", "", 16, {"fp8_kernel": "tile64"}, "decode_tile16"),
+        ("decode", "", 16, {"kernel": "tile16"}, "decode_tile16"),
+        ("decode", "", 16, {"kernel": "tile64"}, "decode_tile64"),
+        ("decode", "", 64, {"fp8_kernel": "tile16"}, "decode_tile64"),
+        ("decode", "", 64, {"kernel": "tile16"}, "decode_tile16"),
+        ("prefill", "", 16, {"kernel": "tile16"}, "prefill_tile64"),
     ],
 )
 def test_the_kernel_is_the_one_that_runs(folders, monkeypatch, op, kv_format, num_heads, config, kernel):
@@ -93,7 +93,7 @@ def test_the_kernel_is_the_one_that_runs(folders, monkeypatch, op, kv_format, nu
     monkeypatch.setattr(jit, "get", lambda ref, key, config: asked.append(ref.name) or (lambda *arguments: None))
     shape = {"kv_format": kv_format, "num_heads": num_heads}
     write(folders.user, entry(KernelConfig(**config), op=op, **shape))
-    # As long as the entry's: with an unknown length more than 16 heads would not take few_rows.
+    # As long as the entry's: with an unknown length more than 16 heads would not take tile16.
     found = mla_cute.explain(op, page_size=64, batch=8, device=META, max_kv_len=8192, **shape)
     assert (found.config, found.kernel) == (KernelConfig(**config), kernel)
     indptr = torch.zeros(9, dtype=torch.int32, device=META)

@@ -30,7 +30,7 @@ def steps(monkeypatch):
 
 @pytest.mark.parametrize(
     ("num_heads", "decode_kernels"),
-    [(16, (registry.DECODE_FEW, registry.DECODE_FEW_FP8)), (17, (registry.DECODE, registry.DECODE_FP8))],
+    [(16, (registry.DECODE_TILE16, registry.DECODE_TILE16_FP8)), (17, (registry.DECODE, registry.DECODE_FP8))],
 )
 @pytest.mark.parametrize("page_size", [64, 1, 24])
 def test_one_plan_asks_for_the_step_of_each_cache(steps, page_size, num_heads, decode_kernels):
@@ -64,16 +64,16 @@ def test_one_plan_asks_for_the_step_of_each_cache(steps, page_size, num_heads, d
     ("num_heads", "chosen", "few"),
     [
         (16, "auto", True),
-        (16, "few_rows", True),
-        (16, "rows", False),
+        (16, "tile16", True),
+        (16, "tile64", False),
         (17, "auto", False),
-        (17, "few_rows", True),
-        (128, "few_rows", True),
-        (17, "rows", False),
+        (17, "tile16", True),
+        (128, "tile16", True),
+        (17, "tile64", False),
     ],
 )
 @pytest.mark.parametrize("field", ["kernel", "fp8_kernel"])
-def test_the_config_chooses_the_kernel_of_few_rows(steps, field, num_heads, chosen, few):
+def test_the_config_chooses_the_kernel_of_tile16(steps, field, num_heads, chosen, few):
     """Each field for its kind of cache; over the other kind the kernel stays that of the heads."""
     meta = torch.device("meta")
     indptr = torch.zeros(5, dtype=torch.int32, device=meta)
@@ -82,22 +82,22 @@ def test_the_config_chooses_the_kernel_of_few_rows(steps, field, num_heads, chos
     few_fp8, few_16bit = (few if field == name else num_heads <= 16 for name in ("fp8_kernel", "kernel"))
     steps.clear()
     made.launcher(DecodeProblem(4, num_heads, 64, 9, BF16, meta, "group", True), False)
-    kernel = registry.DECODE_FEW_FP8 if few_fp8 else registry.DECODE_FP8
+    kernel = registry.DECODE_TILE16_FP8 if few_fp8 else registry.DECODE_FP8
     assert steps == [(kernel, registry.Fp8Key("bfloat16", 64, "group", True))]
     steps.clear()
     made.launcher(DecodeProblem(4, num_heads, 64, 9, BF16, meta), False)
-    kernel = registry.DECODE_FEW if few_16bit else registry.DECODE
+    kernel = registry.DECODE_TILE16 if few_16bit else registry.DECODE
     assert steps == [(kernel, registry.DecodeKey("bfloat16", 64))]
 
 
 @pytest.mark.parametrize(
     ("num_heads", "config", "kv_format", "ctas"),
     [(16, {}, "tensor", 132), (64, {}, "tensor", 132), (65, {}, "group", 66),
-     (32, {"fp8_kernel": "few_rows"}, "token", 66), (100, {"fp8_kernel": "few_rows"}, "tensor", 18),
-     (128, {"fp8_kernel": "few_rows"}, "tensor", 16), (128, {"kernel": "few_rows"}, "tensor", 66),
-     (128, {"fp8_kernel": "few_rows"}, "", 66), (128, {"kernel": "few_rows"}, "", 16),
-     (100, {"kernel": "few_rows"}, "", 18), (32, {"kernel": "few_rows"}, "", 66), (32, {}, "", 132), (65, {}, "", 66),
-     (16, {}, "", 132), (16, {"kernel": "rows"}, "", 132)],
+     (32, {"fp8_kernel": "tile16"}, "token", 66), (100, {"fp8_kernel": "tile16"}, "tensor", 18),
+     (128, {"fp8_kernel": "tile16"}, "tensor", 16), (128, {"kernel": "tile16"}, "tensor", 66),
+     (128, {"fp8_kernel": "tile16"}, "", 66), (128, {"kernel": "tile16"}, "", 16),
+     (100, {"kernel": "tile16"}, "", 18), (32, {"kernel": "tile16"}, "", 66), (32, {}, "", 132), (65, {}, "", 66),
+     (16, {}, "", 132), (16, {"kernel": "tile64"}, "", 132)],
 )  # fmt: skip
 def test_row_tiles_of_the_kernel_share_the_sms(steps, num_heads, config, kv_format, ctas):
     """A plan has as many work lists as there are SMs for each row tile of the kernel it is made for."""
@@ -263,7 +263,7 @@ def test_variants_of_fp8_caches():
     assert registry.variants(kv_formats=("",)) == registry.variants()
     everything = registry.variants(kv_formats=("", *registry.KV_FORMATS))
     assert [v for v in everything if not isinstance(v[1], registry.Fp8Key)] == registry.variants()
-    for kernel in (registry.DECODE_FP8, registry.DECODE_FEW_FP8, registry.PREFILL_FP8):
+    for kernel in (registry.DECODE_FP8, registry.DECODE_TILE16_FP8, registry.PREFILL_FP8):
         keys = [key for of_kernel, key, _ in everything if of_kernel is kernel]
         assert len(keys) == len(set(keys)) == 3 * 2 * 2 * 5
         assert set(keys) == {
@@ -276,7 +276,7 @@ def test_variants_of_fp8_caches():
     only = registry.variants(("bfloat16",), (64,), ops=("decode",), kv_formats=("group",))
     assert [(kernel, key) for kernel, key, _ in only if kernel is not registry.PLANNER] == [
         (kernel, registry.Fp8Key("bfloat16", 64, "group", q_fp8))
-        for kernel in (registry.DECODE_FP8, registry.DECODE_FEW_FP8)
+        for kernel in (registry.DECODE_FP8, registry.DECODE_TILE16_FP8)
         for q_fp8 in (False, True)
     ]
     assert len(only) == 4 + 6, "planners are needed for any cache"

@@ -10,7 +10,8 @@ from prefill_case import make_prefill
 import mla_cute
 from mla_cute import plan
 from mla_cute.compile import jit
-from mla_cute.kernels.registry import FIXED_MAX_PIECES, PART_ROW
+from mla_cute.dims import PART_ROW
+from mla_cute.kernels.keys import FIXED_MAX_PIECES
 from mla_cute.plan_decode import _invariant_layout as decode_layout
 from mla_cute.plan_prefill import _invariant_layout as prefill_layout
 from mla_cute.testing.cases import make_case

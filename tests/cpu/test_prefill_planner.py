@@ -10,7 +10,8 @@ from prefill_batches import random_prefill_batches
 from prefill_planner_model import Request
 
 from mla_cute.config import KernelConfig, default_config
-from mla_cute.kernels.registry import BLOCK, FIXED_MAX_ITEMS, FIXED_MAX_PIECES, TAIL_ITEMS_PER_PART, TILE_M
+from mla_cute.dims import BLOCK, TILE_M
+from mla_cute.kernels.keys import FIXED_MAX_ITEMS, FIXED_MAX_PIECES, TAIL_ITEMS_PER_PART
 
 NUM_SMS = 132
 BATCHES = random_prefill_batches(400, seed=0)

@@ -409,8 +409,8 @@ def test_variants_by_op():
     assert everything == decode + prefill
     keys = {kernel: {key for of, key, _ in decode if of is kernel} for kernel, _, _ in decode}
     steps = {registry.DecodeKey(d, b) for d in registry.DTYPES for b in registry.BOX_ROWS}
-    assert set(keys) == {registry.DECODE, registry.DECODE_FEW, registry.PLANNER}
-    assert keys[registry.DECODE] == keys[registry.DECODE_FEW] == steps
+    assert set(keys) == {registry.DECODE, registry.DECODE_TILE16, registry.PLANNER}
+    assert keys[registry.DECODE] == keys[registry.DECODE_TILE16] == steps
     keys = {kernel: {key for of, key, _ in prefill if of is kernel} for kernel, _, _ in prefill}
     assert keys == {
         registry.PREFILL: {registry.PrefillKey(d, b) for d in registry.DTYPES for b in registry.BOX_ROWS},

@@ -10,13 +10,7 @@ import torch
 from mla_cute import problem as problem_module
 from mla_cute.expect import expect_rows_fit_32_bits, rows_fit_32_bits
 from mla_cute.problem import DecodeProblem, check_decode, check_decode_block_table
-from mla_cute.testing.cases import (
-    CACHE_LAYOUTS,
-    OUT_LAYOUTS,
-    Q_LAYOUTS,
-    DecodeCase,
-    make_case,
-)
+from mla_cute.testing.cases import CACHE_LAYOUTS, OUT_LAYOUTS, Q_LAYOUTS, DecodeCase, make_case
 from mla_cute.verify import verify_block_table_on_device, verify_on_device
 
 BATCH, HEADS, PAGE_SIZE = 4, 16, 8

@@ -91,8 +91,8 @@ def test_scenarios_meet_everything():
 
 
 def test_the_line_of_a_scenario_names_kernel_and_cuts():
-    config = KernelConfig(kernel="few_rows", fp8_kernel="rows", cut_unit=1, min_blocks=3)
-    for layout, kernel in (("", "few_rows"), ("token", "rows")):
+    config = KernelConfig(kernel="tile16", fp8_kernel="tile64", cut_unit=1, min_blocks=3)
+    for layout, kernel in (("", "tile16"), ("token", "tile64")):
         scenario = dataclasses.replace(soak.draw(0, True), layout=layout, config=config)
         assert str(scenario).endswith(f"kernel {kernel}, cut_unit 1, min_blocks 3")
     assert "cut_unit" not in str(dataclasses.replace(scenario, config=None))
@@ -255,8 +255,8 @@ def test_cases_name_the_kernel_that_runs(monkeypatch):
         assert (scenario.config.fp8_kernel if scenario.layout else scenario.config.kernel) != "auto"
     names = {case.name: case.kernel for case, _ in scenarios_of("decode")}
     for page_size in (64, 1):
-        assert names[f"decode-bf16-h16-page{page_size}"] is registry.DECODE_FEW
-        assert names[f"decode-bf16-h40-page{page_size}"] is registry.DECODE_FEW
+        assert names[f"decode-bf16-h16-page{page_size}"] is registry.DECODE_TILE16
+        assert names[f"decode-bf16-h40-page{page_size}"] is registry.DECODE_TILE16
         assert names[f"decode-bf16-h128-page{page_size}"] is registry.DECODE
 
 
@@ -277,7 +277,7 @@ def test_decode_cases_cut_and_go_on(num_sms):
             assert all(end - begin > 6 * registry.BLOCK for begin, end in pieces), "more than the slots of a ring"
             assert pieces[1][0] % 128 == (64 if "few" in case.kernel.name else 0)
             seen.add((case.kernel, "cut"))
-    few = (registry.DECODE_FEW, registry.DECODE_FEW_FP8)
+    few = (registry.DECODE_TILE16, registry.DECODE_TILE16_FP8)
     assert seen == {(kernel, "cut") for kernel in (*few, registry.DECODE, registry.DECODE_FP8)} | {
         (kernel, "several items") for kernel in few
     }

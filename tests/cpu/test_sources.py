@@ -18,7 +18,7 @@ from toy_keys import TOY
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "mla_cute"
 MODULES = sorted({ref.module for ref in vars(registry).values() if isinstance(ref, registry.KernelRef)})
-STEPS = {f"mla_cute.kernels.{name}" for name in ("decode", "prefill", "step_fp8")}
+STEPS = {f"mla_cute.kernels.{wing}.setup" for wing in ("tile64", "tile64_fp8", "tile16")}
 
 
 def closure(module):
@@ -54,17 +54,17 @@ def test_a_copy_has_the_same_digests(copy):
     assert of_copy == {module: jit._sources_at_first_use(module) for module in MODULES}
 
 
-def test_few_rows_is_part_of_what_depends_on_it(copy):
-    dependent = {module for module in MODULES if "mla_cute.config" in closure(module)}
+def test_dims_are_part_of_what_depends_on_them(copy):
+    dependent = {module for module in MODULES if "mla_cute.dims" in closure(module)}
     assert dependent >= STEPS
-    assert changed_by(copy / "config.py", "FEW_ROWS = 16", "FEW_ROWS = 32") == dependent
+    assert changed_by(copy / "dims.py", "TILE16_M = 16", "TILE16_M = 32") == dependent
 
 
 def test_the_planner_is_not_part_of_the_steps(copy):
-    assert changed_by(copy / "kernels" / "planner.py") == {"mla_cute.kernels.planner"}
+    assert changed_by(copy / "kernels/planner/decode.py") == {"mla_cute.kernels.planner.decode"}
     assert changed_by(copy / "kernels" / "append.py") == {"mla_cute.kernels.append"}
-    assert changed_by(copy / "kernels" / "softmax.py") == STEPS | {"mla_cute.kernels.merge_states"}
-    assert changed_by(copy / "kernels" / "few_rows_16bit.py") == STEPS - {"mla_cute.kernels.prefill"}
+    assert changed_by(copy / "kernels" / "lib/softmax.py") == STEPS | {"mla_cute.kernels.merge_states"}
+    assert changed_by(copy / "kernels" / "tile16/tiles_16bit.py") == {"mla_cute.kernels.tile16.setup"}
 
 
 def test_host_code_is_part_of_no_kernel(copy):
@@ -73,7 +73,8 @@ def test_host_code_is_part_of_no_kernel(copy):
         "api",
         "plan",
         "compile/jit",
-        "steps",
+        "config",
+        "kernels/registry",
         "tuned/select",
         "problem",
         "compile/warmup",
@@ -205,16 +206,16 @@ def test_names_of_packages(tmp_path, monkeypatch):
 
 def test_a_kernel_from_elsewhere_counts_with_what_it_imports_of_the_package(tmp_path, monkeypatch, copy):
     source = tmp_path / "elsewhere_kernel.py"
-    source.write_text("import os\nfrom .beside import x\nfrom mla_cute.kernels.ptx import asm\n")
+    source.write_text("import os\nfrom .beside import x\nfrom mla_cute.kernels.lib.ptx import asm\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     module = "elsewhere_kernel"
-    assert closure(module) == {module, "mla_cute.kernels", "mla_cute.kernels.ptx"}
+    assert closure(module) == {module, "mla_cute.kernels", "mla_cute.kernels.lib", "mla_cute.kernels.lib.ptx"}
     assert module not in sys.modules
     before = toolchain.read_sources(module)
     for path, counts in (
         (source, True),
-        (copy / "kernels" / "ptx.py", True),
-        (copy / "kernels" / "softmax.py", False),
+        (copy / "kernels" / "lib/ptx.py", True),
+        (copy / "kernels" / "lib/softmax.py", False),
         (copy / "compile/jit.py", False),
     ):
         text = path.read_text()
@@ -228,7 +229,7 @@ def test_files_are_read_once(copy):
     known = {}
     first = {module: toolchain.read_sources(module, known) for module in MODULES}
     assert first == digests()
-    (copy / "kernels" / "registry.py").write_text("")
+    (copy / "kernels" / "keys.py").write_text("")
     assert {module: toolchain.read_sources(module, known) for module in MODULES} == first
     assert digests() != first
 
@@ -238,7 +239,7 @@ def test_digests_are_cheap():
 
     def seconds():
         start = time.perf_counter()
-        toolchain.read_sources("mla_cute.kernels.decode")
+        toolchain.read_sources("mla_cute.kernels.tile64.setup")
         return time.perf_counter() - start
 
     assert min(seconds() for _ in range(20)) < 0.01

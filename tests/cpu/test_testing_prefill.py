@@ -14,12 +14,7 @@ from mla_cute.problem_prefill import (
 )
 from mla_cute.testing import prefill
 from mla_cute.testing.cases import expected_of, judge, run_case
-from mla_cute.testing.prefill import (
-    PrefillCase,
-    make_prefill_case,
-    prefill_sweep,
-    row_tiles,
-)
+from mla_cute.testing.prefill import PrefillCase, make_prefill_case, prefill_sweep, row_tiles
 from mla_cute.testing.verdict import compare
 
 REQUESTS = [(3, 200), (0, 9), (40, 40), (1, 65), (5, 3), (2, 0), (0, 0), (8, 300)]

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mla_cute.config import KERNELS, KernelConfig, why_infeasible
-from mla_cute.kernels.registry import BLOCK, MAX_PARTS, DecodeKey
+from mla_cute.dims import BLOCK
+from mla_cute.kernels.keys import MAX_PARTS, DecodeKey
 from mla_cute.tuned.select import When, default_for
 from mla_cute.tuning import recipes, space
 
@@ -24,13 +25,13 @@ CONFIGS = st.builds(
 SMS = st.sampled_from((20, 78, 114, 132))
 
 
-def few_rows(when, config):
+def tile16(when, config):
     kernel = config.fp8_kernel if when.kv_format else config.kernel
-    return kernel == "few_rows" or (kernel == "auto" and when.num_heads <= 16)
+    return kernel == "tile16" or (kernel == "auto" and when.num_heads <= 16)
 
 
 def decode_plan(when, config, num_sms):
-    parts = max(1, min(MAX_PARTS, num_sms // -(-when.num_heads // (16 if few_rows(when, config) else 64))))
+    parts = max(1, min(MAX_PARTS, num_sms // -(-when.num_heads // (16 if tile16(when, config) else 64))))
     plan = planner_model.plan([when.kv_len] * when.batch, [0] * when.batch, parts, when.num_heads, config)
     return plan.items, plan.starts, plan.splits
 
@@ -134,7 +135,7 @@ def test_candidates_begin_with_the_default_and_can_run(name):
 def test_no_two_candidates_run_the_same(num_heads, kv_format):
     when = When("decode", kv_format, False, num_heads, 64, 1, 4, 1024)
     found = space.candidates(when, 132)
-    runs = [(few_rows(when, config), config.launch(), str(decode_plan(when, config, 132))) for config in found]
+    runs = [(tile16(when, config), config.launch(), str(decode_plan(when, config, 132))) for config in found]
     assert len(set(runs)) == len(runs)
     # 1024 tokens of 4 requests leave several ways to cut on 132 SMs, for either kernel
     for few in (True, False):
@@ -150,10 +151,10 @@ def test_the_kernel_is_tuned_where_there_are_two():
         return {getattr(config, field) for config in found}
 
     for kv_format in ("", "group"):
-        assert kernels("decode", 16, kv_format) == {"auto", "rows"}
-        assert kernels("decode", 17, kv_format) == kernels("decode", 128, kv_format) == {"auto", "few_rows"}
+        assert kernels("decode", 16, kv_format) == {"auto", "tile64"}
+        assert kernels("decode", 17, kv_format) == kernels("decode", 128, kv_format) == {"auto", "tile16"}
         # A small step's default names the kernel.
-        assert kernels("decode", 32, kv_format, batch=1) == {"few_rows", "rows"}
+        assert kernels("decode", 32, kv_format, batch=1) == {"tile16", "tile64"}
         assert kernels("prefill", 16, kv_format) == kernels("prefill", 128, kv_format) == {"auto"}
 
 
@@ -165,8 +166,8 @@ def test_each_kernel_is_tuned_with_the_pieces_it_takes(num_heads, kv_format):
     pieces = {True: set(), False: set()}
     for config in space.candidates(when, 132):
         assert why_infeasible(config) is None
-        assert config.cut_unit == (1 if few_rows(when, config) else 2)
-        pieces[few_rows(when, config)].add(config.min_blocks)
+        assert config.cut_unit == (1 if tile16(when, config) else 2)
+        pieces[tile16(when, config)].add(config.min_blocks)
     assert 1 in pieces[True]
     assert pieces[False] <= set(space.MIN_BLOCKS) - {1}
     assert all(len(found) > 1 for found in pieces.values()), "not only the default's"
@@ -185,22 +186,22 @@ def test_variants_are_what_a_call_compiles():
 
     decode = When("decode", "tensor", True, 16, 32, 1, 1, 64)
     (main, key), (planner, planner_key) = names(decode)
-    assert (main, planner) == ("decode_few_fp8_sm90", "planner")
+    assert (main, planner) == ("decode_tile16_fp8", "planner")
     assert (key.box_rows, key.kv_format, key.q_fp8, key.dtype) == (32, "tensor", True, "bfloat16")
     assert planner_key.lengths == "csr"
     assert names(dataclasses.replace(decode, kv_len=65))[1][1].lengths == "csr_last"
-    assert names(decode, KernelConfig(fp8_kernel="rows"))[0][0] == "decode_fp8_sm90"
-    assert names(dataclasses.replace(decode, num_heads=17))[0][0] == "decode_fp8_sm90"
+    assert names(decode, KernelConfig(fp8_kernel="tile64"))[0][0] == "decode_tile64_fp8"
+    assert names(dataclasses.replace(decode, num_heads=17))[0][0] == "decode_tile64_fp8"
     bf16 = dataclasses.replace(decode, kv_format="", q_fp8=False)
-    assert names(bf16)[0] == ("decode_few_sm90", DecodeKey("bfloat16", 32))
-    assert names(bf16, KernelConfig(kernel="rows"))[0] == ("decode_rows_sm90", DecodeKey("bfloat16", 32))
-    assert names(bf16, KernelConfig(fp8_kernel="rows"))[0][0] == "decode_few_sm90"
+    assert names(bf16)[0] == ("decode_tile16", DecodeKey("bfloat16", 32))
+    assert names(bf16, KernelConfig(kernel="tile64"))[0] == ("decode_tile64", DecodeKey("bfloat16", 32))
+    assert names(bf16, KernelConfig(fp8_kernel="tile64"))[0][0] == "decode_tile16"
     many = dataclasses.replace(bf16, num_heads=17)
-    assert names(many)[0][0] == "decode_rows_sm90"
-    assert names(many, KernelConfig(kernel="few_rows"))[0][0] == "decode_few_sm90"
+    assert names(many)[0][0] == "decode_tile64"
+    assert names(many, KernelConfig(kernel="tile16"))[0][0] == "decode_tile16"
     prefill = dataclasses.replace(bf16, op="prefill", q_len=2)
-    assert [name for name, _ in names(prefill)] == ["prefill_rows_sm90", "prefill_planner"]
-    assert names(dataclasses.replace(prefill, kv_format="group"))[0][0] == "prefill_fp8_sm90"
+    assert [name for name, _ in names(prefill)] == ["prefill_tile64", "prefill_planner"]
+    assert names(dataclasses.replace(prefill, kv_format="group"))[0][0] == "prefill_tile64_fp8"
 
 
 def test_changes_counts_fields():

@@ -135,11 +135,11 @@ def without_entry_field(name: str) -> dict:
         (with_config(cut_unit=True), "entry 1: config.cut_unit: expected int, got True"),
         (
             with_config(kernel="none"),
-            "entry 1: config: kernel: expected one of ('auto', 'rows', 'few_rows'), got 'none'",
+            "entry 1: config: kernel: expected one of ('auto', 'rows', 'tile16'), got 'none'",
         ),
         (
             with_config(fp8_kernel="few"),
-            "entry 1: config: fp8_kernel: expected one of ('auto', 'rows', 'few_rows'), got 'few'",
+            "entry 1: config: fp8_kernel: expected one of ('auto', 'rows', 'tile16'), got 'few'",
         ),
     ],
 )
@@ -149,7 +149,7 @@ def test_what_is_wrong_with_a_file_is_said_with_its_name_and_entry(values, messa
 
 
 def test_fields_of_a_config_that_a_file_does_not_name_have_their_default():
-    for named in ({"min_blocks": 4}, {"cut_unit": 1}, {"cut_unit": 1, "min_blocks": 1}, {"kernel": "few_rows"}):
+    for named in ({"min_blocks": 4}, {"cut_unit": 1}, {"cut_unit": 1, "min_blocks": 1}, {"kernel": "tile16"}):
         file = select.parse(with_entry(config=named), "some.json")
         assert file.entries[1].config == KernelConfig(**named)
 
@@ -392,6 +392,6 @@ def test_selections_are_said_where_asked_each_once(folders, caplog, monkeypatch)
         "min_blocks=8",
     ):
         assert text in first
-    assert first.endswith("kernel decode_few_sm90")
+    assert first.endswith("kernel decode_tile16")
     assert f"batch 500, length 8192, 16-bit cache: default: no entry of user {FILE} is near" in second
     assert not any("\n" in message for message in caplog.messages)

@@ -15,7 +15,7 @@ from mla_cute.tuned import select
 )
 def test_another_kernel_comes_with_its_pieces(kv_format, field, other, num_heads):
     config = dataclasses.replace(default_config(num_heads, 64, 8, SMS), evict_first=False, item_overhead=7)
-    for kernel, unit in (("rows", 2), ("few_rows", 1)):
+    for kernel, unit in (("tile64", 2), ("tile16", 1)):
         changed = with_kernel(config, kv_format, kernel)
         assert (getattr(changed, field), getattr(changed, other)) == (kernel, "auto")
         assert (changed.cut_unit, changed.min_blocks) == (unit, unit)
@@ -28,7 +28,7 @@ def test_another_kernel_comes_with_its_pieces(kv_format, field, other, num_heads
 @pytest.mark.parametrize(
     ("facts", "few"),
     [
-        # Measured faster with few_rows on 132 SMs, or not: docs/performance.md.
+        # Measured faster with tile16 on 132 SMs, or not: docs/performance.md.
         ({"num_heads": 32, "batch": 1, "kv_len": 32768}, True),
         ({"num_heads": 32, "batch": 16, "kv_len": 8192}, False),
         ({"num_heads": 64, "batch": 1, "kv_len": 8192}, True),
@@ -43,17 +43,17 @@ def test_another_kernel_comes_with_its_pieces(kv_format, field, other, num_heads
         ({"num_heads": 64, "batch": 16, "kv_len": 1024, "kv_format": "", "q_fp8": False}, False),
         ({"num_heads": 128, "batch": 1, "kv_len": 1024, "kv_format": "", "q_fp8": False}, True),
         ({"num_heads": 128, "batch": 1, "kv_len": 4096, "kv_format": "", "q_fp8": False}, False),
-        # What is not known or not decode; up to 16 heads "auto" is few_rows.
+        # What is not known or not decode; up to 16 heads "auto" is tile16.
         ({"num_heads": 64, "batch": 1, "kv_len": None}, False),
         ({"num_heads": 64, "batch": 1, "kv_len": 1024, "op": "prefill"}, False),
         ({"num_heads": 16, "batch": 1, "kv_len": 1024}, False),
     ],
 )
-def test_small_steps_of_many_heads_take_few_rows_by_default(facts, few):
+def test_small_steps_of_many_heads_take_tile16_by_default(facts, few):
     shape = when(**{"kv_format": "tensor", "q_fp8": True} | facts)
     field, other = ("fp8_kernel", "kernel") if shape.kv_format else ("kernel", "fp8_kernel")
     config = select.default_for(shape, 132)
-    assert getattr(config, field) == ("few_rows" if few else "auto")
+    assert getattr(config, field) == ("tile16" if few else "auto")
     assert getattr(config, other) == "auto"
     runs_few = few or (shape.op == "decode" and shape.num_heads <= 16)
     assert config.cut_unit == config.min_blocks == (1 if runs_few else 2)

@@ -124,7 +124,7 @@ def test_of_equally_near_entries_the_one_of_the_page_size_wins():
 @pytest.mark.parametrize("kv_format", ["", "tensor"])
 def test_the_kernel_of_many_heads_goes_by_the_size_of_the_step(kv_format):
     many = {"num_heads": 128, "kv_format": kv_format}
-    few = entry(KernelConfig(kernel="few_rows", fp8_kernel="few_rows"), batch=2, **many)
+    few = entry(KernelConfig(kernel="tile16", fp8_kernel="tile16"), batch=2, **many)
     rows = entry(OTHER, batch=8, kv_len=32768, **many)
     for call, taken in (
         ({"batch": 2, "kv_len": 8192}, few),
@@ -136,7 +136,7 @@ def test_the_kernel_of_many_heads_goes_by_the_size_of_the_step(kv_format):
     ):
         assert nearest(when(**many | call), few, rows) is taken, call
     assert nearest(when(**many | {"batch": 2, "kv_len": None}), few) is None
-    # Row tiles are for steps of any size; where the default is few_rows, if they won over it in no larger a step.
+    # Row tiles are for steps of any size; where the default is tile16, if they won over it in no larger a step.
     grid = Grid(tuned_file(rows))
     for batch in (2, 8):
         assert grid.nearest(when(**many | {"batch": batch, "kv_len": 32768})) == 0
@@ -183,7 +183,7 @@ def in_reach(call: When, at: Entry) -> bool:
     """Of the class, within a factor of 4 without regard to the ends of ranges, and not too large for its kernel."""
     there = at.when
     kernel = at.config.fp8_kernel if there.kv_format else at.config.kernel
-    if there.op == "decode" and there.num_heads > 16 and kernel == "few_rows":
+    if there.op == "decode" and there.num_heads > 16 and kernel == "tile16":
         tiles = [-(-w.num_heads // 16) for w in (call, there)]
         if call.kv_len is None or call.batch * call.kv_len * tiles[0] > there.batch * there.kv_len * tiles[1]:
             return False

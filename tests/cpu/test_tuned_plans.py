@@ -16,7 +16,7 @@ import mla_cute
 from mla_cute import attend, plan
 from mla_cute.compile import jit
 from mla_cute.config import KernelConfig
-from mla_cute.kernels.registry import KV_FORMATS
+from mla_cute.dims import KV_FORMATS
 from mla_cute.tuned import select, shape_log
 from mla_cute.tuned.select.shape_log import ShapeLog
 

@@ -152,7 +152,7 @@ def test_a_process_that_warms_up_can_fork(cache, tmp_path):
     found = result_of(start_process(FORK, GPU_SCRIPT=str(script), MLA_CUTE_TUNED_DIR=str(tmp_path / "tuned")))
     assert found == {
         "status": 0,
-        "no_pdl": ["decode_few_sm90", "planner", "planner", "planner"],
+        "no_pdl": ["decode_tile16", "planner", "planner", "planner"],
         "imported": [],
         "counted": {"compiled": 0, "loaded": 0},
         "initialised": False,

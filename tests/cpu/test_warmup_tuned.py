@@ -8,7 +8,7 @@ from mla_cute.cli import info
 from mla_cute.compile import warmup as warmup_module
 from mla_cute.config import KernelConfig
 from mla_cute.kernels import registry
-from mla_cute.kernels.registry import DecodeKey, Fp8Key, PlannerKey, PrefillKey, PrefillPlannerKey
+from mla_cute.kernels.keys import DecodeKey, Fp8Key, PlannerKey, PrefillKey, PrefillPlannerKey
 from mla_cute.tuned import select
 
 ASKED = {"dtypes": ("bfloat16",), "page_sizes": (1, 64), "ops": ("decode", "prefill"), "kv_formats": ("",)}
@@ -65,10 +65,10 @@ def test_without_cuda_the_visible_gpus_count(folders, monkeypatch):
     write(other, entry(NO_HINT), name="NVIDIA Other", sm_count=7)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     monkeypatch.setattr(warmup_module, "_ask_for_gpus", ask)
-    few = {(registry.DECODE_FEW, DecodeKey("bfloat16", 64), config.launch()) for config in (NO_PDL, NO_HINT)}
+    few = {(registry.DECODE_TILE16, DecodeKey("bfloat16", 64), config.launch()) for config in (NO_PDL, NO_HINT)}
     assert few < extra()
     write(other, entry(NO_HINT), name="NVIDIA Other", sm_count=8)
-    assert few & extra() == {(registry.DECODE_FEW, DecodeKey("bfloat16", 64), NO_PDL.launch())}
+    assert few & extra() == {(registry.DECODE_TILE16, DecodeKey("bfloat16", 64), NO_PDL.launch())}
     assert asked == [1, 1]
     assert len(warmup_module.selected(**ASKED | {"ops": ("append",)})) == 2
     assert asked == [1, 1]
@@ -88,12 +88,12 @@ def test_the_launch_configurations_of_the_entries(folders):
     )
     no_pdl, no_hint = NO_PDL.launch(), NO_HINT.launch()
     assert extra() == {
-        (registry.DECODE_FEW, DecodeKey("bfloat16", 64), no_pdl),
+        (registry.DECODE_TILE16, DecodeKey("bfloat16", 64), no_pdl),
         *planners(registry.PLANNER, PlannerKey, NO_PDL),
-        (registry.DECODE_FEW, DecodeKey("bfloat16", 0), no_hint),
+        (registry.DECODE_TILE16, DecodeKey("bfloat16", 0), no_hint),
         (registry.PREFILL, PrefillKey("bfloat16", 64), no_hint),
     }
-    both = {(registry.DECODE_FEW, DecodeKey(dtype, 64), no_pdl) for dtype in registry.DTYPES}
+    both = {(registry.DECODE_TILE16, DecodeKey(dtype, 64), no_pdl) for dtype in registry.DTYPES}
     assert both <= extra(dtypes=registry.DTYPES)
 
 
@@ -108,23 +108,23 @@ def test_entries_that_were_not_asked_for(folders, change):
 
 def test_a_page_size_of_the_same_class_counts(folders):
     write(folders.shipped, entry(NO_PDL, page_size=128))
-    assert (registry.DECODE_FEW, DecodeKey("bfloat16", 64), NO_PDL.launch()) in extra(page_sizes=(64,))
+    assert (registry.DECODE_TILE16, DecodeKey("bfloat16", 64), NO_PDL.launch()) in extra(page_sizes=(64,))
 
 
 def test_entries_name_the_kernel_that_runs(folders):
-    few = KernelConfig(kernel="few_rows", evict_first=False, cut_unit=1, min_blocks=1)
-    rows = KernelConfig(kernel="rows", evict_first=False)
+    few = KernelConfig(kernel="tile16", evict_first=False, cut_unit=1, min_blocks=1)
+    rows = KernelConfig(kernel="tile64", evict_first=False)
     write(
         folders.shipped,
         entry(rows),
         entry(few, num_heads=64, page_size=1),
         entry(NO_PDL, num_heads=128),
-        entry(KernelConfig(kernel="few_rows", cut_unit=1), num_heads=32),  # the default has that kernel too
+        entry(KernelConfig(kernel="tile16", cut_unit=1), num_heads=32),  # the default has that kernel too
         entry(few, op="prefill", q_len=9),
     )
     assert extra() == {
         (registry.DECODE, DecodeKey("bfloat16", 64), rows.launch()),
-        (registry.DECODE_FEW, DecodeKey("bfloat16", 0), few.launch()),
+        (registry.DECODE_TILE16, DecodeKey("bfloat16", 0), few.launch()),
         (registry.DECODE, DecodeKey("bfloat16", 64), NO_PDL.launch()),
         *planners(registry.PLANNER, PlannerKey, NO_PDL),
         (registry.PREFILL, PrefillKey("bfloat16", 64), few.launch()),
@@ -132,7 +132,7 @@ def test_entries_name_the_kernel_that_runs(folders):
 
 
 def test_fp8_entries_name_the_kernel_that_runs(folders):
-    rows = KernelConfig(fp8_kernel="rows", evict_first=False)
+    rows = KernelConfig(fp8_kernel="tile64", evict_first=False)
     native = KernelConfig(accuracy="native")
     few = KernelConfig(use_pdl=False)
     write(
@@ -144,7 +144,7 @@ def test_fp8_entries_name_the_kernel_that_runs(folders):
     )
     assert extra(kv_formats=("tensor", "token")) == {
         (registry.DECODE_FP8, Fp8Key("bfloat16", 64, "token", False), rows.launch()),
-        (registry.DECODE_FEW_FP8, Fp8Key("bfloat16", 64, "tensor", True), few.launch()),
+        (registry.DECODE_TILE16_FP8, Fp8Key("bfloat16", 64, "tensor", True), few.launch()),
         *planners(registry.PLANNER, PlannerKey, few),
         (registry.PREFILL_FP8, Fp8Key("bfloat16", 64, "tensor", False), native.launch()),
     }
@@ -163,7 +163,7 @@ def test_files_that_calls_do_not_use(folders, monkeypatch):
     assert extra() == set()
     monkeypatch.delenv("MLA_CUTE_TUNED")
     write(folders.user, entry(NO_HINT))  # hides the shipped one
-    assert extra() == {(registry.DECODE_FEW, DecodeKey("bfloat16", 64), NO_HINT.launch())}
+    assert extra() == {(registry.DECODE_TILE16, DecodeKey("bfloat16", 64), NO_HINT.launch())}
 
 
 def test_a_broken_file_is_named(folders):
@@ -177,7 +177,7 @@ def test_what_is_selected_is_what_calls_run_with(folders):
     selected = set(warmup_module.selected(**ASKED))
     decode, prefill = DecodeKey("bfloat16", 64), PrefillKey("bfloat16", 64)
     for op, num_heads, q_len, ref, key in (
-        ("decode", 16, 1, registry.DECODE_FEW, decode),
+        ("decode", 16, 1, registry.DECODE_TILE16, decode),
         ("decode", 128, 1, registry.DECODE, decode),
         ("prefill", 16, 100, registry.PREFILL, prefill),
     ):
@@ -208,4 +208,4 @@ def test_warmup_compiles_what_is_selected(folders, monkeypatch):
     monkeypatch.setattr(warmup_module, "_warm", lambda variants, *options: compiled.extend(variants) or [])
     warmup_module.warmup(page_sizes=(64,))
     assert compiled == warmup_module.selected(**ASKED | {"page_sizes": (64,), "ops": warmup_module.OPS})
-    assert (registry.DECODE_FEW, DecodeKey("bfloat16", 64), NO_PDL.launch()) in compiled
+    assert (registry.DECODE_TILE16, DecodeKey("bfloat16", 64), NO_PDL.launch()) in compiled

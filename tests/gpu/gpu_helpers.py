@@ -3,12 +3,7 @@
 import pytest
 import torch
 
-from mla_cute.testing.cases import (
-    DecodeCase,
-    expected_of,
-    judge,
-    run_case,
-)
+from mla_cute.testing.cases import DecodeCase, expected_of, judge, run_case
 from mla_cute.testing.fp8 import Fp8Case, run_fp8
 from mla_cute.testing.prefill import PrefillCase, make_prefill_case
 from mla_cute.testing.runs import capture, plan_of

@@ -4,17 +4,7 @@ import math
 
 import pytest
 import torch
-from append_case import (
-    DTYPES,
-    E4M3,
-    LAYOUTS,
-    NUM_SLOTS,
-    SCALES,
-    SLOT_DTYPES,
-    Cache,
-    make_slots,
-    make_tokens,
-)
+from append_case import DTYPES, E4M3, LAYOUTS, NUM_SLOTS, SCALES, SLOT_DTYPES, Cache, make_slots, make_tokens
 from gpu_helpers import capture
 
 import mla_cute

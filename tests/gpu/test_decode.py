@@ -8,12 +8,7 @@ import torch
 from gpu_helpers import ENTRIES, bits, check, decode, plan_of, same_bits
 
 import mla_cute
-from mla_cute.testing.cases import (
-    expected_of,
-    make_case,
-    run_case,
-    sweep,
-)
+from mla_cute.testing.cases import expected_of, make_case, run_case, sweep
 from mla_cute.testing.verdict import compare
 
 BOTH_ENTRIES = pytest.mark.parametrize("entry", ENTRIES)

@@ -1,6 +1,6 @@
-"""Decode over 16-bit caches by the kernel that the default does not take: row tiles with few heads, few rows with many.
+"""Decode over 16-bit caches by the kernel that the default does not take: row tiles with few heads, tile16 with many.
 
-The other decode tests run the default: few rows up to 16 heads, row tiles beyond.
+The other decode tests run the default: tile16 up to 16 heads, row tiles beyond.
 """
 
 import dataclasses
@@ -16,18 +16,18 @@ from mla_cute.testing.cases import expected_of, make_case
 
 # One page size for each way of loading: gather, boxes of 8, 16, 32 and 64 rows.
 LOADS = (1, 24, 16, 32, 64)
-HEADS = {"rows": (1, 8, 16), "few_rows": (17, 32, 100, 128)}
+HEADS = {"tile64": (1, 8, 16), "tile16": (17, 32, 100, 128)}
 KERNELS = [(kernel, num_heads) for kernel, counts in HEADS.items() for num_heads in counts]
 BOTH = pytest.mark.parametrize(("kernel", "num_heads"), KERNELS, ids=[f"{kernel}-{h}" for kernel, h in KERNELS])
-# With cut_unit: few rows take 1, row tiles 2 and, when a configuration says so, 1.
-UNITS = [(kernel, h, unit) for kernel, h in KERNELS for unit in ((1, 2) if kernel == "rows" else (1,))]
+# With cut_unit: tile16 take 1, row tiles 2 and, when a configuration says so, 1.
+UNITS = [(kernel, h, unit) for kernel, h in KERNELS for unit in ((1, 2) if kernel == "tile64" else (1,))]
 IN_UNITS = pytest.mark.parametrize(
     ("kernel", "num_heads", "unit"), UNITS, ids=[f"{kernel}-{h}-unit{unit}" for kernel, h, unit in UNITS]
 )
 
 
 def of(kernel: str, unit: int | None = None) -> mla_cute.KernelConfig:
-    """Cut in units of the kernel's own (few rows 1, row tiles 2) or of `unit` blocks."""
+    """Cut in units of the kernel's own (tile16 1, row tiles 2) or of `unit` blocks."""
     config = with_kernel(mla_cute.KernelConfig(), "", kernel)
     return config if unit is None else dataclasses.replace(config, cut_unit=unit, min_blocks=unit)
 
@@ -50,7 +50,7 @@ def test_right_and_repeatable(kernel, num_heads, unit, page_size, dtype):
 
 
 @pytest.mark.parametrize("page_size", LOADS)
-@pytest.mark.parametrize(("kernel", "num_heads"), [("rows", 6), ("few_rows", 6), ("few_rows", 20)])
+@pytest.mark.parametrize(("kernel", "num_heads"), [("tile64", 6), ("tile16", 6), ("tile16", 20)])
 def test_every_length_around_the_tile(kernel, num_heads, page_size):
     case = make_case(list(range(1, 260)), num_heads=num_heads, page_size=page_size, device="cuda")
     check(case, config=of(kernel))
@@ -104,12 +104,12 @@ def test_replay_follows_the_metadata(kernel, num_heads, page_size):
 
 
 @pytest.mark.parametrize("num_heads", [16, 64, 128])
-def test_few_rows_of_a_model_in_one_batch(num_heads):
+def test_tile16_of_a_model_in_one_batch(num_heads):
     """More requests than SMs, lengths of every kind, some of which are cut: the bits do not depend on the entry."""
     lengths = torch.randint(0, 300, (500,), generator=torch.Generator().manual_seed(num_heads)).tolist()
     lengths[250] = 30000
     case = make_case(lengths, num_heads=num_heads, page_size=16, device="cuda")
-    check(case, config=of("few_rows"))
+    check(case, config=of("tile16"))
     out = case.out.clone()
-    check(case, entry="block_table", config=of("few_rows"))
+    check(case, entry="block_table", config=of("tile16"))
     assert same_bits(case.out, out)

@@ -5,12 +5,7 @@ import torch
 
 import mla_cute
 from mla_cute.testing.cases import make_case
-from mla_cute.testing.fp8 import (
-    compare_fp8,
-    expected_fp8,
-    make_fp8,
-    run_fp8,
-)
+from mla_cute.testing.fp8 import compare_fp8, expected_fp8, make_fp8, run_fp8
 from mla_cute.testing.prefill import make_prefill_case
 
 HIGH, NATIVE = (mla_cute.KernelConfig(accuracy=accuracy) for accuracy in ("high", "native"))

@@ -11,23 +11,12 @@ from gpu_helpers import ENTRIES, bits, plan_of, same_bits
 from gpu_helpers import check_fp8 as check
 
 import mla_cute
-from mla_cute.testing.cases import (
-    CACHE_LAYOUTS,
-    OUT_LAYOUTS,
-    Q_LAYOUTS,
-    make_case,
-    run_case,
-)
-from mla_cute.testing.fp8 import (
-    LAYOUTS,
-    Fp8Case,
-    compare_fp8,
-    expected_fp8,
-)
+from mla_cute.testing.cases import CACHE_LAYOUTS, OUT_LAYOUTS, Q_LAYOUTS, make_case, run_case
+from mla_cute.testing.fp8 import LAYOUTS, Fp8Case, compare_fp8, expected_fp8
 
 PAGE_SIZES = {64: (64, 128), 32: (32,), 16: (16,), 8: (8, 24), 0: (1,)}
-HEADS = {"rows": (24, 64, 100, 128), "few_rows": (1, 8, 16)}
-ROWS = mla_cute.KernelConfig(fp8_kernel="rows")
+HEADS = {"tile64": (24, 64, 100, 128), "tile16": (1, 8, 16)}
+ROWS = mla_cute.KernelConfig(fp8_kernel="tile64")
 BOTH_ENTRIES = pytest.mark.parametrize("entry", ENTRIES)
 
 
@@ -88,7 +77,7 @@ def sweep() -> list[Spec]:
                 )
             )
     assert len({str(spec) for spec in specs}) == len(specs) == 120
-    assert {spec.num_heads for spec in specs} == {*HEADS["rows"], *HEADS["few_rows"]}
+    assert {spec.num_heads for spec in specs} == {*HEADS["tile64"], *HEADS["tile16"]}
     assert {spec.layout for spec in specs} == set(LAYOUTS)
     return specs
 
@@ -150,16 +139,16 @@ def test_the_row_tile_kernel_with_few_heads(layout, q_fp8, num_heads):
     fp8 = make(layout, q_fp8, [0, 1, 65, 1000, 5000], num_heads)
     check(fp8, config=ROWS)
     check(fp8, config=ROWS, batch_invariant=True)
-    check(fp8, config=mla_cute.KernelConfig(fp8_kernel="few_rows"))
+    check(fp8, config=mla_cute.KernelConfig(fp8_kernel="tile16"))
 
 
 @pytest.mark.parametrize("num_heads", [17, 32, 100, 128])
 @BOTH_Q
 @EVERY_LAYOUT
-def test_the_few_rows_kernel_with_many_heads(layout, q_fp8, num_heads):
+def test_the_tile16_kernel_with_many_heads(layout, q_fp8, num_heads):
     """In tiles of 16, the last one not full; by plans made for the kernel and for the other one."""
     fp8 = make(layout, q_fp8, [0, 1, 65, 1000, 5000, 128], num_heads)
-    config = mla_cute.KernelConfig(fp8_kernel="few_rows")
+    config = mla_cute.KernelConfig(fp8_kernel="tile16")
     check(fp8, config=config)
     check(fp8, config=config, batch_invariant=True)
     case = fp8.case

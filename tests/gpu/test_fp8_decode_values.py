@@ -11,12 +11,7 @@ from gpu_helpers import same_bits
 
 import mla_cute
 from mla_cute import quant
-from mla_cute.testing.fp8 import (
-    LAYOUTS,
-    Fp8Case,
-    expected_fp8,
-    judge_fp8,
-)
+from mla_cute.testing.fp8 import LAYOUTS, Fp8Case, expected_fp8, judge_fp8
 
 SCALED = pytest.mark.parametrize("layout", LAYOUTS[1:])
 LENGTHS = [1, 65, 1000, 5000]

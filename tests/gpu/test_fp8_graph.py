@@ -7,12 +7,7 @@ import torch
 from gpu_helpers import ENTRIES, capture, plan_of, same_bits
 
 from mla_cute.testing.cases import make_case
-from mla_cute.testing.fp8 import (
-    Fp8Case,
-    expected_fp8,
-    judge_fp8,
-    make_fp8,
-)
+from mla_cute.testing.fp8 import Fp8Case, expected_fp8, judge_fp8, make_fp8
 from mla_cute.testing.prefill import make_prefill_case
 
 # Variants that test_fp8_decode.py and test_fp8_prefill.py compile too: (layout, e4m3 queries, page size, heads).

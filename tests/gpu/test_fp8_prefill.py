@@ -12,20 +12,8 @@ from gpu_helpers import check_fp8 as check
 
 import mla_cute
 from mla_cute.kernels.registry import box_rows_of
-from mla_cute.testing.cases import (
-    CACHE_LAYOUTS,
-    OUT_LAYOUTS,
-    Q_LAYOUTS,
-    DecodeCase,
-    run_case,
-)
-from mla_cute.testing.fp8 import (
-    LAYOUTS,
-    Fp8Case,
-    compare_fp8,
-    expected_fp8,
-    make_fp8,
-)
+from mla_cute.testing.cases import CACHE_LAYOUTS, OUT_LAYOUTS, Q_LAYOUTS, DecodeCase, run_case
+from mla_cute.testing.fp8 import LAYOUTS, Fp8Case, compare_fp8, expected_fp8, make_fp8
 from mla_cute.testing.prefill import make_prefill_case
 
 # What these tests compile: (dtype, box rows, format, e4m3 queries).
@@ -254,7 +242,7 @@ def test_one_query_token_is_decode(layout, q_fp8, num_heads):
         check(fp8, expected=expected, batch_invariant=mode)
     out, lse = fp8.case.out.clone(), fp8.case.lse.clone()
     check(as_decode(fp8), expected=expected)
-    check(as_decode(fp8), expected=expected, batch_invariant=True, config=mla_cute.KernelConfig(fp8_kernel="rows"))
+    check(as_decode(fp8), expected=expected, batch_invariant=True, config=mla_cute.KernelConfig(fp8_kernel="tile64"))
     if num_heads <= 64:
         assert same_bits(fp8.case.out, out)
         assert same_bits(fp8.case.lse, lse)

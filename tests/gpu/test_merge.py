@@ -21,10 +21,10 @@ def call(case, plan):
     )
 
 
-@pytest.mark.parametrize("kernel", ["few_rows", "rows"])
+@pytest.mark.parametrize("kernel", ["tile16", "tile64"])
 @pytest.mark.parametrize("num_heads", [1, 8, 16, 33, 64, 100, 128])
 def test_every_number_of_pieces(num_heads, kernel):
-    unit = 1 if kernel == "few_rows" else 2
+    unit = 1 if kernel == "tile16" else 2
     config = KernelConfig(kernel=kernel, cut_unit=unit, min_blocks=unit, split_penalty=0)
     seen = set()
     for pieces in PIECES:

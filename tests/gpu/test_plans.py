@@ -6,7 +6,7 @@ from gpu_helpers import ENTRIES, MIXED, check, check_fp8, decode, make_prefill, 
 
 import mla_cute
 from mla_cute import plan as plans
-from mla_cute.kernels.registry import PART_ROW
+from mla_cute.dims import PART_ROW
 from mla_cute.testing.cases import make_case
 from mla_cute.testing.fp8 import make_fp8
 
@@ -141,7 +141,7 @@ def shared_pages(requests, pages, kv_len, device="cuda"):
     return indptr, indices.view(-1)
 
 
-@pytest.mark.parametrize("kernel", ["rows", "few_rows"])
+@pytest.mark.parametrize("kernel", ["tile64", "tile16"])
 @pytest.mark.parametrize("kv_format", ["", "tensor"])
 def test_partial_rows_of_decode_beyond_2_to_the_31_words(partial_bytes, kernel, kv_format):
     requests, kv_len = 3700, 16384

@@ -58,7 +58,7 @@ def expect_the_winner(result, lengths, q_of_rope, cut=False):
 
 @pytest.mark.parametrize("sign", [-1, 1])
 @pytest.mark.parametrize("num_heads", [16, 128])
-@pytest.mark.parametrize("kind", ["rows", "few_rows", "prefill"])
+@pytest.mark.parametrize("kind", ["tile64", "tile16", "prefill"])
 @pytest.mark.parametrize("kv_format", ["", "tensor"])
 def test_scores_up_to_the_bound(kind, num_heads, kv_format, sign):
     """From -0.9 * 2^27, where all are below -0.7 * 2^27, to 0.7 * 2^27; e4m3 holds these numbers too."""
@@ -81,7 +81,7 @@ def test_scores_below_minus_1e30_in_the_kernel_for_few_heads(num_heads, exponent
     def kpe_of_token(t):
         return torch.where(t == 77, -128.0, -160.0)
 
-    expect_the_winner(call("few_rows", num_heads, lengths, kpe_of_token, q_of_rope, kv_format), lengths, q_of_rope)
+    expect_the_winner(call("tile16", num_heads, lengths, kpe_of_token, q_of_rope, kv_format), lengths, q_of_rope)
 
 
 @pytest.mark.parametrize("num_heads", [16, 128])
@@ -92,9 +92,9 @@ def test_a_request_that_is_cut_keeps_scores_below_minus_1e30(num_heads):
     def kpe_of_token(t):
         return torch.where(t == 200, -128.0, -160.0)
 
-    finest = mla_cute.KernelConfig(kernel="few_rows", cut_unit=1, min_blocks=1, item_overhead=0, split_penalty=0)
+    finest = mla_cute.KernelConfig(kernel="tile16", cut_unit=1, min_blocks=1, item_overhead=0, split_penalty=0)
     indptr = torch.tensor([0, PAGES, 2 * PAGES], dtype=torch.int32, device="cuda")
     plan = mla_cute.plan_decode(indptr, num_heads=num_heads, page_size=PAGE_SIZE, config=finest)
     assert int(plan.table[0, 7]) == 2, "both requests are merged"
-    result = call("few_rows", num_heads, lengths, kpe_of_token, q_of_rope, config=finest)
+    result = call("tile16", num_heads, lengths, kpe_of_token, q_of_rope, config=finest)
     expect_the_winner(result, lengths, q_of_rope, cut=True)

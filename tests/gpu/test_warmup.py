@@ -72,7 +72,7 @@ def test_a_process_that_warms_up_can_fork():
     assert found["before"] == found["after"] == 3
     assert found["initialised"] is False
     assert found["loaded"] == {"compiled": 0, "loaded": 0}
-    assert {"append", "decode_few_sm90", "decode_rows_sm90", "merge_states", "planner"} <= set(found["kernels"])
+    assert {"append", "decode_tile16", "decode_tile64", "merge_states", "planner"} <= set(found["kernels"])
     child = found["child"]
     assert "error" not in child, child
     assert child["decode"] == [True, True]

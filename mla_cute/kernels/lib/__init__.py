@@ -1,0 +1,1 @@
+"""What the kernels share: loads of pages, the ring, row maps, softmax, partial rows, barriers, PTX, e4m3."""

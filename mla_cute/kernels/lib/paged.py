@@ -1,0 +1,179 @@
+"""Producers of K tiles from the paged cache into 128-byte-swizzled shared memory.
+
+A K tile is 64 tokens x 576: nine 64 x 64 sub-tiles (eight of ckv, one of kpe), each of 8 KiB. Half 0 of a tile is
+ckv sub-tiles 0..3, half 1 is ckv sub-tiles 4..7 and kpe. By TMA, each of the four producer warps owns one
+(stage, half) of a pair of tiles and every sub-tile has its own full mbarrier; by cp.async, the four warps fill every
+half together and it has a full mbarrier per two ckv sub-tiles.
+
+Page sizes fall into classes by box_rows = gcd(page_size, 64), the rows that are contiguous whatever the block:
+  box_rows >= 8   TMA boxes of box_rows x 64 (8-row swizzle atoms stay 1024-byte aligned): `TmaLoader`
+  box_rows <  8   cp.async of 16 bytes per lane: `GatherLoader`
+Neither looks up a page id past the request's end. TMA leaves the rows past it as they were in shared memory (whole
+boxes) or fills them from the page (the last box), cp.async writes zeros: scores of those rows are masked and their V
+rows are zeroed by the consumers.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32, Int64, Uint32, const_expr
+from cutlass.cute.nvgpu import cpasync
+
+from . import barriers
+from .ptx import cp_async_16
+
+TILE_N = 64
+SUB_ELEMS = 64 * 64
+SUB_BYTES = 2 * SUB_ELEMS
+NUM_SUB = 9
+# createpolicy encoding of L2::evict_first, as the TMA cache-hint operand: every KV byte is read once per step.
+EVICT_FIRST = 0x12F0000000000000
+
+
+@cute.jit
+def row_unit(page_stride, row_stride):
+    """Host side: the greatest common divisor of two strides, so that a row's offset in such units fits 32 bits."""
+    a = Int64(page_stride)
+    b = Int64(row_stride)
+    while b != 0:
+        rest = a % b
+        a = b
+        b = rest
+    return cutlass.max(Int32(a), Int32(1))
+
+
+def rows_of_block(block, kv_end):
+    """Tokens of a 64-token block that lie before kv_end: 0..64."""
+    return cutlass.max(cutlass.min(kv_end - block * TILE_N, Int32(TILE_N)), Int32(0))
+
+
+class TmaLoader:
+    """One TMA box per page part and sub-tile. Lane i of the warp looks up the page of box i.
+
+    The time from a half's release to the issue of its first box is on the critical path, so everything the boxes need
+    is in uniform registers before the wait for the release (`lookup`): 280 of 6100 cycles a pair at 128 heads.
+    """
+
+    full_arrivals = 1
+    barrier_subs = tuple(range(NUM_SUB))
+    generic_proxy = False
+
+    def __init__(self, box_rows: int, evict_first: bool):
+        self.box_rows = box_rows
+        self.num_boxes = TILE_N // box_rows
+        self.evict_first = evict_first
+
+    def _copy(self, atom, src, dst, mbar):
+        if self.evict_first:
+            cute.copy(atom, src, dst, tma_bar_ptr=mbar, cache_policy=Int64(EVICT_FIRST))
+        else:
+            cute.copy(atom, src, dst, tma_bar_ptr=mbar)
+
+    @cute.jit
+    def _lookup_lane(self, p, index_base, block, kv_end, lane):
+        token = block * TILE_N
+        if const_expr(self.num_boxes > 1):
+            token = token + lane * self.box_rows
+        page = Int32(0)
+        row = Int32(0)
+        if (token < kv_end) & (lane < self.num_boxes):
+            slot = token // p.page_size
+            row = (token - slot * p.page_size) // self.box_rows
+            page = p.mIndices[index_base + slot]
+        return page, row
+
+    def lookup(self, p, index_base, block, kv_end, lane):
+        """Per box: (page id, box index inside the page), warp-uniform; and how many boxes hold tokens."""
+        page, row = self._lookup_lane(p, index_base, block, kv_end, lane)
+        uniform = cute.arch.make_warp_uniform
+        where = tuple(
+            (uniform(cute.arch.shuffle_sync(page, i)), uniform(cute.arch.shuffle_sync(row, i)))
+            for i in range(self.num_boxes)
+        )
+        boxes = uniform((rows_of_block(block, kv_end) + self.box_rows - 1) // self.box_rows)
+        return where, boxes
+
+    @cute.jit
+    def load(self, p, s, where, boxes, stage, half, full):
+        """Fill half `half` of stage `stage`; `full` points at its first sub-tile's mbarrier."""
+        sK = cute.group_modes(cute.flat_divide(s.sK_sub, (self.box_rows, 64)), 0, 2)
+        sR = cute.group_modes(cute.flat_divide(s.sR, (self.box_rows, 64)), 0, 2)
+        gK = cute.group_modes(cute.local_tile(p.mCkv, (self.box_rows, 64), (None, None, None)), 0, 2)
+        gR = cute.group_modes(cute.local_tile(p.mKpe, (self.box_rows, 64), (None, 0, None)), 0, 2)
+        tKs, tKg = cpasync.tma_partition(p.tma_ckv, 0, cute.make_layout(1), sK, gK)
+        tRs, tRg = cpasync.tma_partition(p.tma_kpe, 0, cute.make_layout(1), sR, gR)
+        tx = boxes * (self.box_rows * 128)
+        for j in cutlass.range_constexpr(4):
+            sub = half * 4 + j
+            barriers.expect_tx(full + j, tx)
+            for i in cutlass.range_constexpr(self.num_boxes):
+                page, row = where[i]
+                if i < boxes:
+                    self._copy(p.tma_ckv, tKg[None, row, sub, page], tKs[None, i, 0, stage * 8 + sub], full + j)
+        if half == 1:
+            barriers.expect_tx(full + 4, tx)
+            for i in cutlass.range_constexpr(self.num_boxes):
+                page, row = where[i]
+                if i < boxes:
+                    self._copy(p.tma_kpe, tRg[None, row, page], tRs[None, i, 0, stage], full + 4)
+
+
+class GatherLoader:
+    """cp.async of 16 bytes per lane: eight lanes take one 128-byte sub-tile row, so four rows per instruction.
+
+    Warp w takes rows 16 w .. 16 w + 15 of every block; lane l looks up token 16 w + l % 16. All four warps fill the
+    same half, because the issue time adds to the time from release to refill. What is not a copy is done before the
+    wait for a free half (even a shuffle: it would queue behind the copies), and the copies are immediate offsets from
+    one address per four rows: addresses made per copy cost 250 cycles a copy, made per four rows between the copies 50,
+    now 15 to 40 beside the wgmmas' shared-memory reads. Rows past kv_end are written as zeros without a branch.
+    Completion is signalled by cp.async.mbarrier.arrive.noinc of all 128 lanes, once per two ckv sub-tiles (256 bytes
+    of a row, the prefetch size), the rope with the last. The writes are generic-proxy, so the consumers fence after
+    their wait, before wgmma reads.
+    """
+
+    full_arrivals = 128
+    barrier_subs = (0, 2, 4, 6)
+    generic_proxy = True
+
+    @cute.jit
+    def lookup(self, p, index_base, block, kv_end, w, lane):
+        """Offsets of the ckv and kpe rows of this lane's token, in units of p.ckv_unit and p.kpe_unit."""
+        token = block * TILE_N + w * 16 + lane % 16
+        ckv = Int32(0)
+        kpe = Int32(0)
+        if token < kv_end:
+            slot = token // p.page_size
+            row = token - slot * p.page_size
+            page = p.mIndices[index_base + slot]
+            ckv = page * p.ckv_page_units + row * p.ckv_row_units
+            kpe = page * p.kpe_page_units + row * p.kpe_row_units
+        return ckv, kpe
+
+    def rows(self, offset, lane):
+        """The offsets of this lane's row in each of the warp's four groups of four rows."""
+        return [cute.arch.shuffle_sync(offset, 4 * i + lane // 8) for i in range(4)]
+
+    def load(self, p, s, ckv_rows, kpe_rows, num_rows, stage: int, half: int, full, w, lane) -> None:
+        """Issue the copies of half `half` of stage `stage`."""
+        chunk, sub_row = lane % 8, lane // 8
+        # Swizzle: the 16-byte chunk index is xored with row % 8.
+        lane_at = [sub_row * 128 + (chunk ^ (sub_row + 4 * i)) * 16 + w * 2048 for i in range(2)]
+        left = num_rows - sub_row
+        dst = Int32(s.sK_sub.iterator.toint())
+        base = p.mCkv.iterator.toint() + Int64(chunk * 16)
+        src = [base + Int64(Uint32(row)) * Int64(Uint32(p.ckv_unit)) for row in ckv_rows]
+        for j in (0, 2):
+            for i in range(4):
+                for k in (j, j + 1):
+                    at = (stage * 8 + half * 4 + k) * SUB_BYTES + i * 512
+                    cp_async_16(dst + lane_at[i % 2], src[i], left, 4 * i, at, half * 512 + k * 128)
+            if j == 2 and half == 1:
+                dst = Int32(s.sR.iterator.toint())
+                base = p.mKpe.iterator.toint() + Int64(chunk * 16)
+                for i, row in enumerate(kpe_rows):
+                    at = base + Int64(Uint32(row)) * Int64(Uint32(p.kpe_unit))
+                    cp_async_16(dst + lane_at[i % 2], at, left, 4 * i, stage * SUB_BYTES + i * 512, 0)
+            cute.arch.cp_async_mbarrier_arrive_noinc(full + j)
+
+
+def make_loader(box_rows: int, evict_first: bool):
+    return TmaLoader(box_rows, evict_first) if box_rows else GatherLoader()

@@ -1,0 +1,92 @@
+"""Online softmax in the base-2 domain on wgmma accumulators, with a lazily moved reference maximum.
+
+Scores are S * scale_log2. The reference m of a row moves only when the row's maximum exceeds it by more than
+LAZY_LOG2; P = 2^(s - m) may therefore reach 2^8, which bf16, f16 and the float32 sums hold without loss, and the
+reference cancels in O / l and in lse = m + log2(l). Rescaling O (64 FMUL per row) is then rare.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32
+
+# Running maxima start at the lowest finite float32 rather than at -inf: -inf - -inf would be NaN in a row whose scores
+# are all masked. Any number above it would hide scores below it.
+LOWEST = -(2.0 - 2.0**-23) * 2.0**127
+LAZY_LOG2 = 8.0
+
+# Over FP8 caches P is float16, and pairs of tiles exchange no row maxima.
+# A thread's part of a row sum (of P relative to the reference) beyond which the reference moves: within float16, and so
+# far above 1 that it is rare. So a pair needs no row maxima.
+MAX_P = 2.0**14
+# The same where P is multiplied by scales of up to MAX_UNITS.
+MAX_SCALED_P = 2.0**9
+# Scales of V are counted in a unit that is moved when one exceeds so many: 2^6 * 2^9 (an e4m3) fits float16.
+MAX_UNITS = 64.0
+
+
+def exp2(x):
+    return cute.math.exp2(x, fastmath=True)
+
+
+def quad_max(x):
+    """Maximum over the four lanes that share an accumulator row."""
+    x = cute.arch.fmax(x, cute.arch.shuffle_sync_bfly(x, offset=1))
+    return cute.arch.fmax(x, cute.arch.shuffle_sync_bfly(x, offset=2))
+
+
+def quad_sum(x):
+    x = x + cute.arch.shuffle_sync_bfly(x, offset=1)
+    return x + cute.arch.shuffle_sync_bfly(x, offset=2)
+
+
+def row_max(s_rc, row: int, num_cols: int):
+    mx = cute.arch.fmax(s_rc[row, 0], s_rc[row, 1])
+    for n in range(2, num_cols):
+        mx = cute.arch.fmax(mx, s_rc[row, n])
+    return quad_max(mx)
+
+
+@cute.jit
+def lazy_max(old, new):
+    """The new reference: `old` unless `new` exceeds it by more than LAZY_LOG2 (NaN keeps `old`)."""
+    ref = old
+    if new > old + LAZY_LOG2:
+        ref = new
+    return ref
+
+
+def exp_row(s_rc, row: int, num_cols: int, scale_log2, ref):
+    """s <- 2^(s * scale_log2 - ref) along a row; returns this thread's part of the row sum."""
+    total = Float32(0.0)
+    for n in range(num_cols):
+        e = exp2(s_rc[row, n] * scale_log2 - ref)
+        s_rc[row, n] = e
+        total = total + e
+    return total
+
+
+def any_rescale(scale0, scale1):
+    """Warp-uniform: some row of this warp has a scale other than 1 (1 is exact, so skipping changes no bit)."""
+    return cute.arch.vote_any_sync((scale0 != Float32(1.0)) | (scale1 != Float32(1.0)))
+
+
+def multiply_rows(acc_rc, num_cols: int, scale0, scale1) -> None:
+    for n in range(num_cols):
+        acc_rc[0, n] = acc_rc[0, n] * scale0
+        acc_rc[1, n] = acc_rc[1, n] * scale1
+
+
+@cute.jit
+def scale_rows(acc_rc, num_cols: cutlass.Constexpr, scale0, scale1, need):
+    if need:
+        multiply_rows(acc_rc, num_cols, scale0, scale1)
+
+
+@cute.jit
+def mask_columns(s_rc, num_n_tiles: cutlass.Constexpr, valid, lane):
+    """-inf in columns >= valid."""
+    if valid < 8 * num_n_tiles:
+        for n in cutlass.range_constexpr(2 * num_n_tiles):
+            col = (n // 2) * 8 + (lane % 4) * 2 + n % 2
+            for r in cutlass.range_constexpr(2):
+                s_rc[r, n] = s_rc[r, n] if col < valid else -Float32.inf

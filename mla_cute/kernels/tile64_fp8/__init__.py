@@ -1,0 +1,1 @@
+"""Row tiles over FP8 caches: 64 query rows on wgmma; schedule.py has the schedule."""
