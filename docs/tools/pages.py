@@ -27,7 +27,7 @@ def _rewritten(target: str, page: str) -> str:
 def _targets(path: pathlib.Path) -> list[pathlib.Path]:
     """The files outside of docs/ that a page links to, from the repository's root."""
     found = [path.parent / target.split("#")[0] for target in _TARGET.findall(path.read_text(encoding="utf-8"))]
-    files = [file.resolve().relative_to(ROOT) for file in found if "://" not in str(file) and file.is_file()]
+    files = [file.resolve().relative_to(ROOT) for file in found if file.is_file()]
     return [file for file in files if file.parts[0] != "docs"]
 
 
