@@ -1,6 +1,7 @@
 # make demo      check and time decode on this GPU (without one: the reference, and the kernels compiled)
 # make test      lint, types, CPU tests, and the GPU tests where there is a Hopper GPU
 # make bench     the benchmark grid, with a JSON record
+# make docs      the documentation as a site, in site/; needs neither torch nor a GPU
 #
 # Each needs only Python >= 3.10 and makes its own .venv. TORCH=torch==X.Y.Z chooses the torch installed first,
 # PYTHON=python3.12 the interpreter, BENCH_ARGS="..." what `mla-cute bench` is given.
@@ -17,8 +18,9 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 TORCH_STAMP := $(VENV)/.torch-$(shell printf %s '$(TORCH)' | tr -c 'A-Za-z0-9.' _)
 DEMO_STAMP := $(VENV)/.installed-demo
 DEV_STAMP := $(VENV)/.installed-dev
+DOCS_STAMP := $(VENV)/.installed-docs
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench docs clean
 .DELETE_ON_ERROR:
 
 demo: $(DEMO_STAMP)
@@ -40,8 +42,11 @@ format: $(DEV_STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find mla_cute tests tune -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(BIN)/python:
@@ -67,3 +72,10 @@ $(DEV_STAMP): pyproject.toml $(TORCH_STAMP)
 	@echo "installing mla-cute and the development tools into $(VENV)"
 	@$(PIP) install --editable '.[dev]'
 	@touch $@ $(DEMO_STAMP)
+
+# Older releases of pip know no dependency groups.
+$(DOCS_STAMP): pyproject.toml | $(BIN)/python
+	@echo "installing what builds the documentation into $(VENV)"
+	@$(PIP) install --upgrade 'pip>=25.1'
+	@$(PIP) install --group docs
+	@touch $@

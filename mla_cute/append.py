@@ -59,15 +59,17 @@ def append_to_cache(
             channels: amax / 448, in format "group" rounded up to a power of two, at least 2^-126; 1 where amax is 0,
             infinite or NaN. None otherwise.
 
+    What is stored, by format:
+
         format    ckv_cache        kpe_cache        what is stored
         (16 bit)  dtype of ckv     dtype of ckv     a copy
         "tensor"  float8_e4m3fn    float8_e4m3fn    ckv / ckv_scale, kpe / kpe_scale
         "token"   float8_e4m3fn    dtype of ckv     ckv / scale of the token, a copy of kpe
         "group"   float8_e4m3fn    dtype of ckv     ckv / scale of the group, a copy of kpe
 
-        Stored e4m3 values are rounded to nearest even, saturate at +-448 and keep NaN: bit for bit (the sign of a NaN
-        excepted) what :mod:`mla_cute.quant` makes of the same tokens. So an infinity is stored as +-448, and beside one
-        in formats "token" and "group" values keep their size up to 448.
+    Stored e4m3 values are rounded to nearest even, saturate at +-448 and keep NaN: bit for bit (the sign of a NaN
+    excepted) what :mod:`mla_cute.quant` makes of the same tokens. So an infinity is stored as +-448, and beside one in
+    formats "token" and "group" values keep their size up to 448.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it, what was expected and what it was. Nothing

@@ -136,7 +136,8 @@ def quantize_tensor(
     """Format "tensor".
 
     Args:
-        ckv: [..., 512], kpe: [..., 64], floating point.
+        ckv: [..., 512], floating point.
+        kpe: [..., 64], likewise.
         ckv_scale, kpe_scale: Python numbers from 2^-126 to 2^126; see `tensor_scale`.
 
     Returns:

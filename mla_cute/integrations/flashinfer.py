@@ -168,10 +168,11 @@ class BatchMLAPagedAttentionWrapper:
         use_cuda_graph: every `plan` writes to the same memory, so that a graph captured from `run` follows it: the
             metadata are copied into the four buffers below, and the work items are made again, both on the current
             stream. Batch, heads, page size, mask and form of the metadata stay those of the first plan.
-        qo_indptr, kv_indptr: int32 buffers [batch + 1], kv_indices: int32 [at least as many as any plan has],
-            kv_len_arr: int32 [batch]; on the device, contiguous. Needed for CSR metadata with use_cuda_graph, else not
-            used. Plans from dense metadata need none: the first plan's tensors have to be on the device, are read
-            where they are, and every later plan has to be given the same ones.
+        qo_indptr, kv_indptr: int32 buffers [batch + 1], on the device, contiguous. The four are needed for CSR metadata
+            with use_cuda_graph, else not used. Plans from dense metadata need none: the first plan's tensors have to
+            be on the device, are read where they are, and every later plan has to be given the same ones.
+        kv_indices: int32 buffer [at least as many as any plan has], likewise.
+        kv_len_arr: int32 buffer [batch], likewise.
         backend: one of FlashInfer's names, those of 0.7.4 included; there is one implementation.
 
     With use_cuda_graph, call `run` once before it is captured: kernels are compiled or loaded at first use. Once a
@@ -239,8 +240,12 @@ class BatchMLAPagedAttentionWrapper:
                 CPU or the wrapper's device, contiguous. Request b owns kv_indices[kv_indptr[b]:kv_indptr[b + 1]], of
                 which it uses kv_len_arr[b] tokens. kv_indices may be longer than kv_indptr[-1]; it is read where it is
                 (the others are copied) unless the wrapper has buffers for CUDA graphs.
-            cum_seq_lens_q, block_tables, seq_lens: dense metadata instead; metadata: an MLAPlanMetadata instead.
-            num_heads: 1..128. head_dim_ckv: 512. head_dim_kpe: 64. page_size: >= 1.
+            cum_seq_lens_q, block_tables, seq_lens: dense metadata instead.
+            metadata: an MLAPlanMetadata instead.
+            num_heads: 1..128.
+            head_dim_ckv: 512.
+            head_dim_kpe: 64.
+            page_size: >= 1.
             causal: query i of n sees keys 0 .. kv_len - n + i.
             sm_scale: factor of the scores, > 0.
             q_data_type: torch.bfloat16, torch.float16, or with FP8 caches torch.float8_e4m3fn.

@@ -117,7 +117,7 @@ def path_of(definition: str) -> pathlib.PurePosixPath:
 def export(
     out: str | os.PathLike[str], definitions: Sequence[str] = DEFINITIONS, *, force: bool = False
 ) -> list[pathlib.Path]:
-    """Write the solutions of `definitions` to out/mla_cute/mla_paged/<definition>/<name>.json.
+    """Write the solutions of `definitions` to `out/mla_cute/mla_paged/<definition>/<name>.json`.
 
     Args:
         out: a folder, made if it is not there; a dataset's `solutions`, or any other.

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 import subprocess
 import sys
 import types
@@ -40,7 +41,7 @@ def plan_of(case, entry="csr", **kwargs):
 def test_exports():
     for name in mla_cute.__all__:
         assert getattr(mla_cute, name) is not None
-    assert mla_cute.__version__ == "0.1.0"
+    assert re.fullmatch(r"\d+\.\d+\.\d+((a|b|rc|\.dev)\d+)?", mla_cute.__version__)
 
 
 def test_import_leaves_the_dsl_alone():

@@ -10,6 +10,8 @@ import zipfile
 
 import pytest
 
+import mla_cute
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # A tuned file of no GPU: whether the package has real ones or not, the pattern for them is tested.
 TUNED = "mla_cute/tuned/data/No_GPU.json"
@@ -64,6 +66,10 @@ def test_every_file_of_the_package_is_inside(wheel):
     assert "mla_cute/py.typed" in wanted
     assert wanted <= held
     assert not [name for name in held if name.startswith(("tests", "examples", "tune/"))]
+
+
+def test_its_version_is_the_packages(wheel):
+    assert wheel.name.split("-")[1] == mla_cute.__version__
 
 
 def test_it_runs_where_it_is_unpacked(wheel, tmp_path):
