@@ -1,8 +1,53 @@
-"""Barriers shared by the kernels: named (hardware) barriers and mbarrier arrays in shared memory."""
+"""Barriers of the kernels: named (hardware) barriers and mbarriers in shared memory.
+
+A kernel's params.py declares both, with the arrivals that complete them: `NamedBarrier` as an enum, `Mbarriers` as a
+table from which their initialisation is made.
+"""
+
+import enum
 
 import cutlass.cute as cute
 
 from .ptx import asm
+
+
+class NamedBarrier(enum.Enum):
+    """Base of a kernel's named barriers: `NAME = id, threads`, ids from 1 on (0 is cute.arch.sync_threads).
+
+    `threads` counts those that arrive and those that wait, and is a multiple of 32.
+    """
+
+    def __init__(self, number: int, threads: int):
+        self.number = number
+        self.threads = threads
+
+    def sync(self) -> None:
+        """Arrive and wait."""
+        sync(self.number, self.threads)
+
+    def arrive(self) -> None:
+        """Arrive without waiting."""
+        arrive(self.number, self.threads)
+
+
+class Mbarriers:
+    """A kernel's mbarriers, one behind the other in shared memory: `name=(how many, arrivals that complete one)`.
+
+    The attribute of a name is the index of its first one: `mbar + table.full + i`. `total` is how many there are.
+    """
+
+    def __init__(self, **counts: tuple[int, int]):
+        self._counts = counts
+        self.total = 0
+        for name, (length, _) in counts.items():
+            setattr(self, name, self.total)
+            self.total += length
+
+    def init(self, mbar) -> None:
+        """By one thread. `mbar`: pointer to the first."""
+        for name, (length, arrivals) in self._counts.items():
+            for i in range(length):
+                cute.arch.mbarrier_init(mbar + getattr(self, name) + i, arrivals)
 
 
 def sync(barrier: int, num_threads: int) -> None:
