@@ -7,8 +7,7 @@
 """
 
 from . import ops, quant
-from .api import mla_paged_decode, mla_paged_decode_block_table
-from .api_prefill import mla_paged_prefill, mla_paged_prefill_block_table
+from .api import mla_paged_decode, mla_paged_decode_block_table, mla_paged_prefill, mla_paged_prefill_block_table
 from .append import append_to_cache
 from .compile.jit import cache_dir
 from .compile.warmup import warmup

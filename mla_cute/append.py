@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
-from . import problem as shared
 from . import quant
+from .call import UNSCALED, Cache
+from .check import DTYPES, FORMAT_OF_SCALES, FP8, expect_format
+from .check_device import first_of, raise_first
 from .compile import jit
 from .dims import CKV_DIM, KPE_DIM
 from .expect import (
@@ -24,8 +26,6 @@ from .expect import (
 )
 from .kernels.keys import APPEND, AppendKey
 from .plan import check_enabled, num_sms
-from .problem import DTYPES, FP8, UNSCALED
-from .verify import first_of, raise_first
 
 _SLOT_NAMES = {torch.int32: "int32", torch.int64: "int64"}
 _DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -149,7 +149,7 @@ def _check(
     kpe_scale: float,
     ckv_scale_arr: torch.Tensor | None,
 ) -> str:
-    """The format of the caches; TypeError or ValueError for the first wrong argument. As in problem.py: one cheap
+    """The format of the caches; TypeError or ValueError for the first wrong argument. As in check.py: one cheap
     question whether everything is as usual, and the explanation, which is the authority, only when it is not."""
     try:
         kv_format = _usual(ckv, kpe, ckv_cache, kpe_cache, slot_mapping, ckv_scale, kpe_scale, ckv_scale_arr)
@@ -200,7 +200,7 @@ def _usual(
     if ckv_scale_arr is not None:
         _, _, num_scales = ckv_scale_arr.shape
         if not (
-            num_scales in shared._FORMAT_OF_SCALES
+            num_scales in FORMAT_OF_SCALES
             and ckv_scale_arr.shape == (num_pages, page_size, num_scales)
             and ckv_scale_arr.dtype is torch.float32
             and ckv_scale_arr.device == device
@@ -209,7 +209,7 @@ def _usual(
             and _is_aligned_to(4 * num_scales, on_gpu, ckv_scale_arr)
         ):
             return None
-        kv_format = shared._FORMAT_OF_SCALES[num_scales]
+        kv_format = FORMAT_OF_SCALES[num_scales]
     elif ckv_cache.dtype is dtype and kpe_dtype is dtype:
         kv_format = ""
     elif not (ckv_cache.dtype is FP8 and kpe_dtype is FP8):
@@ -297,7 +297,7 @@ def _explain(
     if isinstance(ckv_scale_arr, torch.Tensor):
         expect_dense("ckv_scale_arr", ckv_scale_arr)
         expect_device("ckv_scale_arr", ckv_scale_arr, device, "ckv")
-    kv_format = shared._explain_format(is_16bit, kpe_cache, ckv_scale_arr, num_pages, page_size, device)
+    kv_format = expect_format(is_16bit, Cache(ckv_cache, kpe_cache, scale_arr=ckv_scale_arr), device)
     if ckv_scale_arr is not None:
         expect_own_memory("ckv_scale_arr", ckv_scale_arr)
     if kv_format == "tensor":

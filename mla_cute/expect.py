@@ -95,7 +95,7 @@ def expect_metadata(
         raise ValueError(f"{name}: expected stride 1 in the last dimension, got strides {list(x.stride())}")
 
 
-def expect_indptr(name: str, x: torch.Tensor, device: torch.device | None) -> int:
+def expect_indptr(name: str, x: Any, device: torch.device | None) -> int:
     """An int32 tensor [batch + 1] on `device` (None: wherever it is); returns batch."""
     expect_metadata(name, x, (None,), "[batch + 1]", device)
     if x.shape[0] < 1:

@@ -4,83 +4,53 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 
 from . import dlpack
 from .allocate import current_device, empty
+from .call import Call
+from .check import FP8, Problem
 from .dims import CKV_DIM
 from .expect import Scale
 from .plan import Plan, Round
-from .problem import FP8, DecodeProblem
-from .problem_prefill import PrefillProblem
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
 
 
-class Operands(NamedTuple):
-    """The tensors of a call that do not say which pages there are."""
-
-    q_nope: torch.Tensor
-    q_pe: torch.Tensor
-    ckv_cache: torch.Tensor
-    kpe_cache: torch.Tensor
-    scale_arr: torch.Tensor | None
-
-
-class Options(NamedTuple):
-    """The numbers of a call, and where its results go."""
-
-    sm_scale: float
-    out: torch.Tensor | None
-    lse: torch.Tensor | None
-    lse_base: int | str
-    ckv_scale: Scale
-    kpe_scale: Scale
-    q_scale: Scale
-
-
-def launch(
-    step: Callable[..., None],
-    problem: DecodeProblem | PrefillProblem,
-    plan: Plan,
-    tensors: Operands,
-    page_ids: torch.Tensor,
-    options: Options,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run a checked call; `page_ids` is kv_indices, or a block table."""
+def launch(step: Callable[..., None], problem: Problem, plan: Plan, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run a checked call."""
     device = problem.device
     if device.type == "cuda" and device.index != current_device():
         with torch.cuda.device(device):
-            return launch(step, problem, plan, tensors, page_ids, options)
-    out, lse = options.out, options.lse
+            return launch(step, problem, plan, call)
+    out, lse = call.out, call.lse
     if out is None:
         out = empty((problem.total_q, problem.num_heads, CKV_DIM), problem.dtype, device)
     if lse is None:
         lse = empty((problem.total_q, problem.num_heads), torch.float32, device)
     if plan.has_work:
-        if plan._block_table:
+        page_ids = call.pages.ids
+        if plan.form.by_table:
             page_ids = flat_table(page_ids, plan)
-        operands = _for_launch(problem, plan, tensors, lse)
-        numbers = _numbers(problem, options)
+        operands = _for_launch(problem, plan, call, lse)
+        numbers = _numbers(problem, call)
         for of_round in plan.rounds:
-            step(*_of_round(plan, problem, of_round, operands, page_ids, out, lse), *of_round.grid, *numbers)
+            tensors = _of_round(plan, problem, of_round, (operands, page_ids, out, lse))
+            step(*tensors, *of_round.grid, *numbers)
     return out, lse
 
 
-def _for_launch(
-    problem: DecodeProblem | PrefillProblem, plan: Plan, tensors: Operands, lse: torch.Tensor
-) -> list[torch.Tensor]:
+def _for_launch(problem: Problem, plan: Plan, call: Call, lse: torch.Tensor) -> list[torch.Tensor]:
     """Queries, caches and, of an FP8 cache, scales, in the form the step takes."""
-    q_nope, q_pe, ckv_cache, kpe_cache, scale_arr = tensors
-    operands = [q_nope, q_pe, ckv_cache, kpe_cache]
+    cache = call.cache
+    operands = [call.q_nope, call.q_pe, cache.ckv, cache.kpe]
     if problem.kv_format:
         if not dlpack.exports_e4m3():
             operands = [x.view(torch.uint8) if x.dtype is FP8 else x for x in operands]
         # The step wants a tensor of three dimensions here, and with scales of tensors does not read it.
-        operands.append(lse.unsqueeze(-1) if scale_arr is None else scale_arr)
+        operands.append(lse.unsqueeze(-1) if cache.scale_arr is None else cache.scale_arr)
     if problem.odd_strides:
         operands = [_tma_strides(x) for x in operands]
     if plan.packs_rows:
@@ -90,14 +60,13 @@ def _for_launch(
 
 def _of_round(
     plan: Plan,
-    problem: DecodeProblem | PrefillProblem,
+    problem: Problem,
     of_round: Round,
-    operands: list[torch.Tensor],
-    page_ids: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
+    tensors: tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> list[torch.Tensor]:
-    """The step's tensors. Tokens of decode are those of the round's requests; prefill's are numbered over all."""
+    """The step's tensors, of `tensors`: operands, page ids, out, lse. Tokens of decode are those of the round's
+    requests; prefill's are numbered over all."""
+    operands, page_ids, out, lse = tensors
     if len(plan.rounds) > 1:
         begin, end = of_round.begin, of_round.end
         if not plan.packs_rows:
@@ -105,19 +74,19 @@ def _of_round(
             out, lse = out[begin:end], lse[begin:end]
             if problem.kv_format == "tensor":
                 operands[4] = lse.unsqueeze(-1)
-        if plan._block_table:
+        if plan.form.by_table:
             page_ids = page_ids[begin * plan._table_stride :]
     return [*operands, page_ids, of_round.table, plan.part, out, lse]
 
 
-def _numbers(problem: DecodeProblem | PrefillProblem, options: Options) -> tuple[float | int, ...]:
-    lse_scale = 1.0 if options.lse_base == 2 else LN_2
+def _numbers(problem: Problem, call: Call) -> tuple[float | int, ...]:
+    lse_scale = 1.0 if call.lse_base == 2 else LN_2
     if not problem.kv_format:
-        return options.sm_scale * LOG2_E, lse_scale
-    ckv, ckv_at = number_and_address(options.ckv_scale)
-    kpe, kpe_at = number_and_address(options.kpe_scale)
-    q, q_at = number_and_address(options.q_scale)
-    nope, rope = score_scales(problem.kv_format, options.sm_scale, ckv, kpe, q)
+        return call.sm_scale * LOG2_E, lse_scale
+    ckv, ckv_at = number_and_address(call.cache.ckv_scale)
+    kpe, kpe_at = number_and_address(call.cache.kpe_scale)
+    q, q_at = number_and_address(call.q_scale)
+    nope, rope = score_scales(problem.kv_format, call.sm_scale, ckv, kpe, q)
     return float(nope * LOG2_E), float(rope * LOG2_E), ckv, ckv_at, kpe_at, q_at, lse_scale
 
 

@@ -34,14 +34,14 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from . import api, api_prefill, append
-from . import problem as shared
+from . import api, append, attend
+from .call import DECODE, DECODE_TABLE, METADATA, PREFILL, PREFILL_TABLE, Call, Form, arguments_of, call_of
+from .check import FP8, expect_pages
 from .config import KernelConfig
 from .dims import CKV_DIM, GROUP_DIM, KPE_DIM
 from .expect import expect_bool, expect_device, expect_indptr, expect_lse_base, expect_shape
 from .merge_states import merge_states as _merge_states
 from .plan import Plan, expect_config, expect_plan, plan_of
-from .problem import FP8
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -85,17 +85,18 @@ def _config_of(encoded: str | None) -> KernelConfig | None:
 # ------------------------------------------------------------------------------------------------ the four attentions
 
 
-def _define_attention(call: F, metadata: str) -> F:
+def _define_attention(call: F, form: Form) -> F:
     """Define the op of a public call, with its out-variant; returns the function with its signature that goes through
-    them. `metadata`: the schema between caches and sm_scale."""
+    them."""
     name = call.__name__
+    metadata = ", ".join(f"Tensor {argument}" for argument in METADATA[form])
     required = f"Tensor q_nope, Tensor q_pe, Tensor ckv_cache, Tensor kpe_cache, {metadata}, Scalar sm_scale"
     options = _OPTIONS
-    if "kv_indptr" in metadata:
+    if not form.by_table:
         options = f"Tensor? kv_last_page_len=None, {options}"
-    if "qo_indptr" in metadata:
+    if form.op == "prefill":
         options = f"bool causal=True, {options}"
-    fake = functools.partial(_fake_attention, metadata=metadata)
+    fake = functools.partial(_fake_attention, form=form)
 
     def run(
         *args: Any, natural_lse: bool = False, config: str | None = None, plan: int | None = None, **options: Any
@@ -168,22 +169,14 @@ def _new_outputs(q_nope: torch.Tensor, q_pe: torch.Tensor) -> tuple[torch.Tensor
     )
 
 
-def _fake_attention(
-    q_nope: torch.Tensor,
-    q_pe: torch.Tensor,
-    ckv_cache: torch.Tensor,
-    kpe_cache: torch.Tensor,
-    *pages_and_scale: Any,
-    metadata: str,
-    kv_last_page_len: torch.Tensor | None = None,
-    ckv_scale_arr: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-    lse: torch.Tensor | None = None,
-    **options: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The explanation of problem.py, without what reads addresses or keeps sizes: those of a graph may be symbols."""
-    del options
-    pages = list(pages_and_scale[:-1])
+# Options of the ops that shapes follow from or are held to.
+_SHAPED = ("kv_last_page_len", "ckv_scale_arr", "out", "lse")
+
+
+def _fake_attention(*args: Any, form: Form, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The checks of check.py, without what reads addresses or keeps sizes: those of a graph may be symbols."""
+    call = call_of(form, *args, **{name: options[name] for name in _SHAPED if name in options})
+    q_nope, q_pe, (ckv_cache, kpe_cache, _, _, ckv_scale_arr), pages, _, out, lse, _, _ = call
     expect_shape("q_nope", q_nope, (None, None, CKV_DIM), f"[tokens, H, {CKV_DIM}]")
     tokens, num_heads, _ = q_nope.shape
     device = q_nope.device
@@ -196,13 +189,8 @@ def _fake_attention(
     if ckv_scale_arr is not None:
         sizes = (num_pages, page_size, None)
         expect_shape("ckv_scale_arr", ckv_scale_arr, sizes, f"[num_pages, page_size, 1 or {CKV_DIM // GROUP_DIM}]")
-    batch = expect_indptr("qo_indptr", pages.pop(0), device) if "qo_indptr" in metadata else tokens
-    if "kv_indptr" in metadata:
-        kv_indptr, kv_indices = pages
-        shared._explain_csr(batch, device, kv_indptr, kv_indices, kv_last_page_len)
-    else:
-        block_table, seq_lens = pages
-        shared._explain_block_table(batch, device, block_table, seq_lens)
+    batch = expect_indptr("qo_indptr", pages.queries, device) if form.op == "prefill" else tokens
+    expect_pages(pages, batch, device)
     if out is not None and lse is not None:
         expect_shape("out", out, (tokens, num_heads, CKV_DIM), "")
         expect_shape("lse", lse, (tokens, num_heads), "")
@@ -305,22 +293,37 @@ def merge_states(
     return out, lse
 
 
-_CSR, _BLOCK_TABLE = "Tensor kv_indptr, Tensor kv_indices", "Tensor block_table, Tensor seq_lens"
-mla_paged_decode = _define_attention(api.mla_paged_decode, _CSR)
-mla_paged_decode_block_table = _define_attention(api.mla_paged_decode_block_table, _BLOCK_TABLE)
-mla_paged_prefill = _define_attention(api_prefill.mla_paged_prefill, f"Tensor qo_indptr, {_CSR}")
-mla_paged_prefill_block_table = _define_attention(
-    api_prefill.mla_paged_prefill_block_table, f"Tensor qo_indptr, {_BLOCK_TABLE}"
-)
+mla_paged_decode = _define_attention(api.mla_paged_decode, DECODE)
+mla_paged_decode_block_table = _define_attention(api.mla_paged_decode_block_table, DECODE_TABLE)
+mla_paged_prefill = _define_attention(api.mla_paged_prefill, PREFILL)
+mla_paged_prefill_block_table = _define_attention(api.mla_paged_prefill_block_table, PREFILL_TABLE)
+
+_THROUGH: dict[str, Callable[..., Any]] = {
+    "decode": mla_paged_decode,
+    "decode_block_table": mla_paged_decode_block_table,
+    "prefill": mla_paged_prefill,
+    "prefill_block_table": mla_paged_prefill_block_table,
+}
+
+
+def _attend(
+    call: Call, plan: Plan | None, config: KernelConfig | None, batch_invariant: bool, return_lse: bool = True
+) -> Any:
+    """`attend.attend` through the op of the call's form: for the interfaces of engines, which make a Call."""
+    args, options = arguments_of(call)
+    options |= {"plan": plan, "config": config, "batch_invariant": batch_invariant, "return_lse": return_lse}
+    return _THROUGH[call.pages.form.name](*args, **options)
+
 
 # What torch.compile traces instead of these functions. They are not asked at run time (an `is_compiling()` in each
 # would cost every eager call 0.1 us), and registering with the compiler would import it (2 s).
 for _direct, _compiled in (
     (api.mla_paged_decode, mla_paged_decode),
     (api.mla_paged_decode_block_table, mla_paged_decode_block_table),
-    (api_prefill.mla_paged_prefill, mla_paged_prefill),
-    (api_prefill.mla_paged_prefill_block_table, mla_paged_prefill_block_table),
+    (api.mla_paged_prefill, mla_paged_prefill),
+    (api.mla_paged_prefill_block_table, mla_paged_prefill_block_table),
     (append.append_to_cache, append_to_cache),
     (_merge_states, merge_states),
+    (attend.attend, _attend),
 ):
     vars(_direct)["_torchdynamo_inline"] = _compiled

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn
 import torch
 
 from .allocate import empty
+from .call import Form, Pages
+from .check import MAX_PAGE_SIZE, Problem
+from .check_device import Finding, first_of
 from .compile import jit
 from .config import KernelConfig, expect_types, why_infeasible
 from .dims import KV_FORMATS, MAX_HEADS, PART_ROW
 from .expect import expect_bool, expect_int
 from .kernels.registry import step_variant
-from .problem import MAX_PAGE_SIZE, DecodeProblem
-from .problem_prefill import PrefillProblem
 from .tuned import select, shape_log
-from .verify import Finding, first_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -96,11 +96,11 @@ def rounds_of(batch: int, per_round: int) -> Iterator[tuple[int, int]]:
         yield begin, min(begin + per_round, batch)
 
 
-def planner_reads(metadata: tuple[Any, ...], has_queries: bool) -> tuple[Any, ...]:
+def planner_reads(pages: Pages) -> tuple[torch.Tensor, ...]:
     """[qo_indptr,] lengths, last page lengths. The planner looks at the last only where there are some; where there are
-    none, lengths stand for them. `metadata` in the order of a plan's, behind which there may be None."""
-    *queries, lengths, last = (*metadata, None)[: 3 if has_queries else 2]
-    return (*queries, lengths, lengths if last is None else last)
+    none, lengths stand for them."""
+    last = pages.lengths if pages.last_len is None else pages.last_len
+    return (pages.lengths, last) if pages.queries is None else (pages.queries, pages.lengths, last)
 
 
 def merge_grid(num_sms: int, max_entries: int, entries_at_once: int, rows_per_entry: int) -> tuple[int, int]:
@@ -110,20 +110,45 @@ def merge_grid(num_sms: int, max_entries: int, entries_at_once: int, rows_per_en
     return max(1, min(rows_per_entry * _MERGE_CTAS_PER_ROW, ctas // y)), y
 
 
+class Wanted(NamedTuple):
+    """What a plan is made for.
+
+    Attributes:
+        pages: the metadata; page ids do not matter.
+        room: tokens that page lists have room for, of all requests together or of each row of a block table; None: not
+            known.
+        table_stride: elements between the rows of a block table; 0 with page lists.
+        max_kv_len: tokens that no request has more of; None: not known.
+        verifies: as MLA_CUTE_CHECK says; None reads it.
+    """
+
+    pages: Pages
+    batch: int
+    total_q: int
+    num_heads: int
+    page_size: int
+    room: int | None
+    table_stride: int
+    max_kv_len: int | None
+    kv_format: str
+    q_fp8: bool
+    config: KernelConfig | None
+    batch_invariant: bool
+    other_metadata: bool
+    verifies: bool | None = None
+
+
 class Plan:
     """What decode's and prefill's plans share: the workspace, and which calls they are fit for."""
 
     __slots__ = (
-        "_planner", "_table_stride", "_problem", "_launch", "_block_table", "_metadata", "_planned", "_again",
+        "_planner", "_table_stride", "_problem", "_launch", "_pages", "_planned", "_again",
         "_table", "_spare_pages", "__weakref__", "handle",
         "batch", "num_heads", "page_size", "device", "config", "selection", "batch_invariant", "other_metadata",
         "part", "rounds", "has_work", "verifies",
     )  # fmt: skip
 
-    # What a plan is for, and which facts of its problems have to be its own. Lengths and sizes are cut alike for every
-    # kind of cache.
-    _op: ClassVar[str]
-    _problem_type: ClassVar[type[DecodeProblem | PrefillProblem]]
+    # Which facts of its problems have to be a plan's own. Lengths and sizes are cut alike for every kind of cache.
     _facts: ClassVar[tuple[str, ...]] = ("batch", "num_heads", "page_size", "device")
 
     # The step's row tiles run over (token, head) rows, which the queries' strides have to allow.
@@ -133,40 +158,33 @@ class Plan:
     part: torch.Tensor
     rounds: tuple[Round, ...]  # none on the CPU
 
-    def __init__(
-        self,
-        device: torch.device,
-        *,
-        block_table: bool,
-        batch_invariant: bool,
-        batch: int,
-        num_heads: int,
-        page_size: int,
-        table_stride: int,
-        metadata: dict[str, torch.Tensor | None],
-        other_metadata: bool,
-        verifies: bool | None,
-    ):
-        self.batch, self.num_heads, self.page_size, self.device = batch, num_heads, page_size, device
-        self.batch_invariant = batch_invariant
+    def __init__(self, wanted: Wanted):
+        self.batch, self.num_heads, self.page_size = wanted.batch, wanted.num_heads, wanted.page_size
+        self._pages = wanted.pages._replace(ids=None)
+        self.device = self._pages.lengths.device
+        self.batch_invariant, self.other_metadata = wanted.batch_invariant, wanted.other_metadata
         self.selection: select.Selection | None = None
         self.handle = 0
-        self._table_stride, self._block_table = table_stride, block_table
-        self._spare_pages = False  # as verify_on_device, which calls with this plan hand it to
-        self.verifies = check_enabled() if verifies is None else verifies
-        self.has_work = self.device.type == "cuda" and batch > 0
+        self._table_stride = wanted.table_stride
+        self._spare_pages = False  # as check_device.verify, which calls with this plan hand it to
+        self.verifies = check_enabled() if wanted.verifies is None else wanted.verifies
+        self.has_work = self.device.type == "cuda" and self.batch > 0
         self.rounds = ()
-        self._metadata, self.other_metadata = metadata, other_metadata
         # Copies of what the plan was last made from, where calls look at values.
         self._planned: dict[str, torch.Tensor] | None = None
         if self.verifies or self.device.type == "cpu":
-            self._planned = {name: x.clone() for name, x in metadata.items() if x is not None}
+            self._planned = {name: x.clone() for name, x in self._pages.metadata().items() if x is not None}
         # the last problem this plan was found fit for, and its launcher; the short way of the calls behind it
-        self._problem: DecodeProblem | PrefillProblem | None = None
+        self._problem: Problem | None = None
         self._launch: Callable[..., None] = _no_kernel
         self._again: Callable[..., tuple[torch.Tensor, torch.Tensor] | None] | None = None
         # the last block table, and its memory as a list
         self._table: tuple[Any, Any] = (None, None)
+
+    @property
+    def form(self) -> Form:
+        """Of the calls that it is for."""
+        return self._pages.form
 
     def _register(self) -> Self:
         """Give the plan a handle, by which it passes through a torch op."""
@@ -177,7 +195,7 @@ class Plan:
     def __repr__(self) -> str:
         names = (*(name for name in self._facts if name != "device"), "device", "batch_invariant", "workspace_bytes")
         facts = [f"{name}={getattr(self, name)}" for name in names]
-        facts.insert(-2, f"block_table={self._block_table}")
+        facts.insert(-2, f"block_table={self.form.by_table}")
         return f"{type(self).__name__}({', '.join(facts)})"
 
     def __reduce__(self) -> NoReturn:
@@ -186,40 +204,32 @@ class Plan:
             "make one from the same metadata"
         )
 
-    def _choose_config(
-        self, config: KernelConfig | None, q_len: int, kv_format: str, q_fp8: bool, kv_len: int | None
-    ) -> int:
-        """Sets the configuration; returns the SMs of the device. `kv_len`: no request has more keys (None: unknown)."""
+    def _choose_config(self, wanted: Wanted, q_len: int) -> int:
+        """Sets the configuration; returns the SMs of the device."""
         sms = num_sms(self.device)
         # A batch of none is one of 1 here.
-        batch, q_len, kv_len = self.batch or 1, q_len or 1, 1 if kv_len == 0 else kv_len
-        facts = (self._op, kv_format, q_fp8, self.num_heads, self.page_size, q_len, batch, kv_len)
+        batch, q_len, kv_len = self.batch or 1, q_len or 1, 1 if wanted.max_kv_len == 0 else wanted.max_kv_len
+        sizes = (self.num_heads, self.page_size, q_len, batch, kv_len)
+        facts = (self.form.op, wanted.kv_format, wanted.q_fp8, *sizes)
         if shape_log.recorder is not None:
             shape_log.recorder.saw(facts)
-        if config is None:
+        if wanted.config is None:
             self.selection = select.choose(*facts, self.device, self.batch_invariant)
             self.config = self.selection.config
         else:
-            self.config = config
+            self.config = wanted.config
         return sms
 
     def _allocate(self, layout: Layout) -> None:
-        device, tensors = self.device, tuple(self._metadata.values())
+        device = self.device
         rounds = []
         for begin, end, table_rows, grid, numbers in layout.rounds:
             table = empty((table_rows, 8), torch.int32, device)
             scratch = empty((layout.scratch_rows, end - begin + 1), torch.int32, device)
-            metadata = tensors if end - begin == self.batch else self._cut_metadata(begin, end)
-            read = planner_reads(metadata, self.packs_rows)
+            read = planner_reads(self._pages if end - begin == self.batch else self._pages.cut(begin, end))
             rounds.append(Round(begin, end, table, scratch, grid, (*read, table, scratch, *numbers)))
         self.rounds = tuple(rounds)
         self.part = empty((layout.part_rows, PART_ROW), torch.float32, device)
-
-    def _cut_metadata(self, begin: int, end: int) -> tuple[torch.Tensor | None, ...]:
-        return tuple(
-            None if x is None else x[begin : end + 1] if name.endswith("indptr") else x[begin:end]
-            for name, x in self._metadata.items()
-        )
 
     @property
     def num_parts(self) -> int:
@@ -253,10 +263,10 @@ class Plan:
 
     # -------------------------------------------------------------------------------------------- metadata
 
-    def expect_metadata(self, *called: torch.Tensor | None) -> None:
-        """ValueError when a call's metadata are other tensors than the plan was made from; `called` in the order of
-        the plan's. Reads addresses only."""
-        for (name, planned), x in zip(self._metadata.items(), called, strict=True):
+    def expect_pages(self, pages: Pages) -> None:
+        """ValueError when a call's metadata are other tensors than the plan was made from. Reads addresses only."""
+        called = pages.metadata().values()
+        for (name, planned), x in zip(self._pages.metadata().items(), called, strict=True):
             if x is planned:
                 continue
             if x is None or planned is None:
@@ -276,21 +286,16 @@ class Plan:
             return False
         return self.other_metadata or (x.data_ptr() == planned.data_ptr() and x.stride() == planned.stride())
 
-    def metadata(self, *called: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        """The values that the plan has, where it keeps them: what a call is computed from, whatever its own metadata
-        tensors hold by now. In the order of `called`, which is returned where it does not."""
-        if self._planned is None:
-            return called
-        return tuple(self._planned.get(name) for name in self._metadata)
+    def planned(self, pages: Pages) -> Pages:
+        """A call's pages with the lengths that the plan keeps, where it does: what the call is computed from, whatever
+        its own metadata tensors hold by now."""
+        return pages if self._planned is None else pages.with_metadata(self._planned)
 
     def stale_findings(self) -> list[Finding]:
         """Whether metadata changed since the plan was made or updated."""
         assert self._planned is not None
-        return [
-            _changed(name, x, planned)
-            for name, planned in self._planned.items()
-            if (x := self._metadata[name]) is not None
-        ]
+        now = self._pages.metadata()
+        return [_changed(name, now[name], planned) for name, planned in self._planned.items()]
 
     def _cut_costs(self) -> tuple[int, int, int]:
         return self.config.min_blocks, self.config.item_overhead, self.config.split_penalty
@@ -298,10 +303,9 @@ class Plan:
     def update(self) -> Self:
         """Plan again from the present contents of the metadata tensors, on the current stream. Returns the plan."""
         if self._planned is not None:
+            now = self._pages.metadata()
             for name, planned in self._planned.items():
-                now = self._metadata[name]
-                assert now is not None
-                planned.copy_(now)
+                planned.copy_(now[name])
         if self.has_work:
             for of_round in self.rounds:
                 self._planner(*of_round.planner_args)
@@ -312,20 +316,19 @@ class Plan:
         buffers = [x for of_round in self.rounds for x in (of_round.table, of_round.scratch)]
         return sum(x.untyped_storage().nbytes() for x in (*buffers, self.part)) if buffers else 0
 
-    def launcher(self, problem: DecodeProblem | PrefillProblem, block_table: bool) -> Callable[..., None]:
-        """The compiled step for `problem`; ValueError when the plan is for another one or another metadata form.
+    def launcher(self, problem: Problem, form: Form) -> Callable[..., None]:
+        """The compiled step for `problem`; ValueError when the plan is for another one or another form of metadata.
 
         The checks return the same object for the same facts, so a repeated call is two comparisons.
         """
-        if problem is not self._problem or block_table is not self._block_table:
-            self._launch = self._step_of(problem, block_table)
+        if problem is not self._problem or form is not self.form:
+            self._launch = self._step_of(problem, form)
             self._problem = problem
         return self._launch
 
-    def _step_of(self, problem: DecodeProblem | PrefillProblem, block_table: bool) -> Callable[..., None]:
-        wanted, made_by = problem.planned_by[block_table], self._problem_type.planned_by[self._block_table]
-        if wanted != made_by:
-            raise ValueError(f"plan: expected a plan from {wanted}, got one from {made_by}")
+    def _step_of(self, problem: Problem, form: Form) -> Callable[..., None]:
+        if form is not self.form:
+            raise ValueError(f"plan: expected a plan from plan_{form.name}, got one from plan_{self.form.name}")
         for name in self._facts:
             planned, called = getattr(self, name), getattr(problem, name)
             if planned != called:
@@ -333,7 +336,7 @@ class Plan:
         if self.device.type == "cpu":
             return _no_kernel
         variant = step_variant(
-            self._op, problem.kv_format, problem.q_fp8, problem.num_heads, problem.page_size,
+            problem.op, problem.kv_format, problem.q_fp8, problem.num_heads, problem.page_size,
             _DTYPE_NAMES[problem.dtype], self.config,
         )  # fmt: skip
         return jit.get(*variant)
@@ -360,10 +363,10 @@ def _changed(name: str, x: torch.Tensor, planned: torch.Tensor) -> Finding:
     )
 
 
-def planner_key(kind: Callable[[str, bool], Any], metadata: dict[str, Any], batch_invariant: bool) -> Any:
-    if "seq_lens" in metadata:
-        return kind("seq_lens", batch_invariant)
-    return kind("csr" if metadata["kv_last_page_len"] is None else "csr_last", batch_invariant)
+def planner_key(kind: Callable[[str, bool], Any], wanted: Wanted) -> Any:
+    pages = wanted.pages
+    lengths = "seq_lens" if pages.form.by_table else "csr" if pages.last_len is None else "csr_last"
+    return kind(lengths, wanted.batch_invariant)
 
 
 def expect_plan(plan: object) -> None:

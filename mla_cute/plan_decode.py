@@ -6,6 +6,7 @@ import functools
 
 import torch
 
+from .call import DECODE, DECODE_TABLE, Pages
 from .compile import jit
 from .config import KernelConfig
 from .dims import BLOCK, PART_ROW
@@ -17,6 +18,7 @@ from .plan import (
     Layout,
     Plan,
     RoundLayout,
+    Wanted,
     bounded,
     expect_hints,
     expect_options,
@@ -27,7 +29,6 @@ from .plan import (
     planner_key,
     rounds_of,
 )
-from .problem import DecodeProblem
 
 _SCRATCH_ROWS = 4
 
@@ -54,54 +55,22 @@ class DecodePlan(Plan):
 
     __slots__ = ()
 
-    _op = "decode"
-    _problem_type = DecodeProblem
-
-    def __init__(
-        self,
-        metadata: dict[str, torch.Tensor | None],
-        *,
-        batch: int,
-        num_heads: int,
-        page_size: int,
-        room: int | None,
-        table_stride: int,
-        config: KernelConfig | None,
-        batch_invariant: bool,
-        kv_format: str,
-        q_fp8: bool,
-        max_kv_len: int | None,
-        other_metadata: bool,
-        verifies: bool | None = None,
-    ):
-        """`room`: tokens that page lists have room for, of all requests together or of each row of a block table.
-        `verifies`: as MLA_CUTE_CHECK says; None reads it."""
-        key = planner_key(PlannerKey, metadata, batch_invariant)
-        by_table = key.lengths == "seq_lens"
-        super().__init__(
-            metadata["seq_lens" if by_table else "kv_indptr"].device,  # type: ignore[union-attr]
-            block_table=by_table,
-            batch_invariant=batch_invariant,
-            batch=batch,
-            num_heads=num_heads,
-            page_size=page_size,
-            table_stride=table_stride,
-            metadata=metadata,
-            other_metadata=other_metadata,
-            verifies=verifies,
-        )
+    def __init__(self, wanted: Wanted):
+        super().__init__(wanted)
         if self.device.type == "cpu":
-            self.config = config or KernelConfig()
+            self.config = wanted.config or KernelConfig()
             return
-        sms = self._choose_config(config, 1, kv_format, q_fp8, max_kv_len)
-        config = self.config
-        parts = decode_parts(kv_format, num_heads, config, sms)
-        self._planner = jit.get(PLANNER, key, config.planner_launch())
-        numbers = (parts, page_size, table_stride, num_heads, *self._cut_costs(), config.cut_unit)
-        if batch_invariant:
-            layout = _invariant_layout(batch, sms, numbers, room, by_table)
+        sms = self._choose_config(wanted, 1)
+        config, num_heads = self.config, wanted.num_heads
+        parts = decode_parts(wanted.kv_format, num_heads, config, sms)
+        self._planner = jit.get(PLANNER, planner_key(PlannerKey, wanted), config.planner_launch())
+        numbers = (
+            parts, wanted.page_size, wanted.table_stride, num_heads, *self._cut_costs(), config.cut_unit,
+        )  # fmt: skip
+        if wanted.batch_invariant:
+            layout = _invariant_layout(wanted.batch, sms, numbers, wanted.room, self.form.by_table)
         else:
-            layout = _layout(batch, sms, numbers)
+            layout = _layout(wanted.batch, sms, numbers)
         self._allocate(layout)
 
 
@@ -200,21 +169,12 @@ def plan_decode(
     expect_rows("kv_indptr", batch, num_heads)
     if kv_last_page_len is not None:
         expect_metadata("kv_last_page_len", kv_last_page_len, (batch,), "[batch]", kv_indptr.device)
-    plan = DecodePlan(
-        {"kv_indptr": kv_indptr, "kv_last_page_len": kv_last_page_len},
-        batch=batch,
-        num_heads=num_heads,
-        page_size=page_size,
-        room=None if num_kv_indices is None else num_kv_indices * page_size,
-        table_stride=0,
-        config=config,
-        batch_invariant=batch_invariant,
-        kv_format=kv_format,
-        q_fp8=q_fp8,
-        max_kv_len=max_kv_len,
-        other_metadata=other_metadata,
-    )
-    return plan._register().update()
+    room = None if num_kv_indices is None else num_kv_indices * page_size
+    wanted = Wanted(
+        Pages(DECODE, kv_indptr, None, kv_last_page_len), batch, batch, num_heads, page_size, room, 0, max_kv_len,
+        kv_format, q_fp8, config, batch_invariant, other_metadata,
+    )  # fmt: skip
+    return DecodePlan(wanted)._register().update()
 
 
 def plan_decode_block_table(
@@ -251,18 +211,9 @@ def plan_decode_block_table(
     expect_hints(kv_format, q_fp8, max_kv_len)
     expect_options(config, batch_invariant)
     expect_bool("other_metadata", other_metadata)
-    plan = DecodePlan(
-        {"seq_lens": seq_lens},
-        batch=batch,
-        num_heads=num_heads,
-        page_size=page_size,
-        room=max_pages * page_size,
-        table_stride=table_stride,
-        config=config,
-        batch_invariant=batch_invariant,
-        kv_format=kv_format,
-        q_fp8=q_fp8,
-        max_kv_len=bounded(max_kv_len, max_pages * page_size),
-        other_metadata=other_metadata,
-    )
-    return plan._register().update()
+    room = max_pages * page_size
+    wanted = Wanted(
+        Pages(DECODE_TABLE, seq_lens), batch, batch, num_heads, page_size, room, table_stride,
+        bounded(max_kv_len, room), kv_format, q_fp8, config, batch_invariant, other_metadata,
+    )  # fmt: skip
+    return DecodePlan(wanted)._register().update()

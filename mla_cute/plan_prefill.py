@@ -6,6 +6,7 @@ import functools
 
 import torch
 
+from .call import PREFILL, PREFILL_TABLE, Pages
 from .compile import jit
 from .config import KernelConfig
 from .dims import BLOCK, PART_ROW, TILE_M
@@ -25,6 +26,7 @@ from .plan import (
     Layout,
     Plan,
     RoundLayout,
+    Wanted,
     bounded,
     expect_hints,
     expect_options,
@@ -35,7 +37,6 @@ from .plan import (
     planner_key,
     rounds_of,
 )
-from .problem_prefill import PrefillProblem
 
 _SCRATCH_ROWS = 8
 
@@ -60,55 +61,25 @@ class PrefillPlan(Plan):
 
     __slots__ = ("total_q", "causal", "max_tiles")
 
-    _op = "prefill"
-    _problem_type = PrefillProblem
     _facts = (*Plan._facts, "total_q", "causal")
     packs_rows = True
 
-    def __init__(
-        self,
-        metadata: dict[str, torch.Tensor | None],
-        *,
-        batch: int,
-        num_heads: int,
-        page_size: int,
-        total_q: int,
-        causal: bool,
-        room: int | None,
-        table_stride: int,
-        config: KernelConfig | None,
-        batch_invariant: bool,
-        kv_format: str,
-        q_fp8: bool,
-        max_kv_len: int | None,
-        other_metadata: bool,
-        verifies: bool | None = None,
-    ):
-        """`room`: keys that page lists have room for. `verifies`: as MLA_CUTE_CHECK says; None reads it."""
-        key = planner_key(PrefillPlannerKey, metadata, batch_invariant)
-        super().__init__(
-            metadata["qo_indptr"].device,  # type: ignore[union-attr]
-            block_table=key.lengths == "seq_lens",
-            batch_invariant=batch_invariant,
-            batch=batch,
-            num_heads=num_heads,
-            page_size=page_size,
-            table_stride=table_stride,
-            metadata=metadata,
-            other_metadata=other_metadata,
-            verifies=verifies,
-        )
-        self.total_q, self.causal = total_q, causal
+    def __init__(self, wanted: Wanted):
+        super().__init__(wanted)
+        batch, total_q, num_heads = wanted.batch, wanted.total_q, wanted.num_heads
+        self.total_q, self.causal = total_q, wanted.pages.causal
         self.has_work = self.has_work and total_q > 0
         self.max_tiles = -(-total_q * num_heads // TILE_M) + batch
         if self.device.type == "cpu":
-            self.config = config or KernelConfig()
+            self.config = wanted.config or KernelConfig()
             return
-        sms = self._choose_config(config, -(-total_q // max(batch, 1)), kv_format, q_fp8, max_kv_len)
-        self._planner = jit.get(PREFILL_PLANNER, key, self.config.planner_launch())
-        numbers = (min(MAX_PARTS, sms), page_size, table_stride, num_heads, *self._cut_costs(), int(causal))
-        if batch_invariant:
-            layout = _invariant_layout(batch, total_q, sms, numbers, room)
+        sms = self._choose_config(wanted, -(-total_q // max(batch, 1)))
+        self._planner = jit.get(PREFILL_PLANNER, planner_key(PrefillPlannerKey, wanted), self.config.planner_launch())
+        numbers = (
+            min(MAX_PARTS, sms), wanted.page_size, wanted.table_stride, num_heads, *self._cut_costs(), int(self.causal),
+        )  # fmt: skip
+        if wanted.batch_invariant:
+            layout = _invariant_layout(batch, total_q, sms, numbers, wanted.room)
         else:
             layout = _layout(self.max_tiles, batch, sms, numbers)
         self._allocate(layout)
@@ -226,23 +197,12 @@ def plan_prefill(
     expect_metadata("kv_indptr", kv_indptr, (batch + 1,), "[batch + 1]", qo_indptr.device)
     if kv_last_page_len is not None:
         expect_metadata("kv_last_page_len", kv_last_page_len, (batch,), "[batch]", qo_indptr.device)
-    plan = PrefillPlan(
-        {"qo_indptr": qo_indptr, "kv_indptr": kv_indptr, "kv_last_page_len": kv_last_page_len},
-        batch=batch,
-        num_heads=num_heads,
-        page_size=page_size,
-        total_q=total_q,
-        causal=causal,
-        room=None if num_kv_indices is None else num_kv_indices * page_size,
-        table_stride=0,
-        config=config,
-        batch_invariant=batch_invariant,
-        kv_format=kv_format,
-        q_fp8=q_fp8,
-        max_kv_len=max_kv_len,
-        other_metadata=other_metadata,
-    )
-    return plan._register().update()
+    room = None if num_kv_indices is None else num_kv_indices * page_size
+    wanted = Wanted(
+        Pages(PREFILL, kv_indptr, None, kv_last_page_len, qo_indptr, causal), batch, total_q, num_heads, page_size,
+        room, 0, max_kv_len, kv_format, q_fp8, config, batch_invariant, other_metadata,
+    )  # fmt: skip
+    return PrefillPlan(wanted)._register().update()
 
 
 def plan_prefill_block_table(
@@ -281,23 +241,12 @@ def plan_prefill_block_table(
     expect_bool("other_metadata", other_metadata)
     expect_metadata("seq_lens", seq_lens, (batch,), "[batch]", qo_indptr.device)
     table_stride = expect_table(batch, max_pages, table_stride)
-    plan = PrefillPlan(
-        {"qo_indptr": qo_indptr, "seq_lens": seq_lens},
-        batch=batch,
-        num_heads=num_heads,
-        page_size=page_size,
-        total_q=total_q,
-        causal=causal,
-        room=max_pages * page_size,
-        table_stride=table_stride,
-        config=config,
-        batch_invariant=batch_invariant,
-        kv_format=kv_format,
-        q_fp8=q_fp8,
-        max_kv_len=bounded(max_kv_len, max_pages * page_size),
-        other_metadata=other_metadata,
-    )
-    return plan._register().update()
+    room = max_pages * page_size
+    wanted = Wanted(
+        Pages(PREFILL_TABLE, seq_lens, None, None, qo_indptr, causal), batch, total_q, num_heads, page_size, room,
+        table_stride, bounded(max_kv_len, room), kv_format, q_fp8, config, batch_invariant, other_metadata,
+    )  # fmt: skip
+    return PrefillPlan(wanted)._register().update()
 
 
 def _expect_common(qo_indptr: torch.Tensor, num_heads: int, page_size: int, total_q: int, causal: bool) -> int:

@@ -26,9 +26,9 @@ import math
 
 import torch
 
+from .check import FP8
 from .dims import CKV_DIM, GROUP_DIM, KPE_DIM
 from .expect import MIN_SCALE, expect_dense, expect_scale
-from .problem import FP8
 
 GROUP_ROW_BYTES = CKV_DIM + 4 * (CKV_DIM // GROUP_DIM) + 2 * KPE_DIM
 E4M3_MAX = 448.0

@@ -17,13 +17,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import torch
 
-from .expect import Scale
-from .problem import FP8
+from .call import DECODE, DECODE_TABLE, PREFILL, PREFILL_TABLE, Cache, Call, Pages, call_of
+from .check import FP8
 from .quant import dequantize
 
 _CHUNK_TOKENS = 16384
@@ -31,239 +30,65 @@ _CHUNK_ROWS = 1024
 _LOG2_E = math.log2(math.e)
 
 
-class Scales(NamedTuple):
-    """What e4m3 caches and queries are multiplied by (`decode_reference` has the shapes)."""
+def decode_reference(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decode attention over page lists, computed in float32: the arguments of :func:`mla_cute.mla_paged_decode`, less
+    return_lse, plan, config and batch_invariant.
 
-    ckv_scale: float = 1.0
-    kpe_scale: float = 1.0
-    ckv_scale_arr: torch.Tensor | None = None
-    q_scale: float = 1.0
-
-
-_UNSCALED = Scales()
-
-
-def decode_reference(
-    q_nope: torch.Tensor,
-    q_pe: torch.Tensor,
-    ckv_cache: torch.Tensor,
-    kpe_cache: torch.Tensor,
-    kv_indptr: torch.Tensor,
-    kv_indices: torch.Tensor,
-    sm_scale: float,
-    *,
-    kv_last_page_len: torch.Tensor | None = None,
-    lse_base: int | str = 2,
-    out: torch.Tensor | None = None,
-    lse: torch.Tensor | None = None,
-    ckv_scale: Scale = 1.0,
-    kpe_scale: Scale = 1.0,
-    ckv_scale_arr: torch.Tensor | None = None,
-    q_scale: Scale = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Decode attention over page lists in CSR form, computed in float32.
-
-    Args:
-        q_nope: [batch, H, 512], any floating dtype.
-        q_pe: [batch, H, 64], likewise.
-        ckv_cache: [num_pages, page_size, 512], any floating dtype, any strides.
-        kpe_cache: [num_pages, page_size, 64], any strides.
-        kv_indptr: [batch + 1] int32; request b owns `kv_indices[kv_indptr[b]:kv_indptr[b + 1]]`.
-        kv_indices: [num_kv_indices] int32 page ids.
-        sm_scale: factor of the scores before the softmax.
-        kv_last_page_len: [batch] int32, tokens in each request's last page; None means that last pages are full. The
-            value of a request without pages is ignored.
-        lse_base: 2 or "e", the base of the log-sum-exp returned.
-        out: [batch, H, 512] to write to; None allocates it with the dtype of q_nope, with that of q_pe if q_nope is
-            float8_e4m3fn, and as bfloat16 if both are.
-        lse: [batch, H] to write to; None allocates it as float32.
-        ckv_scale, kpe_scale: factors of a float8_e4m3fn cache, numbers or tensors of one element.
-        ckv_scale_arr: [num_pages, page_size, 1 or 4] float32, factors of each token's ckv or of its groups of 128
-            channels, instead of ckv_scale.
-        q_scale: factor of those queries that are float8_e4m3fn.
+    Queries and caches may have any floating dtype and any strides. Nothing is checked: `mla_cute.mla_paged_decode` on
+    CPU tensors checks arguments and values, and computes this.
 
     Returns:
-        (output, lse). A request of length 0 gives output 0 and lse -inf.
+        (output [batch, H, 512], lse [batch, H] float32). Without `out` the output has the dtype of q_nope, that of q_pe
+        if q_nope is float8_e4m3fn, and is bfloat16 if both are. A request of length 0 gives output 0 and lse -inf.
 
     Raises:
-        IndexError, RuntimeError: from torch, when a page id in use is out of range. Neither arguments nor values of
-        metadata are checked otherwise: `mla_cute.mla_paged_decode` on CPU tensors does both, and computes this.
+        TypeError: an argument is missing or not known. IndexError, RuntimeError: from torch, when a page id in use is
+        out of range.
     """
-    pages, lengths = _csr_requests(kv_indptr, kv_indices, kv_last_page_len, ckv_cache.shape[1])
-    scales = Scales(float(ckv_scale), float(kpe_scale), ckv_scale_arr, float(q_scale))
-    return _decode(q_nope, q_pe, ckv_cache, kpe_cache, pages, lengths, sm_scale, lse_base, out, lse, scales=scales)
+    return attention(call_of(DECODE, *args, **options))
 
 
-def decode_reference_block_table(
-    q_nope: torch.Tensor,
-    q_pe: torch.Tensor,
-    ckv_cache: torch.Tensor,
-    kpe_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    sm_scale: float,
-    *,
-    lse_base: int | str = 2,
-    out: torch.Tensor | None = None,
-    lse: torch.Tensor | None = None,
-    ckv_scale: Scale = 1.0,
-    kpe_scale: Scale = 1.0,
-    ckv_scale_arr: torch.Tensor | None = None,
-    q_scale: Scale = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Decode attention over a padded block table, computed in float32.
+def decode_reference_block_table(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `decode_reference`, with the arguments of :func:`mla_cute.mla_paged_decode_block_table`."""
+    return attention(call_of(DECODE_TABLE, *args, **options))
 
-    Args:
-        block_table: [batch, max_pages] int32 page ids; the columns past ceil(seq_lens[b] / page_size) are not read.
-        seq_lens: [batch] int32, tokens of each request.
 
-    The other arguments, the result and the errors are those of `decode_reference`; nothing is checked here either.
+def prefill_reference(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `decode_reference`, with the arguments of :func:`mla_cute.mla_paged_prefill`.
+
+    A query that sees no key gives output 0 and lse -inf; rows from qo_indptr[-1] on are not written.
     """
-    pages, lengths = _block_table_requests(block_table, seq_lens, ckv_cache.shape[1])
-    scales = Scales(float(ckv_scale), float(kpe_scale), ckv_scale_arr, float(q_scale))
-    return _decode(q_nope, q_pe, ckv_cache, kpe_cache, pages, lengths, sm_scale, lse_base, out, lse, scales=scales)
+    return attention(call_of(PREFILL, *args, **options))
 
 
-def prefill_reference(
-    q_nope: torch.Tensor,
-    q_pe: torch.Tensor,
-    ckv_cache: torch.Tensor,
-    kpe_cache: torch.Tensor,
-    qo_indptr: torch.Tensor,
-    kv_indptr: torch.Tensor,
-    kv_indices: torch.Tensor,
-    sm_scale: float,
-    *,
-    causal: bool = True,
-    kv_last_page_len: torch.Tensor | None = None,
-    lse_base: int | str = 2,
-    out: torch.Tensor | None = None,
-    lse: torch.Tensor | None = None,
-    ckv_scale: Scale = 1.0,
-    kpe_scale: Scale = 1.0,
-    ckv_scale_arr: torch.Tensor | None = None,
-    q_scale: Scale = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prefill attention over page lists in CSR form, computed in float32.
-
-    Args:
-        q_nope: [total_q, H, 512], any floating dtype.
-        q_pe: [total_q, H, 64], likewise.
-        qo_indptr: [batch + 1] int32; request b owns the query tokens `qo_indptr[b]:qo_indptr[b + 1]`.
-        causal: query i of a request's n sees keys 0 .. kv_len - n + i; False: every query sees all keys.
-        out: [total_q, H, 512] to write to; None allocates it as `decode_reference` does.
-        lse: [total_q, H] to write to; None allocates it as float32.
-
-    The other arguments and the errors are those of `decode_reference`; nothing is checked here either.
-
-    Returns:
-        (output, lse). A query that sees no key gives output 0 and lse -inf; rows from qo_indptr[-1] on are not written.
-    """
-    pages, lengths = _csr_requests(kv_indptr, kv_indices, kv_last_page_len, ckv_cache.shape[1])
-    queries = qo_indptr.tolist()
-    scales = Scales(float(ckv_scale), float(kpe_scale), ckv_scale_arr, float(q_scale))
-    return _prefill(
-        q_nope, q_pe, ckv_cache, kpe_cache, queries, pages, lengths, sm_scale, causal, lse_base, out, lse,
-        scales=scales,
-    )  # fmt: skip
+def prefill_reference_block_table(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `prefill_reference`, with the arguments of :func:`mla_cute.mla_paged_prefill_block_table`."""
+    return attention(call_of(PREFILL_TABLE, *args, **options))
 
 
-def prefill_reference_block_table(
-    q_nope: torch.Tensor,
-    q_pe: torch.Tensor,
-    ckv_cache: torch.Tensor,
-    kpe_cache: torch.Tensor,
-    qo_indptr: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    sm_scale: float,
-    *,
-    causal: bool = True,
-    lse_base: int | str = 2,
-    out: torch.Tensor | None = None,
-    lse: torch.Tensor | None = None,
-    ckv_scale: Scale = 1.0,
-    kpe_scale: Scale = 1.0,
-    ckv_scale_arr: torch.Tensor | None = None,
-    q_scale: Scale = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prefill attention over a padded block table, computed in float32.
-
-    Args:
-        block_table: [batch, max_pages] int32 page ids; the columns past ceil(seq_lens[b] / page_size) are not read.
-        seq_lens: [batch] int32, keys of each request.
-
-    The other arguments, the result and the errors are those of `prefill_reference`; nothing is checked here either.
-    """
-    pages, lengths = _block_table_requests(block_table, seq_lens, ckv_cache.shape[1])
-    queries = qo_indptr.tolist()
-    scales = Scales(float(ckv_scale), float(kpe_scale), ckv_scale_arr, float(q_scale))
-    return _prefill(
-        q_nope, q_pe, ckv_cache, kpe_cache, queries, pages, lengths, sm_scale, causal, lse_base, out, lse,
-        scales=scales,
-    )  # fmt: skip
-
-
-def _csr_requests(
-    kv_indptr: torch.Tensor, kv_indices: torch.Tensor, kv_last_page_len: torch.Tensor | None, page_size: int
-) -> tuple[list[torch.Tensor], list[int]]:
+def requests_of(pages: Pages, page_size: int) -> tuple[list[torch.Tensor], list[int]]:
     """Page ids and kv_len of each request."""
-    indptr = kv_indptr.tolist()
-    last = [page_size] * (len(indptr) - 1) if kv_last_page_len is None else kv_last_page_len.tolist()
-    pages = [kv_indices[start:end] for start, end in itertools.pairwise(indptr)]
-    lengths = [(len(ids) - 1) * page_size + n if len(ids) else 0 for ids, n in zip(pages, last, strict=True)]
-    return pages, lengths
+    _, lengths, ids, last_len, _, _ = pages
+    if pages.form.by_table:
+        kv_lens = lengths.tolist()
+        return [ids[b, : -(-n // page_size)] for b, n in enumerate(kv_lens)], kv_lens
+    indptr = lengths.tolist()
+    last = [page_size] * (len(indptr) - 1) if last_len is None else last_len.tolist()
+    found = [ids[start:end] for start, end in itertools.pairwise(indptr)]
+    return found, [(len(own) - 1) * page_size + n if len(own) else 0 for own, n in zip(found, last, strict=True)]
 
 
-def _block_table_requests(
-    block_table: torch.Tensor, seq_lens: torch.Tensor, page_size: int
-) -> tuple[list[torch.Tensor], list[int]]:
-    """Page ids and kv_len of each request."""
-    lengths = seq_lens.tolist()
-    return [block_table[b, : -(-n // page_size)] for b, n in enumerate(lengths)], lengths
-
-
-def _decode(
-    q_nope: torch.Tensor,
-    q_pe: torch.Tensor,
-    ckv_cache: torch.Tensor,
-    kpe_cache: torch.Tensor,
-    pages: list[torch.Tensor],
-    lengths: list[int],
-    sm_scale: float,
-    lse_base: int | str,
-    out: torch.Tensor | None,
-    lse: torch.Tensor | None,
-    p_dtype: torch.dtype | None = None,
-    scales: Scales = _UNSCALED,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    queries = range(q_nope.shape[0] + 1)
-    return _prefill(
-        q_nope, q_pe, ckv_cache, kpe_cache, queries, pages, lengths, sm_scale, False, lse_base, out, lse, p_dtype,
-        scales,
-    )  # fmt: skip
-
-
-def _prefill(
-    q_nope: torch.Tensor,
-    q_pe: torch.Tensor,
-    ckv_cache: torch.Tensor,
-    kpe_cache: torch.Tensor,
-    queries: Sequence[int],
-    pages: list[torch.Tensor],
-    lengths: list[int],
-    sm_scale: float,
-    causal: bool,
-    lse_base: int | str,
-    out: torch.Tensor | None,
-    lse: torch.Tensor | None,
-    p_dtype: torch.dtype | None = None,
-    scales: Scales = _UNSCALED,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`queries` is qo_indptr; `p_dtype` rounds P before P ckv, as a kernel that multiplies in that dtype does; tests
+def attention(call: Call, p_dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(output, lse) of a call. `p_dtype` rounds P before P ckv, as a kernel that multiplies in that dtype does; tests
     judge errors by it."""
+    q_nope, q_pe, cache, pages, sm_scale, out, lse, lse_base, q_scale = call
+    # scales may be tensors of one element
+    cache = cache._replace(ckv_scale=float(cache.ckv_scale), kpe_scale=float(cache.kpe_scale))
+    q_scale, causal = float(q_scale), pages.causal
+    page_ids, lengths = requests_of(pages, cache.ckv.shape[1])
+    queries = range(q_nope.shape[0] + 1) if pages.queries is None else pages.queries.tolist()
     total_q, num_heads, _ = q_nope.shape
-    page_size, ckv_dim = ckv_cache.shape[1:]
+    page_size, ckv_dim = cache.ckv.shape[1:]
     if out is None:
         out = torch.empty((total_q, num_heads, ckv_dim), dtype=_output_dtype(q_nope, q_pe), device=q_nope.device)
     if lse is None:
@@ -274,7 +99,7 @@ def _prefill(
     tokens_per_chunk = max(1, _CHUNK_ROWS // num_heads)
     # Autocast would multiply in 16 bits.
     with torch.no_grad(), torch.autocast(q_nope.device.type, enabled=False):
-        for (begin, end), page_ids, kv_len in zip(itertools.pairwise(queries), pages, lengths, strict=True):
+        for (begin, end), own_ids, kv_len in zip(itertools.pairwise(queries), page_ids, lengths, strict=True):
             # query token t sees the first t + shift keys
             shift = kv_len - end + 1
             first = end if kv_len <= 0 else max(begin, 1 - shift) if causal else begin
@@ -287,9 +112,9 @@ def _prefill(
                 if causal and stop - start > 1:
                     visible = torch.arange(start + shift, stop + shift, device=q_nope.device)
                     visible = visible.repeat_interleave(num_heads)[:, None]
-                q = _queries(q_nope[start:stop], q_pe[start:stop], dtype, scales.q_scale).flatten(0, 1) * sm_scale
-                ids = page_ids[: -(-num_keys // page_size)]
-                rows_out, rows_lse = _attend(q, ckv_cache, kpe_cache, ids, num_keys, p_dtype, visible, scales)
+                q = _queries(q_nope[start:stop], q_pe[start:stop], dtype, q_scale).flatten(0, 1) * sm_scale
+                ids = own_ids[: -(-num_keys // page_size)]
+                rows_out, rows_lse = _attend(q, cache, ids, num_keys, p_dtype, visible)
                 out[start:stop] = rows_out.view(-1, num_heads, ckv_dim)
                 lse[start:stop] = rows_lse.view(-1, num_heads) * per_base
     return out, lse
@@ -297,19 +122,17 @@ def _prefill(
 
 def _attend(
     q: torch.Tensor,
-    ckv_cache: torch.Tensor,
-    kpe_cache: torch.Tensor,
+    cache: Cache,
     page_ids: torch.Tensor,
     kv_len: int,
     p_dtype: torch.dtype | None,
     visible: torch.Tensor | None,
-    scales: Scales,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """kv_len > 0 keys of one request: scaled q [R, 576] in the dtype of the math -> [R, 512], lse [R] in base e.
 
     `visible` [R, 1], from 1 to kv_len, is how many keys a row sees; None: all.
     """
-    page_size, ckv_dim = ckv_cache.shape[1:]
+    page_size, ckv_dim = cache.ckv.shape[1:]
     pages_per_chunk = max(1, _CHUNK_TOKENS // page_size)
     acc = q.new_zeros(q.shape[0], ckv_dim)
     row_sum = q.new_zeros(q.shape[0], 1)
@@ -317,13 +140,13 @@ def _attend(
     for start in range(0, len(page_ids), pages_per_chunk):
         ids = page_ids[start : start + pages_per_chunk]
         num_tokens = min(len(ids) * page_size, kv_len - start * page_size)
-        ckv, kpe = _rows(ckv_cache, ids, num_tokens), _rows(kpe_cache, ids, num_tokens)
-        if scales.ckv_scale_arr is not None:
-            ckv = dequantize(ckv, _rows(scales.ckv_scale_arr, ids, num_tokens))
+        ckv, kpe = _rows(cache.ckv, ids, num_tokens), _rows(cache.kpe, ids, num_tokens)
+        if cache.scale_arr is not None:
+            ckv = dequantize(ckv, _rows(cache.scale_arr, ids, num_tokens))
         elif ckv.dtype is FP8:
-            ckv = ckv.float() * scales.ckv_scale
+            ckv = ckv.float() * cache.ckv_scale
         if kpe.dtype is FP8:
-            kpe = kpe.float() * scales.kpe_scale
+            kpe = kpe.float() * cache.kpe_scale
         ckv, kpe = ckv.to(q.dtype), kpe.to(q.dtype)
         scores = q[:, :ckv_dim] @ ckv.T + q[:, ckv_dim:] @ kpe.T
         if visible is not None:

@@ -1,6 +1,6 @@
 """The short way of a call like one that came the long way: with the same plan, or without a plan and of the same sizes.
 
-The first call of a kind is checked argument by argument (problem.py) and leaves behind a function for those that
+The first call of a kind is checked argument by argument (check.py) and leaves behind a function for those that
 follow. That looks at what the compiled launcher cannot know, in a few attribute reads, and launches: the launcher
 itself refuses tensors of other dtypes, sizes, devices, strides or alignment than it was compiled for, before it
 launches anything. Whatever is refused returns None and goes the long way, which names the argument. What these
@@ -19,18 +19,17 @@ import torch
 
 from . import dlpack
 from .allocate import current_device, empty
+from .call import UNSCALED, Call
+from .check import DTYPES, Problem
 from .config import KernelConfig
 from .dims import CKV_DIM
 from .expect import MAX_SCALE, MIN_SCALE, Scale, rows_fit_32_bits
 from .launch import LN_2, LOG2_E, flat_table, memory_of_table, number_and_address, rows_are_even, score_scales
 from .plan import Plan, check_enabled, planner_reads
-from .problem import DTYPES, UNSCALED, DecodeProblem
-from .problem_prefill import PrefillProblem
 from .tuned import select, shape_log
 
-Problem = DecodeProblem | PrefillProblem
-# The public calls' arguments in a fixed order, to the results or None.
-ShortWay = Callable[..., "tuple[torch.Tensor, torch.Tensor] | None"]
+# To the results, or None.
+ShortWay = Callable[[Call], "tuple[torch.Tensor, torch.Tensor] | None"]
 
 # Of calls without a plan, by their sizes (`_key`). A server has some hundred; a fuzzer begins anew.
 _known: dict[Any, ShortWay] = {}
@@ -41,7 +40,7 @@ def _has_short_way(plan: Plan) -> bool:
     return not plan.verifies and plan.has_work and len(plan.rounds) == 1 and dlpack.exports_e4m3()
 
 
-def with_plan(kind: object, step: Callable[..., None], problem: Problem, plan: Plan) -> ShortWay | None:
+def with_plan(step: Callable[..., None], problem: Problem, plan: Plan) -> ShortWay | None:
     """Of calls with this plan; None where there is none."""
     if not _has_short_way(plan):
         return None
@@ -50,39 +49,32 @@ def with_plan(kind: object, step: Callable[..., None], problem: Problem, plan: P
     # As the launcher takes them, which is cheaper than a torch.Tensor.
     table, part = tvm_ffi.from_dlpack(plan.table), tvm_ffi.from_dlpack(plan.part)
     usual = _usual(problem, plan.packs_rows, tvm_ffi.from_dlpack(plan.part[:1].unsqueeze(0)))
-    planned_0, planned_1, planned_2 = (*plan._metadata.values(), None, None)[:3]
-    grid, batch, block_table = plan.grid, plan.batch, plan._block_table
+    form, planned_lengths, _, planned_last, planned_queries, _ = plan._pages
+    grid, batch, by_table = plan.grid, plan.batch, plan.form.by_table
 
-    def launch(
-        called: object,
-        metadata_0: torch.Tensor,
-        metadata_1: torch.Tensor | None,
-        metadata_2: torch.Tensor | None,
-        page_ids: torch.Tensor,
-        q_nope: torch.Tensor,
-        *others: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def launch(call: Call) -> tuple[torch.Tensor, torch.Tensor] | None:
         try:
+            called, lengths, page_ids, last_len, queries, _ = call[3]
             if (
-                called is not kind
-                or not (metadata_0 is planned_0 or plan.has(metadata_0, planned_0))
-                or not (metadata_1 is planned_1 or plan.has(metadata_1, planned_1))
-                or not (metadata_2 is planned_2 or plan.has(metadata_2, planned_2))
+                called is not form
+                or not (lengths is planned_lengths or plan.has(lengths, planned_lengths))
+                or not (last_len is planned_last or plan.has(last_len, planned_last))
+                or not (queries is planned_queries or plan.has(queries, planned_queries))
             ):
                 return None
-            if block_table:
+            if by_table:
                 if page_ids is not plan._table[0]:
                     if page_ids.shape[0] != batch:
                         return None
                     plan._table = page_ids, flat_table(page_ids, plan)
                 page_ids = plan._table[1]
-            found = usual(q_nope, *others)
+            found = usual(call)
             if found is None:
                 return None
             operands, out, lse, numbers = found
             step(*operands, page_ids, table, part, out, lse, *grid, *numbers)
             return out, lse
-        except Exception:  # an argument is no tensor or not what was compiled for; which one is problem.py's job to say
+        except Exception:  # an argument is no tensor or not what was compiled for; which one is check.py's job to say
             return None
 
     return launch
@@ -96,27 +88,21 @@ def keep_without_plan(key: object, step: Callable[..., None], problem: Problem, 
     of_plan, planner, grid, stride = plan.rounds[0], plan._planner, plan.grid, plan._table_stride
     table_size, scratch_size, part_size = (tuple(x.shape) for x in (of_plan.table, of_plan.scratch, plan.part))
     plan_numbers = tuple(x for x in of_plan.planner_args if isinstance(x, int))
-    device, block_table, has_queries = problem.device, plan._block_table, plan.packs_rows
+    device, by_table = problem.device, plan.form.by_table
 
-    def launch(
-        metadata_0: torch.Tensor,
-        metadata_1: torch.Tensor | None,
-        metadata_2: torch.Tensor | None,
-        page_ids: torch.Tensor,
-        q_nope: torch.Tensor,
-        *others: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def launch(call: Call) -> tuple[torch.Tensor, torch.Tensor] | None:
         try:
-            found = usual(q_nope, *others)
+            found = usual(call)
             if found is None:
                 return None
             operands, out, lse, numbers = found
-            if block_table:
+            pages = call[3]
+            page_ids = pages.ids
+            if by_table:
                 page_ids = memory_of_table(page_ids, stride)
             table, scratch = empty(table_size, torch.int32, device), empty(scratch_size, torch.int32, device)
             part = empty(part_size, torch.float32, device)
-            lengths = planner_reads((metadata_0, metadata_1, metadata_2), has_queries)
-            planner(*lengths, table, scratch, *plan_numbers)
+            planner(*planner_reads(pages), table, scratch, *plan_numbers)
             if len(operands) == 5 and operands[4] is None:
                 operands = (*operands[:4], lse.unsqueeze(-1))
             step(*operands, page_ids, table, part, out, lse, *grid, *numbers)
@@ -130,93 +116,68 @@ def keep_without_plan(key: object, step: Callable[..., None], problem: Problem, 
 
 
 def short_way(
-    kind: object,
-    plan: Any,
-    return_lse: bool,
-    metadata: tuple[Any, ...],
-    values: tuple[Any, ...],
-    config: KernelConfig | None,
-    batch_invariant: bool,
+    call: Call, plan: Any, config: KernelConfig | None, batch_invariant: bool
 ) -> tuple[tuple[torch.Tensor, torch.Tensor] | None, object]:
-    """(results, key), of which the first is None where the call has to go the long way. `metadata` with the page ids at
-    the end, `values` as `_usual`'s function takes them."""
-    if type(return_lse) is not bool:
-        return None, None
+    """(results, key), of which the first is None where the call has to go the long way."""
     if plan is not None:
         if config is not None or type(batch_invariant) is not bool:  # nothing to a plan, but checked
             return None, None
         launch = getattr(plan, "_again", None)
-        return (None if launch is None else launch(kind, *metadata, *values)), None
-    key = _key(kind, metadata, values, config, batch_invariant)
+        return (None if launch is None else launch(call)), None
+    key = _key(call, config, batch_invariant)
     try:
         launch = _known.get(key)
     except TypeError:  # an argument cannot be hashed, so it is not what it should be
         return None, None
-    return (None if launch is None else launch(*metadata, *values)), key
+    return (None if launch is None else launch(call)), key
 
 
-def _key(
-    kind: object,
-    metadata: tuple[Any, ...],
-    values: tuple[Any, ...],
-    config: KernelConfig | None,
-    batch_invariant: bool,
-) -> object:
+def _key(call: Call, config: KernelConfig | None, batch_invariant: bool) -> object:
     """What the short way of a call without a plan depends on, beside what `_usual` and the launchers look at; None
     where every call goes the long way."""
     if shape_log.recorder is not None or check_enabled():
         return None
-    metadata_0, metadata_1, metadata_2, page_ids = metadata
-    q_nope, q_pe, ckv_cache, kpe_cache, _, out, _, _, _, _, scale_arr, _, causal = values
+    q_nope, q_pe, (ckv_cache, kpe_cache, _, _, scale_arr), pages, _, out, _, _, _ = call
+    form, lengths, page_ids, last_len, queries, causal = pages
     try:
-        pages = None
+        room = None
         if batch_invariant or page_ids.dim() == 2:  # the sizes of a plan, and the choice of a kernel
-            pages = page_ids.shape, page_ids.stride()
+            room = page_ids.shape, page_ids.stride()
         return (
-            kind, q_nope.shape, q_nope.dtype, q_pe.dtype, q_nope.get_device(), ckv_cache.shape[1], ckv_cache.dtype,
-            kpe_cache.dtype, metadata_0.shape, None if metadata_1 is None else metadata_1.shape,
-            None if metadata_2 is None else metadata_2.shape, pages, None if out is None else out.dtype,
+            form, q_nope.shape, q_nope.dtype, q_pe.dtype, q_nope.get_device(), ckv_cache.shape[1], ckv_cache.dtype,
+            kpe_cache.dtype, lengths.shape, None if last_len is None else last_len.shape,
+            None if queries is None else queries.shape, room, None if out is None else out.dtype,
             None if scale_arr is None else scale_arr.shape[2], config, batch_invariant, causal, select.generation(),
         )  # fmt: skip
     except Exception:  # an argument is no tensor
         return None
 
 
-def _usual(
-    problem: Problem, packs_rows: bool, no_scales: Any
-) -> Callable[..., tuple[tuple[Any, ...], torch.Tensor, torch.Tensor, tuple[float | int, ...]] | None]:
-    """The function from the arguments of a call like `problem`, metadata aside, to (the step's operands, out, lse, the
-    step's numbers); None where something is unusual. `no_scales` stands for an array of scales where there is none."""
+# The step's operands, out, lse, the step's numbers.
+_ForLaunch = tuple[tuple[Any, ...], torch.Tensor, torch.Tensor, "tuple[float | int, ...]"]
+
+
+def _usual(problem: Problem, packs_rows: bool, no_scales: Any) -> Callable[[Call], _ForLaunch | None]:
+    """The function from a call like `problem`, metadata aside, to what is launched; None where something is unusual.
+    `no_scales` stands for an array of scales where there is none."""
     device, out_dtype, kv_format = problem.device, problem.dtype, problem.kv_format
     q_shape, lse_shape = (problem.total_q, problem.num_heads, CKV_DIM), (problem.total_q, problem.num_heads)
     page_size, device_index = problem.page_size, device.index
-    planned_causal = isinstance(problem, PrefillProblem) and problem.causal
+    planned_causal = problem.causal
     # TMA looks at strides of dimensions of size 1, which the launcher lets pass.
     gathers = page_size % 8 != 0
     odd_queries = problem.total_q == 1 or problem.num_heads == 1
     # out=None means bfloat16 where all queries are e4m3.
     allocates = not (problem.q_fp8 and kv_format == "tensor") or out_dtype is DTYPES[0]
 
-    def usual(
-        q_nope: torch.Tensor,
-        q_pe: torch.Tensor,
-        ckv_cache: torch.Tensor,
-        kpe_cache: torch.Tensor,
-        sm_scale: float,
-        out: torch.Tensor | None,
-        lse: torch.Tensor | None,
-        lse_base: int | str,
-        ckv_scale: Scale,
-        kpe_scale: Scale,
-        scale_arr: torch.Tensor | None,
-        q_scale: Scale,
-        causal: bool,
-    ) -> tuple[tuple[Any, ...], torch.Tensor, torch.Tensor, tuple[float | int, ...]] | None:
+    def usual(call: Call) -> _ForLaunch | None:
+        q_nope, q_pe, cache, pages, sm_scale, out, lse, lse_base, q_scale = call
+        ckv_cache, kpe_cache, ckv_scale, kpe_scale, scale_arr = cache
         num_pages, tokens, _ = ckv_cache.shape
         if (
             q_nope.shape != q_shape
             or tokens != page_size
-            or causal is not planned_causal
+            or pages[5] is not planned_causal
             or q_nope.requires_grad
             or type(sm_scale) is not float
             or not MIN_SCALE <= sm_scale <= MAX_SCALE
@@ -269,7 +230,7 @@ def _has_tma_strides(x: torch.Tensor) -> bool:
 
 
 def _usual_factors(
-    problem: DecodeProblem | PrefillProblem, sm_scale: float, ckv_scale: Scale, kpe_scale: Scale, q_scale: Scale
+    problem: Problem, sm_scale: float, ckv_scale: Scale, kpe_scale: Scale, q_scale: Scale
 ) -> tuple[float | int, ...] | None:
     """As the long way's `_numbers` (launch.py), but for lse_scale; None where a scale is unusual."""
     ckv_at = kpe_at = q_at = 0

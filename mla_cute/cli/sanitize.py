@@ -33,11 +33,11 @@ from .. import gpu as gpu_facts
 from .. import quant
 from ..append import append_reference
 from ..bench.report import text_table
+from ..check import FP8
 from ..config import KernelConfig, with_kernel
 from ..dims import CKV_DIM, KPE_DIM, KV_FORMATS
 from ..kernels.keys import APPEND, MERGE_STATES, PLANNER, PREFILL_PLANNER, KernelRef
 from ..kernels.registry import step_of
-from ..problem import FP8
 from ..testing.runs import plan_of
 from . import soak
 from .watchdog import parse_seconds

@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from ..api import mla_paged_decode_block_table
-from ..api_prefill import mla_paged_prefill_block_table
+from ..attend import attend
+from ..call import DECODE_TABLE, PREFILL_TABLE, UNSCALED, Cache, Call, Pages
+from ..check import FP8
 from ..dims import CKV_DIM
 from ..launch import table_stride
 from ..plan import Plan
 from ..plan_decode import plan_decode_block_table
 from ..plan_prefill import plan_prefill_block_table
-from ..problem import FP8
 from ..quant import GROUP_ROW_BYTES, group_rows
 
 
-@dataclass(frozen=True)
-class PagedCache:
-    """Views of an engine's cache, and the scale keywords of the calls."""
-
-    ckv: torch.Tensor
-    kpe: torch.Tensor
-    scales: dict[str, Any]
-
-
-def paged_cache(rows: torch.Tensor, scale: float = 1.0) -> PagedCache:
+def paged_cache(rows: torch.Tensor, scale: float = UNSCALED) -> Cache:
     """The parts of a cache in which a token is one row.
 
     Args:
@@ -38,35 +28,30 @@ def paged_cache(rows: torch.Tensor, scale: float = 1.0) -> PagedCache:
     """
     if rows.shape[-1] == GROUP_ROW_BYTES:
         ckv, array, kpe = group_rows(rows)
-        return PagedCache(ckv, kpe, {"ckv_scale_arr": array})
-    scales = {"ckv_scale": scale, "kpe_scale": scale} if rows.dtype is FP8 else {}
-    return PagedCache(rows[..., :CKV_DIM], rows[..., CKV_DIM:], scales)
+        return Cache(ckv, kpe, scale_arr=array)
+    ckv, kpe = rows[..., :CKV_DIM], rows[..., CKV_DIM:]
+    return Cache(ckv, kpe, scale, scale) if rows.dtype is FP8 else Cache(ckv, kpe)
 
 
-@dataclass(frozen=True)
-class Step:
-    """One step of an engine: which pages and keys its requests have, and the plan over them.
+class Step(NamedTuple):
+    """One step of an engine: which pages and keys its requests have, and the plan over them."""
 
-    qo_indptr: None where every request has one query token, whatever the values of the tensors.
-    """
-
-    block_table: torch.Tensor
-    seq_lens: torch.Tensor
-    qo_indptr: torch.Tensor | None
+    pages: Pages
     plan: Plan
 
     def attend(
-        self, q_nope: torch.Tensor, q_pe: torch.Tensor, cache: PagedCache, sm_scale: float, **options: Any
+        self,
+        q_nope: torch.Tensor,
+        q_pe: torch.Tensor,
+        cache: Cache,
+        sm_scale: float,
+        out: torch.Tensor | None = None,
+        q_scale: float = UNSCALED,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(output [tokens, H, 512], natural log-sum-exp [tokens, H]); rows past qo_indptr[-1] are not written."""
-        tensors = (q_nope, q_pe, cache.ckv, cache.kpe)
-        pages = (self.block_table, self.seq_lens, sm_scale)
-        options |= cache.scales | {"lse_base": "e", "plan": self.plan}
-        result: Any
-        if self.qo_indptr is None:
-            result = mla_paged_decode_block_table(*tensors, *pages, **options)
-        else:
-            result = mla_paged_prefill_block_table(*tensors, self.qo_indptr, *pages, **options)
+        result: Any = attend(
+            Call(q_nope, q_pe, cache, self.pages, sm_scale, out, None, "e", q_scale), self.plan, None, False
+        )
         return result
 
 
@@ -127,7 +112,9 @@ class StepPlans:
             self._recent.move_to_end(key)
             if len(self._recent) > self.RECENT:
                 self._recent.popitem(last=False)
-        return Step(block_table, seq_lens, qo_indptr, plan)
+        if qo_indptr is None:
+            return Step(Pages(DECODE_TABLE, seq_lens, block_table), plan)
+        return Step(Pages(PREFILL_TABLE, seq_lens, block_table, None, qo_indptr, True), plan)
 
     def _make(
         self, max_pages: int, stride: int, seq_lens: torch.Tensor, qo_indptr: torch.Tensor | None, total_q: int

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from ..api import mla_paged_decode, mla_paged_decode_block_table
-from ..api_prefill import mla_paged_prefill, mla_paged_prefill_block_table
+from ..call import DECODE, DECODE_TABLE, PREFILL, PREFILL_TABLE, Pages
 from ..expect import expect_indptr, expect_metadata
 from ..launch import table_stride
 from ..plan_decode import DecodePlan, plan_decode, plan_decode_block_table
@@ -18,9 +17,6 @@ CSR_FIELDS = ("qo_indptr", "kv_indptr", "kv_indices", "kv_len_arr")
 DENSE_FIELDS = ("cum_seq_lens_q", "block_tables", "seq_lens")
 # Page ids are the bulk of the metadata: they are read where the caller has them.
 _PAGE_IDS = ("kv_indices", "block_tables")
-
-# q_nope, q_pe, ckv_cache, kpe_cache
-Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -89,63 +85,29 @@ class Shape:
         return {"num_heads": self.num_heads, "page_size": self.page_size}
 
 
-@dataclass(frozen=True)
-class CsrPages:
-    """CSR metadata on the device of the calls."""
-
-    qo_indptr: torch.Tensor
-    kv_indptr: torch.Tensor
-    kv_indices: torch.Tensor
-    last_page_len: torch.Tensor
-
-    def plan(self, shape: Shape, total_q: int, decode: bool, hints: dict[str, Any]) -> DecodePlan | PrefillPlan:
-        sizes = shape.sizes | hints | {"kv_last_page_len": self.last_page_len}
-        made: DecodePlan | PrefillPlan
-        if decode:
-            made = plan_decode(self.kv_indptr, **sizes)
-        else:
-            made = plan_prefill(self.qo_indptr, self.kv_indptr, total_q=total_q, causal=shape.causal, **sizes)
-        made._spare_pages = True  # kv_indptr may own more pages than keys fill
-        return made
-
-    def attend(self, tensors: Operands, causal: bool, plan: Any, **options: Any) -> Any:
-        options |= {"kv_last_page_len": self.last_page_len, "plan": plan}
-        if isinstance(plan, DecodePlan):
-            return mla_paged_decode(*tensors, self.kv_indptr, self.kv_indices, **options)
-        options["causal"] = causal
-        return mla_paged_prefill(*tensors, self.qo_indptr, self.kv_indptr, self.kv_indices, **options)
+def as_decode(pages: Pages) -> Pages:
+    """The same where every request has one query token."""
+    return pages._replace(form=DECODE_TABLE if pages.form.by_table else DECODE, queries=None, causal=False)
 
 
-@dataclass(frozen=True)
-class DensePages:
-    """A block table and lengths on the device of the calls."""
-
-    qo_indptr: torch.Tensor
-    block_table: torch.Tensor
-    seq_lens: torch.Tensor
-
-    def plan(self, shape: Shape, total_q: int, decode: bool, hints: dict[str, Any]) -> DecodePlan | PrefillPlan:
-        sizes = (
-            shape.sizes
-            | hints
-            | {
-                "max_pages": self.block_table.shape[1],
-                "table_stride": table_stride(self.block_table),
-            }
-        )
-        if decode:
-            return plan_decode_block_table(self.seq_lens, **sizes)
-        return plan_prefill_block_table(self.qo_indptr, self.seq_lens, total_q=total_q, causal=shape.causal, **sizes)
-
-    def attend(self, tensors: Operands, causal: bool, plan: Any, **options: Any) -> Any:
-        options["plan"] = plan
-        if isinstance(plan, DecodePlan):
-            return mla_paged_decode_block_table(*tensors, self.block_table, self.seq_lens, **options)
-        options["causal"] = causal
-        return mla_paged_prefill_block_table(*tensors, self.qo_indptr, self.block_table, self.seq_lens, **options)
-
-
-Pages = CsrPages | DensePages
+def plan_of(
+    pages: Pages, shape: Shape, total_q: int, one_query_each: bool, hints: dict[str, Any]
+) -> DecodePlan | PrefillPlan:
+    """`hints`: kv_format and q_fp8 of the calls."""
+    sizes = shape.sizes | hints
+    prefill: dict[str, Any] = {"total_q": total_q, "causal": pages.causal}
+    queries, lengths = pages.queries, pages.lengths
+    assert queries is not None
+    if pages.form.by_table:
+        sizes |= {"max_pages": pages.ids.shape[1], "table_stride": table_stride(pages.ids)}
+        if one_query_each:
+            return plan_decode_block_table(lengths, **sizes)
+        return plan_prefill_block_table(queries, lengths, **sizes, **prefill)
+    sizes["kv_last_page_len"] = pages.last_len
+    made: DecodePlan | PrefillPlan
+    made = plan_decode(lengths, **sizes) if one_query_each else plan_prefill(queries, lengths, **sizes, **prefill)
+    made._spare_pages = True  # kv_indptr may own more pages than keys fill
+    return made
 
 
 def one_form(metadata: Any, flat: MLAPlanMetadata) -> dict[str, torch.Tensor]:
@@ -215,13 +177,21 @@ def _check_lengths(name: str, lengths: torch.Tensor, num_pages: torch.Tensor | i
         )
 
 
-def on_device(known: dict[str, torch.Tensor], page_size: int, device: torch.device) -> Pages:
+def on_device(known: dict[str, torch.Tensor], shape: Shape, device: torch.device) -> Pages:
     """Metadata as the calls want them. What is small is copied: its tensors may be refilled before `run`."""
     moved = {name: x.to(device, non_blocking=True, copy=name not in _PAGE_IDS) for name, x in known.items()}
     if "kv_indptr" not in moved:
-        return DensePages(*moved.values())
-    kv_len_arr = moved.pop("kv_len_arr")
-    return CsrPages(**moved, last_page_len=last_page_len(moved["kv_indptr"], kv_len_arr, page_size))
+        return table_pages(moved, shape)
+    return list_pages(moved, last_page_len(moved["kv_indptr"], moved["kv_len_arr"], shape.page_size), shape)
+
+
+def table_pages(known: dict[str, torch.Tensor], shape: Shape) -> Pages:
+    queries, table, lengths = (known[name] for name in DENSE_FIELDS)
+    return Pages(PREFILL_TABLE, lengths, table, None, queries, shape.causal)
+
+
+def list_pages(known: dict[str, torch.Tensor], last_len: torch.Tensor, shape: Shape) -> Pages:
+    return Pages(PREFILL, known["kv_indptr"], known["kv_indices"], last_len, known["qo_indptr"], shape.causal)
 
 
 def last_page_len(

@@ -19,16 +19,14 @@ from typing import Any
 
 import torch
 
-from .. import problem
-from ..api import mla_paged_decode_block_table
-from ..api_prefill import mla_paged_prefill_block_table
+from ..attend import attend
+from ..call import DECODE_TABLE, PREFILL_TABLE, UNSCALED, Cache, Call, Pages
+from ..check import FP8, check
 from ..dims import CKV_DIM, KPE_DIM, MAX_HEADS
 from ..expect import describe, expect_bool, expect_metadata, expect_scale, expect_shape, expect_tensor
 from ..launch import table_stride
 from ..plan_decode import plan_decode_block_table
 from ..plan_prefill import plan_prefill_block_table
-from ..problem import FP8
-from ..problem_prefill import check_prefill_block_table
 from ..quant import GROUP_ROW_BYTES, group_rows
 
 __all__ = ["FlashMLASchedMeta", "flash_mla_with_kvcache", "get_mla_metadata"]
@@ -156,9 +154,10 @@ def flash_mla_with_kvcache(
     batch, tokens, heads, _ = q.shape
     if not 1 <= heads <= MAX_HEADS:
         raise ValueError(f"q: expected 1 to {MAX_HEADS} heads (dimension 2), got {heads}")
-    ckv_cache, kpe_cache, scales = _cache(k_cache, is_fp8_kvcache, descale_k)
+    cache = _cache(k_cache, is_fp8_kvcache, descale_k)
+    q_scale = UNSCALED
     if q.dtype is FP8:
-        scales["q_scale"] = _number("descale_q", descale_q)
+        q_scale = _number("descale_q", descale_q)
     elif descale_q is not None:
         raise ValueError(f"descale_q: expected None with q of {q.dtype}, got {describe(descale_q)}")
     page_size = k_cache.shape[1]
@@ -174,52 +173,40 @@ def flash_mla_with_kvcache(
     if step.config is not None and step.config != config:
         raise ValueError(f"tile_scheduler_metadata: expected one for {config}, got one that was used for {step.config}")
     rows = q[:, 0] if tokens == 1 else q.flatten(0, 1)
-    operands = (rows[..., :CKV_DIM], rows[..., CKV_DIM:], ckv_cache, kpe_cache)
-    pages = (table, lengths, _HEAD_DIM**-0.5 if softmax_scale is None else softmax_scale)
+    pages = Pages(DECODE_TABLE, lengths, table)
+    if tokens != 1:
+        pages = Pages(PREFILL_TABLE, lengths, table, None, step.qo_indptr, causal)
+        if not step.have_initialized:
+            pages = pages._replace(queries=torch.arange(batch + 1, dtype=torch.int32, device=lengths.device) * tokens)
+    sm_scale = _HEAD_DIM**-0.5 if softmax_scale is None else softmax_scale
+    call = Call(rows[..., :CKV_DIM], rows[..., CKV_DIM:], cache, pages, sm_scale, None, None, "e", q_scale)
     if not step.have_initialized:
-        _initialize(step, config, operands, pages, scales)
-    result: Any
-    if step.qo_indptr is None:
-        result = mla_paged_decode_block_table(*operands, *pages, lse_base="e", plan=step.plan, **scales)
-    else:
-        result = mla_paged_prefill_block_table(
-            *operands, step.qo_indptr, *pages, causal=causal, lse_base="e", plan=step.plan, **scales
-        )
+        _initialize(step, config, call)
+    result: Any = attend(call, step.plan, None, False)
     out, lse = result
     return out.view(batch, tokens, heads, CKV_DIM), lse.view(batch, tokens, heads).transpose(1, 2)
 
 
-def _initialize(
-    step: FlashMLASchedMeta,
-    config: FlashMLASchedMeta.Config,
-    operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
-    pages: tuple[torch.Tensor, torch.Tensor, float],
-    scales: dict[str, Any],
-) -> None:
+def _initialize(step: FlashMLASchedMeta, config: FlashMLASchedMeta.Config, call: Call) -> None:
     """Checks the call first: one that is refused leaves `step` as it was."""
-    block_table, cache_seqlens, _ = pages
+    pages = call.pages
+    problem = check(call)
     sizes: dict[str, Any] = {
         "num_heads": config.h_q, "page_size": config.page_block_size,
-        "max_pages": block_table.shape[1], "table_stride": table_stride(block_table),
-        "kv_format": "group" if config.is_fp8_kvcache else "tensor" if operands[2].dtype is FP8 else "",
-        "q_fp8": operands[0].dtype is FP8,
+        "max_pages": pages.ids.shape[1], "table_stride": table_stride(pages.ids),
+        "kv_format": problem.kv_format, "q_fp8": problem.q_fp8,
     }  # fmt: skip
-    if config.s_q == 1:
-        problem.check_decode_block_table(*operands, *pages, **scales)
-        step.plan = plan_decode_block_table(cache_seqlens, **sizes)
+    if pages.queries is None:
+        step.plan = plan_decode_block_table(pages.lengths, **sizes)
     else:
-        qo_indptr = torch.arange(config.b + 1, dtype=torch.int32, device=cache_seqlens.device) * config.s_q
-        check_prefill_block_table(*operands, qo_indptr, *pages, causal=config.causal, **scales)
-        sizes |= {"total_q": config.b * config.s_q, "causal": config.causal}
-        step.plan = plan_prefill_block_table(qo_indptr, cache_seqlens, **sizes)
-        step.qo_indptr = qo_indptr
+        sizes |= {"total_q": problem.total_q, "causal": config.causal}
+        step.plan = plan_prefill_block_table(pages.queries, pages.lengths, **sizes)
+        step.qo_indptr = pages.queries
     step.config, step.have_initialized = config, True
 
 
-def _cache(
-    k_cache: torch.Tensor, is_fp8_kvcache: bool, descale_k: float | None
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-    """(ckv_cache, kpe_cache, scale keywords), views of k_cache."""
+def _cache(k_cache: torch.Tensor, is_fp8_kvcache: bool, descale_k: float | None) -> Cache:
+    """Views of k_cache."""
     expect_tensor("k_cache", k_cache)
     width = GROUP_ROW_BYTES if is_fp8_kvcache else _HEAD_DIM
     expect_shape("k_cache", k_cache, (None, None, 1, width), f"[num_blocks, page_block_size, 1, {width}]")
@@ -230,14 +217,14 @@ def _cache(
         if descale_k is not None:
             raise ValueError("descale_k: expected None with is_fp8_kvcache=True, whose rows hold their scales")
         ckv_cache, ckv_scale_arr, kpe_cache = group_rows(rows.view(torch.uint8))
-        return ckv_cache, kpe_cache, {"ckv_scale_arr": ckv_scale_arr}
-    scales: dict[str, Any] = {}
+        return Cache(ckv_cache, kpe_cache, scale_arr=ckv_scale_arr)
+    ckv_cache, kpe_cache = rows[..., :CKV_DIM], rows[..., CKV_DIM:]
     if k_cache.dtype is FP8:
         scale = _number("descale_k", descale_k)
-        scales = {"ckv_scale": scale, "kpe_scale": scale}
-    elif descale_k is not None:
+        return Cache(ckv_cache, kpe_cache, scale, scale)
+    if descale_k is not None:
         raise ValueError(f"descale_k: expected None with a k_cache of {k_cache.dtype}")
-    return rows[..., :CKV_DIM], rows[..., CKV_DIM:], scales
+    return Cache(ckv_cache, kpe_cache)
 
 
 def _number(name: str, value: Any) -> float:

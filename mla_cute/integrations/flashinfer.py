@@ -32,6 +32,9 @@ from typing import Any
 
 import torch
 
+from ..attend import attend
+from ..call import UNSCALED, Cache, Call, Pages
+from ..check import DTYPES, FP8
 from ..dims import CKV_DIM, KPE_DIM, MAX_HEADS
 from ..expect import (
     Scale,
@@ -46,18 +49,18 @@ from ..expect import (
 )
 from ..plan_decode import DecodePlan
 from ..plan_prefill import PrefillPlan
-from ..problem import DTYPES, FP8
 from ._flashinfer_metadata import (
     CSR_FIELDS,
-    CsrPages,
-    DensePages,
     MLAPlanMetadata,
-    Pages,
     Shape,
+    as_decode,
     check_metadata,
     last_page_len,
+    list_pages,
     on_device,
     one_form,
+    plan_of,
+    table_pages,
 )
 
 __all__ = ["BatchMLAPagedAttentionWrapper", "MLAPlanMetadata"]
@@ -304,7 +307,7 @@ class BatchMLAPagedAttentionWrapper:
         if self._use_cuda_graph:
             self._stage(known, shape, one_query_each)
         else:
-            self._pages, self._plans = on_device(known, page_size, self.device), {}
+            self._pages, self._plans = on_device(known, shape, self.device), {}
         self._shape, self._contract, self._one_query_each = shape, contract, one_query_each
         if on_host and not self._use_cuda_graph:
             self._plan_of(int(queries[-1]))
@@ -377,14 +380,23 @@ class BatchMLAPagedAttentionWrapper:
         if out is None and contract.output_dtype is not q_nope.dtype:
             out = torch.empty(q_nope.shape, dtype=contract.output_dtype, device=q_nope.device)
         plan = self._plan_of(q_nope.shape[0])
-        return self._pages.attend(tensors, shape.causal, plan, out=out, lse=lse, return_lse=return_lse, **options)
+        scale = options.get
+        cache = Cache(
+            ckv_cache, kpe_cache, scale("ckv_scale", UNSCALED), scale("kpe_scale", UNSCALED),
+            scale("ckv_scale_arr"),
+        )  # fmt: skip
+        pages = as_decode(self._pages) if isinstance(plan, DecodePlan) else self._pages
+        call = Call(
+            q_nope, q_pe, cache, pages, options["sm_scale"], out, lse, options["lse_base"], scale("q_scale", UNSCALED)
+        )
+        return attend(call, plan, None, False, return_lse)
 
     def _plan_of(self, total_q: int) -> DecodePlan | PrefillPlan:
         plan = self._plans.get(total_q)
         if plan is None:
             assert self._pages is not None
             decode = self._one_query_each and total_q == self._shape.batch
-            plan = self._plans[total_q] = self._pages.plan(self._shape, total_q, decode, self._contract.hints)
+            plan = self._plans[total_q] = plan_of(self._pages, self._shape, total_q, decode, self._contract.hints)
         return plan
 
     def _stage(self, known: dict[str, torch.Tensor], shape: Shape, one_query_each: bool) -> None:
@@ -401,13 +413,13 @@ class BatchMLAPagedAttentionWrapper:
                 "whose graphs run decode kernels, got other values or a CUDA tensor"
             )
         if shape.form == "csr":
-            self._copy_to_buffers(known, shape.page_size)
+            self._copy_to_buffers(known, shape)
         else:
-            self._keep_tensors(known)
+            self._keep_tensors(known, shape)
         for plan in self._plans.values():
             plan.update()
 
-    def _copy_to_buffers(self, known: dict[str, torch.Tensor], page_size: int) -> None:
+    def _copy_to_buffers(self, known: dict[str, torch.Tensor], shape: Shape) -> None:
         buffers: dict[str, torch.Tensor] = {}
         for name, source in known.items():
             buffer, size = self._buffers[name], source.shape[0]
@@ -421,19 +433,19 @@ class BatchMLAPagedAttentionWrapper:
             buffers[name] = buffer
         for name, source in known.items():
             buffers[name][: source.shape[0]].copy_(source, non_blocking=True)
-        kv_len_arr = buffers.pop("kv_len_arr")
-        last = self._pages.last_page_len if isinstance(self._pages, CsrPages) else torch.empty_like(kv_len_arr)
-        last_page_len(buffers["kv_indptr"], kv_len_arr, page_size, last)
-        self._pages = CsrPages(**buffers, last_page_len=last)
+        kv_len_arr = buffers["kv_len_arr"]
+        last = None if self._pages is None else self._pages.last_len
+        last = last_page_len(buffers["kv_indptr"], kv_len_arr, shape.page_size, last)
+        self._pages = list_pages(buffers, last, shape)
 
-    def _keep_tensors(self, known: dict[str, torch.Tensor]) -> None:
+    def _keep_tensors(self, known: dict[str, torch.Tensor], shape: Shape) -> None:
         for name, x in known.items():
             if x.device != self.device:
                 raise ValueError(f"{name}: expected a tensor on {self.device} with use_cuda_graph, got {x.device}")
-        if not isinstance(self._pages, DensePages):
-            self._pages = DensePages(*known.values())
+        if self._pages is None:
+            self._pages = table_pages(known, shape)
             return
-        kept = (self._pages.qo_indptr, self._pages.block_table, self._pages.seq_lens)
+        kept = (self._pages.queries, self._pages.ids, self._pages.lengths)
         for (name, x), y in zip(known.items(), kept, strict=True):
             if (x.data_ptr(), x.shape, x.stride()) != (y.data_ptr(), y.shape, y.stride()):
                 raise ValueError(

@@ -24,10 +24,11 @@ from typing import Any
 
 import torch
 
+from ..call import Cache
+from ..check import DTYPES, FP8
 from ..dims import CKV_DIM, KPE_DIM
 from ..plan import num_sms
-from ..problem import DTYPES, FP8
-from ._engine_steps import PagedCache, Step, StepPlans, paged_cache
+from ._engine_steps import Step, StepPlans, paged_cache
 
 try:
     from sglang.kernels.ops.attention.kv_indices import (
@@ -120,15 +121,15 @@ class MlaCuteAttnBackend(FlashInferMLAAttnBackend):
         batch = forward_batch.batch_size
         if not batch:
             return  # the plan of no request holds nothing
-        step.seq_lens.copy_(forward_batch.seq_lens[:batch])
-        if step.qo_indptr is not None:
-            step.seq_lens.add_(self._num_draft_tokens)  # their keys are in the pool, but not yet counted
-        requests, table = forward_batch.req_pool_indices[:batch], step.block_table
+        step.pages.lengths.copy_(forward_batch.seq_lens[:batch])
+        if step.pages.queries is not None:
+            step.pages.lengths.add_(self._num_draft_tokens)  # their keys are in the pool, but not yet counted
+        requests, table = forward_batch.req_pool_indices[:batch], step.pages.ids
         req_to_token = self.req_to_token_pool.req_to_token
         if self._device.type == "cuda":
             blocks = get_num_kv_index_blocks_flashmla(table.shape[1], self.page_size)
             create_flashmla_kv_indices_triton[(batch, blocks)](
-                req_to_token, requests, step.seq_lens, None, table, req_to_token.stride(0), table.stride(0),
+                req_to_token, requests, step.pages.lengths, None, table, req_to_token.stride(0), table.stride(0),
                 self.page_size,
             )  # fmt: skip
         else:
@@ -215,7 +216,7 @@ class MlaCuteAttnBackend(FlashInferMLAAttnBackend):
         step = self.forward_decode if _is_ours(forward_batch) else super().forward_extend
         return step(q, k, v, layer, forward_batch, save_kv_cache, q_rope=q_rope, k_rope=k_rope)
 
-    def _cache(self, layer: Any) -> PagedCache:
+    def _cache(self, layer: Any) -> Cache:
         slots = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
         return paged_cache(slots.squeeze(1).unflatten(0, (-1, self.page_size)))
 

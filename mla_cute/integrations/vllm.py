@@ -31,8 +31,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from ..check import FP8
 from ..dims import CKV_DIM, KPE_DIM, MAX_HEADS
-from ..problem import FP8
 from ._engine_steps import Step, StepPlans, paged_cache
 
 try:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from mla_cute import reference
+from mla_cute.call import DECODE, Cache, Call, Pages
 from mla_cute.dims import CKV_DIM, KPE_DIM
 from mla_cute.testing.verdict import Expected, Verdict, compare
 
@@ -99,6 +100,11 @@ class DecodeCase:
     @property
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.q_nope, self.q_pe, self.ckv_cache, self.kpe_cache
+
+    @property
+    def pages(self) -> Pages:
+        """As page lists."""
+        return Pages(DECODE, self.kv_indptr, self.kv_indices, self.kv_last_page_len)
 
     @property
     def csr_args(self) -> tuple[Any, ...]:
@@ -312,15 +318,16 @@ def _make_caches(
 
 def expected_of(case: DecodeCase, *, lse_base: int | str = 2) -> Expected:
     """Run the reference on a case, once in float32 and once with P and the output rounded to the dtype of q."""
-    pages, lengths = reference._csr_requests(case.kv_indptr, case.kv_indices, case.kv_last_page_len, case.page_size)
+    pages, lengths = reference.requests_of(case.pages, case.page_size)
     if lengths != case.lengths:
         raise AssertionError(f"the case's metadata say lengths {lengths}, it was made for {case.lengths}")
     queries = list(case.queries)
     q_nope, q_pe = case.q_nope[: queries[-1]], case.q_pe[: queries[-1]]
     caches = (case.ckv_cache, case.kpe_cache)
-    arguments = (q_nope, q_pe, *caches, queries, pages, lengths, case.sm_scale, case.causal, lse_base)
-    output, lse = reference._prefill(*arguments, torch.empty_like(q_nope, dtype=torch.float32), None)
-    in_dtype, _ = reference._prefill(*arguments, None, None, p_dtype=q_nope.dtype)
+    out = torch.empty_like(q_nope, dtype=torch.float32)
+    call = Call(q_nope, q_pe, Cache(*caches), case.pages, case.sm_scale, out, None, lse_base)
+    output, lse = reference.attention(call)
+    in_dtype, _ = reference.attention(call._replace(out=None), p_dtype=q_nope.dtype)
     per_base = math.log2(math.e) if lse_base == 2 else 1.0
     score_rounding = torch.zeros_like(lse)
     for b, (page_ids, kv_len) in enumerate(zip(pages, lengths, strict=True)):

@@ -195,7 +195,7 @@ def expected_fp8(fp8: Fp8Case, *, lse_base: int | str = 2) -> Fp8Expected:
         output, lse = reference.prefill_reference(*real.csr_args, causal=real.causal, **last)
     else:
         output, lse = reference.decode_reference(*real.csr_args, **last)
-    pages, lengths = reference._csr_requests(real.kv_indptr, real.kv_indices, real.kv_last_page_len, real.page_size)
+    pages, lengths = reference.requests_of(real.pages, real.page_size)
     if lengths != real.lengths:
         raise AssertionError(f"the case's metadata say lengths {lengths}, it was made for {real.lengths}")
     queries = list(real.queries)

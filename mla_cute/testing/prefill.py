@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..call import PREFILL, Pages
 from .cases import (
     CACHE_LAYOUTS,
     OUT_LAYOUTS,
@@ -45,6 +46,10 @@ class PrefillCase(DecodeCase):
     def total_q(self) -> int:
         """Rows of q, out and lse, those that no request owns among them."""
         return self.q_nope.shape[0]
+
+    @property
+    def pages(self) -> Pages:
+        return Pages(PREFILL, self.kv_indptr, self.kv_indices, self.kv_last_page_len, self.qo_indptr, self.causal)
 
     @property
     def csr_args(self) -> tuple[Any, ...]:

@@ -4,11 +4,10 @@ import dataclasses
 
 import pytest
 import torch
+from call_case import check_decode, check_decode_block_table, check_prefill, check_prefill_block_table
 from fp8_case import LAYOUTS, Fp8Operands, make_fp8
 from prefill_case import make_prefill
 
-from mla_cute.problem import check_decode, check_decode_block_table
-from mla_cute.problem_prefill import check_prefill, check_prefill_block_table
 from mla_cute.testing.cases import make_case
 
 E4M3, BF16, FP16 = torch.float8_e4m3fn, torch.bfloat16, torch.float16

@@ -6,12 +6,12 @@ import itertools
 import pytest
 import torch
 from bench_case import FP8_CASES, SMALL, row_of
+from call_case import check_decode
 
 from mla_cute.bench import cases as cases_module
 from mla_cute.bench import report, runner
 from mla_cute.bench.cases import BARS, PRESETS, PUBLIC_BEST_US, Case
 from mla_cute.bench.inputs import KvPool, make_inputs
-from mla_cute.problem import check_decode
 
 # The cells of the project's table of public kernels, written out here once more: bench.cases must not drift from it.
 TABLE = """

@@ -20,9 +20,9 @@ PAGES = ("formats", "engines", "cuda_graphs", "tuning", "numerics", "troubleshoo
 RECORDS = ROOT / "tune" / "measurements" / "NVIDIA_H200"
 # Which errors users meet: those of the calls and of what is made for them.
 SOURCES = (
-    "api", "api_prefill", "append", "attend", "launch", "merge_states", "ops", "plan", "plan_decode", "plan_prefill",
-    "problem", "problem_prefill",
-    "expect", "verify", "quant", "config", "kernels/registry", "tuned/explain", "compile/warmup",
+    "api", "append", "attend", "launch", "merge_states", "ops", "plan", "plan_decode", "plan_prefill",
+    "call", "check", "check_device",
+    "expect", "quant", "config", "kernels/registry", "tuned/explain", "compile/warmup",
 )  # fmt: skip
 
 

@@ -4,12 +4,12 @@ import re
 
 import pytest
 import torch
+from call_case import check_decode
 from fp8_call_case import ARRAY, CHECKS, FORM, LAYOUT, NUM_PAGES, PAGE_SIZE, Q_FP8, OnGpu, make_call, on_gpu
 from fp8_case import make_fp8
 
-from mla_cute import problem as shared
+from mla_cute import check as shared
 from mla_cute import quant
-from mla_cute.problem import check_decode
 from mla_cute.testing.cases import make_case
 
 OPERANDS = ("q_nope", "q_pe", "ckv_cache", "kpe_cache", "out")

@@ -5,15 +5,15 @@ import types
 
 import pytest
 import torch
+from call_case import decode_problem, prefill_problem
 from fp8_call_case import BF16, CHECKS, FORM, FP16, LAYOUT, Q_FP8, Call, make_call, on_gpu
 from fp8_case import make_fp8
 
 import mla_cute
 from mla_cute import launch, plan
+from mla_cute.call import DECODE, FORMS, call_of
 from mla_cute.compile import jit
 from mla_cute.kernels import registry
-from mla_cute.problem import DecodeProblem
-from mla_cute.problem_prefill import PrefillProblem
 from mla_cute.testing.cases import make_case
 
 # ------------------------------------------------------------------------------------------------ plans and launches
@@ -44,7 +44,7 @@ def test_one_plan_asks_for_the_step_of_each_cache(steps, page_size, num_heads, d
         (decode, decode_kernels, (4, num_heads, page_size, 9)),
         (prefill, (registry.PREFILL, registry.PREFILL_FP8), (4, 15, num_heads, page_size, 9, True)),
     ):
-        kind = DecodeProblem if made is decode else PrefillProblem
+        kind = decode_problem if made is decode else prefill_problem
         bf16_key = (registry.DecodeKey if made is decode else registry.PrefillKey)("bfloat16", box)
         for problem, kernel, key in (
             (kind(*facts, BF16, meta), kernels[0], bf16_key),
@@ -54,9 +54,9 @@ def test_one_plan_asks_for_the_step_of_each_cache(steps, page_size, num_heads, d
             (kind(*facts, BF16, meta, "group", True), kernels[1], registry.Fp8Key("bfloat16", box, "group", True)),
         ):
             steps.clear()
-            made.launcher(problem, False)
+            made.launcher(problem, made.form)
             assert steps == [(kernel, key)]
-            made.launcher(problem, False)
+            made.launcher(problem, made.form)
             assert len(steps) == 1, "the same problem asks once"
 
 
@@ -81,11 +81,11 @@ def test_the_config_chooses_the_kernel_of_tile16(steps, field, num_heads, chosen
     made = mla_cute.plan_decode(indptr, num_heads=num_heads, page_size=64, config=config)
     few_fp8, few_16bit = (few if field == name else num_heads <= 16 for name in ("fp8_kernel", "kernel"))
     steps.clear()
-    made.launcher(DecodeProblem(4, num_heads, 64, 9, BF16, meta, "group", True), False)
+    made.launcher(decode_problem(4, num_heads, 64, 9, BF16, meta, "group", True), DECODE)
     kernel = registry.DECODE_TILE16_FP8 if few_fp8 else registry.DECODE_FP8
     assert steps == [(kernel, registry.Fp8Key("bfloat16", 64, "group", True))]
     steps.clear()
-    made.launcher(DecodeProblem(4, num_heads, 64, 9, BF16, meta), False)
+    made.launcher(decode_problem(4, num_heads, 64, 9, BF16, meta), DECODE)
     kernel = registry.DECODE_TILE16 if few_16bit else registry.DECODE
     assert steps == [(kernel, registry.DecodeKey("bfloat16", 64))]
 
@@ -114,6 +114,9 @@ def test_an_unknown_kernel_is_refused(steps, field):
         mla_cute.plan_decode(indptr, num_heads=16, page_size=64, config=mla_cute.KernelConfig(**{field: "few"}))
 
 
+FORM_OF = dict(zip(CHECKS, FORMS, strict=True))
+
+
 def launched(call: Call, packs_rows: bool = False, **change) -> tuple:
     """The arguments that the step of this call gets."""
     arguments = {"lse_base": 2, "out": None, "lse": None} | call.arguments | change
@@ -122,21 +125,13 @@ def launched(call: Call, packs_rows: bool = False, **change) -> tuple:
     scales |= {name: arguments[name] for name in scales if name in arguments}
     of_round = plan.Round(0, 4, "table", "scratch", (5, 6, 7), ())
     stand_in = types.SimpleNamespace(
-        has_work=True, packs_rows=packs_rows, part="part", rounds=(of_round,), verifies=False, _block_table=False
+        has_work=True, packs_rows=packs_rows, part="part", rounds=(of_round,), verifies=False, form=DECODE
     )
     recorded = []
     problem = CHECKS[call.form](**on_gpu(call.arguments | change))
-    result = launch.launch(
-        lambda *got: recorded.append(got), problem, stand_in,
-        launch.Operands(
-            *(arguments[name] for name in ("q_nope", "q_pe", "ckv_cache", "kpe_cache")), scales["ckv_scale_arr"]
-        ),
-        "indices",
-        launch.Options(
-            *(arguments[name] for name in ("sm_scale", "out", "lse", "lse_base")),
-            scales["ckv_scale"], scales["kpe_scale"], scales["q_scale"],
-        ),
-    )  # fmt: skip
+    made = call_of(FORM_OF[call.form], **arguments | scales)
+    made = made._replace(pages=made.pages._replace(ids="indices"))
+    result = launch.launch(lambda *got: recorded.append(got), problem, stand_in, made)
     (got,) = recorded
     assert got[8] is result[0]
     assert got[9] is result[1]

@@ -6,6 +6,7 @@ import timeit
 
 import pytest
 import torch
+from call_case import check_decode, decode_problem, prefill_problem
 from fp8_call_case import (
     ARRAY,
     BF16,
@@ -25,9 +26,8 @@ from fp8_call_case import (
 from fp8_case import FORMAT_OF
 
 import mla_cute
-from mla_cute import problem as shared
-from mla_cute.problem import DecodeProblem, check_decode
-from mla_cute.problem_prefill import PrefillProblem
+from mla_cute import check as shared
+from mla_cute.check import Problem
 
 CALLS = {
     "decode": mla_cute.mla_paged_decode,
@@ -38,10 +38,10 @@ CALLS = {
 DTYPE = pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
 
 
-def problem_of(form: str, dtype: torch.dtype, kv_format: str, q_fp8: bool) -> DecodeProblem | PrefillProblem:
+def problem_of(form: str, dtype: torch.dtype, kv_format: str, q_fp8: bool) -> Problem:
     if "prefill" in form:
-        return PrefillProblem(4, TOTAL_Q, HEADS, PAGE_SIZE, NUM_PAGES, True, dtype, CPU, kv_format, q_fp8)
-    return DecodeProblem(4, HEADS, PAGE_SIZE, NUM_PAGES, dtype, CPU, kv_format, q_fp8)
+        return prefill_problem(4, TOTAL_Q, HEADS, PAGE_SIZE, NUM_PAGES, True, dtype, CPU, kv_format, q_fp8)
+    return decode_problem(4, HEADS, PAGE_SIZE, NUM_PAGES, dtype, CPU, kv_format, q_fp8)
 
 
 def zeros(*shape, dtype=BF16, device="cpu"):

@@ -32,7 +32,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import mla_cute
-from mla_cute import expect, problem
+from mla_cute import check, expect
 from mla_cute.cli import soak
 from mla_cute.testing.cases import CACHE_LAYOUTS, OUT_LAYOUTS, Q_LAYOUTS
 from mla_cute.testing.fp8 import LAYOUTS, compare_fp8
@@ -447,7 +447,7 @@ def test_a_check_that_is_missing_shows(monkeypatch):
     it, args = call_of(scenario)
     wrong = list(wrong_attention(scenario, it, args))
     assert_all_refused(mla_cute.mla_paged_decode, args, wrong)
-    monkeypatch.setattr(problem, "expect_scale", lambda name, x: None)
+    monkeypatch.setattr(check, "expect_scale", lambda name, x: None)
     monkeypatch.setattr(expect, "expect_device", lambda name, x, device: None)
     with pytest.raises(AssertionError, match=r"sm_scale: nan") as found:
         assert_all_refused(mla_cute.mla_paged_decode, args, wrong)

@@ -278,7 +278,7 @@ def test_a_captured_step_is_refilled_in_the_graph(module, mode, monkeypatch):
     static.seq_lens[:5], static.req_pool_indices[:5] = live.seq_lens, live.req_pool_indices
     backend.init_forward_metadata_out_graph(static)
     assert backend.forward_metadata.plan is captured.plan
-    assert backend.forward_metadata.block_table.data_ptr() == captured.block_table.data_ptr()
+    assert backend.forward_metadata.pages.ids.data_ptr() == captured.pages.ids.data_ptr()
     updates.clear()
     backend.init_forward_metadata_in_graph(static)  # the replay
     assert updates == [captured.plan]

@@ -5,15 +5,15 @@ import timeit
 
 import pytest
 import torch
+from call_case import check_prefill, check_prefill_block_table, prefill_problem
 from prefill_case import SmallPrefill, make_prefill
 
 import mla_cute
-from mla_cute import launch, plan
-from mla_cute import problem as shared
+from mla_cute import check as shared
+from mla_cute import dims, launch, plan
 from mla_cute.compile import jit
-from mla_cute.kernels import registry
+from mla_cute.kernels import keys
 from mla_cute.plan_prefill import _invariant_items, _invariant_rows
-from mla_cute.problem_prefill import PrefillProblem, check_prefill, check_prefill_block_table
 from mla_cute.testing.cases import CACHE_LAYOUTS
 
 TOTAL_Q, HEADS, PAGE_SIZE = 15, 16, 8
@@ -129,7 +129,7 @@ def test_legal_calls_pass(monkeypatch, form, dtype, early_exit):
         for layout in CACHE_LAYOUTS:
             case = small(dtype=dtype, cache_layout=layout, fused_q=layout == "padded", spare_q=len(layout) - 5)
             total_q, num_pages = case.q_nope.shape[0], case.caches.ckv_cache.shape[0]
-            want = PrefillProblem(4, total_q, HEADS, PAGE_SIZE, num_pages, causal, dtype, torch.device("cpu"))
+            want = prefill_problem(4, total_q, HEADS, PAGE_SIZE, num_pages, causal, dtype, torch.device("cpu"))
             call = getattr(case, form) | {"causal": causal}
             assert CHECKS[form](**call | case.results) == want
             assert CHECKS[form](**call) == want
@@ -335,7 +335,7 @@ def test_workspace_and_what_the_planner_gets(launches, batch_invariant):
     items = -(-(tiles + (128 * 4 if batch_invariant else 4 * 132)) // 132) * 132
     assert made.max_tiles == tiles
     assert made.table.shape == (132 + tiles + items, 8)
-    assert made.part.shape == (128 * 4 * 64 if batch_invariant else 4 * 132 * 64, registry.PART_ROW)
+    assert made.part.shape == (128 * 4 * 64 if batch_invariant else 4 * 132 * 64, dims.PART_ROW)
     assert made.workspace_bytes > made.part.nbytes
     assert made.grid == (132, tiles, made.merge_x, made.merge_y)
     assert made.merge_x * made.merge_y <= 2 * 132
@@ -372,8 +372,8 @@ def test_invariant_bounds_hold(num_heads, known_length):
             for q_len in q_lens:
                 tiles = -(-q_len * num_heads // 64)
                 for m in range(tiles if blocks else 0):
-                    width = max(1, min(registry.FIXED_MAX_ITEMS // tiles, registry.FIXED_MAX_PIECES))
-                    size = max(even_up(-(-blocks // width)), registry.FIXED_MIN_BLOCKS) if width > 1 else blocks
+                    width = max(1, min(keys.FIXED_MAX_ITEMS // tiles, keys.FIXED_MAX_PIECES))
+                    size = max(even_up(-(-blocks // width)), keys.FIXED_MIN_BLOCKS) if width > 1 else blocks
                     pieces = -(-blocks // size)
                     items += pieces
                     rows += pieces * min(64, q_len * num_heads - 64 * m) if pieces > 1 else 0

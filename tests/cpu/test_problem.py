@@ -6,12 +6,18 @@ import timeit
 
 import pytest
 import torch
+from call_case import (
+    check_decode,
+    check_decode_block_table,
+    decode_problem,
+    verify_block_table_on_device,
+    verify_on_device,
+)
 
-from mla_cute import problem as problem_module
+from mla_cute import check as check_module
+from mla_cute.call import DECODE, call_of
 from mla_cute.expect import expect_rows_fit_32_bits, rows_fit_32_bits
-from mla_cute.problem import DecodeProblem, check_decode, check_decode_block_table
 from mla_cute.testing.cases import CACHE_LAYOUTS, OUT_LAYOUTS, Q_LAYOUTS, DecodeCase, make_case
-from mla_cute.verify import verify_block_table_on_device, verify_on_device
 
 BATCH, HEADS, PAGE_SIZE = 4, 16, 8
 
@@ -218,7 +224,7 @@ def test_legal_calls_pass(layout, dtype):
         for out_layout in OUT_LAYOUTS:
             case = small_case(cache_layout=layout, q_layout=q_layout, out_layout=out_layout, dtype=dtype)
             num_pages = case.ckv_cache.shape[0]
-            want = DecodeProblem(BATCH, HEADS, PAGE_SIZE, num_pages, dtype, torch.device("cpu"))
+            want = decode_problem(BATCH, HEADS, PAGE_SIZE, num_pages, dtype, torch.device("cpu"))
             assert check_decode(**csr_call(case)) == want
             assert check_decode_block_table(**block_table_call(case)) == want
             assert case.guarded_out.untouched()
@@ -250,7 +256,7 @@ def test_numpy_scalar_is_a_number():
 @pytest.mark.parametrize("early_exit", [True, False])
 def test_scales_of_one_are_legal_for_a_16_bit_cache(monkeypatch, early_exit):
     if not early_exit:
-        monkeypatch.setattr(problem_module, "_usual", lambda *arguments: None)
+        monkeypatch.setattr(check_module, "_usual", lambda *arguments: None)
     case = small_case()
     for one in (float("1"), 1, fractions.Fraction(1)):
         for names in (("ckv_scale",), ("kpe_scale", "q_scale"), ("ckv_scale", "kpe_scale", "q_scale")):
@@ -380,21 +386,20 @@ def test_strides_of_size_one_dimensions_may_be_anything():
 
 def test_what_the_early_exit_accepts_the_explanation_accepts(monkeypatch):
     """With the early exit taken out, every legal call above has to pass as well: the two must not drift apart."""
-    monkeypatch.setattr(problem_module, "_usual", lambda *arguments: None)
+    monkeypatch.setattr(check_module, "_usual", lambda *arguments: None)
     for dtype in (torch.bfloat16, torch.float16):
         for layout in CACHE_LAYOUTS:
             case = small_case(cache_layout=layout, dtype=dtype)
-            want = DecodeProblem(BATCH, HEADS, PAGE_SIZE, case.ckv_cache.shape[0], dtype, torch.device("cpu"))
+            want = decode_problem(BATCH, HEADS, PAGE_SIZE, case.ckv_cache.shape[0], dtype, torch.device("cpu"))
             assert check_decode(**csr_call(case)) == want
             assert check_decode_block_table(**block_table_call(case)) == want
 
 
 def test_a_call_is_checked_in_microseconds():
     case = small_case()
-    call = tuple(
-        csr_call(case)[name] for name in ("q_nope", "q_pe", "ckv_cache", "kpe_cache", "kv_indptr", "kv_indices")
-    )
-    seconds = min(timeit.repeat(lambda: check_decode(*call, 0.1), number=2000, repeat=10)) / 2000
+    names = ("q_nope", "q_pe", "ckv_cache", "kpe_cache", "kv_indptr", "kv_indices")
+    call = call_of(DECODE, *(csr_call(case)[name] for name in names), 0.1)
+    seconds = min(timeit.repeat(lambda: check_module.check(call), number=2000, repeat=10)) / 2000
     assert seconds < 10e-6, f"{seconds * 1e6:.1f} us; 2.3 us on an idle core"
 
 

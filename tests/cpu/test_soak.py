@@ -156,14 +156,14 @@ def test_a_replay_that_reads_old_metadata_fails(monkeypatch):
     steps = (((1, 5), (1, 0)), ((1, 0), (1, 7)), ((1, 4), (1, 4)), ((1, 0), (1, 0)))
     scenario = dataclasses.replace(small("replay", entry="csr"), steps=steps)
     assert soak.run_scenario(scenario, CPU) == []
-    right, first = reference._csr_requests, []
+    right, first = reference.requests_of, []
 
     def stale(*metadata):
         pages, lengths = right(*metadata)
         first.append(([ids.clone() for ids in pages], lengths))
         return first[0]
 
-    monkeypatch.setattr(reference, "_csr_requests", stale)
+    monkeypatch.setattr(reference, "requests_of", stale)
     failures = soak.run_scenario(scenario, CPU)
     assert {failure.split(":")[0] for failure in failures} == {"replay 2", "replay 3"}, failures
 
@@ -249,7 +249,7 @@ def test_cases_name_the_kernel_that_runs(monkeypatch):
         made = mla_cute.plan_decode(indptr, **sizes, q_fp8=scenario.q_fp8, max_kv_len=1130, config=scenario.config)
         facts = (scenario.num_heads, scenario.page_size, 9, scenario.dtype, meta, scenario.layout, scenario.q_fp8)
         asked.clear()
-        made.launcher(plan.DecodeProblem(8, *facts), False)
+        made.launcher(plan.decode_problem(8, *facts), False)
         assert asked == [case.kernel]
         assert scenario.config.cut_unit == (1 if "few" in case.kernel.name else 2)
         assert (scenario.config.fp8_kernel if scenario.layout else scenario.config.kernel) != "auto"

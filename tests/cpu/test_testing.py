@@ -5,9 +5,9 @@ import time
 
 import pytest
 import torch
+from call_case import check_decode, check_decode_block_table, verify_block_table_on_device, verify_on_device
 
 from mla_cute import reference
-from mla_cute.problem import check_decode, check_decode_block_table
 from mla_cute.reference import decode_reference
 from mla_cute.testing.cases import (
     ABSURD_PAGE_IDS,
@@ -23,7 +23,6 @@ from mla_cute.testing.cases import (
     sweep,
 )
 from mla_cute.testing.verdict import compare
-from mla_cute.verify import verify_block_table_on_device, verify_on_device
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 

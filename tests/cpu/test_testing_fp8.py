@@ -5,10 +5,9 @@ import math
 
 import pytest
 import torch
+from call_case import check_decode, check_decode_block_table, check_prefill
 
 from mla_cute import reference
-from mla_cute.problem import check_decode, check_decode_block_table
-from mla_cute.problem_prefill import check_prefill
 from mla_cute.quant import to_e4m3
 from mla_cute.testing.cases import CACHE_LAYOUTS, Q_LAYOUTS, make_case
 from mla_cute.testing.fp8 import (

@@ -4,14 +4,14 @@ import math
 
 import pytest
 import torch
-
-from mla_cute import reference
-from mla_cute.problem_prefill import (
+from call_case import (
     check_prefill,
     check_prefill_block_table,
     verify_prefill_block_table_on_device,
     verify_prefill_on_device,
 )
+
+from mla_cute import reference
 from mla_cute.testing import prefill
 from mla_cute.testing.cases import expected_of, judge, run_case
 from mla_cute.testing.prefill import PrefillCase, make_prefill_case, prefill_sweep, row_tiles

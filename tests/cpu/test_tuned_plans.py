@@ -175,8 +175,8 @@ class Planned(Exception):
 def test_calls_without_a_plan_tell_it_their_format(monkeypatch, form, kv_format, q_fp8):
     told = {}
 
-    def make_plan(*metadata, **options):
-        told.update(options)
+    def make_plan(wanted):
+        told.update(wanted._asdict())
         raise Planned
 
     monkeypatch.setattr(attend, "DecodePlan" if form.startswith("decode") else "PrefillPlan", make_plan)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mla_cute.verify import block_table_findings, csr_findings, raise_first
+from mla_cute.check_device import block_table_findings, csr_findings, raise_first
 
 PAGE_SIZE, NUM_PAGES = 8, 10
 LARGEST = 2**31 - 1

@@ -5,7 +5,7 @@ import torch
 from gpu_helpers import ENTRIES, MIXED, check, check_fp8, decode, make_prefill, plan_of, same_bits
 
 import mla_cute
-from mla_cute import short_way
+from mla_cute import attend, short_way
 from mla_cute.testing.cases import make_case
 from mla_cute.testing.fp8 import E4M3, make_fp8
 
@@ -28,8 +28,7 @@ def ways(monkeypatch):
         taken["long" if result is None else "short"] += 1
         return result, key
 
-    for module in ("api", "api_prefill"):
-        monkeypatch.setattr(f"mla_cute.{module}.short_way", counted)
+    monkeypatch.setattr(attend, "short_way", counted)
     return taken
 
 

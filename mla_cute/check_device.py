@@ -11,40 +11,33 @@ import torch
 from .expect import MAX_SCALE, MIN_SCALE
 
 if TYPE_CHECKING:
-    from .problem import DecodeProblem
+    from .call import Pages
+    from .check import Problem
 
 
-def verify_on_device(
-    problem: DecodeProblem,
-    kv_indptr: torch.Tensor,
-    kv_indices: torch.Tensor,
-    kv_last_page_len: torch.Tensor | None = None,
-    spare_pages: bool = False,
-) -> None:
-    """Check the values of CSR metadata with one synchronisation.
+def verify(problem: Problem, pages: Pages, spare_pages: bool = False) -> None:
+    """Check the values of metadata with one synchronisation.
 
-    Raises ValueError naming the argument, the first offending position, its value and the bound, when kv_indptr starts
-    below 0, decreases, or ends beyond kv_indices; when kv_last_page_len of a request that has pages is not in
-    1..page_size; when a page id in use is not in 0..num_pages - 1. Ids outside `kv_indices[kv_indptr[0]:kv_indptr[-1]]`
-    and the last page length of a request without pages are not looked at.
+    Raises ValueError naming the argument, the first offending position, its value and the bound:
+
+    * qo_indptr does not start at 0, decreases, or ends beyond the query tokens;
+    * page lists: kv_indptr starts below 0, decreases, or ends beyond kv_indices; kv_last_page_len of a request that has
+      pages is not in 1..page_size; a page id in use is not in 0..num_pages - 1. Ids outside
+      `kv_indices[kv_indptr[0]:kv_indptr[-1]]` and the last page length of a request without pages are not looked at;
+    * block tables: a sequence length is not in 0..max_pages * page_size, or a page id in use is not in
+      0..num_pages - 1. The ids past a request's last page are not looked at.
 
     spare_pages: requests may own more pages than their keys fill, as those of FlashInfer's wrapper do. Then the keys of
     a request, (pages - 1) * page_size + kv_last_page_len, have to be in 0..pages * page_size, and only the ids of its
     first ceil(keys / page_size) pages are looked at. The message calls the keys by the wrapper's name, kv_len_arr.
     """
-    raise_first(
-        csr_findings(problem.page_size, problem.num_pages, kv_indptr, kv_indices, kv_last_page_len, spare_pages)
-    )
-
-
-def verify_block_table_on_device(problem: DecodeProblem, block_table: torch.Tensor, seq_lens: torch.Tensor) -> None:
-    """Check the values of block-table metadata with one synchronisation.
-
-    Raises ValueError naming the argument, the first offending position, its value and the bound, when a sequence length
-    is not in 0..max_pages * page_size, or a page id in use is not in 0..num_pages - 1. The ids past a request's last
-    page are not looked at.
-    """
-    raise_first(block_table_findings(problem.page_size, problem.num_pages, block_table, seq_lens))
+    form, lengths, ids, last_len, queries, _ = pages
+    findings = [] if queries is None else _query_findings(queries, problem.total_q)
+    if form.by_table:
+        findings += block_table_findings(problem.page_size, problem.num_pages, ids, lengths)
+    else:
+        findings += csr_findings(problem.page_size, problem.num_pages, lengths, ids, last_len, spare_pages)
+    raise_first(findings)
 
 
 # What was found, as `first_of` gives it, and the message for the position and the value there.
@@ -84,7 +77,7 @@ def csr_findings(
     kv_last_page_len: torch.Tensor | None,
     spare_pages: bool = False,
 ) -> list[Finding]:
-    """As `verify_on_device`, which has what `spare_pages` means."""
+    """As `verify`, which has what `spare_pages` means."""
     num_indices = kv_indices.shape[0]
     bounds = kv_indptr.long().contiguous()
     pages = bounds.diff()
@@ -154,6 +147,16 @@ def block_table_findings(
                 f"at position [{at // max_pages}, {at % max_pages}]"
             ),
         ),
+    ]
+
+
+def _query_findings(qo_indptr: torch.Tensor, total_q: int) -> list[Finding]:
+    return [
+        (
+            first_of(qo_indptr[:1] != 0, qo_indptr),
+            lambda at, value: f"qo_indptr: expected 0 at position 0, got {value}",
+        ),
+        *indptr_findings("qo_indptr", qo_indptr, total_q, "the query tokens of q_nope"),
     ]
 
 

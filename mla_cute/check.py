@@ -1,13 +1,13 @@
-"""Facts of one call, checked once on the host: what decode is, and what prefill shares (problem_prefill.py).
+"""Facts of one call, checked once on the host: what a call is, or which of its arguments is the first wrong one.
 
-`check_decode` and `check_decode_block_table` read shapes, dtypes, devices, strides and pointers only: no device memory,
-no synchronisation. Each first asks one early-exit question, "is everything as it usually is?", made of the cheapest
-attribute reads torch has (a call costs 2 to 3.5 us). Only when the answer is no does `_explain_*` look again, argument
-by argument, and raise for the first one that is wrong. The explanation is the authority: what it lets pass is legal (an
-odd stride of a dimension of size 1, for example), and what the early exit accepts is a subset of that. FP8 caches have
-an early exit of their own kind (`_usual_fp8`), which 16-bit calls pay one comparison for.
+`check` reads shapes, dtypes, devices, strides and pointers only: no device memory, no synchronisation. It first asks
+one early-exit question, "is everything as it usually is?", made of the cheapest attribute reads torch has (a call costs
+2 to 3.5 us). Only when the answer is no does `_first_wrong` look again, argument by argument, and raise for the first
+one that is wrong. It is the authority: what it lets pass is legal (an odd stride of a dimension of size 1, for
+example), and what the early exit accepts is a subset of that. FP8 caches have an early exit of their own kind
+(`_usual_fp8`), which 16-bit calls pay one comparison for.
 
-Single arguments are checked by expect.py, what only the device can see by verify.py.
+Single arguments are checked by expect.py, what only the device can see by check_device.py.
 
 Errors are `TypeError` (not a tensor, wrong dtype, wrong Python type) and `ValueError` (shape, device, stride,
 alignment, value). The message starts with the argument's name, then what was expected, then what it was.
@@ -16,11 +16,11 @@ alignment, value). The message starts with the argument's name, then what was ex
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 
+from .call import UNSCALED, Cache, Call, Pages
 from .dims import CKV_DIM, KPE_DIM, MAX_HEADS, NUM_SCALES
 from .expect import (
     ALIGN_BYTES,
@@ -29,8 +29,10 @@ from .expect import (
     Scale,
     describe,
     expect_aligned,
+    expect_bool,
     expect_device,
     expect_dtype,
+    expect_indptr,
     expect_lse_base,
     expect_metadata,
     expect_one,
@@ -50,144 +52,67 @@ DTYPES = (torch.bfloat16, torch.float16)
 FP8 = torch.float8_e4m3fn
 _DTYPES_16BIT = " or ".join(map(str, DTYPES))
 # The format of an FP8 cache with so many scales a token.
-_FORMAT_OF_SCALES = {scales: kv_format for kv_format, scales in NUM_SCALES.items() if scales}
+FORMAT_OF_SCALES = {scales: kv_format for kv_format, scales in NUM_SCALES.items() if scales}
 
 # Elements of bf16 or fp16 in 16 bytes, of which TMA and vector accesses want multiples.
 _ALIGN_ELEMENTS = 8
 
-# The default of the scales: the early exit knows this object from others that equal it without looking inside.
-UNSCALED = 1.0
-# out, lse, lse_base, ckv_scale, kpe_scale, ckv_scale_arr, q_scale
-Options = tuple["torch.Tensor | None", "torch.Tensor | None", "int | str", Scale, Scale, "torch.Tensor | None", Scale]
-
 
 @dataclass(frozen=True, slots=True)
-class DecodeProblem:
-    """Sizes, dtype and device of a decode call whose arguments passed the checks."""
+class Problem:
+    """Sizes, dtype and device of a call whose arguments passed the checks."""
 
-    # What makes plans for it: from CSR page lists, from a block table.
-    planned_by: ClassVar[tuple[str, str]] = ("plan_decode", "plan_decode_block_table")
-
+    op: str  # "decode" or "prefill"
     batch: int
+    total_q: int  # query tokens; decode: one per request
     num_heads: int
     page_size: int
     num_pages: int
-    dtype: torch.dtype
+    causal: bool
+    dtype: torch.dtype  # of the output
     device: torch.device
     # The FP8 format of the caches (quant.py), "" for 16-bit ones, and whether q_nope is e4m3 (q_pe is too with format
-    # "tensor"). `dtype` is the output's.
+    # "tensor").
     kv_format: str = ""
     q_fp8: bool = False
     # Dimensions of size 1 may have strides that TMA would refuse (the early exit accepts none of those).
     odd_strides: bool = field(default=False, compare=False)
 
-    @property
-    def total_q(self) -> int:
-        """Query tokens: one per request."""
-        return self.batch
-
 
 # A frozen dataclass takes 0.65 us to make, a look-up 0.12 us, and a server's calls repeat.
-_problem = functools.lru_cache(maxsize=1024)(DecodeProblem)
+_problem = functools.lru_cache(maxsize=1024)(Problem)
 
 
-def check_decode(
-    q_nope: torch.Tensor,
-    q_pe: torch.Tensor,
-    ckv_cache: torch.Tensor,
-    kpe_cache: torch.Tensor,
-    kv_indptr: torch.Tensor,
-    kv_indices: torch.Tensor,
-    sm_scale: float,
-    kv_last_page_len: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-    lse: torch.Tensor | None = None,
-    lse_base: int | str = 2,
-    ckv_scale: Scale = UNSCALED,
-    kpe_scale: Scale = UNSCALED,
-    ckv_scale_arr: torch.Tensor | None = None,
-    q_scale: Scale = UNSCALED,
-) -> DecodeProblem:
-    """Check a decode call with CSR page lists; raise TypeError or ValueError for the first wrong argument."""
+def check(call: Call) -> Problem:
+    """What a call is; TypeError or ValueError for the first wrong argument."""
     try:
-        problem = _usual(
-            q_nope, q_pe, ckv_cache, kpe_cache, sm_scale, out, lse, lse_base,
-            ckv_scale, kpe_scale, ckv_scale_arr, q_scale,
-        )  # fmt: skip
-        if problem is not None and _usual_csr(problem.batch, problem.device, kv_indptr, kv_indices, kv_last_page_len):
+        if (problem := _usual(call)) is not None:
             return problem
     except (AttributeError, TypeError, ValueError):
-        pass  # an argument is no tensor or has another rank; which one is the explanation's job
-    options = (out, lse, lse_base, ckv_scale, kpe_scale, ckv_scale_arr, q_scale)
-    problem = _explain(q_nope, q_pe, ckv_cache, kpe_cache, options)
-    _explain_csr(problem.batch, problem.device, kv_indptr, kv_indices, kv_last_page_len)
-    _explain_rest(problem, q_nope, q_pe, sm_scale, options)
-    return problem
-
-
-def check_decode_block_table(
-    q_nope: torch.Tensor,
-    q_pe: torch.Tensor,
-    ckv_cache: torch.Tensor,
-    kpe_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    sm_scale: float,
-    out: torch.Tensor | None = None,
-    lse: torch.Tensor | None = None,
-    lse_base: int | str = 2,
-    ckv_scale: Scale = UNSCALED,
-    kpe_scale: Scale = UNSCALED,
-    ckv_scale_arr: torch.Tensor | None = None,
-    q_scale: Scale = UNSCALED,
-) -> DecodeProblem:
-    """Check a decode call with a padded block table; raise TypeError or ValueError for the first wrong argument."""
-    try:
-        problem = _usual(
-            q_nope, q_pe, ckv_cache, kpe_cache, sm_scale, out, lse, lse_base,
-            ckv_scale, kpe_scale, ckv_scale_arr, q_scale,
-        )  # fmt: skip
-        if problem is not None and _usual_block_table(problem.batch, problem.device, block_table, seq_lens):
-            return problem
-    except (AttributeError, TypeError, ValueError):
-        pass  # an argument is no tensor or has another rank; which one is the explanation's job
-    options = (out, lse, lse_base, ckv_scale, kpe_scale, ckv_scale_arr, q_scale)
-    problem = _explain(q_nope, q_pe, ckv_cache, kpe_cache, options)
-    _explain_block_table(problem.batch, problem.device, block_table, seq_lens)
-    _explain_rest(problem, q_nope, q_pe, sm_scale, options)
-    return problem
+        pass  # an argument is no tensor or has another rank; which one is for `_first_wrong` to say
+    return _first_wrong(call)
 
 
 # ------------------------------------------------------------------------------------------------ the early exit
 
 
-def _usual(
-    q_nope: torch.Tensor,
-    q_pe: torch.Tensor,
-    ckv_cache: torch.Tensor,
-    kpe_cache: torch.Tensor,
-    sm_scale: float,
-    out: torch.Tensor | None,
-    lse: torch.Tensor | None,
-    lse_base: int | str,
-    ckv_scale: Scale,
-    kpe_scale: Scale,
-    ckv_scale_arr: torch.Tensor | None,
-    q_scale: Scale,
-) -> DecodeProblem | None:
+def _usual(call: Call) -> Problem | None:
     """The problem, or None when anything is unusual (which need not be wrong)."""
-    batch, num_heads, ckv_dim = q_nope.shape
+    q_nope, q_pe, cache, pages, sm_scale, out, lse, lse_base, q_scale = call
+    ckv_cache, kpe_cache, ckv_scale, kpe_scale, ckv_scale_arr = cache
+    total_q, num_heads, ckv_dim = q_nope.shape
     num_pages, page_size, cache_dim = ckv_cache.shape
     dtype = q_nope.dtype
     device = q_nope.device
     cache_dtype = ckv_cache.dtype
+    kv_format, q_fp8 = "", False
     if not (
         ckv_dim == CKV_DIM
         and cache_dim == CKV_DIM
         and 1 <= num_heads <= MAX_HEADS
         and page_size >= 1
         and num_pages >= 1
-        and q_pe.shape == (batch, num_heads, KPE_DIM)
+        and q_pe.shape == (total_q, num_heads, KPE_DIM)
         and kpe_cache.shape == (num_pages, page_size, KPE_DIM)
         and q_pe.device == device
         and ckv_cache.device == device
@@ -198,10 +123,7 @@ def _usual(
     ):
         return None
     if cache_dtype is FP8:
-        found = _usual_fp8(
-            q_nope, q_pe, ckv_cache, kpe_cache, sm_scale, out, ckv_scale, kpe_scale, ckv_scale_arr, q_scale
-        )
-        if found is None:
+        if (found := _usual_fp8(call)) is None:
             return None
         dtype, kv_format, q_fp8 = found
     elif not (
@@ -221,7 +143,7 @@ def _usual(
     elif not q_nope.is_cpu:
         return None
     if out is not None and not (
-        out.shape == (batch, num_heads, CKV_DIM)
+        out.shape == (total_q, num_heads, CKV_DIM)
         and out.dtype is dtype
         and out.device == device
         and out.is_contiguous()
@@ -230,12 +152,21 @@ def _usual(
     ):
         return None
     if lse is not None and not (
-        lse.shape == (batch, num_heads) and lse.dtype is torch.float32 and lse.device == device and lse.is_contiguous()
+        lse.shape == (total_q, num_heads)
+        and lse.dtype is torch.float32
+        and lse.device == device
+        and lse.is_contiguous()
     ):
         return None
-    if cache_dtype is FP8:
-        return _problem(batch, num_heads, page_size, num_pages, dtype, device, kv_format, q_fp8)
-    return _problem(batch, num_heads, page_size, num_pages, dtype, device)
+    batch = total_q
+    if pages.form.op == "prefill":
+        (bounds,) = pages.queries.shape  # type: ignore[union-attr]
+        batch = bounds - 1
+    if not _usual_pages(pages, batch, device):
+        return None
+    return _problem(
+        pages.form.op, batch, total_q, num_heads, page_size, num_pages, pages.causal, dtype, device, kv_format, q_fp8
+    )
 
 
 def _are_one(*scales: Scale) -> bool:
@@ -243,22 +174,13 @@ def _are_one(*scales: Scale) -> bool:
     return all(type(scale) is float and scale == 1.0 for scale in scales)
 
 
-def _usual_fp8(
-    q_nope: torch.Tensor,
-    q_pe: torch.Tensor,
-    ckv_cache: torch.Tensor,
-    kpe_cache: torch.Tensor,
-    sm_scale: float,
-    out: torch.Tensor | None,
-    ckv_scale: Scale,
-    kpe_scale: Scale,
-    ckv_scale_arr: torch.Tensor | None,
-    q_scale: Scale,
-) -> tuple[torch.dtype, str, bool] | None:
+def _usual_fp8(call: Call) -> tuple[torch.dtype, str, bool] | None:
     """(output dtype, format, whether q_nope is e4m3) of a call with an e4m3 ckv_cache; None when unusual.
 
     `_usual` looks at what both kinds of cache have in common.
     """
+    q_nope, q_pe, cache, _, sm_scale, out, _, _, q_scale = call
+    ckv_cache, kpe_cache, ckv_scale, kpe_scale, ckv_scale_arr = cache
     if not type(ckv_scale) is type(kpe_scale) is type(q_scale) is float:
         return None
     dtype, rope_dtype, kpe_dtype = q_nope.dtype, q_pe.dtype, kpe_cache.dtype
@@ -281,13 +203,13 @@ def _usual_fp8(
             and (q_fp8 or rope_dtype is dtype)
             and ckv_scale == kpe_scale == 1.0
             and (num_pages, page_size) == ckv_cache.shape[:2]
-            and num_scales in _FORMAT_OF_SCALES
+            and num_scales in FORMAT_OF_SCALES
             and ckv_scale_arr.dtype is torch.float32
             and ckv_scale_arr.device == q_nope.device
             and (not ckv_scale_arr.is_cuda or _is_aligned_to(4 * num_scales, ckv_scale_arr))
         ):
             return None
-        kv_format = _FORMAT_OF_SCALES[num_scales]
+        kv_format = FORMAT_OF_SCALES[num_scales]
         dtype = rope_dtype
     if q_nope.is_cuda and not _is_aligned_to(ALIGN_BYTES, q_nope, q_pe, ckv_cache, kpe_cache):
         return None
@@ -301,46 +223,31 @@ def _usual_fp8(
     return dtype, kv_format, q_fp8
 
 
-def _usual_csr(
-    batch: int,
-    device: torch.device,
-    kv_indptr: torch.Tensor,
-    kv_indices: torch.Tensor,
-    kv_last_page_len: torch.Tensor | None,
-) -> bool:
-    return (
-        kv_indptr.shape == (batch + 1,)
-        and kv_indptr.dtype is torch.int32
-        and kv_indptr.device == device
-        and kv_indptr.is_contiguous()
-        and kv_indices.dim() == 1
-        and kv_indices.dtype is torch.int32
-        and kv_indices.device == device
-        and kv_indices.is_contiguous()
-        and (
-            kv_last_page_len is None
-            or (
-                kv_last_page_len.shape == (batch,)
-                and kv_last_page_len.dtype is torch.int32
-                and kv_last_page_len.device == device
-                and kv_last_page_len.is_contiguous()
-            )
+def _usual_pages(pages: Pages, batch: int, device: torch.device) -> bool:
+    form, lengths, ids, last_len, queries, causal = pages
+    if queries is not None and not (batch >= 0 and _are_ints(queries, device) and type(causal) is bool):
+        return False
+    if form.by_table:
+        rows, _ = ids.shape
+        return (
+            rows == batch
+            and ids.dtype is torch.int32
+            and ids.device == device
+            and ids.stride()[1] == 1
+            and lengths.shape == (batch,)
+            and _are_ints(lengths, device)
         )
-    )
-
-
-def _usual_block_table(batch: int, device: torch.device, block_table: torch.Tensor, seq_lens: torch.Tensor) -> bool:
-    rows, _ = block_table.shape
     return (
-        rows == batch
-        and block_table.dtype is torch.int32
-        and block_table.device == device
-        and block_table.stride()[1] == 1
-        and seq_lens.shape == (batch,)
-        and seq_lens.dtype is torch.int32
-        and seq_lens.device == device
-        and seq_lens.is_contiguous()
+        lengths.shape == (batch + 1,)
+        and _are_ints(lengths, device)
+        and ids.dim() == 1
+        and _are_ints(ids, device)
+        and (last_len is None or (last_len.shape == (batch,) and _are_ints(last_len, device)))
     )
+
+
+def _are_ints(x: torch.Tensor, device: torch.device) -> bool:
+    return x.dtype is torch.int32 and x.device == device and x.is_contiguous()
 
 
 def _is_aligned(x: torch.Tensor) -> bool:
@@ -358,19 +265,28 @@ def _is_aligned_to(num_bytes: int, *operands: torch.Tensor) -> bool:
     return True
 
 
-# ------------------------------------------------------------------------------------------------ the explanation
+# ------------------------------------------------------------------------------------------ the first wrong argument
 
 
-def _explain(
-    q_nope: torch.Tensor,
-    q_pe: torch.Tensor,
-    ckv_cache: torch.Tensor,
-    kpe_cache: torch.Tensor,
-    options: Options,
-    rows: str = "batch",
-) -> DecodeProblem:
-    """`rows` is the name of the queries' first dimension."""
-    out, _, _, _, _, ckv_scale_arr, _ = options
+def _first_wrong(call: Call) -> Problem:
+    """Raise for it; returns the problem where everything is legal."""
+    pages = call.pages
+    rows = "batch" if pages.form.op == "decode" else "total_q"  # the name of the queries' first dimension
+    problem = _expect_operands(call, rows)
+    if pages.form.op == "prefill":
+        batch = expect_indptr("qo_indptr", pages.queries, problem.device)
+        problem = replace(problem, batch=batch)
+    expect_pages(pages, problem.batch, problem.device)
+    _expect_rest(call, problem, rows)
+    if pages.form.op == "prefill":
+        expect_bool("causal", pages.causal)
+    # The early exit's object for the same facts: plans compare identities.
+    return _problem(*(getattr(problem, f.name) for f in fields(Problem)))
+
+
+def _expect_operands(call: Call, rows: str) -> Problem:
+    q_nope, q_pe, cache, pages, _, out, _, _, _ = call
+    ckv_cache, kpe_cache = cache[:2]
     expect_tensor("q_nope", q_nope)
     # what is no 16-bit cache is an FP8 one or refused below
     cache_is_16bit = isinstance(ckv_cache, torch.Tensor) and ckv_cache.dtype in DTYPES
@@ -380,7 +296,7 @@ def _explain(
     if not q_fp8 and q_nope.dtype not in DTYPES:
         raise TypeError(f"q_nope: expected dtype {_DTYPES_16BIT}, got {q_nope.dtype}")
     expect_shape("q_nope", q_nope, (None, None, CKV_DIM), f"[{rows}, H, {CKV_DIM}]")
-    batch, num_heads, _ = q_nope.shape
+    total_q, num_heads, _ = q_nope.shape
     if not 1 <= num_heads <= MAX_HEADS:
         raise ValueError(f"q_nope: expected 1 to {MAX_HEADS} heads (dimension 1), got {num_heads}")
     device = q_nope.device
@@ -399,7 +315,7 @@ def _explain(
             raise TypeError(f"q_pe: expected dtype {_DTYPES_16BIT} with a 16-bit kpe_cache, got {q_pe.dtype}")
         elif q_pe.dtype not in (FP8, *DTYPES):
             raise TypeError(f"q_pe: expected dtype {_DTYPES_16BIT} or {FP8}, got {q_pe.dtype}")
-    expect_operand("q_pe", q_pe, (batch, num_heads, KPE_DIM), f"[{rows}, H, {KPE_DIM}]", device)
+    expect_operand("q_pe", q_pe, (total_q, num_heads, KPE_DIM), f"[{rows}, H, {KPE_DIM}]", device)
 
     expect_tensor("ckv_cache", ckv_cache)
     if ckv_cache.dtype is not FP8:
@@ -422,22 +338,20 @@ def _explain(
     expect_rows_fit_32_bits("ckv_cache", ckv_cache)
     expect_rows_fit_32_bits("kpe_cache", kpe_cache)
 
-    kv_format = _explain_format(cache_is_16bit, kpe_cache, ckv_scale_arr, num_pages, page_size, device)
+    kv_format = expect_format(cache_is_16bit, cache, device)
     dtype = q_pe.dtype
     if dtype is FP8:
         dtype = out.dtype if isinstance(out, torch.Tensor) and out.dtype in DTYPES else DTYPES[0]
-    return _problem(batch, num_heads, page_size, num_pages, dtype, device, kv_format, q_fp8, True)
+    return Problem(
+        pages.form.op, total_q, total_q, num_heads, page_size, num_pages, pages.causal, dtype, device, kv_format, q_fp8,
+        odd_strides=True,
+    )  # fmt: skip
 
 
-def _explain_format(
-    cache_is_16bit: bool,
-    kpe_cache: torch.Tensor,
-    ckv_scale_arr: torch.Tensor | None,
-    num_pages: int,
-    page_size: int,
-    device: torch.device,
-) -> str:
-    """The format, after a check of `ckv_scale_arr`."""
+def expect_format(cache_is_16bit: bool, cache: Cache, device: torch.device) -> str:
+    """The format of a cache whose tensors are right, after a check of `ckv_scale_arr`."""
+    _, kpe_cache, _, _, ckv_scale_arr = cache
+    num_pages, page_size, _ = cache.ckv.shape
     if cache_is_16bit or kpe_cache.dtype is FP8:
         if ckv_scale_arr is not None:
             other = "a 16-bit ckv_cache" if cache_is_16bit else f"a kpe_cache of {FP8}"
@@ -453,45 +367,31 @@ def _explain_format(
     if ckv_scale_arr.dtype is not torch.float32:
         raise TypeError(f"{name}: expected dtype torch.float32, got {ckv_scale_arr.dtype}")
     shape = tuple(ckv_scale_arr.shape)
-    if shape[:-1] != (num_pages, page_size) or shape[-1] not in _FORMAT_OF_SCALES:
-        sizes = " or ".join(map(str, _FORMAT_OF_SCALES))
+    if shape[:-1] != (num_pages, page_size) or shape[-1] not in FORMAT_OF_SCALES:
+        sizes = " or ".join(map(str, FORMAT_OF_SCALES))
         raise ValueError(f"{name}: expected shape [{num_pages}, {page_size}, {sizes}], got {list(shape)}")
     expect_device(name, ckv_scale_arr, device)
     expect_aligned(name, ckv_scale_arr, 4 * shape[-1])
-    return _FORMAT_OF_SCALES[shape[-1]]
+    return FORMAT_OF_SCALES[shape[-1]]
 
 
-def _explain_csr(
-    batch: int,
-    device: torch.device,
-    kv_indptr: torch.Tensor,
-    kv_indices: torch.Tensor,
-    kv_last_page_len: torch.Tensor | None,
-) -> None:
-    expect_metadata("kv_indptr", kv_indptr, (batch + 1,), "[batch + 1]", device)
-    expect_metadata("kv_indices", kv_indices, (None,), "[num_kv_indices]", device)
-    if kv_last_page_len is not None:
-        expect_metadata("kv_last_page_len", kv_last_page_len, (batch,), "[batch]", device)
+def expect_pages(pages: Pages, batch: int, device: torch.device) -> None:
+    if pages.form.by_table:
+        expect_metadata("block_table", pages.ids, (batch, None), "[batch, max_pages]", device)
+        expect_metadata("seq_lens", pages.lengths, (batch,), "[batch]", device)
+        return
+    expect_metadata("kv_indptr", pages.lengths, (batch + 1,), "[batch + 1]", device)
+    expect_metadata("kv_indices", pages.ids, (None,), "[num_kv_indices]", device)
+    if pages.last_len is not None:
+        expect_metadata("kv_last_page_len", pages.last_len, (batch,), "[batch]", device)
 
 
-def _explain_block_table(batch: int, device: torch.device, block_table: torch.Tensor, seq_lens: torch.Tensor) -> None:
-    expect_metadata("block_table", block_table, (batch, None), "[batch, max_pages]", device)
-    expect_metadata("seq_lens", seq_lens, (batch,), "[batch]", device)
-
-
-def _explain_rest(
-    problem: DecodeProblem,
-    q_nope: torch.Tensor,
-    q_pe: torch.Tensor,
-    sm_scale: float,
-    options: Options,
-    rows: str = "batch",
-) -> None:
-    out, lse, lse_base, ckv_scale, kpe_scale, _, q_scale = options
-    batch, num_heads, device = problem.batch, problem.num_heads, problem.device
+def _expect_rest(call: Call, problem: Problem, rows: str) -> None:
+    q_nope, q_pe, _, _, sm_scale, out, lse, lse_base, _ = call
+    total_q, num_heads, device = problem.total_q, problem.num_heads, problem.device
     expect_scale("sm_scale", sm_scale)
     expect_lse_base(lse_base)
-    _explain_scales(problem, q_pe, sm_scale, ckv_scale, kpe_scale, q_scale)
+    _expect_scales(call, problem)
     if out is not None:
         expect_tensor("out", out)
         if q_pe.dtype is FP8:
@@ -499,7 +399,7 @@ def _explain_rest(
                 raise TypeError(f"out: expected dtype {_DTYPES_16BIT}, got {out.dtype}")
         else:
             expect_dtype("out", out, "q_pe" if problem.q_fp8 else "q_nope", problem.dtype)
-        expect_operand("out", out, (batch, num_heads, CKV_DIM), f"[{rows}, H, {CKV_DIM}]", device)
+        expect_operand("out", out, (total_q, num_heads, CKV_DIM), f"[{rows}, H, {CKV_DIM}]", device)
         expect_own_memory("out", out)
         if out.numel() and out.data_ptr() == q_nope.data_ptr():
             raise ValueError("out: expected memory of its own, got the memory of q_nope")
@@ -507,16 +407,16 @@ def _explain_rest(
         expect_tensor("lse", lse)
         if lse.dtype is not torch.float32:
             raise TypeError(f"lse: expected dtype torch.float32, got {lse.dtype}")
-        expect_shape("lse", lse, (batch, num_heads), f"[{rows}, H]")
+        expect_shape("lse", lse, (total_q, num_heads), f"[{rows}, H]")
         expect_device("lse", lse, device)
         if not lse.is_contiguous():
             raise ValueError(f"lse: expected a contiguous tensor, got strides {list(lse.stride())}")
 
 
-def _explain_scales(
-    problem: DecodeProblem, q_pe: torch.Tensor, sm_scale: float, ckv_scale: Scale, kpe_scale: Scale, q_scale: Scale
-) -> None:
+def _expect_scales(call: Call, problem: Problem) -> None:
     """The kernels multiply sm_scale by them, and the output by ckv_scale. What a tensor holds is not known here."""
+    q_pe, sm_scale, q_scale = call.q_pe, call.sm_scale, call.q_scale
+    ckv_scale, kpe_scale = call.cache.ckv_scale, call.cache.kpe_scale
     if problem.kv_format == "tensor":
         expect_tensor_scale("ckv_scale", ckv_scale, problem.device)
         expect_tensor_scale("kpe_scale", kpe_scale, problem.device)
