@@ -12,7 +12,8 @@ import mla_cute
 from mla_cute import check as shared
 from mla_cute import dims, launch, plan
 from mla_cute.compile import jit
-from mla_cute.kernels import keys
+from mla_cute.kernels import registry
+from mla_cute.kernels.keys import FIXED_MAX_ITEMS, FIXED_MAX_PIECES, FIXED_MIN_BLOCKS
 from mla_cute.plan_prefill import _invariant_items, _invariant_rows
 from mla_cute.testing.cases import CACHE_LAYOUTS
 
@@ -372,8 +373,8 @@ def test_invariant_bounds_hold(num_heads, known_length):
             for q_len in q_lens:
                 tiles = -(-q_len * num_heads // 64)
                 for m in range(tiles if blocks else 0):
-                    width = max(1, min(keys.FIXED_MAX_ITEMS // tiles, keys.FIXED_MAX_PIECES))
-                    size = max(even_up(-(-blocks // width)), keys.FIXED_MIN_BLOCKS) if width > 1 else blocks
+                    width = max(1, min(FIXED_MAX_ITEMS // tiles, FIXED_MAX_PIECES))
+                    size = max(even_up(-(-blocks // width)), FIXED_MIN_BLOCKS) if width > 1 else blocks
                     pieces = -(-blocks // size)
                     items += pieces
                     rows += pieces * min(64, q_len * num_heads - 64 * m) if pieces > 1 else 0

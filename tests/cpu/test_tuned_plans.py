@@ -18,7 +18,7 @@ from mla_cute.compile import jit
 from mla_cute.config import KernelConfig
 from mla_cute.dims import KV_FORMATS
 from mla_cute.tuned import select, shape_log
-from mla_cute.tuned.select.shape_log import ShapeLog
+from mla_cute.tuned.shape_log import ShapeLog
 
 OTHER = KernelConfig(evict_first=False, min_blocks=8)
 
