@@ -7,7 +7,7 @@ from typing import Literal, overload
 import torch
 
 from .attend import attend
-from .call import DECODE, DECODE_TABLE, PREFILL, PREFILL_TABLE, UNSCALED, Cache, Call, Pages
+from .call import DECODE, DECODE_TABLE, PREFILL, PREFILL_TABLE, UNSCALED, Cache, Call, Pages, make
 from .config import KernelConfig
 from .expect import Scale
 from .plan_decode import DecodePlan
@@ -171,9 +171,9 @@ def mla_paged_decode(
     Nothing is differentiated: results are detached, and a call in grad mode with an input that requires a gradient
     warns, once in a process. Autocast changes nothing.
     """
-    cache = Cache(ckv_cache, kpe_cache, ckv_scale, kpe_scale, ckv_scale_arr)
-    pages = Pages(DECODE, kv_indptr, kv_indices, kv_last_page_len)
-    call = Call(q_nope, q_pe, cache, pages, sm_scale, out, lse, lse_base, q_scale)
+    cache = make(Cache, (ckv_cache, kpe_cache, ckv_scale, kpe_scale, ckv_scale_arr))
+    pages = make(Pages, (DECODE, kv_indptr, kv_indices, kv_last_page_len, None, False))
+    call = make(Call, (q_nope, q_pe, cache, pages, sm_scale, out, lse, lse_base, q_scale))
     return attend(call, plan, config, batch_invariant, return_lse)
 
 
@@ -281,9 +281,9 @@ def mla_paged_decode_block_table(
 
     Returns and raises as :func:`mla_paged_decode`.
     """
-    cache = Cache(ckv_cache, kpe_cache, ckv_scale, kpe_scale, ckv_scale_arr)
-    pages = Pages(DECODE_TABLE, seq_lens, block_table)
-    call = Call(q_nope, q_pe, cache, pages, sm_scale, out, lse, lse_base, q_scale)
+    cache = make(Cache, (ckv_cache, kpe_cache, ckv_scale, kpe_scale, ckv_scale_arr))
+    pages = make(Pages, (DECODE_TABLE, seq_lens, block_table, None, None, False))
+    call = make(Call, (q_nope, q_pe, cache, pages, sm_scale, out, lse, lse_base, q_scale))
     return attend(call, plan, config, batch_invariant, return_lse)
 
 
@@ -430,9 +430,9 @@ def mla_paged_prefill(
     Device, stream, CUDA graphs, CPU tensors, gradients and values of metadata are treated as in
     :func:`~mla_cute.mla_paged_decode`; where they are verified, qo_indptr is too.
     """
-    cache = Cache(ckv_cache, kpe_cache, ckv_scale, kpe_scale, ckv_scale_arr)
-    pages = Pages(PREFILL, kv_indptr, kv_indices, kv_last_page_len, qo_indptr, causal)
-    call = Call(q_nope, q_pe, cache, pages, sm_scale, out, lse, lse_base, q_scale)
+    cache = make(Cache, (ckv_cache, kpe_cache, ckv_scale, kpe_scale, ckv_scale_arr))
+    pages = make(Pages, (PREFILL, kv_indptr, kv_indices, kv_last_page_len, qo_indptr, causal))
+    call = make(Call, (q_nope, q_pe, cache, pages, sm_scale, out, lse, lse_base, q_scale))
     return attend(call, plan, config, batch_invariant, return_lse)
 
 
@@ -548,7 +548,7 @@ def mla_paged_prefill_block_table(
 
     Returns and raises as :func:`mla_paged_prefill`.
     """
-    cache = Cache(ckv_cache, kpe_cache, ckv_scale, kpe_scale, ckv_scale_arr)
-    pages = Pages(PREFILL_TABLE, seq_lens, block_table, None, qo_indptr, causal)
-    call = Call(q_nope, q_pe, cache, pages, sm_scale, out, lse, lse_base, q_scale)
+    cache = make(Cache, (ckv_cache, kpe_cache, ckv_scale, kpe_scale, ckv_scale_arr))
+    pages = make(Pages, (PREFILL_TABLE, seq_lens, block_table, None, qo_indptr, causal))
+    call = make(Call, (q_nope, q_pe, cache, pages, sm_scale, out, lse, lse_base, q_scale))
     return attend(call, plan, config, batch_invariant, return_lse)

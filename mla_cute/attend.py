@@ -21,15 +21,19 @@ from .launch import flat_table, launch, table_stride
 from .plan import Plan, Wanted, check_enabled, expect_options, expect_plan
 from .plan_decode import DecodePlan
 from .plan_prefill import PrefillPlan
-from .short_way import keep_without_plan, short_way, with_plan
+from .short_way import keep_without_plan, with_plan, without_plan
 
 
 def attend(
     call: Call, plan: Plan | None, config: KernelConfig | None, batch_invariant: bool, return_lse: bool = True
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """(output, lse), or output."""
-    result, key = short_way(call, plan, config, batch_invariant) if type(return_lse) is bool else (None, None)
-    if result is None:
+    way = key = None
+    if plan is None:
+        way, key = without_plan(call, config, batch_invariant)
+    elif config is None and type(batch_invariant) is bool:  # they are nothing to a plan, but checked
+        way = getattr(plan, "_again", None)
+    if way is None or type(return_lse) is not bool or (result := way(call)) is None:
         result = _long_way(call, plan, config, batch_invariant, return_lse, key)
     return result if return_lse else result[0]
 

@@ -16,6 +16,11 @@ from .expect import Scale
 UNSCALED = 1.0
 
 
+# `make(Call, (...))` with all fields in order: 0.1 us, where the constructor of a NamedTuple takes 0.3 us. Every public
+# call makes three.
+make: Any = tuple.__new__
+
+
 class Form(NamedTuple):
     """Which of the four public calls: `mla_paged_<name>`."""
 

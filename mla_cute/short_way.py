@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from . import dlpack
-from .allocate import current_device, empty
+from .allocate import current_device, empty_maker
 from .call import UNSCALED, Call
 from .check import DTYPES, Problem
 from .config import KernelConfig
@@ -86,9 +86,11 @@ def keep_without_plan(key: object, step: Callable[..., None], problem: Problem, 
         return
     usual = _usual(problem, plan.packs_rows, None)
     of_plan, planner, grid, stride = plan.rounds[0], plan._planner, plan.grid, plan._table_stride
-    table_size, scratch_size, part_size = (tuple(x.shape) for x in (of_plan.table, of_plan.scratch, plan.part))
+    new_table, new_scratch, new_part = (
+        empty_maker(tuple(x.shape), x.dtype, problem.device) for x in (of_plan.table, of_plan.scratch, plan.part)
+    )
     plan_numbers = tuple(x for x in of_plan.planner_args if isinstance(x, int))
-    device, by_table = problem.device, plan.form.by_table
+    by_table = plan.form.by_table
 
     def launch(call: Call) -> tuple[torch.Tensor, torch.Tensor] | None:
         try:
@@ -100,8 +102,7 @@ def keep_without_plan(key: object, step: Callable[..., None], problem: Problem, 
             page_ids = pages.ids
             if by_table:
                 page_ids = memory_of_table(page_ids, stride)
-            table, scratch = empty(table_size, torch.int32, device), empty(scratch_size, torch.int32, device)
-            part = empty(part_size, torch.float32, device)
+            table, scratch, part = new_table(), new_scratch(), new_part()
             planner(*planner_reads(pages), table, scratch, *plan_numbers)
             if len(operands) == 5 and operands[4] is None:
                 operands = (*operands[:4], lse.unsqueeze(-1))
@@ -115,21 +116,13 @@ def keep_without_plan(key: object, step: Callable[..., None], problem: Problem, 
     _known[key] = launch
 
 
-def short_way(
-    call: Call, plan: Any, config: KernelConfig | None, batch_invariant: bool
-) -> tuple[tuple[torch.Tensor, torch.Tensor] | None, object]:
-    """(results, key), of which the first is None where the call has to go the long way."""
-    if plan is not None:
-        if config is not None or type(batch_invariant) is not bool:  # nothing to a plan, but checked
-            return None, None
-        launch = getattr(plan, "_again", None)
-        return (None if launch is None else launch(call)), None
+def without_plan(call: Call, config: KernelConfig | None, batch_invariant: bool) -> tuple[ShortWay | None, object]:
+    """(the short way of a call that was given no plan, None where there is none; its key)."""
     key = _key(call, config, batch_invariant)
     try:
-        launch = _known.get(key)
+        return _known.get(key), key
     except TypeError:  # an argument cannot be hashed, so it is not what it should be
         return None, None
-    return (None if launch is None else launch(call)), key
 
 
 def _key(call: Call, config: KernelConfig | None, batch_invariant: bool) -> object:
@@ -155,22 +148,27 @@ def _key(call: Call, config: KernelConfig | None, batch_invariant: bool) -> obje
 
 # The step's operands, out, lse, the step's numbers.
 _ForLaunch = tuple[tuple[Any, ...], torch.Tensor, torch.Tensor, "tuple[float | int, ...]"]
+_NEVER = (object(),) * 5  # no argument is one of these
 
 
 def _usual(problem: Problem, packs_rows: bool, no_scales: Any) -> Callable[[Call], _ForLaunch | None]:
     """The function from a call like `problem`, metadata aside, to what is launched; None where something is unusual.
     `no_scales` stands for an array of scales where there is none."""
-    device, out_dtype, kv_format = problem.device, problem.dtype, problem.kv_format
-    q_shape, lse_shape = (problem.total_q, problem.num_heads, CKV_DIM), (problem.total_q, problem.num_heads)
+    device, kv_format, planned_causal = problem.device, problem.kv_format, problem.causal
+    q_shape = (problem.total_q, problem.num_heads, CKV_DIM)
+    new_out, new_lse = empty_maker(q_shape, problem.dtype, device), empty_maker(q_shape[:2], torch.float32, device)
     page_size, device_index = problem.page_size, device.index
-    planned_causal = problem.causal
+    takes_array = kv_format in ("token", "group")
     # TMA looks at strides of dimensions of size 1, which the launcher lets pass.
     gathers = page_size % 8 != 0
     odd_queries = problem.total_q == 1 or problem.num_heads == 1
     # out=None means bfloat16 where all queries are e4m3.
-    allocates = not (problem.q_fp8 and kv_format == "tensor") or out_dtype is DTYPES[0]
+    allocates = not (problem.q_fp8 and kv_format == "tensor") or problem.dtype is DTYPES[0]
+    # Numbers of an earlier call, behind what they were made of: layers hand over the same objects.
+    kept: tuple[tuple[Any, ...], tuple[float | int, ...]] = _NEVER, ()
 
     def usual(call: Call) -> _ForLaunch | None:
+        nonlocal kept
         q_nope, q_pe, cache, pages, sm_scale, out, lse, lse_base, q_scale = call
         ckv_cache, kpe_cache, ckv_scale, kpe_scale, scale_arr = cache
         num_pages, tokens, _ = ckv_cache.shape
@@ -179,17 +177,24 @@ def _usual(problem: Problem, packs_rows: bool, no_scales: Any) -> Callable[[Call
             or tokens != page_size
             or pages[5] is not planned_causal
             or q_nope.requires_grad
-            or type(sm_scale) is not float
-            or not MIN_SCALE <= sm_scale <= MAX_SCALE
+            or (scale_arr is not None) is not takes_array
             or current_device() != device_index
         ):
             return None
-        if type(lse_base) is int and lse_base == 2:
-            lse_scale = 1.0
-        elif type(lse_base) is str and lse_base == "e":
-            lse_scale = LN_2
-        else:
-            return None
+        (of_scores, base, of_ckv, of_kpe, of_q), numbers = kept
+        if not (
+            sm_scale is of_scores
+            and lse_base is base
+            and ckv_scale is of_ckv
+            and kpe_scale is of_kpe
+            and q_scale is of_q
+        ):
+            found = _usual_numbers(problem, call)
+            if found is None:
+                return None
+            numbers = found
+            if type(ckv_scale) is type(kpe_scale) is type(q_scale) is float:  # the address of a tensor may change
+                kept = (sm_scale, lse_base, ckv_scale, kpe_scale, q_scale), numbers
         if packs_rows and not (rows_are_even(q_nope) and rows_are_even(q_pe)):
             return None
         if odd_queries and not (_has_tma_strides(q_nope) and _has_tma_strides(q_pe)):
@@ -198,25 +203,17 @@ def _usual(problem: Problem, packs_rows: bool, no_scales: Any) -> Callable[[Call
             return None
         if (num_pages == 1 or tokens == 1) and not (_has_tma_strides(ckv_cache) and _has_tma_strides(kpe_cache)):
             return None
+        operands: tuple[Any, ...] = (q_nope, q_pe, ckv_cache, kpe_cache)
         if kv_format:
-            factors = _usual_factors(problem, sm_scale, ckv_scale, kpe_scale, q_scale)
-            if factors is None or (scale_arr is None) is not (kv_format == "tensor"):
-                return None
-            numbers: tuple[float | int, ...] = (*factors, lse_scale)
-            operands: tuple[Any, ...]
-            operands = (q_nope, q_pe, ckv_cache, kpe_cache, no_scales if scale_arr is None else scale_arr)
-        elif scale_arr is not None or not ckv_scale is kpe_scale is q_scale is UNSCALED:
-            return None
-        else:
-            numbers, operands = (sm_scale * LOG2_E, lse_scale), (q_nope, q_pe, ckv_cache, kpe_cache)
+            operands = (*operands, scale_arr if takes_array else no_scales)
         if out is None:
             if not allocates:
                 return None
-            out = empty(q_shape, out_dtype, device)
+            out = new_out()
         elif not out.is_contiguous() or out.data_ptr() == q_nope.data_ptr():
             return None
         if lse is None:
-            lse = empty(lse_shape, torch.float32, device)
+            lse = new_lse()
         elif not lse.is_contiguous():
             return None
         return operands, out, lse, numbers
@@ -229,10 +226,28 @@ def _has_tma_strides(x: torch.Tensor) -> bool:
     return (outer | inner) * x.itemsize % 16 == 0
 
 
+def _usual_numbers(problem: Problem, call: Call) -> tuple[float | int, ...] | None:
+    """As the long way's `_numbers` (launch.py); None where a number or a scale is unusual."""
+    sm_scale, lse_base, q_scale = call.sm_scale, call.lse_base, call.q_scale
+    ckv_scale, kpe_scale = call.cache.ckv_scale, call.cache.kpe_scale
+    if type(sm_scale) is not float or not MIN_SCALE <= sm_scale <= MAX_SCALE:
+        return None
+    if type(lse_base) is int and lse_base == 2:
+        lse_scale = 1.0
+    elif type(lse_base) is str and lse_base == "e":
+        lse_scale = LN_2
+    else:
+        return None
+    if problem.kv_format:
+        factors = _usual_factors(problem, sm_scale, ckv_scale, kpe_scale, q_scale)
+        return None if factors is None else (*factors, lse_scale)
+    return (sm_scale * LOG2_E, lse_scale) if ckv_scale is kpe_scale is q_scale is UNSCALED else None
+
+
 def _usual_factors(
     problem: Problem, sm_scale: float, ckv_scale: Scale, kpe_scale: Scale, q_scale: Scale
 ) -> tuple[float | int, ...] | None:
-    """As the long way's `_numbers` (launch.py), but for lse_scale; None where a scale is unusual."""
+    """Of an FP8 cache, all but lse_scale."""
     ckv_at = kpe_at = q_at = 0
     if not type(ckv_scale) is type(kpe_scale) is type(q_scale) is float:
         at = problem.device.index

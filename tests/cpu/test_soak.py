@@ -14,7 +14,7 @@ import torch
 
 import mla_cute
 from mla_cute import gpu as gpu_facts
-from mla_cute import plan, reference, steps
+from mla_cute import plan, reference
 from mla_cute.cli import check as checking
 from mla_cute.cli import sanitize, soak
 from mla_cute.compile import jit
@@ -265,7 +265,7 @@ def test_decode_cases_cut_and_go_on(num_sms):
     seen = set()
     for case, scenario in scenarios_of("decode"):
         kv_lens = [kv for _, kv in scenario.steps[0]]
-        parts = steps.decode_parts(scenario.layout, scenario.num_heads, scenario.config, num_sms)
+        parts = registry.decode_parts(scenario.layout, scenario.num_heads, scenario.config, num_sms)
         made = planner_model.plan(kv_lens, [0] * len(kv_lens), parts, scenario.num_heads, scenario.config)
         longest = kv_lens.index(max(kv_lens))
         if len(kv_lens) > parts:

@@ -5,7 +5,7 @@ import torch
 from gpu_helpers import ENTRIES, MIXED, check, check_fp8, decode, make_prefill, plan_of, same_bits
 
 import mla_cute
-from mla_cute import attend, short_way
+from mla_cute import api, attend
 from mla_cute.testing.cases import make_case
 from mla_cute.testing.fp8 import E4M3, make_fp8
 
@@ -21,14 +21,20 @@ def small_case(**kwargs):
 def ways(monkeypatch):
     """How many calls took the short way, and how many another."""
     taken = {"short": 0, "long": 0}
-    real = short_way.short_way
+    whole, long = attend.attend, attend._long_way
 
     def counted(*arguments):
-        result, key = real(*arguments)
-        taken["long" if result is None else "short"] += 1
-        return result, key
+        before = taken["long"]
+        result = whole(*arguments)
+        taken["short"] += taken["long"] == before
+        return result
 
-    monkeypatch.setattr(attend, "short_way", counted)
+    def counted_long(*arguments):
+        taken["long"] += 1
+        return long(*arguments)
+
+    monkeypatch.setattr(api, "attend", counted)
+    monkeypatch.setattr(attend, "_long_way", counted_long)
     return taken
 
 
