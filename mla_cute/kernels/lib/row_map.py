@@ -8,8 +8,8 @@ PackedRows   prefill: the item names 64 consecutive (token, head) rows of one re
 Arguments of the methods, of which only what a main kernel has anyway is read:
     params       its `Params`: `num_heads`, and `mTable`, `num_parts`, `item_row0` to find items
     smem         its `Smem`: `sItem`, (slot, word) of the items at hand
-    regs         its `Fragments`: `S`, the (row, column) view of this thread's scores; `row`, the tile's row of S's row 0
-                 (S's row 1 is eight rows on); `lane`
+    regs         its `Fragments`: `S`, the (row, column) view of this thread's scores, whose rows are `row` and
+                 `row` + 8 of the tile; `lane`
     slot         the item's in `sItem`
     head0        the first head of a decode tile, 64 i; PackedRows does not read it
 """
@@ -34,12 +34,11 @@ class Word:
     KV_END = 2
     FIRST_INDEX = 3  # where in kv_indices the request's pages begin
     PARTIAL_ROW = 4  # the first that the item writes, or -1: it writes the output
-    # Words 5 and 6 are, in the row of a decode part, where its first item is and how many it has; in an item of prefill:
-    NUM_ROWS = 5
-    SHIFT = 6  # query token T, counted over all requests, sees the keys below T + SHIFT
-    # And in the row of a part:
+    NUM_ROWS = 5  # prefill
+    SHIFT = 6  # prefill: query token T, counted over all requests, sees the keys below T + SHIFT
+    # Of a part's row; decode's is also the part's first item.
     PREFILL_NUM_ITEMS = 1
-    DECODE_FIRST_ROW = 5
+    DECODE_FIRST_ROW = 5  # table row of the first item
     DECODE_NUM_ITEMS = 6
 
 
