@@ -1,7 +1,4 @@
-"""How a consumer's half of O leaves its registers: normalised, packed to 16 bits, transposed and stored.
-
-`params`, `smem` and `regs` are params.py's Params, Smem and Fragments.
-"""
+"""How a consumer's half of O leaves its registers: normalised, packed to 16 bits, transposed and stored."""
 
 import cutlass
 import cutlass.cute as cute
@@ -10,14 +7,14 @@ from cutlass import Constexpr, Float32, Int64, Uint32, const_expr
 from ...dims import PART_ROW, TILE_M
 from ..lib import partials, softmax
 from ..lib.row_map import output_address
-from .params import Bar, Fragments, Smem, Variant
+from .params import Bar, Fragments, Params, Smem, Variant
 
 
 class Epilogue(Variant):
     """Methods of Tile64."""
 
     @cute.jit
-    def _epilogue(self, params, smem, regs, slot, head0, wg: Constexpr):
+    def _epilogue(self, params: Params, smem: Smem, regs: Fragments, slot, head0, wg: Constexpr):
         """Store the rows of the item in `slot`: to the output, or as partial rows. wg 0 stores their log-sum-exps."""
         rows = self.rows.num_rows(params, smem, slot, head0)
         part_row = self.rows.part_row(smem, slot, head0)
@@ -97,7 +94,7 @@ def pack_int16(smem: Smem, regs: Fragments, words) -> list:
 
 
 @cute.jit
-def store_rows(regs, words, row_at, rows, wg: Constexpr):
+def store_rows(regs: Fragments, words, row_at, rows, wg: Constexpr):
     """This thread's two 16-bit rows, to the addresses `row_at`, where the tile has them.
 
     4 x 4 transposes of column pairs inside each quad, then 16 bytes per lane, 64 per quad.

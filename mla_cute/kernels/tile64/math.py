@@ -22,12 +22,9 @@ def make_fragments(params: Params, smem: Smem, t: Int32, dtype) -> Fragments:
     rS = cute.make_rmem_tensor(thr_qk.partition_shape_C((TILE_M, TILE_N)), Float32)
     rP = cute.make_rmem_tensor(params.mma_pv_rs.get_slice(0).partition_shape_A((TILE_M, TILE_N)), dtype)
     rQr = cute.make_rmem_tensor(params.mma_qk_rs.get_slice(0).partition_shape_A((TILE_M, 64)), dtype)
-    ldm = cute.make_tiled_copy_A(
-        cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, 4), dtype), params.mma_qk_rs
-    ).get_slice(t)
-    stm = cute.make_tiled_copy_C(cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), dtype), params.mma_qk).get_slice(
-        t
-    )
+    load, store = (cute.make_copy_atom(op(False, 4), dtype) for op in (warp.LdMatrix8x8x16bOp, warp.StMatrix8x8x16bOp))
+    ldm = cute.make_tiled_copy_A(load, params.mma_qk_rs).get_slice(t)
+    stm = cute.make_tiled_copy_C(store, params.mma_qk).get_slice(t)
     rPc = cute.make_tensor(rP.iterator, rS.layout)
     lane = t % 32
     return Fragments(
@@ -78,8 +75,8 @@ def row_maxima(params: Params, regs: Fragments) -> list:
 
 
 @cute.jit
-def put_row_stats(smem, regs, wg: Constexpr, row, ref, scale):
-    """A row's reference, and what it scales what carries the one before by, to shared memory."""
+def put_row_stats(smem: Smem, regs: Fragments, wg: Constexpr, row, ref, scale):
+    """A row's new reference, and the factor from the one before to it, to shared memory."""
     if regs.lane % 4 == 0:
         smem.sM[row] = ref
         if const_expr(wg == 0):
@@ -102,11 +99,12 @@ def pack_p(regs: Fragments) -> None:
 
 
 @cute.jit
-def zero_v_tail(smem, regs, stage: Constexpr, wg: Constexpr, valid):
-    """Zero the rows of V from `valid` on in this consumer's half: 0 * NaN is NaN, and rows past kv_end may hold anything.
+def zero_v_tail(smem: Smem, regs: Fragments, stage: Constexpr, wg: Constexpr, valid):
+    """Zero the rows of V from `valid` on, in this consumer's half of a stage. P is 0 there, but rows past kv_end may
+    hold NaN, and 0 times NaN is NaN.
 
-    By words of 8 bytes: a row of a sub-tile is 16 of them, which the swizzle permutes within the row. Each warp takes
-    every fourth row, 8 of its lanes a sub-tile.
+    A row of a sub-tile is 16 words of 8 bytes, which the swizzle permutes within the row. Each warp takes every fourth
+    row, eight of its lanes a sub-tile.
     """
     if valid < TILE_N:
         first = cutlass.max(valid, Int32(0)) + regs.t // 32

@@ -19,8 +19,8 @@ from ..lib.row_map import RowMap
 WARPGROUP = 128
 CONSUMERS = 2 * WARPGROUP
 NUM_THREADS = CONSUMERS + WARPGROUP
-# Where a record of an item lies in shared memory: item i in slot i % ITEM_SLOTS. At most three are in use: the producer
-# writes item i while a consumer may still be in the epilogue of item i - 2. Four, since that modulus is an AND.
+# Records of items in shared memory: item i in slot i % ITEM_SLOTS. At most three are in use, since the producer writes
+# item i while a consumer may still be in the epilogue of item i - 2; the remainder of a power of two is cheaper.
 ITEM_SLOTS = 4
 
 # (stage, half) in the order in which the consumers release the halves of a pair.
@@ -43,7 +43,7 @@ class Bar(NamedBarrier):
 def make_mbarriers(loader: TmaLoader | GatherLoader) -> Mbarriers:
     """The kernel's mbarriers, each with what completes it."""
     return Mbarriers(
-        # [stage][sub-tile]: by TMA one arrival with the bytes to expect, by cp.async those of the producer's 128 threads.
+        # [stage][sub-tile]: one arrival with the bytes to expect by TMA, the producer's 128 threads by cp.async.
         full=(2 * NUM_SUB, loader.full_arrivals),
         empty=(2 * 2, 4),  # [half][stage]: the four warps of wg `half`
         q_full=(1, 4),  # the four producer warps, each with the bytes that it copies
@@ -53,7 +53,7 @@ def make_mbarriers(loader: TmaLoader | GatherLoader) -> Mbarriers:
 
 
 class Variant:
-    """What the methods of all roles read of the kernel object: constants of a compiled variant."""
+    """What the roles' methods read of the kernel object: constants of a compiled variant, set by Tile64.__init__."""
 
     dtype: Any  # cutlass type of queries, cache and output, of 16 bits
     rows: RowMap  # which query rows a tile holds

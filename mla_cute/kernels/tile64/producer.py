@@ -1,10 +1,9 @@
 """The producer warpgroup of the row-tile kernel (schedule.py has the schedule): K tiles and Q.
 
-Arguments that recur; the methods are @cute.jit, so they bear no types:
-    params, smem   params.py's Params and Smem
+Arguments that recur:
     item, it       the item's words in registers (lib/row_map.py's Word), and its number in the part
     head0          the first head of a decode tile (lib/row_map.py)
-    phase          the parity of the empty mbarriers' phase that a warp waits for next
+    phase          parity of the phase of the empty mbarriers that a warp waits for next
     w, lane        warp of the producer, 0 .. 3, and lane
 """
 
@@ -16,7 +15,7 @@ from cutlass.cute.nvgpu import cpasync
 from ..lib import barriers, paged
 from ..lib.paged import NUM_SUB, SUB_BYTES, TILE_N
 from ..lib.row_map import Word, load_item
-from .params import ITEM_SLOTS, RELEASE_ORDER, Variant
+from .params import ITEM_SLOTS, RELEASE_ORDER, Params, Smem, Variant
 
 # The word of sItem's slot 0 that no item uses.
 COUNT_WORD = 7
@@ -26,7 +25,7 @@ class Producer(Variant):
     """The producer warpgroup: methods of Tile64."""
 
     @cute.jit
-    def _produce_items(self, params, smem, item, part, head0, w, lane):
+    def _produce_items(self, params: Params, smem: Smem, item, part, head0, w, lane):
         """Fetch all items of the part. `item` holds the first one already where `rows.header_is_item`."""
         phase = Int32(1)
         first_row = Int32(0)
@@ -36,8 +35,8 @@ class Producer(Variant):
             num_items = item[Word.DECODE_NUM_ITEMS]
         else:
             num_items = self.rows.num_items(params, part)
-        # The count waits in a word of shared memory, which each warp writes and reads for itself: two registers less than
-        # a loop over a range.
+        # The count waits in a word of shared memory, which each warp writes and reads for itself: that takes two
+        # registers less than a loop over a range.
         smem.sItem[0, COUNT_WORD] = num_items
         it = Int32(0)
         while it < smem.sItem[0, COUNT_WORD]:
@@ -64,7 +63,7 @@ class Producer(Variant):
             it += 1
 
     @cute.jit
-    def _tma_pairs(self, params, smem, item, it, head0, phase, w, lane):
+    def _tma_pairs(self, params: Params, smem: Smem, item, it, head0, phase, w, lane):
         """The item's K tiles: each warp fills its own (stage, half). Returns the next phase."""
         stage = w % 2
         half = w // 2
@@ -83,7 +82,7 @@ class Producer(Variant):
         return phase
 
     @cute.jit
-    def _gather_pairs(self, params, smem, item, it, head0, phase, w, lane):
+    def _gather_pairs(self, params: Params, smem: Smem, item, it, head0, phase, w, lane):
         """The same where the four warps share every (stage, half), in the order in which the consumers release them."""
         kv_end = item[Word.KV_END]
         index_base = item[Word.FIRST_INDEX]
@@ -102,7 +101,7 @@ class Producer(Variant):
         return phase
 
     @cute.jit
-    def _load_q(self, params, smem, item, head0, it, w):
+    def _load_q(self, params: Params, smem: Smem, item, head0, it, w):
         """Two of Q's sub-tiles 0..7 per producer warp; warp 3 also announces the bytes of the ninth, the rope."""
         row0, batch = (cute.arch.make_warp_uniform(x) for x in self.rows.q_at(item, head0))
         cute.arch.mbarrier_wait(smem.mbar + self.mbars.q_empty, (it + 1) % 2)
@@ -118,14 +117,13 @@ class Producer(Variant):
             cute.copy(params.tma_q, tQg[None, 2 * w + i, batch], tQs[None, 2 * w + i], tma_bar_ptr=q_full)
 
     @cute.jit
-    def _load_q_rope(self, params, smem, item, head0, it, w):
+    def _load_q_rope(self, params: Params, smem: Smem, item, head0, it, w):
         """Q's ninth sub-tile, by warp 3. Its bytes hold P1 until the item before ends."""
         if w == 3:
             row0, batch = (cute.arch.make_warp_uniform(x) for x in self.rows.q_at(item, head0))
             cute.arch.mbarrier_wait(smem.mbar + self.mbars.rope_empty, (it + 1) % 2)
+            q_full = smem.mbar + self.mbars.q_full
             sQ = cute.group_modes(smem.sQ_sub, 0, 2)
             gR = cute.local_tile(cute.domain_offset((row0, 0, 0), params.mQpe), (64, 64), (0, 0, None))
             tRs, tRg = cpasync.tma_partition(params.tma_qpe, 0, cute.make_layout(1), sQ, cute.group_modes(gR, 0, 2))
-            cute.copy(
-                params.tma_qpe, tRg[None, batch], tRs[None, NUM_SUB - 1], tma_bar_ptr=smem.mbar + self.mbars.q_full
-            )
+            cute.copy(params.tma_qpe, tRg[None, batch], tRs[None, NUM_SUB - 1], tma_bar_ptr=q_full)

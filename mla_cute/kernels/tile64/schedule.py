@@ -33,16 +33,18 @@ Order in a pair      wg 0                                     wg 1
                      waits for P1, PV with P1                 wait, releases its half of stage 1
                      wait, releases its half of stage 1       wait, releases its half of stage 0
 
+"Wait" is for this consumer's own wgmmas. Where a tile goes past kv_end, which only the last pair's do, each consumer
+zeroes the rows past it in its half of V before the PV that reads them.
+
 The row maxima of a pair pass from one consumer to the other: wg 0 takes the reference of the last pair and its own
-maxima, wg 1 takes wg 0's. The reference moves lazily (lib/softmax.py), so almost every pair neither rescales O nor P: P0
-goes to shared memory without waiting for wg 1 and is corrected only when wg 1 moved the reference. Row maxima are
+maxima, wg 1 takes wg 0's. The reference moves lazily (lib/softmax.py), so almost every pair neither rescales O nor P:
+P0 goes to shared memory without waiting for wg 1 and is corrected only when wg 1 moved the reference. Row maxima are
 published before the exponentials, so that the other warpgroup waits for 16 FMNMX and not for 32 EX2.
 
 Shared memory: Q 72 KiB, two K tiles of 72 KiB, P0 8 KiB, statistics 1.5 KiB: 226 of 227 KiB. Q's ninth sub-tile (the
 rope) is read to registers at the start of an item, and its bytes hold P1 from then on.
 
-The arguments of @cute.jit functions bear no types: `params`, `smem` and `regs` are params.py's Params, Smem and
-Fragments. Others that recur:
+Arguments that recur:
     wg               0 or 1, a constant: the consumer
     valid0, valid1   tokens of the item from the pair's first and from its second tile on: below 64, or negative, where
                      the tile goes past kv_end
@@ -107,8 +109,8 @@ class Consumer(Epilogue):
         math.zero_v_tail(smem, regs, 1, 1, valid1)
         Bar.P1.arrive()
         math.add_pv(params.mma_pv_rs, regs, regs.rP, 1, 1)
-        # P0 V0 does not go first, although stage 0 would then be released sooner: the refill of (stage 1, half 1), which
-        # this consumer's next QK begins with, would come later, and that costs more (2 to 3 % at 128 heads).
+        # P0 V0 does not go first, although stage 0 would then be released sooner: the refill of (stage 1, half 1), with
+        # which this consumer's next QK begins, would come later, and that costs more (2 to 3 % at 128 heads).
         Bar.P0.sync()
         math.zero_v_tail(smem, regs, 0, 1, valid0)
         math.add_pv(params.mma_pv, regs, regs.tOrP0, 1, 0)
@@ -125,7 +127,7 @@ class Consumer(Epilogue):
         self._consume_items(params, smem, regs, self.rows.num_items(params, part), head0, wg)
 
     @cute.jit
-    def _consume_items(self, params, smem, regs, num_items, head0, wg: Constexpr):
+    def _consume_items(self, params: Params, smem: Smem, regs: Fragments, num_items, head0, wg: Constexpr):
         phase = Int32(0)
         q_phase = Int32(0)
         for it in cutlass.range(num_items, unroll=1):
@@ -189,7 +191,7 @@ class Consumer(Epilogue):
         math.exponentials(params, regs, ref, total)
 
     @cute.jit
-    def _correct_wg0(self, regs, scale0, scale1, need):
+    def _correct_wg0(self, regs: Fragments, scale0, scale1, need):
         """wg 1 moved the reference: rescale the P0 already in shared memory, and O once its PV has drained."""
         if need:
             warpgroup.wait_group(0)
@@ -203,8 +205,8 @@ class Consumer(Epilogue):
         barriers.arrive_once_per_warp(self.empty(smem, stage, wg))
 
     @cute.jit
-    def _release_q(self, smem, left):
-        """After the QK of an item's last pair, of `left` tokens: Q of the next item then arrives during the softmax, the
-        PVs and the epilogue."""
+    def _release_q(self, smem: Smem, left):
+        """After the QK of the item's last pair, so that Q of the next item arrives during the softmax, the PVs and the
+        epilogue. `left`: tokens of the item from this pair on."""
         if left <= 2 * TILE_N:
             barriers.arrive_once_per_warp(smem.mbar + self.mbars.q_empty)
