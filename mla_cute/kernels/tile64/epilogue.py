@@ -7,6 +7,7 @@ from cutlass import Constexpr, Float32, Int64, Uint32, const_expr
 from ...dims import PART_ROW, TILE_M
 from ..lib import partials, softmax
 from ..lib.row_map import output_address
+from .math import O_COLS
 from .params import Bar, Fragments, Params, Smem, Variant
 
 
@@ -33,7 +34,7 @@ class Epilogue(Variant):
                     token, head = self.rows.token_and_head(params, smem, slot, head0, regs.t)
                     params.mLse[token, head] = lse * params.lse_scale
         # Outputs and partials are both rows of 512 16-bit values: one store path, from the address of each row.
-        words = cute.make_rmem_tensor((2, 32), Uint32)
+        words = cute.make_rmem_tensor((2, O_COLS // 2), Uint32)
         at0 = Int64(0)
         at1 = Int64(0)
         if self.rows.is_partial(smem, slot):
@@ -58,15 +59,16 @@ def inverse_sum(smem: Smem, regs: Fragments, row: int):
 
 def pack_output(smem: Smem, regs: Fragments, words, dtype) -> None:
     """O, normalised, in the 16-bit dtype, to `words`: (row, pair of columns)."""
-    rOh = cute.make_rmem_tensor(128, dtype)
+    rOh = cute.make_rmem_tensor(2 * O_COLS, dtype)
     for r in range(2):
         inverse = inverse_sum(smem, regs, r)
-        for n in range(64):
+        for n in range(O_COLS):
             regs.O[r, n] = regs.O[r, n] * inverse
-    rOh.store(cute.make_tensor(regs.rO.iterator, cute.make_layout(128)).load().to(dtype))
-    packed = cute.make_tensor(cute.recast_tensor(rOh, Uint32).iterator, cute.make_layout((2, 32), stride=(1, 2)))
+    rOh.store(cute.make_tensor(regs.rO.iterator, cute.make_layout(2 * O_COLS)).load().to(dtype))
+    pairs = cute.make_layout((2, O_COLS // 2), stride=(1, 2))
+    packed = cute.make_tensor(cute.recast_tensor(rOh, Uint32).iterator, pairs)
     for r in range(2):
-        for j in range(32):
+        for j in range(O_COLS // 2):
             words[r, j] = packed[r, j]
 
 
@@ -77,7 +79,7 @@ def pack_int16(smem: Smem, regs: Fragments, words) -> list:
     one bit. Two maxima a row are kept apart, by turns: one would be a chain of 32 dependent steps.
     """
     maxima = [[Float32(partials.SMALLEST), Float32(partials.SMALLEST)] for _ in range(2)]
-    for n in range(0, 64, 2):
+    for n in range(0, O_COLS, 2):
         for r in range(2):
             pair = cute.math.absf(regs.O[r, n]) + cute.math.absf(regs.O[r, n + 1])
             maxima[r][n // 2 % 2] = cute.arch.fmax(maxima[r][n // 2 % 2], pair, nan=True)
@@ -87,7 +89,7 @@ def pack_int16(smem: Smem, regs: Fragments, words) -> list:
         for offset in (1, 2):
             largest = cute.arch.fmax(largest, cute.arch.shuffle_sync_bfly(largest, offset=offset), nan=True)
         factor = partials.int16_factor(largest)
-        for j in range(32):
+        for j in range(O_COLS // 2):
             words[r, j] = partials.int16_pair(regs.O[r, 2 * j], regs.O[r, 2 * j + 1], factor)
         worth.append(partials.int16_worth(largest * inverse_sum(smem, regs, r)))
     return worth

@@ -33,8 +33,8 @@ Order in a pair      wg 0                                     wg 1
                      waits for P1, PV with P1                 wait, releases its half of stage 1
                      wait, releases its half of stage 1       wait, releases its half of stage 0
 
-"Wait" is for this consumer's own wgmmas. Where a tile goes past kv_end, which only the last pair's do, each consumer
-zeroes the rows past it in its half of V before the PV that reads them.
+"-> X" is an arrival at named barrier X, "wait" is for this consumer's own wgmmas. Where a tile goes past kv_end, which
+only the last pair's do, each consumer zeroes the rows past it in its half of V before the PV that reads them.
 
 The row maxima of a pair pass from one consumer to the other: wg 0 takes the reference of the last pair and its own
 maxima, wg 1 takes wg 0's. The reference moves lazily (lib/softmax.py), so almost every pair neither rescales O nor P:
