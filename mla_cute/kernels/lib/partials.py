@@ -31,14 +31,14 @@ def int16_factor(largest):
     return Float32(INT16_MOST) * cute.arch.rcp_approx(largest)
 
 
-def int16_pair(low, high, factor):
-    """Two float32, multiplied by `factor` (`int16_factor`), as a word of two biased 16-bit integers.
+def int16_words(values, factor) -> list:
+    """An even number of float32, multiplied by `factor` (`int16_factor`), as words of two biased 16-bit integers.
 
     An FFMA with 2^23 + 2^15 leaves round(x) + 2^15 in the low 16 bits of the float32's mantissa; 0x5410 takes those of
-    both.
+    two. All products are made before all words: in another order tile16 has other machine code.
     """
-    low, high = (x * factor + Float32(INT16_BIAS) for x in (low, high))
-    return Uint32(cute.arch.prmt(low.bitcast(Int32), high.bitcast(Int32), 0x5410))
+    bits = [(x * factor + Float32(INT16_BIAS)).bitcast(Int32) for x in values]
+    return [Uint32(cute.arch.prmt(bits[i], bits[i + 1], 0x5410)) for i in range(0, len(bits), 2)]
 
 
 def int16_worth(largest):

@@ -90,7 +90,7 @@ def pack_int16(smem: Smem, regs: Fragments, words) -> list:
             largest = cute.arch.fmax(largest, cute.arch.shuffle_sync_bfly(largest, offset=offset), nan=True)
         factor = partials.int16_factor(largest)
         for j in range(O_COLS // 2):
-            words[r, j] = partials.int16_pair(regs.O[r, 2 * j], regs.O[r, 2 * j + 1], factor)
+            words[r, j] = partials.int16_words((regs.O[r, 2 * j], regs.O[r, 2 * j + 1]), factor)[0]
         worth.append(partials.int16_worth(largest * inverse_sum(smem, regs, r)))
     return worth
 
