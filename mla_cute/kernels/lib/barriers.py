@@ -33,7 +33,8 @@ class NamedBarrier(enum.Enum):
 class Mbarriers:
     """A kernel's mbarriers, one behind the other in shared memory: `name=(how many, arrivals that complete one)`.
 
-    The attribute of a name is the index of its first one: `mbar + table.full + i`. `total` is how many there are.
+    The attribute of a name is the index of its first one: `mbar + table.full + i`. `total` is how many there are. Bytes
+    that TMA brings count beside the arrivals.
     """
 
     def __init__(self, **counts: tuple[int, int]):
@@ -44,7 +45,7 @@ class Mbarriers:
             self.total += length
 
     def init(self, mbar) -> None:
-        """By one thread. `mbar`: pointer to the first."""
+        """Initialise all of them, which one thread does. `mbar`: pointer to the first."""
         for name, (length, arrivals) in self._counts.items():
             for i in range(length):
                 cute.arch.mbarrier_init(mbar + getattr(self, name) + i, arrivals)

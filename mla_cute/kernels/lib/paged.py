@@ -11,6 +11,15 @@ Page sizes fall into classes by box_rows = gcd(page_size, 64), the rows that are
 Neither looks up a page id past the request's end. TMA leaves the rows past it as they were in shared memory (whole
 boxes) or fills them from the page (the last box), cp.async writes zeros: scores of those rows are masked and their V
 rows are zeroed by the consumers.
+
+Of `params`, a main kernel's Params, loaders read `page_size`, `mIndices`, `mCkv` and `mKpe`; `tma_ckv` and `tma_kpe` or
+the six strides in units (`row_unit`). Of `smem` they read `sK_sub`, (64, 64, 8 stage + sub), and `sR`, (64, 64, stage).
+Arguments that recur:
+    index_base   where in mIndices the request's pages begin
+    block        of 64 tokens, counted in the request
+    kv_end       tokens of the request from here on are not the item's
+    half, full   which half of a stage, and the full mbarrier of its first sub-tile
+    w, lane      warp of the four, and lane
 """
 
 import cutlass
@@ -21,11 +30,11 @@ from cutlass.cute.nvgpu import cpasync
 from . import barriers
 from .ptx import cp_async_16
 
-TILE_N = 64
+TILE_N = 64  # tokens of a K tile
+NUM_SUB = 9  # sub-tiles of a K tile, the last one kpe
 SUB_ELEMS = 64 * 64
 SUB_BYTES = 2 * SUB_ELEMS
-NUM_SUB = 9
-# createpolicy encoding of L2::evict_first, as the TMA cache-hint operand: every KV byte is read once per step.
+# createpolicy's encoding of L2::evict_first, as TMA takes it for a cache hint: every byte of K is read once per step.
 EVICT_FIRST = 0x12F0000000000000
 
 
@@ -53,9 +62,9 @@ class TmaLoader:
     is in uniform registers before the wait for the release (`lookup`): 280 of 6100 cycles a pair at 128 heads.
     """
 
-    full_arrivals = 1
-    barrier_subs = tuple(range(NUM_SUB))
-    generic_proxy = False
+    full_arrivals = 1  # that complete a full mbarrier, beside the bytes
+    barrier_subs = tuple(range(NUM_SUB))  # sub-tiles that have a full mbarrier
+    generic_proxy = False  # consumers need no fence between their wait and wgmma
 
     def __init__(self, box_rows: int, evict_first: bool):
         self.box_rows = box_rows
@@ -69,21 +78,21 @@ class TmaLoader:
             cute.copy(atom, src, dst, tma_bar_ptr=mbar)
 
     @cute.jit
-    def _lookup_lane(self, p, index_base, block, kv_end, lane):
+    def _lookup_lane(self, params, index_base, block, kv_end, lane):
         token = block * TILE_N
         if const_expr(self.num_boxes > 1):
             token = token + lane * self.box_rows
         page = Int32(0)
         row = Int32(0)
         if (token < kv_end) & (lane < self.num_boxes):
-            slot = token // p.page_size
-            row = (token - slot * p.page_size) // self.box_rows
-            page = p.mIndices[index_base + slot]
+            slot = token // params.page_size
+            row = (token - slot * params.page_size) // self.box_rows
+            page = params.mIndices[index_base + slot]
         return page, row
 
-    def lookup(self, p, index_base, block, kv_end, lane):
+    def lookup(self, params, index_base, block, kv_end, lane):
         """Per box: (page id, box index inside the page), warp-uniform; and how many boxes hold tokens."""
-        page, row = self._lookup_lane(p, index_base, block, kv_end, lane)
+        page, row = self._lookup_lane(params, index_base, block, kv_end, lane)
         uniform = cute.arch.make_warp_uniform
         where = tuple(
             (uniform(cute.arch.shuffle_sync(page, i)), uniform(cute.arch.shuffle_sync(row, i)))
@@ -93,14 +102,14 @@ class TmaLoader:
         return where, boxes
 
     @cute.jit
-    def load(self, p, s, where, boxes, stage, half, full):
-        """Fill half `half` of stage `stage`; `full` points at its first sub-tile's mbarrier."""
-        sK = cute.group_modes(cute.flat_divide(s.sK_sub, (self.box_rows, 64)), 0, 2)
-        sR = cute.group_modes(cute.flat_divide(s.sR, (self.box_rows, 64)), 0, 2)
-        gK = cute.group_modes(cute.local_tile(p.mCkv, (self.box_rows, 64), (None, None, None)), 0, 2)
-        gR = cute.group_modes(cute.local_tile(p.mKpe, (self.box_rows, 64), (None, 0, None)), 0, 2)
-        tKs, tKg = cpasync.tma_partition(p.tma_ckv, 0, cute.make_layout(1), sK, gK)
-        tRs, tRg = cpasync.tma_partition(p.tma_kpe, 0, cute.make_layout(1), sR, gR)
+    def load(self, params, smem, where, boxes, stage, half, full):
+        """Fill a half of a stage; `where` and `boxes` are `lookup`'s."""
+        sK = cute.group_modes(cute.flat_divide(smem.sK_sub, (self.box_rows, 64)), 0, 2)
+        sR = cute.group_modes(cute.flat_divide(smem.sR, (self.box_rows, 64)), 0, 2)
+        gK = cute.group_modes(cute.local_tile(params.mCkv, (self.box_rows, 64), (None, None, None)), 0, 2)
+        gR = cute.group_modes(cute.local_tile(params.mKpe, (self.box_rows, 64), (None, 0, None)), 0, 2)
+        tKs, tKg = cpasync.tma_partition(params.tma_ckv, 0, cute.make_layout(1), sK, gK)
+        tRs, tRg = cpasync.tma_partition(params.tma_kpe, 0, cute.make_layout(1), sR, gR)
         tx = boxes * (self.box_rows * 128)
         for j in cutlass.range_constexpr(4):
             sub = half * 4 + j
@@ -108,13 +117,13 @@ class TmaLoader:
             for i in cutlass.range_constexpr(self.num_boxes):
                 page, row = where[i]
                 if i < boxes:
-                    self._copy(p.tma_ckv, tKg[None, row, sub, page], tKs[None, i, 0, stage * 8 + sub], full + j)
+                    self._copy(params.tma_ckv, tKg[None, row, sub, page], tKs[None, i, 0, stage * 8 + sub], full + j)
         if half == 1:
             barriers.expect_tx(full + 4, tx)
             for i in cutlass.range_constexpr(self.num_boxes):
                 page, row = where[i]
                 if i < boxes:
-                    self._copy(p.tma_kpe, tRg[None, row, page], tRs[None, i, 0, stage], full + 4)
+                    self._copy(params.tma_kpe, tRg[None, row, page], tRs[None, i, 0, stage], full + 4)
 
 
 class GatherLoader:
@@ -131,49 +140,51 @@ class GatherLoader:
     """
 
     full_arrivals = 128
-    barrier_subs = (0, 2, 4, 6)
+    barrier_subs = (0, 2, 4, 6)  # the rope comes with sub-tile 6
     generic_proxy = True
 
     @cute.jit
-    def lookup(self, p, index_base, block, kv_end, w, lane):
-        """Offsets of the ckv and kpe rows of this lane's token, in units of p.ckv_unit and p.kpe_unit."""
+    def lookup(self, params, index_base, block, kv_end, w, lane):
+        """Offsets of the ckv and kpe rows of this lane's token, in units of params.ckv_unit and params.kpe_unit."""
         token = block * TILE_N + w * 16 + lane % 16
         ckv = Int32(0)
         kpe = Int32(0)
         if token < kv_end:
-            slot = token // p.page_size
-            row = token - slot * p.page_size
-            page = p.mIndices[index_base + slot]
-            ckv = page * p.ckv_page_units + row * p.ckv_row_units
-            kpe = page * p.kpe_page_units + row * p.kpe_row_units
+            slot = token // params.page_size
+            row = token - slot * params.page_size
+            page = params.mIndices[index_base + slot]
+            ckv = page * params.ckv_page_units + row * params.ckv_row_units
+            kpe = page * params.kpe_page_units + row * params.kpe_row_units
         return ckv, kpe
 
     def rows(self, offset, lane):
-        """The offsets of this lane's row in each of the warp's four groups of four rows."""
+        """The offsets of the rows that this lane copies, one in each of the warp's four groups of four, from what
+        `lookup` gave each lane."""
         return [cute.arch.shuffle_sync(offset, 4 * i + lane // 8) for i in range(4)]
 
-    def load(self, p, s, ckv_rows, kpe_rows, num_rows, stage: int, half: int, full, w, lane) -> None:
-        """Issue the copies of half `half` of stage `stage`."""
+    def load(self, params, smem, ckv_rows, kpe_rows, num_rows, stage: int, half: int, full, w, lane) -> None:
+        """Issue the copies of a half of a stage. `ckv_rows` and `kpe_rows` are `rows`'s; `num_rows`: tokens before
+        kv_end from the warp's first one on."""
         chunk, sub_row = lane % 8, lane // 8
         # Swizzle: the 16-byte chunk index is xored with row % 8.
         lane_at = [sub_row * 128 + (chunk ^ (sub_row + 4 * i)) * 16 + w * 2048 for i in range(2)]
         left = num_rows - sub_row
-        dst = Int32(s.sK_sub.iterator.toint())
-        base = p.mCkv.iterator.toint() + Int64(chunk * 16)
-        src = [base + Int64(Uint32(row)) * Int64(Uint32(p.ckv_unit)) for row in ckv_rows]
+        dst = Int32(smem.sK_sub.iterator.toint())
+        base = params.mCkv.iterator.toint() + Int64(chunk * 16)
+        src = [base + Int64(Uint32(row)) * Int64(Uint32(params.ckv_unit)) for row in ckv_rows]
         for j in (0, 2):
             for i in range(4):
                 for k in (j, j + 1):
                     at = (stage * 8 + half * 4 + k) * SUB_BYTES + i * 512
                     cp_async_16(dst + lane_at[i % 2], src[i], left, 4 * i, at, half * 512 + k * 128)
             if j == 2 and half == 1:
-                dst = Int32(s.sR.iterator.toint())
-                base = p.mKpe.iterator.toint() + Int64(chunk * 16)
+                dst = Int32(smem.sR.iterator.toint())
+                base = params.mKpe.iterator.toint() + Int64(chunk * 16)
                 for i, row in enumerate(kpe_rows):
-                    at = base + Int64(Uint32(row)) * Int64(Uint32(p.kpe_unit))
+                    at = base + Int64(Uint32(row)) * Int64(Uint32(params.kpe_unit))
                     cp_async_16(dst + lane_at[i % 2], at, left, 4 * i, stage * SUB_BYTES + i * 512, 0)
             cute.arch.cp_async_mbarrier_arrive_noinc(full + j)
 
 
-def make_loader(box_rows: int, evict_first: bool):
+def make_loader(box_rows: int, evict_first: bool) -> TmaLoader | GatherLoader:
     return TmaLoader(box_rows, evict_first) if box_rows else GatherLoader()

@@ -12,19 +12,21 @@ from cutlass import Float32
 # Running maxima start at the lowest finite float32 rather than at -inf: -inf - -inf would be NaN in a row whose scores
 # are all masked. Any number above it would hide scores below it.
 LOWEST = -(2.0 - 2.0**-23) * 2.0**127
+# By how much a row's maximum exceeds its reference, in log2 units, before the reference moves.
 LAZY_LOG2 = 8.0
 
-# Over FP8 caches P is float16, and pairs of tiles exchange no row maxima.
-# A thread's part of a row sum (of P relative to the reference) beyond which the reference moves: within float16, and so
-# far above 1 that it is rare. So a pair needs no row maxima.
+# Over FP8 caches P is float16, and the reference goes by row sums: it moves when a thread's part of one exceeds MAX_P.
+# That is within float16, and so far above 1 that it is rare, so a pair of tiles needs no row maxima.
 MAX_P = 2.0**14
-# The same where P is multiplied by scales of up to MAX_UNITS.
+# The same limit where P is multiplied by scales of up to MAX_UNITS.
 MAX_SCALED_P = 2.0**9
-# Scales of V are counted in a unit that is moved when one exceeds so many: 2^6 * 2^9 (an e4m3) fits float16.
+# Scales of V are counted in a unit, which is chosen anew when a scale exceeds MAX_UNITS of it: 2^6 units times an e4m3,
+# which is below 2^9, fit float16.
 MAX_UNITS = 64.0
 
 
 def exp2(x):
+    """2^x, by the EX2 instruction alone."""
     return cute.math.exp2(x, fastmath=True)
 
 
@@ -35,11 +37,13 @@ def quad_max(x):
 
 
 def quad_sum(x):
+    """Sum over the same lanes."""
     x = x + cute.arch.shuffle_sync_bfly(x, offset=1)
     return x + cute.arch.shuffle_sync_bfly(x, offset=2)
 
 
 def row_max(s_rc, row: int, num_cols: int):
+    """Maximum of row 0 or 1 of a (row, column) view (wgmma.row_col_view), over the lanes that share it."""
     mx = cute.arch.fmax(s_rc[row, 0], s_rc[row, 1])
     for n in range(2, num_cols):
         mx = cute.arch.fmax(mx, s_rc[row, n])
@@ -71,6 +75,7 @@ def any_rescale(scale0, scale1):
 
 
 def multiply_rows(acc_rc, num_cols: int, scale0, scale1) -> None:
+    """Multiply both rows of a (row, column) view, each by its scale."""
     for n in range(num_cols):
         acc_rc[0, n] = acc_rc[0, n] * scale0
         acc_rc[1, n] = acc_rc[1, n] * scale1
@@ -78,13 +83,14 @@ def multiply_rows(acc_rc, num_cols: int, scale0, scale1) -> None:
 
 @cute.jit
 def scale_rows(acc_rc, num_cols: cutlass.Constexpr, scale0, scale1, need):
+    """The same, if `need`."""
     if need:
         multiply_rows(acc_rc, num_cols, scale0, scale1)
 
 
 @cute.jit
 def mask_columns(s_rc, num_n_tiles: cutlass.Constexpr, valid, lane):
-    """-inf in columns >= valid."""
+    """-inf in columns >= valid of a (row, column) view of `num_n_tiles` 8-column tiles."""
     if valid < 8 * num_n_tiles:
         for n in cutlass.range_constexpr(2 * num_n_tiles):
             col = (n // 2) * 8 + (lane % 4) * 2 + n % 2

@@ -17,7 +17,7 @@ def issue(tiled_mma, acc, a, b, k_pairs, zero_first: bool) -> None:
 
 
 def row_col_view(acc, num_n_tiles: int):
-    """View a 64 x (8 * num_n_tiles) accumulator as (row 0..1, column 0..2*num_n_tiles-1).
+    """This thread's part of a 64 x (8 * num_n_tiles) accumulator as (row 0..1, column 0..2*num_n_tiles-1).
 
     Per 8-column tile a thread holds c0 c1 of row r and c2 c3 of row r + 8, r = 16 * warp + lane / 4; its column
     pair in the tile is 2 * (lane % 4).
@@ -26,7 +26,10 @@ def row_col_view(acc, num_n_tiles: int):
 
 
 def v_slice(frag, half: int, stage: int):
-    """(MMA, 2, k, stage) fragment of V -> (MMA, 1, k): slicing alone would drop the rest-N mode."""
+    """Half `half` of V in a stage: of the fragment (MMA, 2, k, stage) the slice as (MMA, 1, k).
+
+    Slicing alone would drop the mode of size 1, which gemm wants.
+    """
     v = frag[None, half, None, stage]
     return cute.make_tensor(
         v.iterator, cute.make_layout((v.shape[0], 1, v.shape[1]), stride=(v.stride[0], 0, v.stride[1]))

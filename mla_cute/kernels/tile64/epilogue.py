@@ -1,72 +1,112 @@
-"""How a consumer's half of O leaves its registers: normalised, packed to 16 bits, transposed and stored.
-
-`s` and `f` are the `Smem` and `Fragments` of rows_sm90.
-"""
+"""How a consumer's half of O leaves its registers: normalised, packed to 16 bits, transposed and stored."""
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Float32, Int32, Int64, Uint32
+from cutlass import Constexpr, Float32, Int64, Uint32, const_expr
 
-from ...dims import INT16_BIAS, INT16_MOST, TILE_M
+from ...dims import PART_ROW, TILE_M
+from ..lib import partials, softmax
+from ..lib.row_map import output_address
+from .math import O_COLS
+from .params import Bar, Fragments, Params, Smem, Variant
 
 
-def inverse_sum(s, f, row: int):
+class Epilogue(Variant):
+    """Methods of Tile64."""
+
+    @cute.jit
+    def _epilogue(self, params: Params, smem: Smem, regs: Fragments, slot, head0, wg: Constexpr):
+        """Store the rows of the item in `slot`: to the output, or as partial rows. wg 0 stores their log-sum-exps."""
+        rows = self.rows.num_rows(params, smem, slot, head0)
+        part_row = self.rows.part_row(smem, slot, head0)
+        for r in cutlass.range_constexpr(2):
+            regs.rL[r] = softmax.quad_sum(regs.rL[r])
+        if regs.lane % 4 == 0:
+            smem.sL[wg * TILE_M + regs.row] = regs.rL[0]
+            smem.sL[wg * TILE_M + regs.row + 8] = regs.rL[1]
+        Bar.EPI.sync()
+        if const_expr(wg == 0):
+            if regs.t < rows:
+                lse = cute.math.log2(smem.sL[regs.t] + smem.sL[regs.t + TILE_M]) + smem.sM[regs.t]
+                if self.rows.is_partial(smem, slot):
+                    partials.put_lse(params, part_row + regs.t, lse)
+                else:
+                    token, head = self.rows.token_and_head(params, smem, slot, head0, regs.t)
+                    params.mLse[token, head] = lse * params.lse_scale
+        # Outputs and partials are both rows of 512 16-bit values: one store path, from the address of each row.
+        words = cute.make_rmem_tensor((2, O_COLS // 2), Uint32)
+        at0 = Int64(0)
+        at1 = Int64(0)
+        if self.rows.is_partial(smem, slot):
+            at0 = partials.row_address(params, part_row + regs.row)
+            at1 = at0 + 8 * 4 * PART_ROW
+            worth = pack_int16(smem, regs, words)
+            for r in cutlass.range_constexpr(2):
+                if (regs.lane % 4 == 0) & (regs.row + 8 * r < rows):
+                    partials.put_worth(params, part_row + regs.row + 8 * r, wg, worth[r])
+        else:
+            at0 = output_address(params, *self.rows.token_and_head(params, smem, slot, head0, regs.row))
+            at1 = output_address(params, *self.rows.token_and_head(params, smem, slot, head0, regs.row + 8))
+            pack_output(smem, regs, words, self.dtype)
+        store_rows(regs, words, (at0, at1), rows, wg)
+
+
+def inverse_sum(smem: Smem, regs: Fragments, row: int):
     """1 / l, and 0 for a row that saw no key: O is 0 there, and has to stay 0."""
-    total = s.sL[f.row + 8 * row] + s.sL[f.row + 8 * row + TILE_M]
+    total = smem.sL[regs.row + 8 * row] + smem.sL[regs.row + 8 * row + TILE_M]
     return cutlass.select_(total != 0.0, cute.arch.rcp_approx(total), Float32(0.0))
 
 
-def pack_output(s, f, words, dtype) -> None:
-    """O, normalised, in the 16-bit dtype: (row, pair of columns) words."""
-    rOh = cute.make_rmem_tensor(128, dtype)
+def pack_output(smem: Smem, regs: Fragments, words, dtype) -> None:
+    """O, normalised, in the 16-bit dtype, to `words`: (row, pair of columns)."""
+    rOh = cute.make_rmem_tensor(2 * O_COLS, dtype)
     for r in range(2):
-        inv = inverse_sum(s, f, r)
-        for n in range(64):
-            f.O[r, n] = f.O[r, n] * inv
-    rOh.store(cute.make_tensor(f.rO.iterator, cute.make_layout(128)).load().to(dtype))
-    packed = cute.make_tensor(cute.recast_tensor(rOh, Uint32).iterator, cute.make_layout((2, 32), stride=(1, 2)))
+        inverse = inverse_sum(smem, regs, r)
+        for n in range(O_COLS):
+            regs.O[r, n] = regs.O[r, n] * inverse
+    rOh.store(cute.make_tensor(regs.rO.iterator, cute.make_layout(2 * O_COLS)).load().to(dtype))
+    pairs = cute.make_layout((2, O_COLS // 2), stride=(1, 2))
+    packed = cute.make_tensor(cute.recast_tensor(rOh, Uint32).iterator, pairs)
     for r in range(2):
-        for j in range(32):
+        for j in range(O_COLS // 2):
             words[r, j] = packed[r, j]
 
 
-def pack_int16(s, f, words):
-    """O as pairs of biased 16-bit integers; returns what an integer of each row is worth in the normalised output.
+def pack_int16(smem: Smem, regs: Fragments, words) -> list:
+    """O as pairs of 16-bit integers (lib/partials.py) to `words`; returns what an integer of each row is worth.
 
-    An FFMA with 2^23 + 2^15 leaves round(x) + 2^15 in the low bits of the float's mantissa. A NaN or an infinity
-    makes the scale one, and with it the row's half. The maximum is taken over sums of two: half the FMNMX, which
-    issue at half the rate of FADD, for at most one bit. Two chains a row: one is 32 dependent steps.
+    The maximum is taken over sums of two magnitudes: half the FMNMX, which issue at half the rate of FADD, for at most
+    one bit. Two maxima a row are kept apart, by turns: one would be a chain of 32 dependent steps.
     """
-    maxima = [[Float32(1.0e-30), Float32(1.0e-30)] for _ in range(2)]
-    for n in range(0, 64, 2):
+    maxima = [[Float32(partials.SMALLEST), Float32(partials.SMALLEST)] for _ in range(2)]
+    for n in range(0, O_COLS, 2):
         for r in range(2):
-            pair = cute.math.absf(f.O[r, n]) + cute.math.absf(f.O[r, n + 1])
+            pair = cute.math.absf(regs.O[r, n]) + cute.math.absf(regs.O[r, n + 1])
             maxima[r][n // 2 % 2] = cute.arch.fmax(maxima[r][n // 2 % 2], pair, nan=True)
     worth = []
     for r in range(2):
         largest = cute.arch.fmax(maxima[r][0], maxima[r][1], nan=True)
         for offset in (1, 2):
             largest = cute.arch.fmax(largest, cute.arch.shuffle_sync_bfly(largest, offset=offset), nan=True)
-        to_int = Float32(INT16_MOST) * cute.arch.rcp_approx(largest)
-        for j in range(32):
-            low, high = (f.O[r, 2 * j + i] * to_int + Float32(INT16_BIAS) for i in range(2))
-            words[r, j] = Uint32(cute.arch.prmt(low.bitcast(Int32), high.bitcast(Int32), 0x5410))
-        worth.append(largest * inverse_sum(s, f, r) * Float32(1.0 / INT16_MOST))
+        factor = partials.int16_factor(largest)
+        for j in range(O_COLS // 2):
+            words[r, j] = partials.int16_words((regs.O[r, 2 * j], regs.O[r, 2 * j + 1]), factor)[0]
+        worth.append(partials.int16_worth(largest * inverse_sum(smem, regs, r)))
     return worth
 
 
 @cute.jit
-def store_rows(f, words, row_at, rows, wg: Constexpr):
-    """This thread's two 16-bit rows, to the addresses `row_at`.
+def store_rows(regs: Fragments, words, row_at, rows, wg: Constexpr):
+    """This thread's two 16-bit rows, to the addresses `row_at`, where the tile has them.
 
     4 x 4 transposes of column pairs inside each quad, then 16 bytes per lane, 64 per quad.
     """
-    q = f.lane % 4
+    q = regs.lane % 4
     upper = q >= 2
     odd = q % 2 == 1
     v = cute.make_rmem_tensor(4, Uint32)
     for r in cutlass.range_constexpr(2):
-        row = f.row + 8 * r
+        row = regs.row + 8 * r
         at = row_at[r] + Int64(wg * 512 + q * 16)
         for g in cutlass.range_constexpr(8):
             a = [words[r, 4 * g + i] for i in range(4)]

@@ -1,6 +1,9 @@
 """What the row-tile kernel's roles share: barriers, kernel arguments, shared memory, one consumer thread's registers.
 
-All frozen: a mutable object would be carried through every staged branch and loop.
+Params, Smem and Fragments are frozen: a mutable object would be carried through every staged branch and loop.
+
+Prefixes of names: m a tensor in global memory, s one in shared memory, r registers, t a thread's (or wgmma's) part of a
+tensor, lay_ a layout.
 """
 
 import dataclasses
@@ -9,54 +12,107 @@ from typing import Any
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 
-from ..lib.paged import NUM_SUB
+from ..lib.barriers import Mbarriers, NamedBarrier
+from ..lib.paged import NUM_SUB, GatherLoader, TmaLoader
+from ..lib.row_map import RowMap
 
-BAR_SCALE0, BAR_SCALE1, BAR_P0, BAR_P1, BAR_INIT, BAR_EPI, BAR_FILL0, BAR_FILL1 = range(1, 9)
-MB_FULL, MB_EMPTY = 0, 2 * NUM_SUB
-MB_Q_FULL, MB_Q_EMPTY, MB_ROPE_EMPTY, MB_TOTAL = (MB_EMPTY + 4 + i for i in range(4))
+WARPGROUP = 128
+CONSUMERS = 2 * WARPGROUP
+NUM_THREADS = CONSUMERS + WARPGROUP
+# Records of items in shared memory: item i in slot i % ITEM_SLOTS. At most three are in use, since the producer writes
+# item i while a consumer may still be in the epilogue of item i - 2; the remainder of a power of two is cheaper.
+ITEM_SLOTS = 4
 
-# (stage, half) in the order in which a pair's halves are released.
+# (stage, half) in the order in which the consumers release the halves of a pair.
 RELEASE_ORDER = ((0, 0), (1, 1), (0, 1), (1, 0))
+
+
+class Bar(NamedBarrier):
+    """Who arrives -> who waits; where nobody is named before the arrow, everybody does both."""
+
+    SCALE0 = 1, CONSUMERS  # wg 0, its row maxima are published -> wg 1
+    SCALE1 = 2, CONSUMERS  # wg 1, the final maxima of the pair are published -> wg 0
+    P0 = 3, CONSUMERS  # wg 0, P0 is in shared memory -> wg 1
+    P1 = 4, CONSUMERS  # wg 1, P1 is in shared memory -> wg 0
+    INIT = 5, WARPGROUP  # -> wg 0: the references of a new item are in shared memory
+    EPI = 6, CONSUMERS  # -> both consumers: the row sums of an item are in shared memory
+    FILL0 = 7, WARPGROUP  # -> wg 0: its zeros are in the rows of V past kv_end
+    FILL1 = 8, WARPGROUP  # -> wg 1: likewise
+
+
+def make_mbarriers(loader: TmaLoader | GatherLoader) -> Mbarriers:
+    """The kernel's mbarriers, each with what completes it."""
+    return Mbarriers(
+        # [stage][sub-tile]: one arrival with the bytes to expect by TMA, the producer's 128 threads by cp.async.
+        full=(2 * NUM_SUB, loader.full_arrivals),
+        empty=(2 * 2, 4),  # [half][stage]: the four warps of wg `half`
+        q_full=(1, 4),  # the four producer warps, each with the bytes that it copies
+        q_empty=(1, 8),  # the eight consumer warps
+        rope_empty=(1, 8),  # the eight consumer warps
+    )
+
+
+class Variant:
+    """What the roles' methods read of the kernel object: constants of a compiled variant, set by Tile64.__init__."""
+
+    dtype: Any  # cutlass type of queries, cache and output, of 16 bits
+    rows: RowMap  # which query rows a tile holds
+    loader: TmaLoader | GatherLoader  # how K tiles come from pages
+    box_rows: int  # rows of a TMA box, 0: cp.async
+    by_tma: bool
+    use_pdl: bool  # programmatic dependent launch
+    regs_consumer: int  # registers of a thread
+    regs_producer: int
+    mbars: Mbarriers
+
+    def full(self, smem, stage, sub):
+        """The mbarrier of sub-tile `sub` of a stage."""
+        return smem.mbar + self.mbars.full + stage * NUM_SUB + sub
+
+    def empty(self, smem, stage, half):
+        """The mbarrier of half `half` of a stage."""
+        return smem.mbar + self.mbars.empty + half * 2 + stage
 
 
 @dataclasses.dataclass(frozen=True)
 class Params:
     """Everything the device side reads, as one kernel argument."""
 
-    mma_qk: cute.TiledMma
-    mma_qk_rs: cute.TiledMma
-    mma_pv: cute.TiledMma
-    mma_pv_rs: cute.TiledMma
+    mma_qk: cute.TiledMma  # 64 x 64, A and B from shared memory
+    mma_qk_rs: cute.TiledMma  # the same, A from registers: the rope
+    mma_pv: cute.TiledMma  # 64 x 256, A and B from shared memory
+    mma_pv_rs: cute.TiledMma  # the same, A from registers: a consumer's own P
     tma_q: cute.CopyAtom
-    mQ: cute.Tensor
+    mQ: cute.Tensor  # (row, 512, batch), see RowMap.q_view
     tma_qpe: cute.CopyAtom
-    mQpe: cute.Tensor
-    tma_ckv: Any
-    mCkv: cute.Tensor
+    mQpe: cute.Tensor  # (row, 64, batch)
+    tma_ckv: Any  # None: the gather, which copies from mCkv and mKpe as the caller gave them
+    mCkv: cute.Tensor  # (row in page, 512, page)
     tma_kpe: Any
-    mKpe: cute.Tensor
-    mIndices: cute.Tensor
-    mTable: cute.Tensor
-    mO: cute.Tensor
-    mLse: cute.Tensor
-    mPart: cute.Tensor
+    mKpe: cute.Tensor  # (row in page, 64, page)
+    mIndices: cute.Tensor  # (n,) page ids
+    mTable: cute.Tensor  # (rows, 8): the plan
+    mO: cute.Tensor  # (tokens, H, 512)
+    mLse: cute.Tensor  # (tokens, H)
+    mPart: cute.Tensor  # (rows, PART_ROW)
     num_heads: Int32
     page_size: Int32
-    num_tiles: Int32
+    num_tiles: Int32  # CTAs of a part
     num_parts: Int32
-    item_row0: Int32
+    item_row0: Int32  # prefill: table row of the first item
+    # Strides of the caches for the gather: a unit in bytes, a page and a row in units (paged.row_unit).
     ckv_unit: Int32
     ckv_page_units: Int32
     ckv_row_units: Int32
     kpe_unit: Int32
     kpe_page_units: Int32
     kpe_row_units: Int32
-    scale_log2: Float32
-    lse_scale: Float32
-    lay_q: cute.ComposedLayout
-    lay_k: cute.ComposedLayout
-    lay_vt: cute.ComposedLayout
-    lay_sub: cute.ComposedLayout
+    scale_log2: Float32  # what Q K^T is worth in log2 units
+    lse_scale: Float32  # 1 for base 2, ln 2 for base e
+    lay_q: cute.ComposedLayout  # (64, 576)
+    lay_k: cute.ComposedLayout  # (64, 512, stage)
+    lay_vt: cute.ComposedLayout  # (512, 64, stage) of the same bytes
+    lay_sub: cute.ComposedLayout  # a 64 x 64 sub-tile, and 2, 9 and 16 of them
     lay_sub2: cute.ComposedLayout
     lay_sub9: cute.ComposedLayout
     lay_sub16: cute.ComposedLayout
@@ -66,46 +122,46 @@ class Params:
 class Smem:
     """Views of one CTA's shared memory."""
 
-    mbar: Any
-    sQ: cute.Tensor
-    sQ_sub: cute.Tensor
-    sP0: cute.Tensor
-    sP1: cute.Tensor
-    sK: cute.Tensor
-    sK_sub: cute.Tensor
-    sVt: cute.Tensor
-    sR: cute.Tensor
-    sM: cute.Tensor
-    sScale0: cute.Tensor
+    mbar: Any  # pointer to the first mbarrier
+    sQ: cute.Tensor  # (64, 576)
+    sQ_sub: cute.Tensor  # its sub-tiles: (64, 64, 9)
+    sP0: cute.Tensor  # (64, 64)
+    sP1: cute.Tensor  # (64, 64), the bytes of Q's ninth sub-tile
+    sK: cute.Tensor  # (64, 512, stage)
+    sK_sub: cute.Tensor  # its sub-tiles: (64, 64, 8 stage + sub)
+    sVt: cute.Tensor  # the same bytes as V^T: (512, 64, stage)
+    sR: cute.Tensor  # rope of K: (64, 64, stage)
+    sM: cute.Tensor  # (64,) references of the rows, in log2 units
+    sScale0: cute.Tensor  # (64,) what wg 0's new references scale the old sums and O by; and wg 1's
     sScale1: cute.Tensor
-    sL: cute.Tensor
-    sItem: cute.Tensor
-    k_words: cute.Tensor
+    sL: cute.Tensor  # (2 x 64,) row sums of each consumer, in the epilogue
+    sItem: cute.Tensor  # (slot, word): lib/row_map.py's Word
+    k_words: cute.Tensor  # K as 64-bit words
 
 
 @dataclasses.dataclass(frozen=True)
 class Fragments:
-    """Descriptors (t*) and registers (r*) of one consumer thread; S and O are (row, column) views of rS and rO."""
+    """Descriptors and registers of one consumer thread."""
 
-    t: Int32
+    t: Int32  # thread of the warpgroup
     lane: Int32
-    row: Int32
-    tSrQ: cute.Tensor
+    row: Int32  # the thread has rows `row` and `row + 8` of S and of O
+    tSrQ: cute.Tensor  # descriptors of wgmma operands: Q, K, rope of K, V^T, P0, P1
     tSrK: cute.Tensor
     tSrR: cute.Tensor
     tOrV: cute.Tensor
     tOrP0: cute.Tensor
     tOrP1: cute.Tensor
-    rO: cute.Tensor
-    rS: cute.Tensor
-    rP: cute.Tensor
-    rPc: cute.Tensor
-    rQr: cute.Tensor
-    rL: cute.Tensor
-    S: cute.Tensor
+    rO: cute.Tensor  # this consumer's half of O: 64 x 256 float32
+    rS: cute.Tensor  # scores of its K tile, then P in float32: 64 x 64
+    rP: cute.Tensor  # P in 16 bits, as operand A
+    rPc: cute.Tensor  # the same registers in the order of rS
+    rQr: cute.Tensor  # rope of Q, as operand A
+    rL: cute.Tensor  # (2,) this thread's part of the row sums
+    S: cute.Tensor  # rS and rO as (row 0 or 1, column)
     O: cute.Tensor
-    ldm: cute.TiledCopy
-    stm: cute.TiledCopy
+    ldm: cute.TiledCopy  # ldmatrix of the rope of Q: tQs -> tQr
+    stm: cute.TiledCopy  # stmatrix of P: tPr -> tPs0 or tPs1
     tQs: cute.Tensor
     tQr: cute.Tensor
     tPr: cute.Tensor

@@ -1,0 +1,116 @@
+"""What a consumer of the row-tile kernel computes on its registers; schedule.py has the order."""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Constexpr, Float32, Int32, Int64, const_expr
+from cutlass.cute.nvgpu import warp, warpgroup
+
+from ...dims import CKV_DIM, TILE_M
+from ..lib import barriers, softmax, wgmma
+from ..lib.paged import SUB_ELEMS, TILE_N
+from .params import Bar, Fragments, Params, Smem
+
+# Columns of S and of a consumer's half of O that one thread has in each of its two rows.
+S_COLS = TILE_N // 4
+O_COLS = CKV_DIM // 2 // 4
+
+
+def make_fragments(params: Params, smem: Smem, t: Int32, dtype) -> Fragments:
+    """Descriptors and registers of consumer thread `t`."""
+    thr_qk, thr_pv = params.mma_qk.get_slice(0), params.mma_pv.get_slice(0)
+    rO = cute.make_rmem_tensor(thr_pv.partition_shape_C((TILE_M, CKV_DIM // 2)), Float32)
+    rS = cute.make_rmem_tensor(thr_qk.partition_shape_C((TILE_M, TILE_N)), Float32)
+    rP = cute.make_rmem_tensor(params.mma_pv_rs.get_slice(0).partition_shape_A((TILE_M, TILE_N)), dtype)
+    rQr = cute.make_rmem_tensor(params.mma_qk_rs.get_slice(0).partition_shape_A((TILE_M, 64)), dtype)
+    load, store = (cute.make_copy_atom(op(False, 4), dtype) for op in (warp.LdMatrix8x8x16bOp, warp.StMatrix8x8x16bOp))
+    ldm = cute.make_tiled_copy_A(load, params.mma_qk_rs).get_slice(t)
+    stm = cute.make_tiled_copy_C(store, params.mma_qk).get_slice(t)
+    rPc = cute.make_tensor(rP.iterator, rS.layout)
+    lane = t % 32
+    return Fragments(
+        t=t,
+        lane=lane,
+        row=(t // 32) * 16 + lane // 4,
+        tSrQ=thr_qk.make_fragment_A(thr_qk.partition_A(smem.sQ)),
+        tSrK=thr_qk.make_fragment_B(thr_qk.partition_B(smem.sK)),
+        tSrR=thr_qk.make_fragment_B(thr_qk.partition_B(smem.sR)),
+        tOrV=thr_pv.make_fragment_B(thr_pv.partition_B(smem.sVt)),
+        tOrP0=thr_pv.make_fragment_A(thr_pv.partition_A(smem.sP0)),
+        tOrP1=thr_pv.make_fragment_A(thr_pv.partition_A(smem.sP1)),
+        rO=rO,
+        rS=rS,
+        rP=rP,
+        rPc=rPc,
+        rQr=rQr,
+        rL=cute.make_rmem_tensor((2,), Float32),
+        S=wgmma.row_col_view(rS, TILE_N // 8),
+        O=wgmma.row_col_view(rO, CKV_DIM // 2 // 8),
+        ldm=ldm,
+        stm=stm,
+        tQs=ldm.partition_S(smem.sP1),
+        tQr=ldm.retile(rQr),
+        tPr=stm.retile(rPc),
+        tPs0=stm.partition_D(smem.sP0),
+        tPs1=stm.partition_D(smem.sP1),
+    )
+
+
+def add_pv(tiled_mma, regs: Fragments, p, wg: int, stage: int) -> None:
+    """Start O += P V: V is this consumer's half of stage `stage`, `p` the fragment of P. One commit group."""
+    warpgroup.fence()
+    v = wgmma.v_slice(regs.tOrV, wg, stage)
+    wgmma.issue(tiled_mma, regs.rO, p, v, [(k, k) for k in range(TILE_N // 16)], False)
+    warpgroup.commit_group()
+
+
+def put_p(regs: Fragments, to) -> None:
+    """P to shared memory, `to` tPs0 or tPs1, before wgmmas that read it."""
+    cute.copy(regs.stm, regs.tPr, to)
+    barriers.fence_smem_writes()
+
+
+def row_maxima(params: Params, regs: Fragments) -> list:
+    """Of this thread's two rows of S, in log2 units."""
+    return [softmax.row_max(regs.S, r, S_COLS) * params.scale_log2 for r in range(2)]
+
+
+@cute.jit
+def put_row_stats(smem: Smem, regs: Fragments, wg: Constexpr, row, ref, scale):
+    """A row's new reference, and the factor from the one before to it, to shared memory."""
+    if regs.lane % 4 == 0:
+        smem.sM[row] = ref
+        if const_expr(wg == 0):
+            smem.sScale0[row] = scale
+        else:
+            smem.sScale1[row] = scale
+
+
+def exponentials(params: Params, regs: Fragments, ref: list, scale: list) -> None:
+    """S becomes P under the references `ref`; l and O, which carry the ones before, are multiplied by `scale`."""
+    for r in range(2):
+        regs.rL[r] = regs.rL[r] * scale[r] + softmax.exp_row(regs.S, r, S_COLS, params.scale_log2, ref[r])
+    softmax.scale_rows(regs.O, O_COLS, scale[0], scale[1], softmax.any_rescale(scale[0], scale[1]))
+    pack_p(regs)
+
+
+def pack_p(regs: Fragments) -> None:
+    """P in 16 bits."""
+    regs.rPc.store(regs.rS.load().to(regs.rPc.element_type))
+
+
+@cute.jit
+def zero_v_tail(smem: Smem, regs: Fragments, stage: Constexpr, wg: Constexpr, valid):
+    """Zero the rows of V from `valid` on, in this consumer's half of a stage. P is 0 there, but rows past kv_end may
+    hold NaN, and 0 times NaN is NaN.
+
+    A row of a sub-tile is 16 words of 8 bytes, which the swizzle permutes within the row. Each warp takes every fourth
+    row, eight of its lanes a sub-tile.
+    """
+    if valid < TILE_N:
+        first = cutlass.max(valid, Int32(0)) + regs.t // 32
+        base = (stage * 8 + wg * 4 + regs.lane // 8) * (SUB_ELEMS // 4) + (regs.lane % 8) * 2
+        for row in cutlass.range(first, TILE_N, 4, unroll=1):
+            smem.k_words[base + row * 16] = Int64(0)
+            smem.k_words[base + row * 16 + 1] = Int64(0)
+        barriers.fence_smem_writes()
+        (Bar.FILL0, Bar.FILL1)[wg].sync()
