@@ -1,4 +1,4 @@
-"""Through a ring of slots in shared memory: how the producer warps of tile64_fp8 and tile16 hand K tiles to consumers.
+"""The ring of slots in shared memory through which tile64_fp8 and tile16 get their K tiles: the producer's side.
 
 A K tile is 64 tokens: sub-tiles of ckv, 64 x 128 bytes each (four of e4m3, eight of 16 bits; 128-byte swizzle), one
 64 x 64 of rope (16-bit: 8 KiB, 128-byte swizzle; e4m3: 4 KiB, 64-byte swizzle) and 64 x {0, 1, 4} float32 scales. The
@@ -23,7 +23,7 @@ from .paged import SUB_BYTES, TILE_N, TmaLoader, rows_of_block
 from .ptx import cp_async_16, cp_async_small
 from .row_map import HeadRows, PackedRows, load_item
 
-# Every kernel has mbarriers for so many slots; the longest ring, tile16's over FP8 caches, has five.
+# A kernel has room for mbarriers of so many slots; the longest ring, tile16's over FP8 caches, has five.
 MAX_STAGES = 6
 
 # Words of an item in the plan, whose rows planner/decode.py and planner/prefill.py describe. ITEM_FIRST_ROW is in a
@@ -41,8 +41,8 @@ class RingMbarriers(barriers.Mbarriers):
 
     Args:
         num_stages: slots of the ring.
-        full_arrivals: of the producer warps, complete a slot's full mbarrier (the loader's `full_arrivals`).
-        empty_arrivals: of the consumer warps, complete its empty mbarrier.
+        full_arrivals: how many complete a slot's full mbarrier, the loader's `full_arrivals`.
+        empty_arrivals: how many complete its empty one, one for each consumer warp that reads the tile.
         own: the kernel's own, `name=(how many, arrivals that complete one)`.
     """
 
@@ -55,7 +55,10 @@ class RingMbarriers(barriers.Mbarriers):
         self._arrivals = full_arrivals, empty_arrivals
 
     def init(self, mbar: Any) -> None:
-        """By one thread, slot by slot: a slot that the ring lacks has no mbarriers. `mbar`: pointer to the first."""
+        """Initialise them, by one thread, slot by slot; those of slots that the ring lacks stay unused.
+
+        `mbar`: pointer to the first.
+        """
         for slot in range(self._num_stages):
             for first, arrivals in zip((self.full, self.empty), self._arrivals, strict=True):
                 cute.arch.mbarrier_init(mbar + first + slot, arrivals)
@@ -64,7 +67,7 @@ class RingMbarriers(barriers.Mbarriers):
                 cute.arch.mbarrier_init(mbar + getattr(self, name) + i, arrivals)
 
 
-# What tile16 calls them.
+# Names of the same for who has no table.
 MB_FULL, MB_EMPTY = RingMbarriers.full, RingMbarriers.empty
 
 
@@ -182,7 +185,7 @@ class TmaRingLoader(TmaLoader):
         if warp == 0:
             row_bytes = Int32(128 * own + self.rope_row_bytes)
         barriers.expect_tx(full, boxes * self.box_rows * row_bytes)
-        # Not unrolled: ptxas then keeps an address of a descriptor for every copy.
+        # The loop is not unrolled: ptxas would keep an address of a descriptor for every copy.
         for i in cutlass.range(boxes, unroll=1):
             box_page = uniform(cute.arch.shuffle_sync(page, i))
             box_row = uniform(cute.arch.shuffle_sync(row, i))
@@ -220,7 +223,7 @@ class GatherRingLoader:
         rope_rows = 32 // lanes
         sub_row, rope_chunk = lane // lanes, lane % lanes
         cute.arch.mbarrier_wait(smem.mbar + RingMbarriers.empty + slot, phase)
-        # Swizzle: the 16-byte chunk index is xored with row % 8.
+        # The swizzle xors the 16-byte chunk index with row % 8; in 64-byte rows, with row / 2 % 4.
         chunk = lane % 8
         dst = (
             Int32(smem.sK_sub.iterator.toint())
@@ -342,7 +345,7 @@ class RingProducer:
         item = cute.make_rmem_tensor(8, Int32)
         # The loop over items keeps these in words of shared memory that each warp writes and reads for itself.
         smem.sProduce[NUM_ITEMS, warp] = self.rows.num_items(params, part)
-        # A part's own row holds its first item beside where the others are: one trip to memory less.
+        # A decode part's own row holds its first item beside where the others are, which saves a trip to memory.
         smem.sProduce[FIRST_ROW, warp] = part if const_expr(self.rows.header_is_item) else Int32(0)
         slot = Int32(0)
         phase = Int32(1)
@@ -364,7 +367,7 @@ class RingProducer:
             page, row = self.loader.look_up(params, item[ITEM_INDEX_BASE], block, item[ITEM_KV_END], warp, lane)
             while block < smem.sProduce[END_BLOCK, warp]:
                 kv_end = smem.sProduce[KV_END, warp]
-                # A look-up ahead: its latency would add to the time from a slot's release to its refill.
+                # The look-up is a tile ahead: its latency would add to the time from a slot's release to its refill.
                 next_page, next_row = self.loader.look_up(
                     params, smem.sProduce[INDEX_BASE, warp], block + 1, kv_end, warp, lane
                 )

@@ -17,7 +17,9 @@ from .params import FILL, Bar, Fragments, Params, Smem, Variant
 class Epilogue(Variant):
     @cute.jit
     def _epilogue(self, params: Params, smem: Smem, regs: Fragments, slot, head0, wg: Constexpr):
-        """O^T / l to the output, or as 16-bit integers under a scale to the partial rows (dims.py)."""
+        """O^T / l to the output, or as 16-bit integers under a scale to the partial rows (dims.py); lse beside them.
+
+        `slot`: where the item's record lies in smem.sItem."""
         rows = self.rows.num_rows(params, smem, slot, head0)
         part_row = self.rows.part_row(smem, slot, head0)
         partial = self.rows.is_partial(smem, slot)
@@ -50,6 +52,7 @@ class Epilogue(Variant):
 
 
 def _row(regs: Fragments, j: int, e: int):
+    """Row of the tile that this thread has as its (j, e)-th, j 0..7 and e 0..1."""
     return 8 * j + regs.lane % 4 * 2 + e
 
 
@@ -60,7 +63,7 @@ def _inverse_sum(smem: Smem, row):
 
 
 def _channels(regs: Fragments, m: int, j: int, e: int):
-    """Channels 2 g and 2 g + 1 of block m in row (j, e)."""
+    """This thread's two channels, which are neighbours, of block m in row (j, e)."""
     return regs.rO[m][4 * j + e], regs.rO[m][4 * j + 2 + e]
 
 
@@ -71,18 +74,19 @@ def _fmax_abs(largest, *values):
 
 
 def _to_int16_pair(low, high, to_int):
+    """Two float32 times `to_int` as a word of two biased 16-bit integers, the low bits of what float32 adds up to."""
     low, high = low * to_int + Float32(INT16_BIAS), high * to_int + Float32(INT16_BIAS)
     return Uint32(cute.arch.prmt(low.bitcast(Int32), high.bitcast(Int32), 0x5410))
 
 
 def _first_word(regs: Fragments, wg: int):
-    """Byte of this thread's word of block 0 in a row of 512 16-bit values."""
+    """Where this thread's word of block 0 begins in a row of 512 16-bit values, in bytes."""
     return Int64((wg * 256 + regs.t // 32 * 16 + regs.lane // 4 * 2) * 2)
 
 
 @cute.jit
 def store_output(smem: Smem, regs: Fragments, rows, scale, dtype: Constexpr, wg: Constexpr):
-    """To the rows at smem.sAddress, times `scale`."""
+    """Store O, times `scale`, to the rows at smem.sAddress."""
     for j in cutlass.range_constexpr(8):
         for e in cutlass.range_constexpr(2):
             row = _row(regs, j, e)
@@ -96,7 +100,8 @@ def store_output(smem: Smem, regs: Fragments, rows, scale, dtype: Constexpr, wg:
 
 @cute.jit
 def store_partial(params: Params, smem: Smem, regs: Fragments, part_row, rows, scale, wg: Constexpr):
-    """To the rows at smem.sAddress as biased 16-bit integers, and what an integer is worth (lib/partials.py)."""
+    """Store O to the rows at smem.sAddress as biased 16-bit integers, and what an integer is worth, times `scale`
+    (lib/partials.py)."""
     for j in cutlass.range_constexpr(8):
         for e in cutlass.range_constexpr(2):
             largest = Float32(1.0e-30)
@@ -128,7 +133,7 @@ def store_partial(params: Params, smem: Smem, regs: Fragments, part_row, rows, s
 
 @cute.jit
 def put_addresses(params: Params, smem: Smem, regs: Fragments, part_row, partial, token, head):
-    """Threads 0..63: where row regs.t of the tile goes."""
+    """Write to smem.sAddress where row regs.t of the tile goes; called by the threads whose row exists."""
     at = params.mO.iterator.toint() + (Int64(token) * params.mO.stride[0] + Int64(head) * params.mO.stride[1]) * 2
     if partial:
         at = partials.row_address(params, part_row + regs.t)

@@ -67,7 +67,7 @@ class PairMath(Variant):
     of the item from the tile's first one on."""
 
     def _slot(self, tile: Uint32) -> Int32:
-        # Uniform: wgmma descriptors are made of it, in uniform registers then.
+        # The slot is made uniform because wgmma descriptors are made of it, in uniform registers then.
         return cute.arch.make_warp_uniform(Int32(tile % self.num_stages))
 
     def _phase(self, tile: Uint32) -> Uint32:
@@ -171,6 +171,7 @@ class PairMath(Variant):
         return totals
 
     def _put_p(self, regs: Fragments, wg: int) -> None:
+        """P from rP to shared memory, for wgmma of both consumers to read once they have met."""
         cute.copy(regs.stm, regs.tPr, regs.tPs[wg])
         barriers.fence_smem_writes()
 

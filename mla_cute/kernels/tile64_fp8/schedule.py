@@ -75,8 +75,8 @@ from .params import (
 from .query import QueryLoad
 from .references import References
 
-# An item's unit before its first pair. 64 of it are less than any scale that matters, so the first pair chooses another;
-# its inverse is finite, because the first P of that pair is made with it.
+# An item's unit before its first pair. 64 of it are less than any scale that matters, so the first pair chooses another
+# unit; the inverse of this one is finite, because the first P of that pair is made with it.
 FIRST_UNIT = 2.0**-100
 
 
@@ -117,7 +117,7 @@ class Consumer(QueryLoad, References, Epilogue):
             for i in range(2):
                 self._zero_v_tail(smem, pair.slots[i], wg, pair.valid[i])
         if not self.num_scales:
-            # Before the wait for the other's P; with scales there are no registers left for it.
+            # V's first fragment is made before the wait for the other's P. With scales no registers are left for it.
             self._v_fragment(smem, regs, pair.slots[0], 0, wg, 0, None)
         self._ask_to_raise(smem, pair, self._out_of_range(smem, regs, pair, totals, own))
         Bar.P.sync()
@@ -138,8 +138,8 @@ class Consumer(QueryLoad, References, Epilogue):
             self._v_fragment(smem, regs, pair.slots[0], 0, wg, 0, scales)
         for n, (i, m) in enumerate(steps):
             if self.ahead and not last and n == 4 * wg:
-                # Not in a branch and not left in flight over the loop's end: ptxas then waits behind every wgmma.
-                # wg 1 waits for the refill of the slot that the last pair released last.
+                # This is in no branch and not left in flight over the loop's end: ptxas would then wait behind every
+                # wgmma. wg 1 starts later because it waits for the refill of the slot that the last pair released last.
                 self._start_nope(params, smem, regs, pair.tile + 2 + wg, 0)
             warpgroup.fence()
             p = regs.tOrP[None, None, None, i]
@@ -191,7 +191,7 @@ class Consumer(QueryLoad, References, Epilogue):
             gap = self.rows.gap(params, smem, slot)
             if const_expr(self.ahead):
                 self._start_nope(params, smem, regs, tile + wg, 0)
-            # The last pair apart: tails, and nothing to start ahead, are only there.
+            # The last pair is apart from the others: only there are tails, and is there nothing to start ahead.
             while left > 2 * TILE_N:
                 self._pair(params, smem, regs, tile, left, it % ITEM_SLOTS, gap, wg, False)
                 tile += 2
@@ -217,6 +217,7 @@ class Consumer(QueryLoad, References, Epilogue):
 
     @cute.jit
     def _await_item(self, regs: Fragments, wg: Constexpr):
+        """Wait for the copy that `_fetch_item` started; the other threads wait at Bar.EPI."""
         if const_expr(wg == 0):
             if regs.t < 2:
                 cute.arch.cp_async_commit_group()

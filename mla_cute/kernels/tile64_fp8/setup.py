@@ -25,6 +25,7 @@ class Tile64Fp8(Consumer):
     # ------------------------------------------------------------------ host
 
     def launch(self, args: StepArgs) -> None:
+        """Launch the kernel: a CTA for each part and row tile."""
         K = OperandMajorMode.K
         RS, SS = warpgroup.OperandSource.RMEM, warpgroup.OperandSource.SMEM
         Kind = warpgroup.SmemLayoutAtomKind
@@ -177,8 +178,10 @@ class Tile64Fp8(Consumer):
 
 
 def decode(key: Fp8Key, config: LaunchConfig) -> Step:
+    """A decode step: a row tile is 64 heads of one token."""
     return Step(Tile64Fp8(key, HeadRows(), config), key.dtype, False, config)
 
 
 def prefill(key: Fp8Key, config: LaunchConfig) -> Step:
+    """A prefill step: a row tile is 64 (token, head) rows of one request."""
     return Step(Tile64Fp8(key, PackedRows(), config), key.dtype, True, config)
