@@ -15,6 +15,8 @@ from .params import FILL, Bar, Fragments, Params, Smem, Variant
 
 
 class Epilogue(Variant):
+    """The end of an item: a method of Tile64Fp8."""
+
     @cute.jit
     def _epilogue(self, params: Params, smem: Smem, regs: Fragments, slot, head0, wg: Constexpr):
         """O^T / l to the output, or as 16-bit integers under a scale to the partial rows (dims.py); lse beside them.

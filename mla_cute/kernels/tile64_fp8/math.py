@@ -63,8 +63,8 @@ def put_rows(regs: Fragments, column, values: list) -> None:
 
 
 class PairMath(Variant):
-    """`tile` is a tile's number among all that the CTA runs, `slot` where it lies in the ring; `valid` are the tokens
-    of the item from the tile's first one on."""
+    """Methods of Tile64Fp8. `tile` is a tile's number among all that the CTA runs, `slot` where it lies in the ring;
+    `valid` are the tokens of the item from the tile's first one on."""
 
     def _slot(self, tile: Uint32) -> Int32:
         # The slot is made uniform because wgmma descriptors are made of it, in uniform registers then.

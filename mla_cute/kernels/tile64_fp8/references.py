@@ -19,6 +19,8 @@ from .params import Bar, Fragments, Pair, Smem
 
 
 class References(PairMath):
+    """Asking for new references, and raising them: methods of Tile64Fp8. `pair` is the pair at hand."""
+
     def _out_of_range(self, smem: Smem, regs: Fragments, pair: Pair, totals: list, own: int):
         """This thread asks for new references: a P or a scale of its own tile would leave float16's range, or the pair
         is its item's first, whose references are not chosen yet. `totals` are its shares of P's row sums, which
