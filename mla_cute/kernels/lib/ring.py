@@ -1,77 +1,168 @@
-"""The producer warpgroup of the FP8 row-tile and the tile16 kernels: K tiles from the paged cache into swizzled
-shared memory, through a ring.
+"""The ring of slots in shared memory through which tile64_fp8 and tile16 get their K tiles: the producer's side.
 
 A K tile is 64 tokens: sub-tiles of ckv, 64 x 128 bytes each (four of e4m3, eight of 16 bits; 128-byte swizzle), one
 64 x 64 of rope (16-bit: 8 KiB, 128-byte swizzle; e4m3: 4 KiB, 64-byte swizzle) and 64 x {0, 1, 4} float32 scales. The
-ring has `num_stages` slots with one full and one empty mbarrier each. Page classes and rows past kv_end: lib/paged.py.
-Scales are always gathered, by cp.async of 4 bytes, to [group][token]: a [.., 1] row is no TMA box.
+ring has `num_stages` slots with one full and one empty mbarrier each. lib/paged.py tells the page classes and what is
+done about rows past kv_end. Scales are always gathered, by cp.async of 4 bytes, to [group][token]: a [.., 1] row is no
+TMA box.
+
+In arguments, `params` has what `RingParams` lists and `smem` what `RingSmem` does, `warp` is 0..3 among the producer
+warps, `block` counts 64-token blocks of the request, and `index_base` is where the request's page ids begin.
 """
+
+from typing import Any, Protocol
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Int32, Int64, Uint8, Uint32, const_expr
+from cutlass import Constexpr, Int32, Int64, Numeric, Uint8, Uint32, const_expr
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from ...dims import CKV_DIM, NUM_SCALES
 from . import barriers, paged
 from .paged import SUB_BYTES, TILE_N, TmaLoader, rows_of_block
 from .ptx import cp_async_16, cp_async_small
-from .row_map import load_item
+from .row_map import HeadRows, PackedRows, load_item
 
-# Slots that any ring may have, and its mbarriers, which are the first of a kernel's.
+# A kernel has room for mbarriers of so many slots; the longest ring, tile16's over FP8 caches, has five.
 MAX_STAGES = 6
-MB_FULL, MB_EMPTY = 0, MAX_STAGES
+
+# Words of an item in the plan, whose rows planner/decode.py and planner/prefill.py describe. ITEM_FIRST_ROW is in a
+# decode part's row: the table row of the part's first item, behind which its other items lie.
+ITEM_KV_BEGIN, ITEM_KV_END, ITEM_INDEX_BASE, ITEM_FIRST_ROW = 1, 2, 3, 5
+
+# Words of a producer warp in RingSmem.sProduce.
+NUM_ITEMS, FIRST_ROW, INDEX_BASE, KV_END, END_BLOCK, NEXT_ITEM = range(6)
 
 
-def smem_layout(kind, dtype, shape: tuple):
+class RingMbarriers(barriers.Mbarriers):
+    """A kernel's mbarriers where the ring's come first: full and empty of every slot, then the kernel's own.
+
+    There is room for MAX_STAGES slots in every kernel, so `full` and `empty` are the same in all of them.
+
+    Args:
+        num_stages: slots of the ring.
+        full_arrivals: how many complete a slot's full mbarrier, the loader's `full_arrivals`.
+        empty_arrivals: how many complete its empty one, one for each consumer warp that reads the tile.
+        own: the kernel's own, `name=(how many, arrivals that complete one)`.
+    """
+
+    full = 0
+    empty = MAX_STAGES
+
+    def __init__(self, num_stages: int, full_arrivals: int, empty_arrivals: int, **own: tuple[int, int]):
+        super().__init__(full=(MAX_STAGES, full_arrivals), empty=(MAX_STAGES, empty_arrivals), **own)
+        self._num_stages, self._own = num_stages, own
+        self._arrivals = full_arrivals, empty_arrivals
+
+    def init(self, mbar: Any) -> None:
+        """Initialise them, by one thread, slot by slot; those of slots that the ring lacks stay unused.
+
+        `mbar`: pointer to the first.
+        """
+        for slot in range(self._num_stages):
+            for first, arrivals in zip((self.full, self.empty), self._arrivals, strict=True):
+                cute.arch.mbarrier_init(mbar + first + slot, arrivals)
+        for name, (length, arrivals) in self._own.items():
+            for i in range(length):
+                cute.arch.mbarrier_init(mbar + getattr(self, name) + i, arrivals)
+
+
+# Names of the same for who has no table.
+MB_FULL, MB_EMPTY = RingMbarriers.full, RingMbarriers.empty
+
+
+class RingParams(Protocol):
+    """What this file reads of a kernel's `Params`. All but the first three are made by `RingProducer._cache_params`."""
+
+    mScales: cute.Tensor  # (pages, page_size, num_scales) float32; not read where there are none
+    mIndices: cute.Tensor  # page ids
+    mTable: cute.Tensor  # the plan
+    tma_ckv: Any  # TMA atoms, None in the gather
+    tma_kpe: Any
+    mCkv: cute.Tensor  # by TMA (page_size, 512, pages), else (pages, page_size, 512)
+    mKpe: cute.Tensor
+    page_size: Int32
+    # In the gather, row r of page i begins `i * ckv_page_units + r * ckv_row_units` times `ckv_unit` bytes from the
+    # cache's first: counted so, a row's offset fits 32 bits.
+    ckv_unit: Int32
+    ckv_page_units: Int32
+    ckv_row_units: Int32
+    kpe_unit: Int32
+    kpe_page_units: Int32
+    kpe_row_units: Int32
+    lay_sub: cute.ComposedLayout  # of sK_sub: (64, 128 bytes, num_subs * num_stages)
+
+
+class RingSmem(Protocol):
+    """What this file reads and writes of a kernel's `Smem`."""
+
+    mbar: Any  # pointer to the first of `RingMbarriers`
+    sK_sub: cute.Tensor  # ckv of all slots under `lay_sub`
+    sR_tma: cute.Tensor  # rope of all slots, (64, 64, num_stages), e4m3 as bytes
+    sScales: cute.Tensor  # (64, num_scales, num_stages) float32
+    sProduce: cute.Tensor  # (8, 4) Int32: NUM_ITEMS and so on of each producer warp
+
+
+def smem_layout(kind: Any, dtype: type[Numeric], shape: tuple) -> cute.ComposedLayout:
     """Host side: swizzled, K-major, rows first."""
     atom = warpgroup.make_smem_layout_atom(kind, dtype)
     return cute.tile_to_shape(atom, shape, order=tuple(range(len(shape))))
 
 
 @cute.jit
-def token_row(p, index_base, token, kv_end):
+def token_row(params: RingParams, index_base, token, kv_end):
     """(page, row in the page) of a token; (0, 0) past kv_end, whose page id is not looked up."""
     page = Int32(0)
     row = Int32(0)
     if token < kv_end:
-        slot = token // p.page_size
-        row = token - slot * p.page_size
-        page = p.mIndices[index_base + slot]
+        slot = token // params.page_size
+        row = token - slot * params.page_size
+        page = params.mIndices[index_base + slot]
     return page, row
 
 
 @cute.jit
-def load_scales(p, s, page, row, at, num_scales: Constexpr, valid, slot):
+def load_scales(params: RingParams, smem: RingSmem, page, row, at, num_scales: Constexpr, valid, slot):
     """Scales of token `at` of a tile, whose cache row is (page, row), to slot `slot`; zeros where not valid."""
-    src = p.mScales.iterator.toint() + (Int64(page) * p.mScales.stride[0] + Int64(row) * p.mScales.stride[1]) * 4
-    dst = Int32(s.sScales.iterator.toint()) + (slot * (TILE_N * num_scales) + at) * 4
+    src = (
+        params.mScales.iterator.toint()
+        + (Int64(page) * params.mScales.stride[0] + Int64(row) * params.mScales.stride[1]) * 4
+    )
+    dst = Int32(smem.sScales.iterator.toint()) + (slot * (TILE_N * num_scales) + at) * 4
     for g in cutlass.range_constexpr(num_scales):
         cp_async_small(dst, src, 4, valid, g * TILE_N * 4, g * 4)
 
 
 class TmaRingLoader(TmaLoader):
-    """Lane i looks up box i. Warp w loads a quarter of every tile's ckv sub-tiles; warp 0 also the rope, warp 1 the
-    scales."""
+    """Lane i looks up box i. Each warp loads a quarter of every tile's ckv sub-tiles; warp 0 also loads the rope, and
+    warp 1 the scales.
+
+    Args:
+        box_rows: the rows that one TMA copy takes, 8 to 64.
+        num_subs: ckv sub-tiles of a K tile.
+        rope_row_bytes: bytes of a token's rope.
+        num_scales: scales of a token, 0, 1 or 4.
+    """
 
     def __init__(self, box_rows: int, evict_first: bool, num_subs: int, rope_row_bytes: int, num_scales: int):
         super().__init__(box_rows, evict_first)
         self.num_subs, self.rope_row_bytes, self.num_scales = num_subs, rope_row_bytes, num_scales
         self.full_arrivals = 4 + (32 if num_scales else 0)
 
-    def look_up(self, p, index_base, block, kv_end, w, lane):
-        return self._lookup_lane(p, index_base, block, kv_end, lane)
+    def look_up(self, params: RingParams, index_base, block, kv_end, warp, lane):
+        return self._lookup_lane(params, index_base, block, kv_end, lane)
 
     @cute.jit
-    def fill(self, p, s, page, row, block, kv_end, slot, phase, w, lane):
-        """Tile `block` to `slot`; (page, row) is what `look_up` found for it."""
+    def fill(self, params: RingParams, smem: RingSmem, page, row, block, kv_end, slot, phase, warp, lane):
+        """Start the copies of tile `block` to `slot` once its empty mbarrier has completed `phase`; they complete its
+        full one. (page, row) is what `look_up` found for the tile."""
         uniform = cute.arch.make_warp_uniform
         valid_rows = rows_of_block(block, kv_end)
         boxes = uniform((valid_rows + self.box_rows - 1) // self.box_rows)
-        full = s.mbar + MB_FULL + slot
-        cute.arch.mbarrier_wait(s.mbar + MB_EMPTY + slot, phase)
+        full = smem.mbar + RingMbarriers.full + slot
+        cute.arch.mbarrier_wait(smem.mbar + RingMbarriers.empty + slot, phase)
         if const_expr(self.num_scales > 0):
-            if w == 1:
+            if warp == 1:
                 for i in cutlass.range_constexpr(2):
                     at = i * 32 + lane
                     box = at // self.box_rows
@@ -80,29 +171,29 @@ class TmaRingLoader(TmaLoader):
                     valid = Int32(0)
                     if at < valid_rows:
                         valid = Int32(1)
-                    load_scales(p, s, own_page, own_row, at, self.num_scales, valid, slot)
+                    load_scales(params, smem, own_page, own_row, at, self.num_scales, valid, slot)
                 cute.arch.cp_async_mbarrier_arrive_noinc(full)
         box = (self.box_rows, CKV_DIM // self.num_subs)
-        sK = cute.group_modes(cute.flat_divide(s.sK_sub, box), 0, 2)
-        sR = cute.group_modes(cute.flat_divide(s.sR_tma, (self.box_rows, 64)), 0, 2)
-        gK = cute.group_modes(cute.local_tile(p.mCkv, box, (None, None, None)), 0, 2)
-        gR = cute.group_modes(cute.local_tile(p.mKpe, (self.box_rows, 64), (None, 0, None)), 0, 2)
-        tKs, tKg = cpasync.tma_partition(p.tma_ckv, 0, cute.make_layout(1), sK, gK)
-        tRs, tRg = cpasync.tma_partition(p.tma_kpe, 0, cute.make_layout(1), sR, gR)
+        sK = cute.group_modes(cute.flat_divide(smem.sK_sub, box), 0, 2)
+        sR = cute.group_modes(cute.flat_divide(smem.sR_tma, (self.box_rows, 64)), 0, 2)
+        gK = cute.group_modes(cute.local_tile(params.mCkv, box, (None, None, None)), 0, 2)
+        gR = cute.group_modes(cute.local_tile(params.mKpe, (self.box_rows, 64), (None, 0, None)), 0, 2)
+        tKs, tKg = cpasync.tma_partition(params.tma_ckv, 0, cute.make_layout(1), sK, gK)
+        tRs, tRg = cpasync.tma_partition(params.tma_kpe, 0, cute.make_layout(1), sR, gR)
         own = self.num_subs // 4
         row_bytes = Int32(128 * own)
-        if w == 0:
+        if warp == 0:
             row_bytes = Int32(128 * own + self.rope_row_bytes)
         barriers.expect_tx(full, boxes * self.box_rows * row_bytes)
-        # Not unrolled: ptxas then keeps an address of a descriptor for every copy.
+        # The loop is not unrolled: ptxas would keep an address of a descriptor for every copy.
         for i in cutlass.range(boxes, unroll=1):
             box_page = uniform(cute.arch.shuffle_sync(page, i))
             box_row = uniform(cute.arch.shuffle_sync(row, i))
             for k in cutlass.range_constexpr(own):
-                to = tKs[None, i, 0, slot * self.num_subs + w * own + k]
-                self._copy(p.tma_ckv, tKg[None, box_row, w * own + k, box_page], to, full)
-            if w == 0:
-                self._copy(p.tma_kpe, tRg[None, box_row, box_page], tRs[None, i, 0, slot], full)
+                to = tKs[None, i, 0, slot * self.num_subs + warp * own + k]
+                self._copy(params.tma_ckv, tKg[None, box_row, warp * own + k, box_page], to, full)
+            if warp == 0:
+                self._copy(params.tma_kpe, tRg[None, box_row, box_page], tRs[None, i, 0, slot], full)
 
 
 class GatherRingLoader:
@@ -111,60 +202,91 @@ class GatherRingLoader:
     One instruction copies an e4m3 ckv row or half a 16-bit one, four 16-bit or eight e4m3 rope rows.
     """
 
+    # cp.async writes by the generic proxy: consumers fence after their wait, before wgmma reads.
     generic_proxy = True
     full_arrivals = 128
 
     def __init__(self, num_subs: int, rope_row_bytes: int, num_scales: int):
         self.num_subs, self.rope_row_bytes, self.num_scales = num_subs, rope_row_bytes, num_scales
 
-    def look_up(self, p, index_base, block, kv_end, w, lane):
-        return token_row(p, index_base, block * TILE_N + w * 16 + lane % 16, kv_end)
+    def look_up(self, params: RingParams, index_base, block, kv_end, warp, lane):
+        return token_row(params, index_base, block * TILE_N + warp * 16 + lane % 16, kv_end)
 
     @cute.jit
-    def fill(self, p, s, page, row, block, kv_end, slot, phase, w, lane):
-        """As TmaRingLoader's."""
-        at = w * 16 + lane % 16
-        ckv = page * p.ckv_page_units + row * p.ckv_row_units
-        kpe = page * p.kpe_page_units + row * p.kpe_row_units
-        num_rows = rows_of_block(block, kv_end) - w * 16
+    def fill(self, params: RingParams, smem: RingSmem, page, row, block, kv_end, slot, phase, warp, lane):
+        """As `TmaRingLoader.fill`, but one lane's share of the copies."""
+        at = warp * 16 + lane % 16
+        ckv = page * params.ckv_page_units + row * params.ckv_row_units
+        kpe = page * params.kpe_page_units + row * params.kpe_row_units
+        num_rows = rows_of_block(block, kv_end) - warp * 16
         lanes = self.rope_row_bytes // 16
         rope_rows = 32 // lanes
         sub_row, rope_chunk = lane // lanes, lane % lanes
-        cute.arch.mbarrier_wait(s.mbar + MB_EMPTY + slot, phase)
-        # Swizzle: the 16-byte chunk index is xored with row % 8.
+        cute.arch.mbarrier_wait(smem.mbar + RingMbarriers.empty + slot, phase)
+        # The swizzle xors the 16-byte chunk index with row % 8; in 64-byte rows, with row / 2 % 4.
         chunk = lane % 8
-        dst = Int32(s.sK_sub.iterator.toint()) + slot * (self.num_subs * SUB_BYTES) + lane // 8 * SUB_BYTES + w * 2048
-        src = p.mCkv.iterator.toint() + Int64(lane * 16)
+        dst = (
+            Int32(smem.sK_sub.iterator.toint())
+            + slot * (self.num_subs * SUB_BYTES)
+            + lane // 8 * SUB_BYTES
+            + warp * 2048
+        )
+        src = params.mCkv.iterator.toint() + Int64(lane * 16)
         for i in cutlass.range_constexpr(16):
-            from_row = src + Int64(Uint32(cute.arch.shuffle_sync(ckv, i))) * Int64(Uint32(p.ckv_unit))
+            from_row = src + Int64(Uint32(cute.arch.shuffle_sync(ckv, i))) * Int64(Uint32(params.ckv_unit))
             for k in cutlass.range_constexpr(self.num_subs // 4):
                 cp_async_16(dst + (chunk ^ (i % 8)) * 16, from_row, num_rows, i, k * 4 * SUB_BYTES + i * 128, k * 512)
-        dst = Int32(s.sR_tma.iterator.toint()) + slot * (TILE_N * self.rope_row_bytes) + w * 16 * self.rope_row_bytes
-        src = p.mKpe.iterator.toint() + Int64(rope_chunk * 16)
+        dst = (
+            Int32(smem.sR_tma.iterator.toint())
+            + slot * (TILE_N * self.rope_row_bytes)
+            + warp * 16 * self.rope_row_bytes
+        )
+        src = params.mKpe.iterator.toint() + Int64(rope_chunk * 16)
         left = num_rows - sub_row
         for i in cutlass.range_constexpr(16 // rope_rows):
             r = sub_row + i * rope_rows
             mixed = rope_chunk ^ (r % 8) if const_expr(lanes == 8) else rope_chunk ^ (r // 2 % 4)
             own = cute.arch.shuffle_sync(kpe, rope_rows * i + sub_row)
-            from_row = src + Int64(Uint32(own)) * Int64(Uint32(p.kpe_unit))
+            from_row = src + Int64(Uint32(own)) * Int64(Uint32(params.kpe_unit))
             cp_async_16(dst + r * self.rope_row_bytes + mixed * 16, from_row, left, i * rope_rows, 0, 0)
         if const_expr(self.num_scales > 0):
             if lane < 16:
                 valid = Int32(0)
                 if lane < num_rows:
                     valid = Int32(1)
-                load_scales(p, s, page, row, at, self.num_scales, valid, slot)
-        cute.arch.cp_async_mbarrier_arrive_noinc(s.mbar + MB_FULL + slot)
+                load_scales(params, smem, page, row, at, self.num_scales, valid, slot)
+        cute.arch.cp_async_mbarrier_arrive_noinc(smem.mbar + RingMbarriers.full + slot)
 
 
 class RingProducer:
-    """Methods of Tile64Fp8 and of the tile16 kernels."""
+    """The producer role, and what both roles know of the cache: a base of the classes of tile64_fp8 and tile16.
 
-    # Consumers take tiles in pairs.
-    in_pairs = True
+    A kernel that has it as a base
+    * sets `dtype`, `rows` and `num_stages` in its __init__ and calls `_set_cache` there, once `dtype` is set;
+    * takes what `_cache_params` returns into its Params, which has what `RingParams` lists;
+    * has a Smem with what `RingSmem` lists, and initialises `RingMbarriers` in it;
+    * calls `_produce` on its four producer warps. The consumers wait for a slot's full mbarrier, tile i of the stream
+      of all tiles in slot i % num_stages, and arrive at its empty one when they have read it.
+    """
+
+    # Set by the kernel.
+    dtype: type[Numeric]  # of the output, and of the parts of the cache that are not e4m3
+    rows: HeadRows | PackedRows  # which query rows a row tile holds
+    num_stages: int  # slots of the ring
+    in_pairs = True  # an item's tiles are filled up to an even number: consumers take them in pairs
+
+    # Set by `_set_cache`.
+    kv_format: str  # "tensor", "token", "group" (dims.KV_FORMATS), or "" for a 16-bit cache
+    num_scales: int  # scales of a token in the cache
+    rope_fp8: bool  # the rope is e4m3, as ckv is, and not `dtype`
+    kv_dtype: type[Numeric]  # of ckv in memory; e4m3 as bytes
+    num_subs: int  # ckv sub-tiles of a K tile, 128 bytes of a token each
+    box_rows: int  # rows of a TMA copy, 0 in the gather
+    by_tma: bool
+    loader: TmaRingLoader | GatherRingLoader
 
     def _set_cache(self, box_rows: int, evict_first: bool, kv_format: str) -> None:
-        """Facts of the cache, and what loads it; `kv_format` "" is a cache of `self.dtype`."""
+        """Set the facts of the cache and what loads it. A cache of format "" is of `self.dtype`."""
         self.kv_format = kv_format
         self.num_scales = NUM_SCALES[kv_format]
         self.rope_fp8 = kv_format == "tensor"
@@ -177,8 +299,13 @@ class RingProducer:
         else:
             self.loader = GatherRingLoader(self.num_subs, rope_row_bytes, self.num_scales)
 
-    def _cache_params(self, ckv, kpe) -> dict:
-        """Host side: what the loaders read of the caches, as fields of the kernel's parameters."""
+    def _cache_params(self, ckv: cute.Tensor, kpe: cute.Tensor) -> dict[str, Any]:
+        """Host side: what the loaders read of the caches, as fields of the kernel's Params (see `RingParams`).
+
+        Args:
+            ckv: (pages, page_size, 512), e4m3 as bytes.
+            kpe: (pages, page_size, 64), likewise.
+        """
         Kind = warpgroup.SmemLayoutAtomKind
         rope_kind, rope_dtype = (Kind.K_SW64, Uint8) if self.rope_fp8 else (Kind.K_SW128, self.dtype)
         tma_ckv, mCkv, tma_kpe, mKpe = None, ckv, None, kpe
@@ -212,37 +339,39 @@ class RingProducer:
         }
 
     @cute.jit
-    def _produce(self, p, s, part, w, lane):
-        """Tiles of all items of the part. Where consumers take pairs, an even number per item: the second tile of the
-        last pair may hold no token."""
+    def _produce(self, params: RingParams, smem: RingSmem, part, warp, lane):
+        """Load the tiles of all items of `part`, one after the other. With `in_pairs` the last tile of an item may hold
+        no token."""
         item = cute.make_rmem_tensor(8, Int32)
         # The loop over items keeps these in words of shared memory that each warp writes and reads for itself.
-        s.sProduce[0, w] = self.rows.num_items(p, part)
-        # A part's own row holds its first item beside where the others are: one trip to memory less.
-        s.sProduce[1, w] = part if const_expr(self.rows.header_is_item) else Int32(0)
+        smem.sProduce[NUM_ITEMS, warp] = self.rows.num_items(params, part)
+        # A decode part's own row holds its first item beside where the others are, which saves a trip to memory.
+        smem.sProduce[FIRST_ROW, warp] = part if const_expr(self.rows.header_is_item) else Int32(0)
         slot = Int32(0)
         phase = Int32(1)
-        s.sProduce[5, w] = Int32(0)
-        while s.sProduce[5, w] < s.sProduce[0, w]:
-            it = s.sProduce[5, w]
-            s.sProduce[5, w] = it + 1
-            load_item(p.mTable, self.rows.item_row(p, part, s.sProduce[1, w], it), item)
+        smem.sProduce[NEXT_ITEM, warp] = Int32(0)
+        while smem.sProduce[NEXT_ITEM, warp] < smem.sProduce[NUM_ITEMS, warp]:
+            it = smem.sProduce[NEXT_ITEM, warp]
+            smem.sProduce[NEXT_ITEM, warp] = it + 1
+            load_item(params.mTable, self.rows.item_row(params, part, smem.sProduce[FIRST_ROW, warp], it), item)
             if const_expr(self.rows.header_is_item):
                 if it == 0:
-                    s.sProduce[1, w] = item[5]
-            s.sProduce[2, w] = item[3]
-            s.sProduce[3, w] = item[2]
-            block = item[1] // TILE_N
-            end = cute.ceil_div(item[2], TILE_N)
+                    smem.sProduce[FIRST_ROW, warp] = item[ITEM_FIRST_ROW]
+            smem.sProduce[INDEX_BASE, warp] = item[ITEM_INDEX_BASE]
+            smem.sProduce[KV_END, warp] = item[ITEM_KV_END]
+            block = item[ITEM_KV_BEGIN] // TILE_N
+            end = cute.ceil_div(item[ITEM_KV_END], TILE_N)
             if const_expr(self.in_pairs):
                 end = block + (end - block + 1) // 2 * 2
-            s.sProduce[4, w] = end
-            page, row = self.loader.look_up(p, item[3], block, item[2], w, lane)
-            while block < s.sProduce[4, w]:
-                kv_end = s.sProduce[3, w]
-                # A look-up ahead: its latency would add to the time from a slot's release to its refill.
-                next_page, next_row = self.loader.look_up(p, s.sProduce[2, w], block + 1, kv_end, w, lane)
-                self.loader.fill(p, s, page, row, block, kv_end, slot, phase, w, lane)
+            smem.sProduce[END_BLOCK, warp] = end
+            page, row = self.loader.look_up(params, item[ITEM_INDEX_BASE], block, item[ITEM_KV_END], warp, lane)
+            while block < smem.sProduce[END_BLOCK, warp]:
+                kv_end = smem.sProduce[KV_END, warp]
+                # The look-up is a tile ahead: its latency would add to the time from a slot's release to its refill.
+                next_page, next_row = self.loader.look_up(
+                    params, smem.sProduce[INDEX_BASE, warp], block + 1, kv_end, warp, lane
+                )
+                self.loader.fill(params, smem, page, row, block, kv_end, slot, phase, warp, lane)
                 page = next_page
                 row = next_row
                 block += 1

@@ -1,31 +1,72 @@
-"""How O^T leaves the FP8 row-tile kernel's registers: normalised, packed to 16 bits, stored.
+"""How O^T leaves the registers of tile64_fp8's consumers: normalised, packed to 16 bits, stored.
 
-`p`, `s` and `f` are its `Params`, `Smem` and `Fragments`. A thread holds two neighbouring channels of 16 rows,
-a word each; the eight lanes of a row store 32 bytes, a whole sector.
+A thread holds two neighbouring channels of 16 rows, a word each; the eight lanes of a row store 32 bytes, a whole
+sector.
 """
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Float32, Int32, Int64, Uint32
+from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr
 
 from ...dims import INT16_BIAS, INT16_MOST
-from ..lib import barriers, partials, ptx
-from .params import BAR_FILL0
+from ..lib import partials, ptx, scalars, softmax
+from .math import put_rows
+from .params import FILL, Bar, Fragments, Params, Smem, Variant
 
 
-def _row(f, j: int, e: int):
-    return 8 * j + f.lane % 4 * 2 + e
+class Epilogue(Variant):
+    """The end of an item: a method of Tile64Fp8."""
+
+    @cute.jit
+    def _epilogue(self, params: Params, smem: Smem, regs: Fragments, slot, head0, wg: Constexpr):
+        """O^T / l to the output, or as 16-bit integers under a scale to the partial rows (dims.py); lse beside them.
+
+        `slot`: where the item's record lies in smem.sItem."""
+        rows = self.rows.num_rows(params, smem, slot, head0)
+        part_row = self.rows.part_row(smem, slot, head0)
+        partial = self.rows.is_partial(smem, slot)
+        for r in cutlass.range_constexpr(2):
+            regs.rL[r] = softmax.quad_sum(regs.rL[r])
+        put_rows(regs, smem.sL[wg, None], [regs.rL[0], regs.rL[1]])
+        if const_expr(wg == 0):
+            put_rows(regs, smem.sMax[0, None], [regs.rRef[0], regs.rRef[1]])
+        else:
+            if regs.t < rows:
+                token, head = self.rows.token_and_head(params, smem, slot, head0, regs.t)
+                put_addresses(params, smem, regs, part_row, partial, token, head)
+        Bar.EPI.sync()
+        if const_expr(wg == 0):
+            if regs.t < rows:
+                v = cute.math.log2(smem.sL[0, regs.t] + smem.sL[1, regs.t]) + smem.sMax[0, regs.t]
+                if partial:
+                    partials.put_lse(params, part_row + regs.t, v)
+                else:
+                    token, head = self.rows.token_and_head(params, smem, slot, head0, regs.t)
+                    params.mLse[token, head] = v * params.lse_scale
+        # With channel scales the output is counted in the unit, else in what the scale of the tensor says.
+        scale = regs.rUnit[0]
+        if const_expr(self.num_scales == 0):
+            scale = scalars.output_factor(params)
+        if partial:
+            store_partial(params, smem, regs, part_row, rows, scale, wg)
+        else:
+            store_output(smem, regs, rows, scale, self.dtype, wg)
 
 
-def _inverse_sum(s, row):
+def _row(regs: Fragments, j: int, e: int):
+    """Row of the tile that this thread has as its (j, e)-th, j 0..7 and e 0..1."""
+    return 8 * j + regs.lane % 4 * 2 + e
+
+
+def _inverse_sum(smem: Smem, row):
     """1 / l, and 0 for a row that saw no key: O is 0 there, and has to stay 0."""
-    total = s.sL[0, row] + s.sL[1, row]
+    total = smem.sL[0, row] + smem.sL[1, row]
     return cutlass.select_(total != 0.0, cute.arch.rcp_approx(total), Float32(0.0))
 
 
-def _pair(f, m: int, j: int, e: int):
-    """Channels 2 g and 2 g + 1 of block m in row (j, e)."""
-    return f.rO[m][4 * j + e], f.rO[m][4 * j + 2 + e]
+def _channels(regs: Fragments, m: int, j: int, e: int):
+    """This thread's two channels, which are neighbours, of block m in row (j, e)."""
+    return regs.rO[m][4 * j + e], regs.rO[m][4 * j + 2 + e]
 
 
 def _fmax_abs(largest, *values):
@@ -35,65 +76,67 @@ def _fmax_abs(largest, *values):
 
 
 def _to_int16_pair(low, high, to_int):
+    """Two float32 times `to_int` as a word of two biased 16-bit integers, the low bits of what float32 adds up to."""
     low, high = low * to_int + Float32(INT16_BIAS), high * to_int + Float32(INT16_BIAS)
     return Uint32(cute.arch.prmt(low.bitcast(Int32), high.bitcast(Int32), 0x5410))
 
 
-def _first_word(f, wg: int):
-    """Byte of this thread's word of block 0 in a row of 512 16-bit values."""
-    return Int64((wg * 256 + f.t // 32 * 16 + f.lane // 4 * 2) * 2)
+def _first_word(regs: Fragments, wg: int):
+    """Where this thread's word of block 0 begins in a row of 512 16-bit values, in bytes."""
+    return Int64((wg * 256 + regs.t // 32 * 16 + regs.lane // 4 * 2) * 2)
 
 
 @cute.jit
-def store_output(s, f, rows, scale, dtype: Constexpr, wg: Constexpr):
-    """To the rows at s.sAddress, times `scale`."""
+def store_output(smem: Smem, regs: Fragments, rows, scale, dtype: Constexpr, wg: Constexpr):
+    """Store O, times `scale`, to the rows at smem.sAddress."""
     for j in cutlass.range_constexpr(8):
         for e in cutlass.range_constexpr(2):
-            row = _row(f, j, e)
-            inverse = _inverse_sum(s, row) * scale
-            words = [ptx.to_16bit_pair(*(x * inverse for x in _pair(f, m, j, e)), dtype) for m in range(4)]
+            row = _row(regs, j, e)
+            inverse = _inverse_sum(smem, row) * scale
+            words = [ptx.to_16bit_pair(*(x * inverse for x in _channels(regs, m, j, e)), dtype) for m in range(4)]
             if row < rows:
-                at = s.sAddress[row] + _first_word(f, wg)
+                at = smem.sAddress[row] + _first_word(regs, wg)
                 for m in cutlass.range_constexpr(4):
                     ptx.store_global(at + 128 * m, [words[m]])
 
 
 @cute.jit
-def store_partial(p, s, f, part_row, rows, scale, wg: Constexpr):
-    """To the rows at s.sAddress as biased 16-bit integers, and what an integer is worth (lib/partials.py)."""
+def store_partial(params: Params, smem: Smem, regs: Fragments, part_row, rows, scale, wg: Constexpr):
+    """Store O to the rows at smem.sAddress as biased 16-bit integers, and what an integer is worth, times `scale`
+    (lib/partials.py)."""
     for j in cutlass.range_constexpr(8):
         for e in cutlass.range_constexpr(2):
             largest = Float32(1.0e-30)
             for m in cutlass.range_constexpr(4):
-                largest = _fmax_abs(largest, *_pair(f, m, j, e))
+                largest = _fmax_abs(largest, *_channels(regs, m, j, e))
             for i in cutlass.range_constexpr(3):
                 largest = cute.arch.fmax(largest, cute.arch.shuffle_sync_bfly(largest, offset=4 << i), nan=True)
-            if f.lane < 4:
-                s.scratch[_row(f, j, e), f.t // 32, wg] = largest
-    barriers.sync(BAR_FILL0 + wg, 128)
+            if regs.lane < 4:
+                smem.scratch[_row(regs, j, e), regs.t // 32, wg] = largest
+    FILL[wg].sync()
     for j in cutlass.range_constexpr(8):
         for e in cutlass.range_constexpr(2):
-            row = _row(f, j, e)
-            largest = s.scratch[row, 0, wg]
+            row = _row(regs, j, e)
+            largest = smem.scratch[row, 0, wg]
             for i in cutlass.range_constexpr(3):
-                largest = cute.arch.fmax(largest, s.scratch[row, i + 1, wg], nan=True)
+                largest = cute.arch.fmax(largest, smem.scratch[row, i + 1, wg], nan=True)
             to_int = Float32(INT16_MOST) * cute.arch.rcp_approx(largest)
             words = []
             for m in cutlass.range_constexpr(4):
-                words.append(_to_int16_pair(*_pair(f, m, j, e), to_int))
+                words.append(_to_int16_pair(*_channels(regs, m, j, e), to_int))
             if row < rows:
-                at = s.sAddress[row] + _first_word(f, wg)
+                at = smem.sAddress[row] + _first_word(regs, wg)
                 for m in cutlass.range_constexpr(4):
                     ptx.store_global(at + 128 * m, [words[m]])
-                if (f.lane < 4) & (f.t < 32):
-                    worth = largest * _inverse_sum(s, row) * scale * Float32(1.0 / INT16_MOST)
-                    partials.put_worth(p, part_row + row, wg, worth)
+                if (regs.lane < 4) & (regs.t < 32):
+                    worth = largest * _inverse_sum(smem, row) * scale * Float32(1.0 / INT16_MOST)
+                    partials.put_worth(params, part_row + row, wg, worth)
 
 
 @cute.jit
-def put_addresses(p, s, f, part_row, partial, token, head):
-    """Threads 0..63: where row f.t of the tile goes."""
-    at = p.mO.iterator.toint() + (Int64(token) * p.mO.stride[0] + Int64(head) * p.mO.stride[1]) * 2
+def put_addresses(params: Params, smem: Smem, regs: Fragments, part_row, partial, token, head):
+    """Write to smem.sAddress where row regs.t of the tile goes; called by the threads whose row exists."""
+    at = params.mO.iterator.toint() + (Int64(token) * params.mO.stride[0] + Int64(head) * params.mO.stride[1]) * 2
     if partial:
-        at = partials.row_address(p, part_row + f.t)
-    s.sAddress[f.t] = at
+        at = partials.row_address(params, part_row + regs.t)
+    smem.sAddress[regs.t] = at

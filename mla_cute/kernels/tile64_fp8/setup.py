@@ -1,38 +1,4 @@
-"""Row-tile MLA over an FP8 cache for Hopper: 64 query rows against pairs of 64-token KV tiles.
-
-    S = Q K^T on e4m3 wgmma (rows x tokens)          O^T [512 x 64] += V^T P^T on float16 wgmma
-
-K is multiplied as it is stored. A 16-bit Q becomes high + low e4m3 parts under a scale per row (8 significant bits; one
-part alone costs 4e-2 of the output's norm on normal data), an e4m3 Q is taken as it is. fp8 wgmma takes no MN-major
-operand, which V is in P V; so the product is transposed and V^T comes from registers: a transposing ldmatrix, a byte
-permute and exact conversions to float16. P stays float16: as e4m3 it costs 1.3e-2, more than all the rest.
-
-One CTA of three warpgroups per SM, persistent over the planner's work items. KV tiles go in pairs, one per consumer;
-each consumer owns half of the channels of O^T.
-
-    role        warps  regs     does, per pair of tiles
-    wg 0, 1     0-7    240      S = Q K^T of its own tile, P to shared memory, Q K^T of its next tile started,
-                                O^T[its 256 channels] += V^T P^T of both tiles
-    producer    8-11   24       K tiles through a ring of `num_stages` slots
-
-    mbarrier         count            filled by / waited for by
-    full[slot]       4 (+32 / 128)    producer warps (+ the lanes that copy scales / gather: all lanes); both consumers
-    empty[slot]      8 warps          a consumer when the last of its V fragments is in registers; producer
-
-    named barrier    arrive -> wait
-    P                both consumers: P of both tiles is in shared memory, and who asks for `_move` has said so
-    P_FREE0, 1       wg 1 (0) has drained its P V of a pair -> wg 0 (1), before it writes its next P
-    MAX              inside `_move`: the row maxima of both tiles are published
-    Q, EPI           both consumers: Q is in shared memory; the item's record, row sums and addresses are
-    FILL0, 1         inside one consumer
-
-P is relative to a reference per row that holds for the item: both consumers together move it in an item's first pair
-and when a P leaves float16's range (`_move`); so a pair exchanges no row maxima. Channel scales per token enter S as
-column factors and P V through P (format "token") or through V's fragments (format "group"), counted in a unit that
-follows the largest scale so that float16 holds them.
-
-Shared memory: Q 64 (e4m3: 32) KiB + its rope 8 or less, P 16, three (e4m3 Q: four) tiles of 36 to 41 KiB.
-"""
+"""Row-tile MLA over an FP8 cache for Hopper: launch, shared memory, roles. schedule.py says what the kernel does."""
 
 import cutlass
 import cutlass.cute as cute
@@ -42,40 +8,24 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 
 from ...dims import CKV_DIM, KPE_DIM, TILE_M
 from ..keys import Fp8Key, LaunchConfig
-from ..lib.dtypes import CUTLASS_DTYPES
 from ..lib.paged import TILE_N
-from ..lib.ring import MB_EMPTY, MB_FULL, RingProducer, smem_layout
+from ..lib.ring import smem_layout
 from ..lib.row_map import HeadRows, PackedRows
 from ..step import Step, StepArgs
-from .params import MB_TOTAL, Params, Smem
-from .schedule import Fp8Consumer
+from .params import ITEM_SLOTS, NUM_CONSUMERS, WARPGROUP, Params, Smem
+from .schedule import Consumer
 
-NUM_THREADS = 384
+NUM_THREADS = NUM_CONSUMERS + WARPGROUP
+FIRST_PRODUCER_WARP = NUM_CONSUMERS // 32
 
 
-class Tile64Fp8(RingProducer, Fp8Consumer):
-    """Main kernel of decode (HeadRows) and prefill (PackedRows) over FP8 caches. See the module docstring."""
-
-    def __init__(self, key: Fp8Key, rows: HeadRows | PackedRows, config: LaunchConfig):
-        kv_format, q_fp8 = key.kv_format, key.q_fp8
-        self.dtype = CUTLASS_DTYPES[key.dtype]
-        self.rows = rows
-        self.q_fp8 = q_fp8
-        self._set_cache(key.box_rows, config.evict_first, kv_format)
-        self.rope_dtype = Float8E4M3FN if self.rope_fp8 else self.dtype
-        self.q_terms = 1 if q_fp8 else 2
-        self.rope_terms = self.q_terms if self.rope_fp8 else 1
-        # Q K^T is added up in float32 after each of that many parts of its depth.
-        self.score_chunks = 4 if kv_format == "group" or config.accuracy == "high" else 1
-        self.num_stages = 4 if q_fp8 else 3
-        # The next pair's Q K^T is issued before this pair's P V; with three slots its tile may be waiting for them.
-        self.ahead = self.num_stages >= 4
-        self.use_pdl = config.use_pdl
-        self.regs_consumer, self.regs_producer = 240, 24
+class Tile64Fp8(Consumer):
+    """Main kernel of decode (HeadRows) and prefill (PackedRows) over FP8 caches."""
 
     # ------------------------------------------------------------------ host
 
     def launch(self, args: StepArgs) -> None:
+        """Launch the kernel: a CTA for each part and row tile."""
         K = OperandMajorMode.K
         RS, SS = warpgroup.OperandSource.RMEM, warpgroup.OperandSource.SMEM
         Kind = warpgroup.SmemLayoutAtomKind
@@ -126,21 +76,21 @@ class Tile64Fp8(RingProducer, Fp8Consumer):
 
     # ---------------------------------------------------------------- device
 
-    def _storage(self):
+    def _storage(self) -> type:
         rope_bytes = TILE_M * KPE_DIM * self.rope_dtype.width // 8
 
         @cute.struct
         class Storage:
-            mbar: cute.struct.MemRange[Int64, MB_TOTAL]
+            mbar: cute.struct.MemRange[Int64, self.mbars.total]
             sMax: cute.struct.MemRange[Float32, 2 * TILE_M]
-            sMove: cute.struct.MemRange[Float32, TILE_M]
+            sFactor: cute.struct.MemRange[Float32, TILE_M]
             sL: cute.struct.MemRange[Float32, 2 * TILE_M]
             sQScale: cute.struct.MemRange[Float32, 2 * TILE_M]
             sAddress: cute.struct.MemRange[Int64, TILE_M]
             sProduce: cute.struct.MemRange[Int32, 32]
             sLoop: cute.struct.MemRange[Int32, 4]
-            sLeaves: cute.struct.MemRange[Uint32, 2]
-            sItem: cute.struct.Align[cute.struct.MemRange[Int32, 32], 16]
+            sRaise: cute.struct.MemRange[Uint32, 2]
+            sItem: cute.struct.Align[cute.struct.MemRange[Int32, 8 * ITEM_SLOTS], 16]
             sScales: cute.struct.Align[
                 cute.struct.MemRange[Float32, max(1, self.num_scales) * TILE_N * self.num_stages], 16
             ]
@@ -152,39 +102,39 @@ class Tile64Fp8(RingProducer, Fp8Consumer):
 
         return Storage
 
-    def _smem(self, p: Params):
+    def _smem(self, params: Params) -> Smem:
         st = memory.SmemAllocator().allocate(self._storage())
 
         def view(field, layout, dtype):
             return field.get_tensor(layout.outer, swizzle=layout.inner, dtype=dtype)
 
         def plain(field, *shape):
-            """Column-major."""
+            """Without a swizzle, column-major."""
             return field.get_tensor(cute.make_layout(shape))
 
-        sR = view(st.sR, p.lay_r, self.rope_dtype)
+        sR = view(st.sR, params.lay_r, self.rope_dtype)
         return Smem(
             mbar=st.mbar.data_ptr(),
-            sQ=view(st.sQ, p.lay_q, Float8E4M3FN),
-            sQr=view(st.sQr, p.lay_qr, self.rope_dtype),
-            sP=view(st.sP, p.lay_p, Float16),
-            sK=view(st.sK, p.lay_k, Float8E4M3FN),
-            sK_sub=view(st.sK, p.lay_sub, Uint8),
+            sQ=view(st.sQ, params.lay_q, Float8E4M3FN),
+            sQr=view(st.sQr, params.lay_qr, self.rope_dtype),
+            sP=view(st.sP, params.lay_p, Float16),
+            sK=view(st.sK, params.lay_k, Float8E4M3FN),
+            sK_sub=view(st.sK, params.lay_sub, Uint8),
             sR=sR,
-            sR_tma=view(st.sR, p.lay_r, Uint8) if const_expr(self.rope_fp8) else sR,
+            sR_tma=view(st.sR, params.lay_r, Uint8) if const_expr(self.rope_fp8) else sR,
             sScales=st.sScales.get_tensor(cute.make_layout((TILE_N, max(1, self.num_scales), self.num_stages))),
             sMax=st.sMax.get_tensor(cute.make_layout((2, TILE_M), stride=(TILE_M, 1))),
-            sMove=plain(st.sMove, TILE_M),
+            sFactor=plain(st.sFactor, TILE_M),
             sL=st.sL.get_tensor(cute.make_layout((2, TILE_M), stride=(TILE_M, 1))),
             sQScale=st.sQScale.get_tensor(cute.make_layout((2, TILE_M), stride=(TILE_M, 1))),
             sAddress=plain(st.sAddress, TILE_M),
             scratch=cute.make_tensor(
                 cute.recast_ptr(st.sP.data_ptr(), dtype=Float32), cute.make_layout((TILE_M, 4, 2))
             ),
-            sItem=st.sItem.get_tensor(cute.make_layout((4, 8), stride=(8, 1))),
+            sItem=st.sItem.get_tensor(cute.make_layout((ITEM_SLOTS, 8), stride=(8, 1))),
             sProduce=plain(st.sProduce, 8, 4),
             sLoop=plain(st.sLoop, 4),
-            sLeaves=plain(st.sLeaves, 2),
+            sRaise=plain(st.sRaise, 2),
             # Raw words of K for zeroing tails: whole 128-byte rows, which the swizzle permutes within themselves.
             k_words=cute.make_tensor(
                 cute.recast_ptr(st.sK.data_ptr(), dtype=Int64),
@@ -193,26 +143,24 @@ class Tile64Fp8(RingProducer, Fp8Consumer):
         )
 
     @cute.kernel
-    def kernel(self, p: Params):
+    def kernel(self, params: Params):
         tidx, _, _ = cute.arch.thread_idx()
         cta, _, _ = cute.arch.block_idx()
         warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        wg = cute.arch.make_warp_uniform(tidx // 128)
-        s = self._smem(p)
+        wg = cute.arch.make_warp_uniform(tidx // WARPGROUP)
+        smem = self._smem(params)
 
         if warp_idx == 0:
             if const_expr(self.by_tma):
-                cpasync.prefetch_descriptor(p.tma_ckv)
-                cpasync.prefetch_descriptor(p.tma_kpe)
+                cpasync.prefetch_descriptor(params.tma_ckv)
+                cpasync.prefetch_descriptor(params.tma_kpe)
             with cute.arch.elect_one():
-                for i in cutlass.range_constexpr(self.num_stages):
-                    cute.arch.mbarrier_init(s.mbar + MB_FULL + i, self.loader.full_arrivals)
-                    cute.arch.mbarrier_init(s.mbar + MB_EMPTY + i, 8)
+                self.mbars.init(smem.mbar)
                 for i in cutlass.range_constexpr(2):
-                    s.sLeaves[i] = Uint32(0)
+                    smem.sRaise[i] = Uint32(0)
         cute.arch.mbarrier_init_fence()
-        part = cta // p.num_tiles
-        head0 = (cta - part * p.num_tiles) * TILE_M
+        part = cta // params.num_tiles
+        head0 = (cta - part * params.num_tiles) * TILE_M
         if const_expr(self.use_pdl):
             cute.arch.griddepcontrol_wait()
             cute.arch.griddepcontrol_launch_dependents()
@@ -220,18 +168,20 @@ class Tile64Fp8(RingProducer, Fp8Consumer):
 
         if wg == 2:
             cute.arch.setmaxregister_decrease(self.regs_producer)
-            self._produce(p, s, part, warp_idx - 8, cute.arch.lane_idx())
+            self._produce(params, smem, part, warp_idx - FIRST_PRODUCER_WARP, cute.arch.lane_idx())
         else:
             cute.arch.setmaxregister_increase(self.regs_consumer)
             if wg == 0:
-                self._consume(p, s, part, head0, tidx % 128, 0)
+                self._consume(params, smem, part, head0, tidx % WARPGROUP, 0)
             else:
-                self._consume(p, s, part, head0, tidx % 128, 1)
+                self._consume(params, smem, part, head0, tidx % WARPGROUP, 1)
 
 
 def decode(key: Fp8Key, config: LaunchConfig) -> Step:
+    """A decode step: a row tile is 64 heads of one token."""
     return Step(Tile64Fp8(key, HeadRows(), config), key.dtype, False, config)
 
 
 def prefill(key: Fp8Key, config: LaunchConfig) -> Step:
+    """A prefill step: a row tile is 64 (token, head) rows of one request."""
     return Step(Tile64Fp8(key, PackedRows(), config), key.dtype, True, config)

@@ -1,0 +1,227 @@
+"""What a consumer of tile64_fp8 computes of a pair: scores, P, and fragments of V. schedule.py says when."""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Constexpr, Float16, Float32, Int32, Int64, Uint32
+from cutlass.cute.nvgpu import warp, warpgroup
+
+from ...dims import CKV_DIM, KPE_DIM, TILE_M
+from ..lib import barriers, e4m3, ptx, softmax, wgmma
+from ..lib.paged import SUB_BYTES, TILE_N
+from .params import FILL, WARPGROUP, Fragments, Params, Smem, Variant
+
+# A wgmma multiplies 32 e4m3 or 16 16-bit values of the depth.
+NOPE_STEPS = CKV_DIM // 32
+
+
+def make_fragments(params: Params, smem: Smem, t: Int32) -> Fragments:
+    """Descriptors and registers of consumer thread `t` of its warpgroup."""
+    thr_nope, thr_rope, thr_pv = (m.get_slice(0) for m in (params.mma_nope, params.mma_rope, params.mma_pv))
+    acc = thr_nope.partition_shape_C((TILE_M, TILE_N))
+    rS, rT = cute.make_rmem_tensor(acc, Float32), cute.make_rmem_tensor(acc, Float32)
+    rP = cute.make_rmem_tensor(32, Float16)
+    stm = cute.make_tiled_copy_C(cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), Float16), params.mma_p)
+    stm = stm.get_slice(t)
+    rPc = cute.make_tensor(rP.iterator, rS.layout)
+    lane = t % 32
+    return Fragments(
+        t=t,
+        lane=lane,
+        row=(t // 32) * 16 + lane // 4,
+        tSrQ=thr_nope.make_fragment_A(thr_nope.partition_A(smem.sQ)),
+        tSrK=thr_nope.make_fragment_B(thr_nope.partition_B(smem.sK)),
+        tSrQr=thr_rope.make_fragment_A(thr_rope.partition_A(smem.sQr)),
+        tSrR=thr_rope.make_fragment_B(thr_rope.partition_B(smem.sR)),
+        tOrP=thr_pv.make_fragment_B(thr_pv.partition_B(smem.sP)),
+        rO=tuple(cute.make_rmem_tensor(thr_pv.partition_shape_C((64, TILE_M)), Float32) for _ in range(4)),
+        rS=rS,
+        rT=rT,
+        rP=rP,
+        rV=tuple(cute.make_rmem_tensor(thr_pv.partition_shape_A((64, TILE_N)), Float16) for _ in range(2)),
+        rL=cute.make_rmem_tensor((2,), Float32),
+        rRef=cute.make_rmem_tensor((2,), Float32),
+        rUnit=cute.make_rmem_tensor((1,), Float32),
+        S=wgmma.row_col_view(rS, 8),
+        T=wgmma.row_col_view(rT, 8),
+        stm=stm,
+        tPr=stm.retile(rPc),
+        tPs=tuple(stm.partition_D(smem.sP[None, None, i]) for i in range(2)),
+    )
+
+
+@cute.jit
+def put_row(regs: Fragments, column, row, value):
+    """column[row] = value, once for the four lanes that share the row."""
+    if regs.lane % 4 == 0:
+        column[row] = value
+
+
+def put_rows(regs: Fragments, column, values: list) -> None:
+    """Values of this thread's two rows."""
+    for r in range(2):
+        put_row(regs, column, regs.row + 8 * r, values[r])
+
+
+class PairMath(Variant):
+    """Methods of Tile64Fp8. `tile` is a tile's number among all that the CTA runs, `slot` where it lies in the ring;
+    `valid` are the tokens of the item from the tile's first one on."""
+
+    def _slot(self, tile: Uint32) -> Int32:
+        # The slot is made uniform because wgmma descriptors are made of it, in uniform registers then.
+        return cute.arch.make_warp_uniform(Int32(tile % self.num_stages))
+
+    def _phase(self, tile: Uint32) -> Uint32:
+        """The phase of the slot's full mbarrier that the tile completes."""
+        return tile // self.num_stages % 2
+
+    # --------------------------------------------------------------- scores
+
+    def _start_nope(self, params: Params, smem: Smem, regs: Fragments, tile: Uint32, chunk: int, acc=None) -> None:
+        """acc (None: T) = Q K^T over one of `score_chunks` parts of the depth of a tile; asynchronous."""
+        slot = self._slot(tile)
+        if chunk == 0:
+            cute.arch.mbarrier_wait(smem.mbar + self.mbars.full + slot, self._phase(tile))
+            if self.loader.generic_proxy:
+                barriers.fence_smem_writes()
+        steps = NOPE_STEPS // self.score_chunks
+        warpgroup.fence()
+        for term in reversed(range(self.q_terms)):
+            self._issue(params.mma_nope, regs.rT if acc is None else acc, regs.tSrQ[None, None, None, term],
+                        regs.tSrK[None, None, None, slot], range(chunk * steps, (chunk + 1) * steps),
+                        term == self.q_terms - 1)  # fmt: skip
+        warpgroup.commit_group()
+
+    def _start_rope(self, params: Params, regs: Fragments, slot: Int32, acc) -> None:
+        """acc = Qr R^T; asynchronous."""
+        steps = KPE_DIM // (32 if self.rope_fp8 else 16)
+        warpgroup.fence()
+        for term in reversed(range(self.rope_terms)):
+            self._issue(params.mma_rope, acc, regs.tSrQr[None, None, None, term], regs.tSrR[None, None, None, slot],
+                        range(steps), term == self.rope_terms - 1)  # fmt: skip
+        warpgroup.commit_group()
+
+    def _issue(self, tiled_mma, acc, a, b, steps, zero_first: bool) -> None:
+        wgmma.issue(tiled_mma, acc, a, b, [(k, k) for k in steps], zero_first)
+
+    def _scores(self, params: Params, smem: Smem, regs: Fragments, tile: Uint32) -> None:
+        """S = b (Qr R^T) + a sum over scale groups of scale (Q K^T) - reference, in units of log2; ends what
+        `_start_nope` began."""
+        slot = self._slot(tile)
+        a, b = ([smem.sQScale[i, regs.row + 8 * r] for r in range(2)] for i in range(2))
+        nope, rope = regs.S, regs.T
+        if self.score_chunks == 1:
+            nope, rope = regs.T, regs.S
+            self._start_rope(params, regs, slot, regs.rS)
+        else:
+            self._sum_parts(params, smem, regs, tile, slot)
+            self._start_rope(params, regs, slot, regs.rT)
+        warpgroup.wait_group(0)
+        for j in range(8):
+            scales = self._column_scales(smem, regs, slot, 0, j) if self.num_scales == 1 else []
+            for n in (2 * j, 2 * j + 1):
+                for r in range(2):
+                    factor = a[r] * scales[n % 2] if scales else a[r]
+                    regs.S[r, n] = (rope[r, n] * b[r] - regs.rRef[r]) + nope[r, n] * factor
+
+    def _sum_parts(self, params: Params, smem: Smem, regs: Fragments, tile: Uint32, slot: Int32) -> None:
+        """S = sum over parts of the depth of Q K^T, each times its tokens' scales where parts have their own."""
+        self._start_nope(params, smem, regs, tile, 1, regs.rS)
+        for part in range(1, self.score_chunks):
+            if part > 1:
+                self._start_nope(params, smem, regs, tile, part)
+            warpgroup.wait_group(0)
+            for j in range(8):
+                of_s = of_t = [Float32(1.0)] * 2
+                if self.num_scales == 4:
+                    # T holds part 0 at first, beside part 1 in S.
+                    of_t = self._column_scales(smem, regs, slot, part if part > 1 else 0, j)
+                    of_s = self._column_scales(smem, regs, slot, 1, j) if part == 1 else of_s
+                for n in (2 * j, 2 * j + 1):
+                    for r in range(2):
+                        regs.S[r, n] = regs.S[r, n] * of_s[n % 2] + regs.T[r, n] * of_t[n % 2]
+
+    def _column_scales(self, smem: Smem, regs: Fragments, slot: Int32, group: int, j: int) -> list[Float32]:
+        """Scales of this thread's two of tokens 8 j .. 8 j + 7."""
+        return ptx.load_shared_f32x2(self._scale_address(smem, regs, slot, group), 32 * j) if self.num_scales else []
+
+    def _scale_address(self, smem: Smem, regs: Fragments, slot: Int32, group: int) -> Int32:
+        """Where the scale of token 2 (lane % 4), this thread's first, lies."""
+        base = Int32(smem.sScales.iterator.toint())
+        return base + ((slot * self.num_scales + group) * TILE_N + regs.lane % 4 * 2) * 4
+
+    # -------------------------------------------------------------------- P
+
+    def _exp(self, smem: Smem, regs: Fragments, slot: Int32, valid: Int32, last: bool) -> list[Float32]:
+        """P = 2^S as float16 in rP, times the token's scale in units in format "token"; returns this thread's share of
+        the sums of its two rows, without the scales."""
+        totals = [Float32(0.0), Float32(0.0)]
+        words = cute.recast_tensor(regs.rP, Uint32)
+        inverse = cute.arch.rcp_approx(regs.rUnit[0])
+        for j in range(8):
+            scales = []
+            if self.kv_format == "token":
+                scales = [x * inverse for x in self._column_scales(smem, regs, slot, 0, j)]
+            if scales and last:
+                token = 8 * j + regs.lane % 4 * 2
+                scales = [cutlass.select_(token + i < valid, scales[i], Float32(0.0)) for i in range(2)]
+            for r in range(2):
+                e = [softmax.exp2(regs.S[r, 2 * j + i]) for i in range(2)]
+                totals[r] = totals[r] + (e[0] + e[1])
+                words[2 * j + r] = ptx.to_f16x2(*([e[i] * scales[i] for i in range(2)] if scales else e))
+        return totals
+
+    def _put_p(self, regs: Fragments, wg: int) -> None:
+        """P from rP to shared memory, for wgmma of both consumers to read once they have met."""
+        cute.copy(regs.stm, regs.tPr, regs.tPs[wg])
+        barriers.fence_smem_writes()
+
+    # -------------------------------------------------------------------- V
+
+    @cute.jit
+    def _zero_v_tail(self, smem: Smem, slot, wg: Constexpr, valid):
+        """Zero V rows >= valid of this warpgroup's half: 0 * NaN is NaN, and rows past kv_end may hold anything."""
+        if valid < TILE_N:
+            t = ptx.thread_index() % WARPGROUP
+            first = cutlass.max(valid, Int32(0)) + t // 32
+            # 256 bytes of a row are 32 words in two sub-tiles; the swizzle permutes within a row of a sub-tile.
+            base = (slot * 4 + wg * 2 + t % 32 // 16) * (SUB_BYTES // 8) + t % 16
+            for row in cutlass.range(first, TILE_N, 4, unroll=1):
+                smem.k_words[base + row * 16] = Int64(0)
+            barriers.fence_smem_writes()
+            FILL[wg].sync()
+
+    def _v_fragment(
+        self, smem: Smem, regs: Fragments, slot: Int32, m: int, wg: int, buffer: int, scales: list | None
+    ) -> None:
+        """A operand of O^T += V^T P^T: channels 64 m .. of this warpgroup's half, 64 tokens, as float16 in rV[buffer].
+
+        A transposing load gives a thread (two channels) x (two tokens); row g of a warp's 16 is channel 2 g, row g + 8
+        channel 2 g + 1.
+        """
+        words = cute.recast_tensor(regs.rV[buffer], Uint32)
+        chunk = (m % 2) * 4 + regs.t // 32
+        address = Int32(smem.sK.iterator.toint()) + slot * (4 * SUB_BYTES)
+        address = address + regs.lane * 128 + (chunk ^ (regs.lane % 8)) * 16
+        for half in range(2):
+            x = ptx.ldmatrix_x4(address, (wg * 2 + m // 2) * SUB_BYTES + half * (SUB_BYTES // 2), True)
+            for j in range(4):
+                low, high = e4m3.e4m3x4_to_f16(e4m3.transpose_pairs(x[j]))
+                if scales:
+                    scale = scales[half * 4 + j]
+                    low, high = ptx.multiply_f16x2(low, scale), ptx.multiply_f16x2(high, scale)
+                at = (half * 2 + j // 2) * 4 + j % 2 * 2
+                words[at] = low
+                words[at + 1] = high
+
+    def _v_scales(self, smem: Smem, regs: Fragments, slot: Int32, valid: Int32, group: int, last: bool) -> list[Uint32]:
+        """Scales of this thread's two tokens of every eight for a channel group, in units, as pairs of float16."""
+        inverse = cute.arch.rcp_approx(regs.rUnit[0])
+        at = self._scale_address(smem, regs, slot, group)
+        pairs = []
+        for j in range(8):
+            x = [v * inverse for v in ptx.load_shared_f32x2(at, 32 * j)]
+            if last:
+                token = 8 * j + regs.lane % 4 * 2
+                x = [cutlass.select_(token + i < valid, x[i], Float32(0.0)) for i in range(2)]
+            pairs.append(ptx.to_f16x2(*x))
+        return pairs

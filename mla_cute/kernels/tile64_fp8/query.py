@@ -1,0 +1,79 @@
+"""How the Q of an item comes into shared memory as e4m3, once per item, by both consumer warpgroups of tile64_fp8."""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Int64, Uint32, const_expr
+
+from ...dims import CKV_DIM, KPE_DIM, TILE_M
+from ..lib import barriers, e4m3, ptx, scalars, softmax
+from ..lib.paged import SUB_BYTES
+from .params import Bar, Params, Smem, Variant
+
+
+class QueryLoad(Variant):
+    """Four threads load a row: thread q4 of them takes the 16-byte chunks q4, q4 + 4, ... of it in global memory."""
+
+    @cute.jit
+    def _load_q(self, params: Params, smem: Smem, slot, head0):
+        """Rows past the tile's repeat its last one. Ends with Q in shared memory for both consumers."""
+        t = ptx.thread_index()
+        row = t // 4
+        q4 = t % 4
+        last = self.rows.num_rows(params, smem, slot, head0) - 1
+        token, head = self.rows.token_and_head(params, smem, slot, head0, cutlass.min(row, last))
+        nope = ptx.row_address(params.mQ, token, head) + Int64(q4 * 16)
+        rope = ptx.row_address(params.mQpe, token, head) + Int64(q4 * 16)
+        # Swizzles: the 16-byte chunk index of a 128-byte row is xored with row % 8, of a 64-byte row with row / 2 % 4.
+        r8 = row % 8
+        to_nope = Int32(smem.sQ.iterator.toint()) + row * 128
+        to_rope = Int32(smem.sQr.iterator.toint())
+        worth = scalars.score_factors(params, self.rope_fp8)
+        scales = [Float32(1.0), Float32(1.0)]
+        if const_expr(self.q_fp8):
+            for i in cutlass.range_constexpr(8):
+                words = ptx.load_global_16(nope, i * 64)
+                ptx.store_shared(to_nope + ((q4 + 4 * (i % 2)) ^ r8) * 16, words, i // 2 * SUB_BYTES)
+        else:
+            inverse, scales[0] = self._row_scale(nope, 16)
+            # A loop, and Q read again from L1: unrolled it keeps 200 registers and is 2000 instructions that run once.
+            for i in cutlass.range(4, unroll=1):
+                at = [to_nope + i * SUB_BYTES + ((q4 // 2 + 2 * j) ^ r8) * 16 + q4 % 2 * 8 for j in range(4)]
+                self._put_split(nope + Int64(i * 256), inverse, at, TILE_M * CKV_DIM)
+        if const_expr(self.rope_fp8):
+            to_rope = to_rope + row * 64
+            if const_expr(self.q_fp8):
+                ptx.store_shared(to_rope + (q4 ^ (row // 2 % 4)) * 16, ptx.load_global_16(rope, 0))
+            else:
+                inverse, scales[1] = self._row_scale(rope, 2)
+                at = [to_rope + ((q4 // 2 + 2 * j) ^ (row // 2 % 4)) * 16 + q4 % 2 * 8 for j in range(2)]
+                self._put_split(rope, inverse, at, TILE_M * KPE_DIM)
+        else:
+            for i in cutlass.range_constexpr(2):
+                words = ptx.load_global_16(rope, i * 64)
+                ptx.store_shared(to_rope + row * 128 + ((q4 + 4 * i) ^ r8) * 16, words)
+        if q4 == 0:
+            for i in cutlass.range_constexpr(2):
+                smem.sQScale[i, row] = scales[i] * worth[i]
+        barriers.fence_smem_writes()
+        Bar.Q.sync()
+
+    def _row_scale(self, address: Int64, chunks: int) -> tuple[Float32, Float32]:
+        """(448 / amax, amax / 448) of a row of `dtype`, from this thread's 16-byte chunks, 64 bytes apart."""
+        words = [ptx.load_global_16(address, i * 64) for i in range(chunks)]
+        pair = Uint32(0)
+        for chunk in words:
+            for word in chunk:
+                pair = ptx.max_abs_16bit(pair, word, self.dtype)
+        largest = cute.arch.fmax(*ptx.unpack_16bit(pair, self.dtype))
+        largest = cute.arch.fmax(softmax.quad_max(largest), Float32(1.0e-30))
+        return cute.arch.rcp_approx(largest) * e4m3.E4M3_MAX, largest * Float32(1.0 / e4m3.E4M3_MAX)
+
+    def _put_split(self, address: Int64, inverse: Float32, to: list, low_offset: int) -> None:
+        """Split chunks of a row, 64 bytes apart from `address` on and multiplied by `inverse`, into e4m3 parts. The
+        high ones go to the addresses `to`, the low ones `low_offset` bytes behind them."""
+        for i, at in enumerate(to):
+            words = ptx.load_global_16(address, i * 64)
+            x = [v * inverse for word in words for v in ptx.unpack_16bit(word, self.dtype)]
+            first, second = e4m3.split_e4m3(x[:4]), e4m3.split_e4m3(x[4:])
+            ptx.store_shared(at, [first[0], second[0]])
+            ptx.store_shared(at, [first[1], second[1]], low_offset)
