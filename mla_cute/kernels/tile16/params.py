@@ -19,7 +19,7 @@ P_WORDS = 4 * 32 * 4
 
 
 class Bar(NamedBarrier):
-    """Both are for all consumers, who arrive and wait. Two ids, so that a hang says where it is."""
+    """Both are for all consumers, each of whom arrives and waits."""
 
     # In `Consumer._raise_references`, two times: the warps' maxima can be read; all of P has been written again.
     REFERENCES = 1, NUM_CONSUMERS

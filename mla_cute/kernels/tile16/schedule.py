@@ -13,7 +13,7 @@ Roles. One CTA per SM, persistent over the planner's items:
 
     warps 0..7    consumers, `Consumer` below. Warp w does of every tile of 64 tokens
                   QK   S[16 rows, tokens 8 w .. 8 w + 7] over all 576 channels; Q is in registers for the whole item,
-                       as far as they reach; K comes by ldmatrix
+                       as far as those reach; K comes by ldmatrix
                   PV   O[16 rows, channels 64 w .. 64 w + 63]; V is K's first 512 channels, by transposing ldmatrix
     warps 8..11   producers (lib/ring.py): tiles from the paged cache into a ring of `num_stages` slots
 
@@ -32,10 +32,11 @@ An item, in every consumer warp:
         PV(i)        `_pv`; then the slot goes back to the producers
     epilogue         epilogue.py: O / l, or partial rows
 
-Row maxima are not exchanged tile by tile: P is relative to references that a warp has without asking, and a reference
-cancels in O / l and in the log-sum-exp. Only where some P leaves the range that float16 holds (or a scale the one that
-P times scale stays in float16 for), and in the first tile of an item, are they exchanged, in `_raise_references`.
-Exchanging them for every tile took 155.7 us in a proof of concept where this takes 147.0 (docs/performance.md).
+Row maxima are not exchanged tile by tile: P is relative to references that every warp has already, and a reference
+cancels in O / l and in the log-sum-exp. Warps exchange their maxima in `_raise_references` alone: in the first tile of
+an item, and where some P, or a scale that P is multiplied by, has become so large that float16 might not hold it
+(MAX_P, MAX_SCALED_P and MAX_UNITS in lib/softmax.py). Exchanging them for every tile took 155.7 us in a proof of
+concept where this takes 147.0 (docs/performance.md).
 
     mbarrier      filled by                                   waited for by
     full[slot]    the producers: a tile has arrived           every consumer warp before QK
@@ -46,7 +47,8 @@ Exchanging them for every tile took 155.7 us in a proof of concept where this ta
 P(i + 2) takes the place of P(i), and no barrier of its own says that P(i) has been read: a warp writes P(i + 2) behind
 its wait for p of i + 1, where every warp arrives behind its PV(i). The flags are safe in the same way.
 
-params.py has the counts of all barriers, setup.py registers and shared memory.
+params.py has the arrivals that complete each mbarrier, and the two named barriers (`Bar`) at which consumers meet in
+`_raise_references` and at an item's beginning and end. setup.py has registers and shared memory.
 """
 
 import cutlass
@@ -76,8 +78,8 @@ from .params import (
 )
 from .tiles import Tiles
 
-# The unit of scales (`Fragments.rUnit`) that an item begins with. It is so small that the scales of the first tile are out
-# of its range and set the unit.
+# The unit of scales (`Fragments.rUnit`) that an item begins with. It is so small that the scales of the first tile are
+# out of its range and set the unit.
 FIRST_UNIT = 2.0**-100
 
 
@@ -92,7 +94,7 @@ class Consumer:
     """
 
     tiles: Tiles
-    rows: HeadRows
+    rows: HeadRows  # how many items a part has
     epilogue: Epilogue
 
     def __init__(self, tiles: Tiles, rows: HeadRows):
