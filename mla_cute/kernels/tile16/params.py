@@ -1,46 +1,68 @@
-"""What the tile16 kernel's roles share: barriers, arguments, shared memory, a consumer thread's registers."""
+"""What the tile16 kernel's roles share: barriers, arguments, shared memory, a consumer thread's registers.
+
+Units: token and row indices count from the tile's first; scores, references and log-sum-exps are in log2 units.
+"""
 
 import dataclasses
 from typing import Any
 
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64
+from cutlass import Float32, Int32, Int64, Uint32
 
-from ..lib.ring import MAX_STAGES
+from ..lib.barriers import NamedBarrier
+from ..lib.ring import MAX_STAGES, MB_EMPTY, MB_FULL
 
-NUM_WARPS = 8
+NUM_WARPS = 8  # that consume; the four producer warps of lib/ring.py follow
 NUM_CONSUMERS = 32 * NUM_WARPS
-BAR_MOVE, BAR_EPI = 1, 2
-MB_P = 2 * MAX_STAGES
-MB_TOTAL = MB_P + 2
 # P of a tile in mma's A fragments: four steps of 16 tokens, 32 lanes, four words.
 P_WORDS = 4 * 32 * 4
-# FP8: Q in A fragments: 32 steps of 16 channels, the rope's four, and four that take zeros; a step is 32 lanes of four
-# words. The warps keep the first `q_steps` in registers, and P takes their place in shared memory; the others stay
-# there, in front of them.
-Q_TOTAL_STEPS = 40
-STEP_BYTES = 512
+
+
+class Bar(NamedBarrier):
+    """Both are for all consumers, each of whom arrives and waits."""
+
+    # In `Consumer._raise_references`, two times: the warps' maxima can be read; all of P has been written again.
+    REFERENCES = 1, NUM_CONSUMERS
+    # At an item's beginning (Q is in shared memory; Q has been read) and end (sMax has been written; has been read).
+    ITEM = 2, NUM_CONSUMERS
+
+
+# Behind the ring's full and empty mbarriers, for which lib/ring.py leaves MAX_STAGES places each, come two for P.
+MB_P = 2 * MAX_STAGES
+MB_TOTAL = MB_P + 2
+
+
+def init_mbarriers(mbar, num_stages: int, full_arrivals: int) -> None:
+    """The arrivals that complete each mbarrier; schedule.py says who arrives and who waits.
+
+    By one thread. `mbar` points to the first of MB_TOTAL, `full_arrivals` is the loader's."""
+    for i in range(num_stages):
+        cute.arch.mbarrier_init(mbar + MB_FULL + i, full_arrivals)
+        cute.arch.mbarrier_init(mbar + MB_EMPTY + i, NUM_WARPS)
+    for i in range(2):
+        cute.arch.mbarrier_init(mbar + MB_P + i, NUM_WARPS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Params:
-    """Everything the device side reads, as one kernel argument. Names as in Params."""
+    """Everything the device side reads, as one kernel argument. What StepArgs has is explained there."""
 
-    mQ: cute.Tensor
-    mQpe: cute.Tensor
-    tma_ckv: Any
-    mCkv: cute.Tensor
+    mQ: cute.Tensor  # (requests, H, 512); bytes where queries are e4m3
+    mQpe: cute.Tensor  # (requests, H, 64), likewise
+    tma_ckv: Any  # None: the cache is gathered by cp.async
+    mCkv: cute.Tensor  # what TMA or the gather copies from, likewise mKpe
     tma_kpe: Any
     mKpe: cute.Tensor
     mScales: cute.Tensor
-    mIndices: cute.Tensor
-    mTable: cute.Tensor
-    mO: cute.Tensor
-    mLse: cute.Tensor
+    mIndices: cute.Tensor  # page ids
+    mTable: cute.Tensor  # the plan; planner/decode.py says what the eight words of a row are
+    mO: cute.Tensor  # (requests, H, 512)
+    mLse: cute.Tensor  # (requests, H)
     mPart: cute.Tensor
     num_heads: Int32
     num_tiles: Int32  # of 16 heads
     page_size: Int32
+    # Where a token's row of ckv lies: (page * page_units + row * row_units) units of `unit` bytes; likewise kpe.
     ckv_unit: Int32
     ckv_page_units: Int32
     ckv_row_units: Int32
@@ -54,46 +76,80 @@ class Params:
     kpe_scale_at: Int64
     q_scale_at: Int64
     lse_scale: Float32
-    lay_sub: cute.ComposedLayout
-    lay_r: cute.ComposedLayout
+    lay_sub: cute.ComposedLayout  # of all sub-tiles of ckv in the ring
+    lay_r: cute.ComposedLayout  # of all rope tiles in the ring
+
+
+# Words of Smem.sLoop, a copy for each consumer warp.
+LOOP_ITEMS = 0  # items of the part
+LOOP_TABLE_ROW = 1  # table row of the first item
+LOOP_REQUEST = 2  # of the item at hand
+LOOP_PART_ROW = 3  # the request's first partial row in the item at hand; negative: the item writes the output
+LOOP_HEAD0 = 4  # head of the CTA's row 0
+LOOP_WORDS = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Smem:
     """Views of one CTA's shared memory; the addresses are in bytes."""
 
-    mbar: Any
-    sK_sub: cute.Tensor
-    sR_tma: cute.Tensor
-    sScales: cute.Tensor
-    k_address: Int32
-    r_address: Int32
-    q_address: Int32
-    p_address: Int32
-    scale_address: Int32
-    sProduce: cute.Tensor  # (word, producer warp)
-    sLoop: cute.Tensor  # (word, consumer warp): items, table row of the first, request, partial row, head 0
-    sRow: cute.Tensor  # (row, 2): what a score of Q K^T is worth, of the rope's
-    sFlags: cute.Tensor  # (warp, parity)
-    sMax: cute.Tensor  # (row, warp); in the epilogue the row sums, then the rows' largest elements
-    sBig: cute.Tensor  # (warp,)
+    mbar: Any  # pointer to the first mbarrier
+    sK_sub: cute.Tensor  # the ring as lib/ring.py fills it: ckv sub-tiles
+    sR_tma: cute.Tensor  # and rope tiles
+    sScales: cute.Tensor  # (token, group, slot); None: a 16-bit cache
+    k_address: Int32  # of slot 0's ckv
+    r_address: Int32  # of slot 0's rope
+    q_address: Int32  # of what of Q stays in shared memory
+    p_address: Int32  # of P of both parities; while an item begins, Q passes through here
+    scale_address: Int32  # of slot 0's scales
+    sProduce: cute.Tensor  # (word, producer warp): lib/ring.py
+    sLoop: cute.Tensor  # (word, consumer warp): LOOP_ITEMS and so on
+    sRow: cute.Tensor  # (row, 2): what a unit of Q K^T is worth as a score, and one of the rope's; FP8 caches alone
+    sFlags: cute.Tensor  # (warp, parity): not 0: what a warp has of the tile asks for other references
+    sMax: cute.Tensor  # (row, warp): the warps' row maxima; in the epilogue their row sums, then their largest outputs
+    sMaxScale: cute.Tensor  # (warp,): the largest scale of a warp's tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Fragments:
-    """Registers of one consumer thread. It has rows `row` and `row + 8`: of S, tokens 8 w + 2 l4 and the next; of O,
-    channels 64 w + 16 c + 4 l4 .. + 3."""
+    """Registers of one consumer thread. It has rows `row` and `row + 8` (r = 0 and 1 below) of S and O: of S its warp's
+    tokens 2 l4 and 2 l4 + 1, of O channels that the kind of tile chooses among its warp's 64 (tiles.py)."""
 
-    w: Int32
+    w: Int32  # consumer warp
     lane: Int32
-    row: Int32
-    l4: Int32
-    rQ: cute.Tensor  # A fragments of the first steps, four words of two channels each
-    rO: cute.Tensor  # 8 accumulator tiles; channel block c: tiles 2 c (even channels) and 2 c + 1
-    rS: cute.Tensor  # scores of the tile at hand, in log2 units: row 0 two tokens, row 1 two tokens
-    rNext: cute.Tensor  # of the next tile
-    rL: cute.Tensor
-    rSums: cute.Tensor
-    rRef: cute.Tensor
+    row: Int32  # lane // 4
+    l4: Int32  # lane % 4
+    rQ: cute.Tensor  # A fragments of Q's first `q_steps` steps of 16 channels, four words each
+    rO: cute.Tensor  # the sums of P V: [t * 4 + 2 * r + e] is element e of accumulator t's row r
+    rS: cute.Tensor  # scores of the tile at hand: [2 * r + i] is row r and token i
+    rNext: cute.Tensor  # of the next tile, likewise
+    rL: cute.Tensor  # by row: this thread's part of the sum of P over the item's tiles
+    rSums: cute.Tensor  # by row: its part of the sum of P in the tile at hand
+    rRef: cute.Tensor  # by row: the reference, P = 2^(score - reference)
+    # One power of two that a token's scales are counted in, so that P times scale / unit is a float16: rO is what the
+    # output is, divided by the unit. It is read only where tokens have scales.
     rUnit: cute.Tensor
-    first: cute.Tensor
+    first: cute.Tensor  # not 0: no tile of the item has set references yet
+
+
+def make_fragments(w, lane, q_steps: int) -> Fragments:
+    """For lane `lane` of consumer warp `w`, with nothing in them."""
+
+    def registers(n, dtype=Float32):
+        return cute.make_rmem_tensor((n,), dtype)
+
+    return Fragments(
+        w=w,
+        lane=lane,
+        row=lane // 4,
+        l4=lane % 4,
+        rQ=registers(q_steps * 4, Uint32),
+        rO=registers(32),
+        rS=registers(4),
+        rNext=registers(4),
+        rL=registers(2),
+        rSums=registers(2),
+        rRef=registers(2),
+        rUnit=registers(1),
+        first=registers(1, Int32),
+    )

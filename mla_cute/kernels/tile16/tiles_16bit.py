@@ -1,7 +1,8 @@
-"""Tiles of a 16-bit cache in the tile16 kernel (tile16/setup.py has the schedule): fragments as they lie in memory.
+"""Tiles of a 16-bit cache in the tile16 kernel: fragments as they lie in memory. tiles.py says what the methods do.
 
-A warp's PV channels are one sub-tile of K. Q takes up to 128 registers; the rest of it, the rope at least, is read from
-shared memory for every tile.
+A K tile is eight ckv sub-tiles of 64 tokens x 64 channels and one of rope, 64 tokens x 128 bytes each, in 128-byte
+swizzle. A warp's PV channels are one ckv sub-tile. Q takes up to 128 registers; the rest of it, the rope at least, is
+read from shared memory for every tile.
 """
 
 import cutlass
@@ -12,44 +13,45 @@ from ...dims import CKV_DIM
 from ..lib import barriers, ptx
 from ..lib.paged import SUB_BYTES, TILE_N
 from ..lib.ring import MB_FULL
-from .params import BAR_EPI, NUM_CONSUMERS, P_WORDS
+from .params import P_WORDS, Bar, Fragments, Params, Smem
+from .tiles import Tiles
 
-TILE_BYTES = 8 * SUB_BYTES
+TILE_BYTES = 8 * SUB_BYTES  # of ckv in a slot of the ring
 NOPE_STEPS = CKV_DIM // 16
-# 64 channels of Q's 16 rows.
-Q_SUB_BYTES = 16 * 128
+Q_SUB_BYTES = 16 * 128  # 64 channels of Q's 16 rows
 
 
-class SixteenBitTiles:
-    """Methods of Tile16."""
+class SixteenBitTiles(Tiles):
+    q_pass_steps: int  # steps of Q that pass through shared memory at a time, on their way to registers
+    mma_dtype: str  # "bf16" or "f16", of all operands
 
-    def _set_tiles(self) -> None:
-        self.p_tiles = 1
+    def __init__(self, dtype: type, by_tma: bool):
+        super().__init__(dtype, kv_format="", q_fp8=False)
         self.num_stages = 3
-        # The first steps (of 16 channels) of Q are in registers. The gather's consumers have 232, which is two too few
-        # for all of ckv's. Q gets there through shared memory, as many channels at a time as there is room for.
-        self.q_steps, self.q_pass_steps = (NOPE_STEPS, 16) if self.by_tma else (NOPE_STEPS - 4, 8)
+        # By TMA all of q_nope is in registers. The gather's consumers have 232 each, which is two too few for that, so
+        # there 64 channels of it stay in shared memory beside the rope.
+        self.q_steps, self.q_pass_steps = (NOPE_STEPS, 16) if by_tma else (NOPE_STEPS - 4, 8)
         self.q_kept_bytes = ((NOPE_STEPS - self.q_steps) // 4 + 1) * Q_SUB_BYTES
         self.q_transient_bytes = self.q_pass_steps // 4 * Q_SUB_BYTES
         self.mma_dtype = ptx.ptx_name(self.dtype)
 
-    def _to_p_pair(self, low, high):
+    def to_p_pair(self, low, high):
         return ptx.to_16bit_pair(low, high, self.dtype)
 
     # -------------------------------------------------------------------- Q
 
     @cute.jit
-    def _load_q(self, p, s, f, request, head0):
-        """Q's 16 rows to shared memory in K's swizzle, and from there to A fragments. What stays there: 64 channels at
-        a time, the rope last. Rows past H repeat the last one."""
+    def load_q(self, params: Params, smem: Smem, regs: Fragments, request, head0):
+        """Q's 16 rows go to shared memory in K's swizzle, sixteen threads a row, and from there to A fragments. What
+        stays there is 64 channels at a time, the rope last."""
         t = ptx.thread_index()
         row = t // 16
         q16 = t % 16
-        head = cutlass.min(head0 + row, p.num_heads - 1)
-        nope = ptx.row_address(p.mQ, request, head) + Int64(q16 * 16)
-        rope = ptx.row_address(p.mQpe, request, head) + Int64(q16 * 16)
+        head = cutlass.min(head0 + row, params.num_heads - 1)
+        nope = ptx.row_address(params.mQ, request, head) + Int64(q16 * 16)
+        rope = ptx.row_address(params.mQpe, request, head) + Int64(q16 * 16)
         chunks = [ptx.load_global_16(nope, 256 * i) for i in range(4)]
-        kept = s.q_address + row * 128 + (q16 % 8 ^ row % 8) * 16
+        kept = smem.q_address + row * 128 + (q16 % 8 ^ row % 8) * 16
         if q16 < 8:
             ptx.store_shared(kept, ptx.load_global_16(rope), self.q_kept_bytes - Q_SUB_BYTES)
         elif const_expr(self.q_steps < NOPE_STEPS):
@@ -58,54 +60,55 @@ class SixteenBitTiles:
         row_bytes = self.q_pass_steps * 32
         for first in cutlass.range_constexpr(0, self.q_steps, self.q_pass_steps):
             for i in cutlass.range_constexpr(self.q_pass_steps // 8):
-                at = s.p_address + row * row_bytes + ((q16 + 16 * i) ^ (row % 8)) * 16
+                at = smem.p_address + row * row_bytes + ((q16 + 16 * i) ^ (row % 8)) * 16
                 ptx.store_shared(at, chunks[first // 8 + i])
-            barriers.sync(BAR_EPI, NUM_CONSUMERS)
-            at = s.p_address + lane % 16 * row_bytes
+            Bar.ITEM.sync()
+            at = smem.p_address + lane % 16 * row_bytes
             for step in cutlass.range_constexpr(min(self.q_pass_steps, self.q_steps - first)):
                 a = ptx.ldmatrix_x4(at + ((2 * step + lane // 16) ^ (lane % 8)) * 16, 0, False)
                 for i, word in enumerate(a):
-                    f.rQ[(first + step) * 4 + i] = word
-            barriers.sync(BAR_EPI, NUM_CONSUMERS)
+                    regs.rQ[(first + step) * 4 + i] = word
+            Bar.ITEM.sync()
 
-    def _q_fragment(self, s, f, step: int) -> list:
+    def _q_fragment(self, smem: Smem, regs: Fragments, step: int) -> list:
+        """A fragment of 16 channels of Q; the rope's steps are the last four of 36."""
         if step < self.q_steps:
-            return [f.rQ[step * 4 + j] for j in range(4)]
+            return [regs.rQ[step * 4 + j] for j in range(4)]
         sub, in_sub = divmod(step - self.q_steps, 4)
-        at = s.q_address + f.lane % 16 * 128 + ((2 * in_sub + f.lane // 16) ^ (f.lane % 8)) * 16
+        at = smem.q_address + regs.lane % 16 * 128 + ((2 * in_sub + regs.lane // 16) ^ (regs.lane % 8)) * 16
         return ptx.ldmatrix_x4(at, sub * Q_SUB_BYTES, False)
 
     # ---------------------------------------------------------------- tiles
 
     @cute.jit
-    def _scores(self, p, s, f, slot, phase, left):
-        """rNext = scores of the tile in `slot`; -inf from token `left` on."""
-        cute.arch.mbarrier_wait(s.mbar + MB_FULL + slot, phase)
-        r8 = f.lane % 8
-        chunk = f.lane // 8
-        rows = f.w * 8 + r8
+    def scores(self, params: Params, smem: Smem, regs: Fragments, slot, phase, left):
+        cute.arch.mbarrier_wait(smem.mbar + MB_FULL + slot, phase)
+        r8 = regs.lane % 8
+        chunk = regs.lane // 8
+        rows = regs.w * 8 + r8
+        # Four accumulators: a chain of nine mma that wait for each other, not of 36.
         acc = [[Float32(0.0)] * 4 for _ in range(4)]
-        nope = s.k_address + slot * TILE_BYTES + rows * 128
-        rope = s.r_address + slot * SUB_BYTES + rows * 128
+        nope = smem.k_address + slot * TILE_BYTES + rows * 128
+        rope = smem.r_address + slot * SUB_BYTES + rows * 128
         for sub in cutlass.range_constexpr(9):
             at, offset = (nope, sub * SUB_BYTES) if const_expr(sub < 8) else (rope, 0)
             for half in cutlass.range_constexpr(2):
                 x = ptx.ldmatrix_x4(at + ((chunk + 4 * half) ^ r8) * 16, offset, False)
                 for m in cutlass.range_constexpr(2):
-                    a = self._q_fragment(s, f, sub * 4 + half * 2 + m)
+                    a = self._q_fragment(smem, regs, sub * 4 + half * 2 + m)
                     acc[2 * half + m] = ptx.mma_m16n8k16(acc[2 * half + m], a, [x[2 * m], x[2 * m + 1]], self.mma_dtype)
-        token = f.w * 8 + f.l4 * 2
+        token = regs.w * 8 + regs.l4 * 2
         for j in cutlass.range_constexpr(4):
-            score = ((acc[0][j] + acc[1][j]) + (acc[2][j] + acc[3][j])) * p.nope_scale_log2
-            f.rNext[j] = score if token + j % 2 < left else -Float32.inf
+            score = ((acc[0][j] + acc[1][j]) + (acc[2][j] + acc[3][j])) * params.nope_scale_log2
+            regs.rNext[j] = score if token + j % 2 < left else -Float32.inf
 
-    def _v_address(self, s, f, slot):
-        """Of the sub-tile that this warp's channels are."""
-        return s.k_address + slot * TILE_BYTES + f.w * SUB_BYTES
+    def _v_address(self, smem: Smem, regs: Fragments, slot):
+        """Address of the sub-tile that this warp's channels are."""
+        return smem.k_address + slot * TILE_BYTES + regs.w * SUB_BYTES
 
     @cute.jit
-    def _clear_tail(self, s, f, slot, left):
-        tile = self._v_address(s, f, slot)
+    def clear_tail(self, smem: Smem, regs: Fragments, slot, left):
+        tile = self._v_address(smem, regs, slot)
         if left < TILE_N:
             lane = ptx.thread_index() % 32
             for row in cutlass.range(cutlass.max(left, Int32(0)) + lane // 8, TILE_N, 4, unroll=1):
@@ -114,13 +117,13 @@ class SixteenBitTiles:
             barriers.fence_smem_writes()
             cute.arch.sync_warp()
 
-    def _multiply_v(self, s, f, slot, parity, acc: list) -> None:
-        tile = self._v_address(s, f, slot)
-        r8 = f.lane % 8
-        quarter = f.lane // 8
+    def multiply_v(self, smem: Smem, regs: Fragments, slot, parity, acc: list) -> None:
+        tile = self._v_address(smem, regs, slot)
+        r8 = regs.lane % 8
+        quarter = regs.lane // 8
         row = quarter % 2 * 8 + r8
         at = [tile + row * 128 + ((2 * c + quarter // 2) ^ r8) * 16 for c in range(4)]
-        p_at = s.p_address + (parity * P_WORDS + f.lane * 4) * 4
+        p_at = smem.p_address + (parity * P_WORDS + regs.lane * 4) * 4
         for kk in range(4):
             a = ptx.load_shared_16(p_at, kk * 512)
             for c in range(4):
@@ -131,24 +134,22 @@ class SixteenBitTiles:
 
     # -------------------------------------------------------------- epilogue
 
-    def _output_factor(self, p, f):
-        return p.out_scale
+    def output_factor(self, params: Params, regs: Fragments):
+        return params.out_scale
 
-    def _gather_quads(self, f) -> None:
-        """A thread has channels 2 l4 and the next of tiles 2 c and 2 c + 1: neighbours trade, so that an even l4 has
-        four consecutive ones of the first tile and an odd l4 of the second."""
-        odd = f.l4 % 2 == 1
+    def gather_quads(self, regs: Fragments) -> None:
+        """A thread has channels 2 l4 and 2 l4 + 1 of accumulators 2 c and 2 c + 1. Neighbours trade, so that an even l4
+        has four consecutive ones of the first accumulator and an odd l4 four of the second."""
+        odd = regs.l4 % 2 == 1
         for c in range(4):
             for j in range(4):
-                first, second = f.rO[c * 8 + j], f.rO[c * 8 + 4 + j]
+                first, second = regs.rO[c * 8 + j], regs.rO[c * 8 + 4 + j]
                 got = cute.arch.shuffle_sync_bfly(cutlass.select_(odd, first, second), offset=1)
-                f.rO[c * 8 + j] = cutlass.select_(odd, got, first)
-                f.rO[c * 8 + 4 + j] = cutlass.select_(odd, second, got)
+                regs.rO[c * 8 + j] = cutlass.select_(odd, got, first)
+                regs.rO[c * 8 + 4 + j] = cutlass.select_(odd, second, got)
 
-    def _quad(self, f, c: int, r: int) -> list:
-        """Four consecutive of the warp's channels 16 c .. 16 c + 15 in row r, after `_gather_quads`."""
-        return [f.rO[c * 8 + t * 4 + 2 * r + e] for t in range(2) for e in range(2)]
+    def quad(self, regs: Fragments, c: int, r: int) -> list:
+        return [regs.rO[c * 8 + t * 4 + 2 * r + e] for t in range(2) for e in range(2)]
 
-    def _quad_bytes(self, f):
-        """Of a quad in the output, from the first of its 16 channels."""
-        return f.l4 % 2 * 16 + f.l4 // 2 * 8
+    def quad_bytes(self, regs: Fragments):
+        return regs.l4 % 2 * 16 + regs.l4 // 2 * 8

@@ -1,6 +1,16 @@
-"""Tiles of an FP8 cache in the tile16 kernel (tile16/setup.py has the schedule): e4m3 becomes float16 in registers.
+"""Tiles of an FP8 cache in the tile16 kernel: e4m3 becomes float16 in registers, exactly. tiles.py says what the
+methods do.
 
-Q is float16 under a power of two per row, a 16-bit rope as it is.
+A K tile is four ckv sub-tiles of 64 tokens x 128 bytes in 128-byte swizzle, and a rope tile of 64 tokens x 64 bytes in
+64-byte swizzle (e4m3) or 128 bytes in 128-byte swizzle (16 bits). A warp's PV channels are half a ckv sub-tile.
+
+Q is float16 under a power of two per row (a 16-bit rope beside a 16-bit q_pe stays as it is), and so is P, under the
+references and the unit of scales: nothing is lost beyond the cache's own rounding.
+
+The order of channels is that of the bytes. For QK, ldmatrix gives a thread four consecutive channels of a token, which
+become its two words of a B fragment; Q is loaded in the same order. For PV, transposing ldmatrix gives it pairs of
+channels of two tokens, and a byte permute the even ones of both and the odd ones of both: accumulators 2 c are the even
+channels of the warp's channels 16 c .. 16 c + 15, accumulators 2 c + 1 the odd ones.
 """
 
 import cutlass
@@ -10,42 +20,45 @@ from cutlass import Float32, Int32, Int64, Uint32, const_expr
 from ..lib import barriers, e4m3, ptx, scalars
 from ..lib.paged import SUB_BYTES, TILE_N
 from ..lib.ring import MB_FULL
-from .params import BAR_EPI, NUM_CONSUMERS, P_WORDS, Q_TOTAL_STEPS, STEP_BYTES
+from .params import P_WORDS, Bar, Fragments, Params, Smem
+from .tiles import Tiles
 
-TILE_BYTES = 4 * SUB_BYTES
+TILE_BYTES = 4 * SUB_BYTES  # of ckv in a slot of the ring
+# Q as A fragments: 32 steps of 16 channels, the rope's four, and four behind them that take zeros.
+Q_TOTAL_STEPS = 40
+STEP_BYTES = 32 * 4 * 4  # 32 lanes of four words
 
 
-class Fp8Tiles:
-    """Methods of Tile16Fp8."""
+class Fp8Tiles(Tiles):
+    rope_fp8: bool  # format "tensor": the rope of the cache is e4m3, else it is of `dtype`
 
-    def _set_tiles(self) -> None:
-        # P times the scales of each channel group.
-        self.p_tiles = max(1, self.num_scales)
-        self.q_steps = 8 if self.kv_format == "group" else 24
-        self.num_stages = 4 if self.kv_format == "group" else 5
-        # Of Q in shared memory: what stays there, in front of what the warps keep in registers.
+    def __init__(self, dtype: type, kv_format: str, q_fp8: bool):
+        super().__init__(dtype, kv_format, q_fp8)
+        self.rope_fp8 = kv_format == "tensor"
+        self.q_steps = 8 if kv_format == "group" else 24
+        self.num_stages = 4 if kv_format == "group" else 5
+        # What stays in shared memory lies in front of what the warps keep in registers.
         self.q_kept_bytes = (Q_TOTAL_STEPS - self.q_steps) * STEP_BYTES
         self.q_transient_bytes = self.q_steps * STEP_BYTES
 
-    def _to_p_pair(self, low, high):
+    def to_p_pair(self, low, high):
         return ptx.to_f16x2(low, high)
 
     # -------------------------------------------------------------------- Q
 
     @cute.jit
-    def _load_q(self, p, s, f, request, head0):
-        """Q as A fragments, in the order in which K's bytes arrive: float16 under a power of two per row, a 16-bit rope
-        as it is. Sixteen threads a row make them in shared memory; every warp reads the first q_steps, whose place P
-        takes then. Rows past H repeat the last one."""
+    def load_q(self, params: Params, smem: Smem, regs: Fragments, request, head0):
+        """Sixteen threads a row make the A fragments in shared memory, in the order in which K's bytes arrive. Every
+        warp reads the first q_steps of them, whose place P takes afterwards."""
         t = ptx.thread_index()
         row = t // 16
         q16 = t % 16
-        head = cutlass.min(head0 + row, p.num_heads - 1)
-        nope = ptx.row_address(p.mQ, request, head) + Int64(q16 * 16)
-        rope = ptx.row_address(p.mQpe, request, head) + Int64(q16 * 16)
-        # The word of lane 4 (row % 8) that begins a step.
-        at = s.q_address + (row % 8) * 64 + row // 8 * 4
-        worth = scalars.score_factors(p, self.rope_fp8)
+        head = cutlass.min(head0 + row, params.num_heads - 1)
+        nope = ptx.row_address(params.mQ, request, head) + Int64(q16 * 16)
+        rope = ptx.row_address(params.mQpe, request, head) + Int64(q16 * 16)
+        # Address of the row's first word in a step: lane 4 (row % 8), word 0 (row < 8) or 1.
+        at = smem.q_address + (row % 8) * 64 + row // 8 * 4
+        worth = scalars.score_factors(params, self.rope_fp8)
         scale = Float32(1.0)
         rope_scale = Float32(1.0)
         if const_expr(self.q_fp8):
@@ -62,35 +75,35 @@ class Fp8Tiles:
             if q16 < 8:
                 for i, word in enumerate(ptx.load_global_16(rope)):
                     words[i] = word
-            # Of the sixteen threads eight have a chunk; the others' zeros go to the steps behind the last one.
+            # Eight of the sixteen threads have a chunk; the zeros of the others go to the four steps behind the last.
             rope_scale = self._put_scaled(at, [[words[i] for i in range(4)]], q16, 32)
         else:
-            # A 16-bit K fragment has channels 2 l4 and the next of a chunk of 8 in each register.
+            # Over a 16-bit rope each word of a fragment has channels 2 l4 and 2 l4 + 1 of a chunk of 8, unpermuted.
             if q16 < 8:
                 for i, word in enumerate(ptx.load_global_16(rope)):
                     ptx.store_shared(at + self._step_offset(32 + q16 // 2) + q16 % 2 * 8, [word], 16 * i)
         if q16 == 0:
-            s.sRow[row, 0] = scale * worth[0]
-            s.sRow[row, 1] = rope_scale * worth[1]
-        barriers.sync(BAR_EPI, NUM_CONSUMERS)
+            smem.sRow[row, 0] = scale * worth[0]
+            smem.sRow[row, 1] = rope_scale * worth[1]
+        Bar.ITEM.sync()
         for step in cutlass.range_constexpr(self.q_steps):
-            for i, word in enumerate(ptx.load_shared_16(s.p_address + t % 32 * 16, step * STEP_BYTES)):
-                f.rQ[step * 4 + i] = word
-        barriers.sync(BAR_EPI, NUM_CONSUMERS)
+            for i, word in enumerate(ptx.load_shared_16(smem.p_address + t % 32 * 16, step * STEP_BYTES)):
+                regs.rQ[step * 4 + i] = word
+        Bar.ITEM.sync()
 
     def _step_offset(self, step):
-        """Of a step of Q in shared memory: those that stay there come first."""
+        """Offset of a step of Q in shared memory: the steps that stay there come first."""
         return (step + (Q_TOTAL_STEPS - self.q_steps)) % Q_TOTAL_STEPS * STEP_BYTES
 
     def _put_e4m3(self, at, words: list, step) -> None:
-        """16 e4m3 of a row, a whole step."""
+        """A step of a row, 16 e4m3 in four words, to shared memory as float16; `at`: the row's first word."""
         for i, word in enumerate(words):
             for pair, value in enumerate(e4m3.e4m3x4_to_f16(word)):
                 ptx.store_shared(at + self._step_offset(step), [value], 16 * i + 8 * pair)
 
     def _put_scaled(self, at, chunks: list, q16, first: int):
-        """Chunks q16, q16 + 16, .. of eight 16-bit values of a row, from step `first` on; returns what they are to be
-        multiplied by again."""
+        """A thread's chunks q16, q16 + 16, ... of eight 16-bit values of a row to shared memory, from step `first` on,
+        divided by a power of two that the row's sixteen threads agree on; returns that power."""
         pair = Uint32(0)
         for words in chunks:
             for word in words:
@@ -98,7 +111,8 @@ class Fp8Tiles:
         largest = cute.arch.fmax(*ptx.unpack_16bit(pair, self.dtype))
         for offset in (1, 2, 4, 8):
             largest = cute.arch.fmax(largest, cute.arch.shuffle_sync_bfly(largest, offset=offset))
-        # 2^-e, 2^e with 2^e <= largest < 2^(e + 1): exact, and float16 keeps what is 2^-14 of it or more in full.
+        # The power is 2^e with 2^e <= largest < 2^(e + 1), its exponent bits alone. Multiplying by 2^-e is exact, and
+        # float16 keeps values that are 2^-14 of the largest or more with all their bits.
         bits = cutlass.min(largest.bitcast(Int32) & Int32(0x7F800000), Int32(0x7E000000))
         bits = cutlass.max(bits, Int32(0x01000000))
         inverse = (Int32(0x7F000000) - bits).bitcast(Float32)
@@ -111,74 +125,74 @@ class Fp8Tiles:
 
     # ---------------------------------------------------------------- tiles
 
-    def _column_scales(self, s, f, slot, group: int) -> list:
-        """Scales of this thread's two tokens."""
-        at = s.scale_address + ((slot * self.num_scales + group) * TILE_N + f.w * 8 + f.l4 * 2) * 4
+    def column_scales(self, smem: Smem, regs: Fragments, slot, group: int) -> list:
+        at = smem.scale_address + ((slot * self.num_scales + group) * TILE_N + regs.w * 8 + regs.l4 * 2) * 4
         return ptx.load_shared_f32x2(at)
 
     @cute.jit
-    def _scores(self, p, s, f, slot, phase, left):
-        """rNext = scores of the tile in `slot`; -inf from token `left` on."""
-        cute.arch.mbarrier_wait(s.mbar + MB_FULL + slot, phase)
-        r8 = f.lane % 8
-        chunk = f.lane // 8
-        rows = f.w * 8 + r8
-        at = s.k_address + slot * TILE_BYTES + rows * 128
+    def scores(self, params: Params, smem: Smem, regs: Fragments, slot, phase, left):
+        cute.arch.mbarrier_wait(smem.mbar + MB_FULL + slot, phase)
+        r8 = regs.lane % 8
+        chunk = regs.lane // 8
+        rows = regs.w * 8 + r8
+        at = smem.k_address + slot * TILE_BYTES + rows * 128
+        # One accumulator per 128 channels, which is a scale group, and one for the rope.
         acc = [[Float32(0.0)] * 4 for _ in range(5)]
         for half in cutlass.range_constexpr(2):
             x = [ptx.ldmatrix_x4(at + ((chunk + 4 * half) ^ r8) * 16, sub * SUB_BYTES, False) for sub in range(4)]
             for m in cutlass.range_constexpr(4):
                 for sub in cutlass.range_constexpr(4):
                     step = sub * 8 + half * 4 + m
-                    acc[sub] = self._multiply_q(s, f, acc[sub], step, e4m3.e4m3x4_to_f16(x[sub][m]), "f16")
+                    acc[sub] = self._multiply_q(smem, regs, acc[sub], step, e4m3.e4m3x4_to_f16(x[sub][m]), "f16")
         if const_expr(self.rope_fp8):
-            at = s.r_address + slot * (TILE_N * 64) + rows * 64 + (chunk ^ (r8 // 2)) * 16
+            at = smem.r_address + slot * (TILE_N * 64) + rows * 64 + (chunk ^ (r8 // 2)) * 16
             x = ptx.ldmatrix_x4(at, 0, False)
             for m in cutlass.range_constexpr(4):
-                acc[4] = self._multiply_q(s, f, acc[4], 32 + m, e4m3.e4m3x4_to_f16(x[m]), "f16")
+                acc[4] = self._multiply_q(smem, regs, acc[4], 32 + m, e4m3.e4m3x4_to_f16(x[m]), "f16")
         else:
-            at = s.r_address + slot * (TILE_N * 128) + rows * 128
+            at = smem.r_address + slot * (TILE_N * 128) + rows * 128
             x = [word for half in range(2) for word in ptx.ldmatrix_x4(at + ((chunk + 4 * half) ^ r8) * 16, 0, False)]
             for m in cutlass.range_constexpr(4):
                 b = x[2 * m], x[2 * m + 1]
-                acc[4] = self._multiply_q(s, f, acc[4], 32 + m, b, ptx.ptx_name(self.dtype))
-        nope = self._combine(s, f, slot, acc)
-        token = f.w * 8 + f.l4 * 2
+                acc[4] = self._multiply_q(smem, regs, acc[4], 32 + m, b, ptx.ptx_name(self.dtype))
+        nope = self._combine(smem, regs, slot, acc)
+        token = regs.w * 8 + regs.l4 * 2
         for j in cutlass.range_constexpr(4):
-            row = f.row + 8 * (j // 2)
-            score = nope[j] * s.sRow[row, 0] + acc[4][j] * s.sRow[row, 1]
-            f.rNext[j] = score if token + j % 2 < left else -Float32.inf
+            row = regs.row + 8 * (j // 2)
+            score = nope[j] * smem.sRow[row, 0] + acc[4][j] * smem.sRow[row, 1]
+            regs.rNext[j] = score if token + j % 2 < left else -Float32.inf
 
-    def _multiply_q(self, s, f, acc, step: int, b, dtype: str):
+    def _multiply_q(self, smem: Smem, regs: Fragments, acc, step: int, b, dtype: str):
+        """acc + Q's step `step` times b, two words of K."""
         if step < self.q_steps:
-            a = [f.rQ[step * 4 + j] for j in range(4)]
+            a = [regs.rQ[step * 4 + j] for j in range(4)]
         else:
-            a = ptx.load_shared_16(s.q_address + f.lane * 16, (step - self.q_steps) * STEP_BYTES)
+            a = ptx.load_shared_16(smem.q_address + regs.lane * 16, (step - self.q_steps) * STEP_BYTES)
         return ptx.mma_m16n8k16(acc, a, b, dtype)
 
-    def _combine(self, s, f, slot, acc):
-        """Sum over the four 128-channel accumulators, times their scales."""
+    def _combine(self, smem: Smem, regs: Fragments, slot, acc):
+        """The sum of the four accumulators of 128 channels, times their scales."""
         if self.kv_format == "group":
-            scales = [self._column_scales(s, f, slot, g) for g in range(4)]
+            scales = [self.column_scales(smem, regs, slot, g) for g in range(4)]
             parts = [[acc[g][j] * scales[g][j % 2] for g in range(4)] for j in range(4)]
         else:
             parts = [[acc[g][j] for g in range(4)] for j in range(4)]
         sums = [(x[0] + x[1]) + (x[2] + x[3]) for x in parts]
         if self.kv_format == "token":
-            scales = self._column_scales(s, f, slot, 0)
+            scales = self.column_scales(smem, regs, slot, 0)
             sums = [sums[j] * scales[j % 2] for j in range(4)]
         return sums
 
-    def _v_address(self, s, f, slot):
-        """Of the sub-tile whose half this warp's channels are."""
-        return s.k_address + slot * TILE_BYTES + f.w // 2 * SUB_BYTES
+    def _v_address(self, smem: Smem, regs: Fragments, slot):
+        """Address of the sub-tile of which this warp's channels are half."""
+        return smem.k_address + slot * TILE_BYTES + regs.w // 2 * SUB_BYTES
 
     @cute.jit
-    def _clear_tail(self, s, f, slot, left):
-        tile = self._v_address(s, f, slot)
+    def clear_tail(self, smem: Smem, regs: Fragments, slot, left):
+        tile = self._v_address(smem, regs, slot)
         if left < TILE_N:
             lane = ptx.thread_index() % 32
-            chunk = f.w % 2 * 4 + lane % 4
+            chunk = regs.w % 2 * 4 + lane % 4
             first = cutlass.max(left, Int32(0)) + lane // 4
             for row in cutlass.range(first, TILE_N, 8, unroll=1):
                 zero = Uint32(0)
@@ -186,15 +200,15 @@ class Fp8Tiles:
             barriers.fence_smem_writes()
             cute.arch.sync_warp()
 
-    def _multiply_v(self, s, f, slot, parity, acc: list) -> None:
-        tile = self._v_address(s, f, slot)
-        r8 = f.lane % 8
-        quarter = f.lane // 8
+    def multiply_v(self, smem: Smem, regs: Fragments, slot, parity, acc: list) -> None:
+        tile = self._v_address(smem, regs, slot)
+        r8 = regs.lane % 8
+        quarter = regs.lane // 8
         row = quarter % 2 * 8 + r8
-        chunk = f.w % 2 * 4 + quarter // 2
+        chunk = regs.w % 2 * 4 + quarter // 2
         at = [tile + row * 128 + ((chunk + 2 * c) ^ r8) * 16 for c in range(2)]
-        group = f.w // 2 if self.p_tiles > 1 else Int32(0)
-        p_at = s.p_address + ((parity * self.p_tiles + group) * P_WORDS + f.lane * 4) * 4
+        group = regs.w // 2 if self.p_tiles > 1 else Int32(0)
+        p_at = smem.p_address + ((parity * self.p_tiles + group) * P_WORDS + regs.lane * 4) * 4
         for kk in range(4):
             a = ptx.load_shared_16(p_at, kk * 512)
             for c in range(2):
@@ -207,18 +221,16 @@ class Fp8Tiles:
 
     # -------------------------------------------------------------- epilogue
 
-    def _output_factor(self, p, f):
-        """What the sums of P V are worth."""
-        return f.rUnit[0] if self.num_scales else scalars.output_factor(p)
+    def output_factor(self, params: Params, regs: Fragments):
+        return regs.rUnit[0] if self.num_scales else scalars.output_factor(params)
 
-    def _gather_quads(self, f) -> None:
-        """Nothing to do: V's order of channels gives each thread quads."""
+    def gather_quads(self, regs: Fragments) -> None:
+        """Nothing to do: the even and odd channels of a thread in accumulators 2 c and 2 c + 1 are consecutive."""
 
-    def _quad(self, f, c: int, r: int) -> list:
-        """Channels 16 c + 4 l4 .. + 3 of the warp's 64 in row r."""
+    def quad(self, regs: Fragments, c: int, r: int) -> list:
+        # Channels 16 c + 4 l4 .. 16 c + 4 l4 + 3 of the warp's 64.
         even, odd = c * 8 + 2 * r, c * 8 + 4 + 2 * r
-        return [f.rO[even], f.rO[odd], f.rO[even + 1], f.rO[odd + 1]]
+        return [regs.rO[even], regs.rO[odd], regs.rO[even + 1], regs.rO[odd + 1]]
 
-    def _quad_bytes(self, f):
-        """Of a quad in the output, from the first of its 16 channels."""
-        return f.l4 * 8
+    def quad_bytes(self, regs: Fragments):
+        return regs.l4 * 8

@@ -1,0 +1,93 @@
+"""What the schedule asks of a kind of tile: how Q, K and V of one kind of cache become operands of mma.sync.
+
+A third kind of tile is a subclass of `Tiles`, and a factory at the end of setup.py that gives it to the kernel.
+
+Who owns what is the same for every kind. Consumer warp w (0 to 7), lane l, l4 = l % 4:
+
+    Q   rows are the CTA's 16 heads of one request; every warp needs all 576 channels, 36 steps of 16 (32 nope, 4 rope)
+    S   warp w: tokens 8 w .. 8 w + 7 of the tile; a thread: rows l / 4 and l / 4 + 8, its warp's tokens 2 l4, 2 l4 + 1
+    P   one word of two tokens per thread and row, in shared memory in the order of mma's A fragments:
+        [parity][p_tiles][step of 16 tokens][lane][4 words]
+    O   warp w: channels 64 w .. 64 w + 63, in eight accumulators of 16 rows x 8 channels; which of the 64 channels
+        accumulator t and element e of a thread are is up to the kind of tile, which undoes it in `quad`
+"""
+
+import abc
+
+from ...dims import NUM_SCALES
+from .params import Fragments, Params, Smem
+
+
+class Tiles(abc.ABC):
+    """Constants of a kind of tile, and what the consumers call. Methods that issue ldmatrix, mma or shuffles are called
+    by all lanes of a warp."""
+
+    dtype: type  # cutlass.BFloat16 or cutlass.Float16: of outputs, of queries and rope where they are not e4m3
+    kv_format: str  # "" or a name of dims.KV_FORMATS
+    q_fp8: bool
+    num_scales: int  # float32 scales that a token has
+    p_tiles: int  # copies of P: one for each scale, at least one
+    num_stages: int  # slots of the ring, as many as shared memory has room for
+    q_steps: int  # the first steps of Q, which a warp keeps in registers for the whole item
+    q_kept_bytes: int  # of shared memory for the other steps of Q, for the whole item
+    q_transient_bytes: int  # of shared memory that the first steps pass through; P takes it afterwards
+
+    def __init__(self, dtype: type, kv_format: str, q_fp8: bool):
+        self.dtype, self.kv_format, self.q_fp8 = dtype, kv_format, q_fp8
+        self.num_scales = NUM_SCALES[kv_format]
+        self.p_tiles = max(1, self.num_scales)
+
+    # -------------------------------------------------------------------- an item's beginning
+
+    @abc.abstractmethod
+    def load_q(self, params: Params, smem: Smem, regs: Fragments, request, head0) -> None:
+        """Q of the item: steps 0 .. q_steps - 1 to regs.rQ, the others to smem.q_address; rows past H repeat the last.
+
+        Called by all consumers when each of them has ended the last item, so that Q may take P's place at once. They
+        pass Bar.ITEM behind their last read there, so that P may be written after the call. smem.sRow is filled here,
+        if `scores` reads it.
+        """
+
+    # -------------------------------------------------------------------- a tile
+
+    @abc.abstractmethod
+    def scores(self, params: Params, smem: Smem, regs: Fragments, slot, phase, left) -> None:
+        """QK: waits for the tile in ring slot `slot` (mbarrier phase `phase`), and puts this thread's scores into
+        regs.rNext, in log2 units; -inf from token `left` on."""
+
+    def column_scales(self, smem: Smem, regs: Fragments, slot, group: int) -> list:
+        """Scales of this thread's two tokens for channels 128 group .. 128 group + 127. Only with num_scales > 0. From
+        kv_end on they are undefined."""
+        raise NotImplementedError
+
+    @abc.abstractmethod
+    def to_p_pair(self, low, high):
+        """P of two tokens, float32, as a word of the type that PV multiplies in."""
+
+    @abc.abstractmethod
+    def clear_tail(self, smem: Smem, regs: Fragments, slot, left) -> None:
+        """Zeros in this warp's 64 channels of the tokens from `left` on, where NaN may lie: 0 NaN would be NaN."""
+
+    @abc.abstractmethod
+    def multiply_v(self, smem: Smem, regs: Fragments, slot, parity, acc: list) -> None:
+        """PV: adds P of parity `parity` times this warp's 64 channels of the tile to `acc`, eight lists of four values
+        in the order of regs.rO, which it replaces."""
+
+    # -------------------------------------------------------------------- an item's end
+
+    @abc.abstractmethod
+    def output_factor(self, params: Params, regs: Fragments):
+        """What regs.rO, divided by the row sums of P, is multiplied by to be the output."""
+
+    @abc.abstractmethod
+    def gather_quads(self, regs: Fragments) -> None:
+        """Trades elements of regs.rO between lanes, so that a thread has four consecutive channels of every 16."""
+
+    @abc.abstractmethod
+    def quad(self, regs: Fragments, c: int, r: int) -> list:
+        """After `gather_quads`: the four consecutive channels that this thread has of its warp's channels 16 c ..
+        16 c + 15 (c: 0 to 3), row r (0: regs.row, 1: regs.row + 8)."""
+
+    @abc.abstractmethod
+    def quad_bytes(self, regs: Fragments):
+        """How far behind the first of its 16 channels a quad begins in an output row, in bytes (a channel has two)."""
