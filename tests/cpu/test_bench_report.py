@@ -391,7 +391,7 @@ def test_options_that_do_not_go_together(arguments, message, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_matplotlib_nothing_is_timed(tmp_path, monkeypatch, capsys):
+def test_without_matplotlib_nothing_is_timed(tmp_path, monkeypatch, capsys, small_rotation):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setattr(command, "run", lambda *args, **options: pytest.fail("it ran"))
     with pytest.raises(SystemExit) as stopped:
