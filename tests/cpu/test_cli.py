@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from bench_case import CEILINGS, H200, SMALL, FakeLibrary, FakeTimer, bench, shrink_rotation, wrong_page
+from limits import PROCESS_S
 from typer.testing import CliRunner
 
 import mla_cute.cli
@@ -45,7 +46,7 @@ def run_module(*arguments, **environment):
         capture_output=True,
         text=True,
         check=False,
-        timeout=240,
+        timeout=PROCESS_S,
     )
 
 
@@ -88,7 +89,7 @@ def test_importing_the_library_needs_neither_typer_nor_rich_nor_cutlass():
     )
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False, timeout=PROCESS_S
     )
     assert done.stdout == "[]\n", done.stderr
 
@@ -493,11 +494,11 @@ def test_demo_shapes_are_deepseek_v3s():
 def test_watchdog_ends_a_process_that_hangs():
     code = (
         "import time\nfrom mla_cute.cli.watchdog import Watchdog\n"
-        "with Watchdog(0.2, enabled=True) as dog:\n    dog.feed('case 7')\n    time.sleep(60)\n"
+        "with Watchdog(0.2, enabled=True) as dog:\n    dog.feed('case 7')\n    time.sleep(10 * 600)\n"
     )
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False, timeout=50
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False, timeout=PROCESS_S
     )
     assert done.returncode == 3
     assert done.stderr == "mla-cute: case 7 did not finish within 0.2 s; the GPU hangs\n"

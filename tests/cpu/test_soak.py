@@ -11,6 +11,7 @@ import textwrap
 import planner_model
 import pytest
 import torch
+from limits import PROCESS_S
 
 import mla_cute
 from mla_cute import gpu as gpu_facts
@@ -33,7 +34,7 @@ def no_gpu(monkeypatch):
 def run_module(module, *arguments, **environment):
     env = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""} | environment
     command = [sys.executable, "-m", module, *arguments]
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=200)
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=PROCESS_S)
 
 
 def small(kind, **change):

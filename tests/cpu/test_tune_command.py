@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+from limits import PROCESS_S
 from test_tune_session import faster, run, task
 from tune_case import DECODE, GPU, FakeMeasurer
 from typer.testing import CliRunner
@@ -177,7 +178,7 @@ def test_without_a_gpu_it_says_so(monkeypatch):
         env=env,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=PROCESS_S,
         check=False,
     )
     assert done.returncode == 2, done.stderr
@@ -208,7 +209,7 @@ def test_the_script_needs_neither_typer_nor_rich(tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=PROCESS_S,
         check=False,
     )
     assert done.returncode == 0, done.stderr

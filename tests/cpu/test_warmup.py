@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from jit_case import HERE, ROOT, assert_works, forget, forget_everything, result_of, start_process
+from limits import PROCESS_S
 from tuned_case import FILE, NAME, SMS, entry, write
 
 import mla_cute
@@ -64,7 +65,7 @@ def test_warmup_works_from_an_unguarded_script(cache, tmp_path):
     script.write_text(f"import mla_cute\nfrom toy_keys import *\n{warm}\n")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(HERE)))}
     command = [sys.executable, str(script)]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PROCESS_S, check=False)
     assert (run.returncode, run.stdout) == (0, "1\n"), run.stderr
 
 
@@ -172,7 +173,7 @@ def test_the_gpus_are_asked_for_in_a_process_of_their_own(monkeypatch, tmp_path,
 
 def test_the_script_runs_here():
     command = [sys.executable, "-I", "-S", _visible_gpus.__file__]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=PROCESS_S, check=False)
     assert run.returncode == 0 or "CUDA error" in run.stderr
     assert isinstance(json.loads(run.stdout or "[]"), list)
 

@@ -9,6 +9,7 @@ import sys
 import zipfile
 
 import pytest
+from limits import PROCESS_S
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # A tuned file of no GPU: whether the package has real ones or not, the pattern for them is tested.
@@ -45,7 +46,7 @@ def wheel(tmp_path_factory):
     out = tmp_path_factory.mktemp("wheel")
     done = subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, source],
-        capture_output=True, text=True, check=False, timeout=120,
+        capture_output=True, text=True, check=False, timeout=PROCESS_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = out.glob("mla_cute-*.whl")
@@ -74,7 +75,7 @@ def test_it_runs_where_it_is_unpacked(wheel, tmp_path):
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     done = subprocess.run(
         [sys.executable, "-c", CODE, str(tmp_path)],
-        capture_output=True, text=True, check=False, timeout=60, cwd=tmp_path, env=environment,
+        capture_output=True, text=True, check=False, timeout=PROCESS_S, cwd=tmp_path, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
 
