@@ -43,6 +43,7 @@ def test_exports():
     assert mla_cute.__version__ == "0.1.0"
 
 
+@pytest.mark.slow
 def test_import_leaves_the_dsl_alone():
     watched = ("cutlass", "tvm_ffi", "rich", "typer", "matplotlib")
     code = f"import sys, mla_cute; print([m for m in {watched} if m in sys.modules])"

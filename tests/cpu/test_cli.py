@@ -50,6 +50,7 @@ def run_module(*arguments, **environment):
     )
 
 
+@pytest.mark.slow
 def test_help_lists_the_commands():
     done = run_module("--help")
     assert done.returncode == 0, done.stderr
@@ -74,6 +75,7 @@ def test_the_script_of_the_package_is_this_command():
     assert callable(mla_cute.cli.main)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", ["typer", "rich"])
 def test_without_typer_or_rich_one_line_says_what_to_install(missing, tmp_path):
     (tmp_path / f"{missing}.py").write_text(f"raise ModuleNotFoundError('gone', name={missing!r})\n")
@@ -83,6 +85,7 @@ def test_without_typer_or_rich_one_line_says_what_to_install(missing, tmp_path):
     assert done.stdout == ""
 
 
+@pytest.mark.slow
 def test_importing_the_library_needs_neither_typer_nor_rich_nor_cutlass():
     code = (
         "import mla_cute, mla_cute.bench.__main__, sys; print(sorted({'typer', 'rich', 'cutlass'} & set(sys.modules)))"
@@ -140,6 +143,7 @@ def test_info_with_a_gpu(monkeypatch):
     assert "kernels run here" in result.output
 
 
+@pytest.mark.slow
 def test_check_quick_in_a_process_of_its_own():
     done = run_module("check", "--quick", "--seed", "3")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -316,6 +320,7 @@ def test_the_independent_computation_agrees_with_the_reference(page_size):
     assert errors[0] / errors[1] == pytest.approx(1, abs=0.1)
 
 
+@pytest.mark.slow
 def test_demo_without_a_gpu_in_a_process_of_its_own():
     done = run_module("demo", "--kernels", "0")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -491,6 +496,7 @@ def test_demo_shapes_are_deepseek_v3s():
     assert {case.page_size for case in showing.GPU_CASES} == {1, 64}
 
 
+@pytest.mark.slow
 def test_watchdog_ends_a_process_that_hangs():
     code = (
         "import time\nfrom mla_cute.cli.watchdog import Watchdog\n"

@@ -38,6 +38,7 @@ def project(tmp_path):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plugins", [(), ("-p", "no:timeout")], ids=["with pytest-timeout", "without"])
 def test_hanging_gpu_test_ends_the_run_with_its_stack(project, plugins):
     with project.conftest.open("a") as file:
@@ -49,6 +50,7 @@ def test_hanging_gpu_test_ends_the_run_with_its_stack(project, plugins):
     assert "in test_hangs" in err
 
 
+@pytest.mark.slow
 def test_gpu_tests_are_skipped_with_the_reason(project):
     with project.conftest.open("a") as file:
         file.write("\n_why_no_gpu = lambda: 'no CUDA device'\n")

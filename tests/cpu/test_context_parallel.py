@@ -28,6 +28,7 @@ def free_port():
         return s.getsockname()[1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed")
 def test_three_ranks_get_the_unsharded_answer():
     done = subprocess.run(

@@ -92,6 +92,7 @@ def checkout(tmp_path):
     return tree
 
 
+@pytest.mark.slow
 def test_same(checkout, monkeypatch):
     """A rename changes no code, another constant does."""
     monkeypatch.setattr(dev, "__file__", str(checkout / "mla_cute" / "dev.py"))

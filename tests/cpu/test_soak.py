@@ -209,6 +209,7 @@ def test_a_run_gives_up_after_ten_failures(monkeypatch):
     assert "10 cases" in said[-1]
 
 
+@pytest.mark.slow
 def test_the_module_needs_neither_typer_nor_rich(tmp_path):
     for name in ("typer", "rich"):
         (tmp_path / f"{name}.py").write_text("raise ModuleNotFoundError('gone')\n")

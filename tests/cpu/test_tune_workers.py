@@ -14,6 +14,8 @@ from mla_cute.tuning import device, workers
 from mla_cute.tuning.search import CandidateError, ShapeError, StartError, tune_shape
 from mla_cute.tuning.workers import ChildMeasurer, compile_variants
 
+pytestmark = pytest.mark.slow  # every test starts processes
+
 DEFAULT = KernelConfig()
 
 

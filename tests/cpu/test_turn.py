@@ -14,6 +14,8 @@ from mla_cute import _turn, _warmup, jit, warmup
 from mla_cute.tuning.workers import compile_variants
 from toy_keys import TOY, ToyConfig, ToyKey
 
+pytestmark = pytest.mark.slow  # every test starts processes
+
 VARIANT = (TOY, ToyKey(), ToyConfig())
 
 

@@ -33,6 +33,7 @@ def initialised(monkeypatch):
 VARIANTS = [(TOY, ToyKey(), ToyConfig(num_threads=n)) for n in (32, 64, 128)]
 
 
+@pytest.mark.slow
 def test_warmup_compiles_in_workers_and_loads_here(cache, initialised):
     reports = []
     warmed = warmup(
@@ -52,6 +53,7 @@ def test_warmup_compiles_in_workers_and_loads_here(cache, initialised):
     assert jit.counters() == {"compiled": 0, "loaded": 6}
 
 
+@pytest.mark.slow
 def test_warmup_prints_lines_without_a_terminal(cache, capsys):
     warmup(variants=VARIANTS[:1], num_workers=1)
     captured = capsys.readouterr()
@@ -59,6 +61,7 @@ def test_warmup_prints_lines_without_a_terminal(cache, capsys):
     assert captured.err.startswith("[1/1] toy ToyKey(dtype='float32') ToyConfig(num_threads=32, fail=''): ")
 
 
+@pytest.mark.slow
 def test_warmup_works_from_an_unguarded_script(cache, tmp_path):
     script = tmp_path / "server.py"
     warm = "print(len(mla_cute.warmup(variants=[(TOY, ToyKey(), ToyConfig())])))"
@@ -69,6 +72,7 @@ def test_warmup_works_from_an_unguarded_script(cache, tmp_path):
     assert (run.returncode, run.stdout) == (0, "1\n"), run.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fail", "message"), [("raise", "ValueError: toy kernel asked to fail"), ("exit", "ended with exit status 7")]
 )
@@ -95,6 +99,7 @@ def test_warmup_without_a_disk_compiles_here(cache, monkeypatch, tmp_path):
 # ------------------------------------------------------------------------------------------------ the driver
 
 
+@pytest.mark.slow
 def test_without_cuda_kernels_stay_on_disk_for_the_first_call(cache):
     assert not torch.cuda.is_initialized()
     warmed = warmup(variants=VARIANTS[:1], progress=False)
@@ -144,6 +149,7 @@ print(json.dumps({"status": status, "no_pdl": no_pdl, "imported": imported, "cou
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_warms_up_can_fork(cache, tmp_path):
     write(tmp_path / "tuned" / FILE, entry(KernelConfig(use_pdl=False)))
     script = tmp_path / "gpus.py"

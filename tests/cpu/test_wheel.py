@@ -67,6 +67,7 @@ def test_every_file_of_the_package_is_inside(wheel):
     assert not [name for name in held if name.startswith(("tests", "examples", "tune/"))]
 
 
+@pytest.mark.slow
 def test_it_runs_where_it_is_unpacked(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
