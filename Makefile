@@ -1,5 +1,6 @@
 # make demo      check and time decode on this GPU (without one: the reference, and the kernels compiled)
 # make test      lint, types, CPU tests, and the GPU tests where there is a Hopper GPU
+# make quick     lint, types, and the CPU tests but for the compiles and other slow ones: under two minutes
 # make bench     the benchmark grid, with a JSON record
 # make docs      the documentation as a site, in site/; needs neither torch nor a GPU
 #
@@ -14,13 +15,14 @@ JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 8 ] && n=8; echo $$
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
+# What is imported is compiled then. Compiling all of torch and its like at once takes 40 s.
+INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check install --no-compile
 TORCH_STAMP := $(VENV)/.torch-$(shell printf %s '$(TORCH)' | tr -c 'A-Za-z0-9.' _)
 DEMO_STAMP := $(VENV)/.installed-demo
 DEV_STAMP := $(VENV)/.installed-dev
 DOCS_STAMP := $(VENV)/.installed-docs
 
-.PHONY: demo test lint format bench docs clean
+.PHONY: demo test quick lint format bench docs clean
 .DELETE_ON_ERROR:
 
 demo: $(DEMO_STAMP)
@@ -32,6 +34,9 @@ bench: $(DEMO_STAMP)
 test: lint
 	@if ls tests/gpu/test_*.py >/dev/null 2>&1; then $(BIN)/pytest tests/gpu; fi
 	$(BIN)/pytest tests/cpu -n $(JOBS) --dist worksteal
+
+quick: lint
+	$(BIN)/pytest tests/cpu -n $(JOBS) --dist worksteal -m "not compiles and not slow"
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .
@@ -59,18 +64,18 @@ $(BIN)/python:
 
 $(TORCH_STAMP): | $(BIN)/python
 	@echo "installing $(TORCH) into $(VENV) (a CUDA build is a download of some GB)"
-	@$(PIP) install '$(TORCH)'
+	@$(INSTALL) '$(TORCH)'
 	@rm -f $(VENV)/.torch-*
 	@touch $@
 
 $(DEMO_STAMP): pyproject.toml $(TORCH_STAMP)
 	@echo "installing mla-cute into $(VENV)"
-	@$(PIP) install --editable '.[cli,bench]'
+	@$(INSTALL) --editable '.[cli,bench]'
 	@touch $@
 
 $(DEV_STAMP): pyproject.toml $(TORCH_STAMP)
 	@echo "installing mla-cute and the development tools into $(VENV)"
-	@$(PIP) install --editable '.[dev]'
+	@$(INSTALL) --editable '.[dev]'
 	@touch $@ $(DEMO_STAMP)
 
 # Older releases of pip know no dependency groups.

@@ -19,6 +19,10 @@ def pytest_configure(config):
     cache = getattr(config, "cache", None)
     directory = cache.mkdir("kernels") if cache else pathlib.Path(tempfile.mkdtemp(prefix="mla_cute_test_kernels_"))
     os.environ.setdefault("MLA_CUTE_CACHE_DIR", str(directory))
+    # torch takes every core in every worker, and its threads spin while they wait for each other: with two workers on
+    # two cores the FP8 references took three times the CPU time. Inherited by workers and by processes of tests.
+    workers = config.getoption("numprocesses", None) or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // workers)))
     # Output capture is suspended here, so this is the terminal; the watchdog writes to it while tests are captured.
     config.stash[_stderr_fd] = os.dup(2)
     if not config.pluginmanager.hasplugin("timeout"):

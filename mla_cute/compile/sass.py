@@ -130,6 +130,12 @@ def disassemble(cubin: bytes) -> str:
     nvdisasm = find_nvdisasm()
     if nvdisasm is None:
         raise FileNotFoundError("nvdisasm not found: put a CUDA toolkit on PATH or install nvidia-cuda-nvdisasm")
+    return _disassemble(nvdisasm, cubin)
+
+
+# nvdisasm takes 0.5 s however small the cubin is, and whoever wants a variant's opcodes asks for its facts as well.
+@functools.lru_cache(maxsize=4)
+def _disassemble(nvdisasm: str, cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

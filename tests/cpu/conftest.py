@@ -1,6 +1,7 @@
-"""Fixtures of several CPU test files."""
+"""Fixtures of several CPU test files, and their order."""
 
 import pytest
+import run_order
 
 
 @pytest.fixture
@@ -8,3 +9,8 @@ def small_rotation(monkeypatch):
     from bench_case import shrink_rotation
 
     shrink_rotation(monkeypatch)
+
+
+def pytest_collection_modifyitems(config, items):
+    if workers := getattr(config, "workerinput", {}).get("workercount"):
+        items[:] = run_order.dealt(items, workers)

@@ -9,6 +9,7 @@ import textwrap
 
 import pytest
 import torch
+from limits import PROCESS_S
 
 from mla_cute.compile import jit, turn
 
@@ -57,6 +58,6 @@ def start_process(script, *path, **env):
 
 
 def result_of(process):
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=PROCESS_S)
     assert process.returncode == 0, err
     return json.loads(out.splitlines()[-1])

@@ -44,6 +44,7 @@ def test_exports():
     assert re.fullmatch(r"\d+\.\d+\.\d+((a|b|rc|\.dev)\d+)?", mla_cute.__version__)
 
 
+@pytest.mark.slow
 def test_import_leaves_the_dsl_alone():
     watched = ("cutlass", "tvm_ffi", "rich", "typer", "matplotlib")
     code = f"import sys, mla_cute; print([m for m in {watched} if m in sys.modules])"

@@ -190,6 +190,7 @@ def test_the_commands_refuse_a_damaged_record_with_status_2(record, spoil, tmp_p
     assert not (tmp_path / "report").exists()
 
 
+@pytest.mark.slow
 def test_a_report_that_cannot_be_written_is_a_usage_error(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason='pictures need matplotlib, pip install "mla_cute[bench]"')
     (tmp_path / "file").write_text("mine")

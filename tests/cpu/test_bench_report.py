@@ -178,6 +178,7 @@ def test_a_record_without_the_field_longest_compares_with_one_that_has_it(bf16):
 # --- pictures
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [BF16, FP8, PREFILL], ids=lambda path: path.stem)
 def test_text_of_a_cell_stays_inside_it(path, matplotlib):
     rows = report.load(path)["rows"]
@@ -265,6 +266,7 @@ def test_text_is_escaped():
     assert text.startswith("# t\\_x\n")
 
 
+@pytest.mark.slow
 def test_page_holds_everything_and_needs_nothing(bf16, tmp_path, matplotlib):
     bf16["rows"][3]["error"] = "RuntimeError: out of <memory> & luck"
     bf16["rows"][4]["check"] |= {"ok": False}
@@ -297,6 +299,7 @@ def test_page_holds_everything_and_needs_nothing(bf16, tmp_path, matplotlib):
     assert any(cell.startswith(f"WRONG  {case_of(bf16['rows'][4]).label}") for cell in found.cells)
 
 
+@pytest.mark.slow
 def test_several_records_are_parts_with_pictures_of_their_own(tmp_path, matplotlib):
     request = publish.Request.of(tmp_path, [BF16, PREFILL], None, [])
     assert request.write() == f"report: {tmp_path / 'report.html'} (8 more files beside it)"
@@ -307,6 +310,7 @@ def test_several_records_are_parts_with_pictures_of_their_own(tmp_path, matplotl
     assert not (tmp_path / "2_share_page64_bf16.png").exists()
 
 
+@pytest.mark.slow
 def test_a_baseline_of_another_gpu_is_warned_of(bf16, tmp_path, matplotlib):
     baseline = report.load(BF16)
     baseline["gpu"]["name"] = "NVIDIA H100 80GB HBM3"
@@ -351,6 +355,7 @@ def test_command_reports_a_run(tmp_path, monkeypatch, matplotlib, capsys):
     assert "1 shapes timed and checked against float32, 1 failed or wrong." in found.cells
 
 
+@pytest.mark.slow
 def test_both_commands_report_records(tmp_path, matplotlib, capsys):
     options = ["--report", str(tmp_path / "a"), "--record", str(PREFILL), "--baseline", str(BF16)]
     assert command.main(options) == 0
@@ -391,7 +396,7 @@ def test_options_that_do_not_go_together(arguments, message, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_matplotlib_nothing_is_timed(tmp_path, monkeypatch, capsys):
+def test_without_matplotlib_nothing_is_timed(tmp_path, monkeypatch, capsys, small_rotation):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setattr(command, "run", lambda *args, **options: pytest.fail("it ran"))
     with pytest.raises(SystemExit) as stopped:

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from bench_case import CEILINGS, H200, SMALL, FakeLibrary, FakeTimer, bench, shrink_rotation, wrong_page
+from limits import PROCESS_S
 from typer.testing import CliRunner
 
 import mla_cute.cli
@@ -46,10 +47,11 @@ def run_module(*arguments, **environment):
         capture_output=True,
         text=True,
         check=False,
-        timeout=240,
+        timeout=PROCESS_S,
     )
 
 
+@pytest.mark.slow
 def test_help_lists_the_commands():
     done = run_module("--help")
     assert done.returncode == 0, done.stderr
@@ -74,6 +76,7 @@ def test_the_script_of_the_package_is_this_command():
     assert callable(mla_cute.cli.main)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", ["typer", "rich"])
 def test_without_typer_or_rich_one_line_says_what_to_install(missing, tmp_path):
     (tmp_path / f"{missing}.py").write_text(f"raise ModuleNotFoundError('gone', name={missing!r})\n")
@@ -83,13 +86,14 @@ def test_without_typer_or_rich_one_line_says_what_to_install(missing, tmp_path):
     assert done.stdout == ""
 
 
+@pytest.mark.slow
 def test_importing_the_library_needs_neither_typer_nor_rich_nor_cutlass():
     code = (
         "import mla_cute, mla_cute.bench.__main__, sys; print(sorted({'typer', 'rich', 'cutlass'} & set(sys.modules)))"
     )
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False, timeout=PROCESS_S
     )
     assert done.stdout == "[]\n", done.stderr
 
@@ -140,6 +144,7 @@ def test_info_with_a_gpu(monkeypatch):
     assert "kernels run here" in result.output
 
 
+@pytest.mark.slow
 def test_check_quick_in_a_process_of_its_own():
     done = run_module("check", "--quick", "--seed", "3")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -316,6 +321,7 @@ def test_the_independent_computation_agrees_with_the_reference(page_size):
     assert errors[0] / errors[1] == pytest.approx(1, abs=0.1)
 
 
+@pytest.mark.slow
 def test_demo_without_a_gpu_in_a_process_of_its_own():
     done = run_module("demo", "--kernels", "0")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -491,14 +497,15 @@ def test_demo_shapes_are_deepseek_v3s():
     assert {case.page_size for case in showing.GPU_CASES} == {1, 64}
 
 
+@pytest.mark.slow
 def test_watchdog_ends_a_process_that_hangs():
     code = (
         "import time\nfrom mla_cute.cli.watchdog import Watchdog\n"
-        "with Watchdog(0.2, enabled=True) as dog:\n    dog.feed('case 7')\n    time.sleep(60)\n"
+        "with Watchdog(0.2, enabled=True) as dog:\n    dog.feed('case 7')\n    time.sleep(10 * 600)\n"
     )
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False, timeout=50
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False, timeout=PROCESS_S
     )
     assert done.returncode == 3
     assert done.stderr == "mla-cute: case 7 did not finish within 0.2 s; the GPU hangs\n"

@@ -301,6 +301,7 @@ def test_tune(width, monkeypatch):
     assert "prefill, tensor FP8, q 16 bit" in [line[0] for line in lines]
 
 
+@pytest.mark.slow
 def test_lines_of_tune_stand_above_the_bar():
     """In a terminal of their own: what another console prints begins on the line of the bar."""
     command = [sys.executable, "-m", "mla_cute", "tune", "report", str(TUNED)]

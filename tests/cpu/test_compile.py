@@ -40,6 +40,15 @@ def _covers(variant) -> bool:
     return key.box_rows == 64 or key.q_fp8 == (key.box_rows in (32, 0))
 
 
+# Seconds of a core that a variant takes to compile, where more than 1; tests/cpu/run_order.py goes by it.
+COST_S = {
+    registry.DECODE_FP8: 14,
+    registry.PREFILL_FP8: 14,
+    registry.DECODE: 7,
+    registry.PREFILL: 7,
+    registry.DECODE_FEW_FP8: 3,
+    registry.DECODE_FEW: 2.5,
+}
 COVERED_FP8 = [v for v in FP8_STEPS if _covers(v)]
 # Accuracy "native" is other code in row tiles, where the format does not ask for parts of the depth.
 NATIVE_FP8 = [
@@ -73,9 +82,18 @@ def name(variant):
     return "-".join([kernel.name, *(str(value) for value in vars(key).values()), *native, *changed])
 
 
+def of_variants(variants):
+    """A test of each variant, with what tests/cpu/conftest.py orders it by: those of a kernel and key go together."""
+    return pytest.mark.parametrize(
+        "variant",
+        [pytest.param(v, marks=pytest.mark.compiles(v[:2], COST_S.get(v[0], 1)), id=name(v)) for v in variants],
+    )
+
+
 @functools.cache
 def compiled(variant):
-    """(facts, opcode counts); the disk cache of the test session makes this a compile only once for all workers."""
+    """(facts, opcode counts). The tests of a variant run one after the other in one worker, so each is compiled and
+    disassembled once and no worker waits for another's; what else compiles it finds it in the session's disk cache."""
     counts = sum(map(sass.opcode_counts, jit.cubins(*variant)), start=collections.Counter())
     return jit.compile_info(*variant), counts
 
@@ -99,7 +117,7 @@ def test_registry_is_complete():
     assert len({repr(v) for v in VARIANTS}) == len(VARIANTS), "keys with equal repr would share a cache entry"
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, *APPENDS, *MERGES, *COVERED_FP8, *NATIVE_FP8, *SHIPPED], ids=name)
+@of_variants([*VARIANTS, *APPENDS, *MERGES, *COVERED_FP8, *NATIVE_FP8, *SHIPPED])
 def test_resources(variant, caplog):
     facts, opcodes = compiled(variant)
     assert facts["spill_bytes"] == 0
@@ -113,7 +131,7 @@ def test_resources(variant, caplog):
     assert not caplog.records, "the fast loader does not know this object"
 
 
-@pytest.mark.parametrize("variant", STEPS, ids=name)
+@of_variants(STEPS)
 def test_step_instructions(variant):
     _, opcodes = compiled(variant)
     key = variant[1]
@@ -135,7 +153,7 @@ def test_step_instructions(variant):
         assert mnemonics["UTMALDG"] >= 64 // key.box_rows
 
 
-@pytest.mark.parametrize("variant", TILE16_STEPS, ids=name)
+@of_variants(TILE16_STEPS)
 def test_tile16_instructions(variant):
     """All on mma.sync; nothing is converted, and every K fragment is read once."""
     _, opcodes = compiled(variant)
@@ -160,7 +178,7 @@ def test_fp8_registry_is_complete():
     assert len(COVERED_FP8) == 2 * 3 * (2 + 4 + 1) + 3 * 3
 
 
-@pytest.mark.parametrize("variant", COVERED_FP8, ids=name)
+@of_variants(COVERED_FP8)
 def test_fp8_step_instructions(variant):
     """Row tiles: e4m3 QK and float16 PV on wgmma; few rows: all on mma.sync, and no padding of rows."""
     kernel, key, _ = variant
@@ -178,7 +196,7 @@ def test_fp8_step_instructions(variant):
     assert (mnemonics["UTMALDG"] == 0) == (key.box_rows == 0)
 
 
-@pytest.mark.parametrize("variant", NATIVE_FP8, ids=name)
+@of_variants(NATIVE_FP8)
 def test_high_accuracy_sums_the_depth_in_parts(variant):
     """A wait and a float32 addition for each part, of the same products."""
     kernel, key, _ = variant
@@ -192,7 +210,7 @@ def test_high_accuracy_sums_the_depth_in_parts(variant):
     assert added[1] > added[0]
 
 
-@pytest.mark.parametrize("variant", PLANNERS, ids=name)
+@of_variants(PLANNERS)
 def test_planner_uses_no_tensor_core(variant):
     _, opcodes = compiled(variant)
     mnemonics = sass.instruction_counts_of(opcodes)
@@ -210,7 +228,7 @@ def test_append_is_complete():
         registry.append_variants(kv_formats=["block"])
 
 
-@pytest.mark.parametrize("variant", APPENDS, ids=name)
+@of_variants(APPENDS)
 def test_append_instructions(variant):
     facts, opcodes = compiled(variant)
     key = variant[1]
@@ -243,7 +261,7 @@ def test_merge_states_is_complete():
         registry.merge_states_variants(["float64"])
 
 
-@pytest.mark.parametrize("variant", MERGES, ids=name)
+@of_variants(MERGES)
 def test_merge_states_instructions(variant):
     facts, opcodes = compiled(variant)
     assert facts["registers"] <= 32, "fewer than 64 warps would fit an SM"

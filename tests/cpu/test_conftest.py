@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from limits import PROCESS_S
 
 CONFTEST = pathlib.Path(__file__).parent.parent / "conftest.py"
 
@@ -22,19 +23,22 @@ def project(tmp_path):
         "@pytest.mark.timeout(1)\n"
         "def test_hangs():\n"
         "    print('captured')\n"
-        "    time.sleep(60)\n"
+        "    time.sleep(6000)\n"
     )
 
     def run(*arguments):
         env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
         command = [sys.executable, "-m", "pytest", "-v", *arguments]
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100, check=False)
+        done = subprocess.run(
+            command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=PROCESS_S, check=False
+        )
         return done.returncode, done.stdout, done.stderr
 
     run.conftest = tmp_path / "conftest.py"
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plugins", [(), ("-p", "no:timeout")], ids=["with pytest-timeout", "without"])
 def test_hanging_gpu_test_ends_the_run_with_its_stack(project, plugins):
     with project.conftest.open("a") as file:
@@ -46,6 +50,7 @@ def test_hanging_gpu_test_ends_the_run_with_its_stack(project, plugins):
     assert "in test_hangs" in err
 
 
+@pytest.mark.slow
 def test_gpu_tests_are_skipped_with_the_reason(project):
     with project.conftest.open("a") as file:
         file.write("\n_why_no_gpu = lambda: 'no CUDA device'\n")

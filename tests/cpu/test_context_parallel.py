@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from limits import PROCESS_S
 
 EXAMPLE = pathlib.Path(__file__).resolve().parents[2] / "examples" / "context_parallel.py"
 
@@ -27,11 +28,12 @@ def free_port():
         return s.getsockname()[1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed")
 def test_three_ranks_get_the_unsharded_answer():
     done = subprocess.run(
         [sys.executable, EXAMPLE, "--ranks", "3", "--port", str(free_port())],
-        capture_output=True, text=True, check=False, timeout=200, cwd=EXAMPLE.parents[1],
+        capture_output=True, text=True, check=False, timeout=PROCESS_S, cwd=EXAMPLE.parents[1],
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     *lines, verdict = done.stdout.splitlines()

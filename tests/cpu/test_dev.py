@@ -53,7 +53,9 @@ def test_code(tmp_path):
     assert shown.exit_code == 0, shown.output
     assert NAME in shown.output
     assert "STG.E.128" in (tmp_path / "out" / f"{NAME}.sass").read_text()
+    before = sass._disassemble.cache_info().misses
     found = dev.code(NAME)
+    assert sass._disassemble.cache_info().misses == before, "what has been shown was disassembled again"
     assert found.facts["spill_bytes"] == 0
     assert found.opcodes.total() == found.facts["instructions"]["total"] > 100
 
@@ -93,6 +95,7 @@ def checkout(tmp_path):
     return tree
 
 
+@pytest.mark.slow
 def test_same(checkout, monkeypatch):
     """A rename changes no code, another constant does."""
     monkeypatch.setattr(dev, "__file__", str(checkout / "mla_cute" / "dev.py"))

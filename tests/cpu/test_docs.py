@@ -110,6 +110,7 @@ def test_cuda_graphs_runs(monkeypatch):
         assert alone.numel() == len(wanted)
 
 
+@pytest.mark.slow
 def test_engines_runs(monkeypatch):
     names = run("engines", monkeypatch)
     assert names["out"].shape == (3, 16, 512)

@@ -57,6 +57,7 @@ def test_class_and_reference_share_an_entry(cache):
     assert jit.counters() == {"compiled": 1, "loaded": 0}
 
 
+@pytest.mark.slow
 def test_fresh_process_loads_from_disk_without_cutlass(cache):
     jit.get(TOY, ToyKey(), ToyConfig())
     (sidecar,) = cache.glob("*.json")
@@ -65,6 +66,7 @@ def test_fresh_process_loads_from_disk_without_cutlass(cache):
     assert sidecar.stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_warm_start_is_fast(cache):
     jit.get(TOY, ToyKey(), ToyConfig())
     script = """
@@ -80,6 +82,7 @@ def test_warm_start_is_fast(cache):
     assert best < 0.5, f"import and first kernel from disk take {best:.3f} s beyond importing torch"
 
 
+@pytest.mark.slow
 def test_many_processes_compile_once(cache, tmp_path):
     gate = tmp_path / "gate"
     script = f"""
@@ -161,6 +164,7 @@ def test_damaged_entry_is_compiled_again(cache, damage):
         assert not caught
 
 
+@pytest.mark.slow
 def test_changed_source_of_the_kernel_is_compiled_again(cache, tmp_path):
     source = (HERE / "toy_kernel.py").read_text()
     copy = tmp_path / "copy" / "toy_kernel.py"
@@ -203,6 +207,7 @@ def test_debug_settings_of_the_dsl_are_told_apart(monkeypatch):
     assert toolchain.environment.__wrapped__() != plain
 
 
+@pytest.mark.slow
 def test_compiles_for_hopper_whatever_the_environment_says(cache, monkeypatch):
     result = result_of(start_process(GET_TOY, CUTE_DSL_ARCH="sm_100a"))
     assert result["compiled"] == 1

@@ -97,6 +97,7 @@ def check_op(op, keywords):
     assert torch.library.opcheck(op, args, kwargs, test_utils=utils) == dict.fromkeys(utils, "SUCCESS")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["default", "out"])
 @pytest.mark.parametrize(
     ("entry", "kind"),
@@ -229,6 +230,7 @@ def compiled(function, compilations=1):
 BATCHES = ((9, 0, 1, 24, 30), (9, 17), (3,) * 9, (8, 1, 64, 0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("entry", "kind"),
     [*((entry, "bf16") for entry in ENTRIES), (ENTRIES[1], "fp8_tensor_q8"), (ENTRIES[2], "fp8_group656")],
@@ -247,6 +249,7 @@ def test_compiles_once_for_every_batch(entry, kind):
         assert all(map(same_bits, run(keywords), layer(keywords))), lengths
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [("out",), ("lse",), ("out", "lse")], ids="_".join)
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_compiled_calls_write_their_outputs(entry, given):
@@ -337,6 +340,7 @@ def test_export():
     assert all(map(same_bits, exported.module()(keywords), mla_cute.mla_paged_decode(**keywords)))
 
 
+@pytest.mark.slow
 def test_import_leaves_the_compiler_alone():
     code = "import sys, mla_cute, torch; torch.ops.mla_cute.mla_paged_decode.out; print('torch._dynamo' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

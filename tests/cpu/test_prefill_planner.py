@@ -159,6 +159,7 @@ def test_no_part_is_much_longer_than_the_mean(batch):
 REQUESTS = [(1, 100000), (4, 5000), (37, 8192), (300, 300), (50, 20), (1000, 131072)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("q_len", "kv_len"), REQUESTS)
 @pytest.mark.parametrize("num_heads", [16, 128])
 def test_invariant_cuts_depend_on_the_own_request_alone(q_len, kv_len, num_heads):

@@ -1,11 +1,11 @@
 """Prefill's bad arguments, plans and values: messages of argument, expectation and value, and outputs left alone."""
 
 import re
-import timeit
 
 import pytest
 import torch
 from call_case import check_prefill, check_prefill_block_table, prefill_problem
+from limits import seconds_of
 from prefill_case import SmallPrefill, make_prefill
 
 import mla_cute
@@ -164,7 +164,7 @@ def test_a_call_is_checked_in_microseconds():
     case = small()
     names = ("q_nope", "q_pe", "ckv_cache", "kpe_cache", "qo_indptr", "kv_indptr", "kv_indices")
     call = tuple(case.csr[name] for name in names)
-    seconds = min(timeit.repeat(lambda: check_prefill(*call, 0.1), number=2000, repeat=10)) / 2000
+    seconds = seconds_of(lambda: check_prefill(*call, 0.1))
     assert seconds < 12e-6, f"{seconds * 1e6:.1f} us; 3 us on an idle core"
 
 

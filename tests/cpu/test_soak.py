@@ -11,6 +11,7 @@ import textwrap
 import planner_model
 import pytest
 import torch
+from limits import PROCESS_S
 
 import mla_cute
 from mla_cute import gpu as gpu_facts
@@ -34,7 +35,7 @@ def no_gpu(monkeypatch):
 def run_module(module, *arguments, **environment):
     env = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""} | environment
     command = [sys.executable, "-m", module, *arguments]
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=200)
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=PROCESS_S)
 
 
 def small(kind, **change):
@@ -209,6 +210,7 @@ def test_a_run_gives_up_after_ten_failures(monkeypatch):
     assert "10 cases" in said[-1]
 
 
+@pytest.mark.slow
 def test_the_module_needs_neither_typer_nor_rich(tmp_path):
     for name in ("typer", "rich"):
         (tmp_path / f"{name}.py").write_text("raise ModuleNotFoundError('gone')\n")

@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+from limits import PROCESS_S
 
 from mla_cute.compile import jit, toolchain
 from mla_cute.kernels import registry
@@ -106,7 +107,7 @@ print(json.dumps(found))
 def test_nothing_that_kernels_import_is_missing():
     command = [sys.executable, "-c", REAL, str(PACKAGE), *MODULES]
     env = {**os.environ, "PYTHONPATH": str(ROOT / "tests" / "cpu")}
-    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, check=False)
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PROCESS_S, check=False)
     assert run.returncode == 0, run.stderr
     real = json.loads(run.stdout)
     for module in MODULES:

@@ -170,9 +170,9 @@ def test_cases_are_legal_and_verify():
 
 
 def test_a_case_of_20000_tokens_is_quick():
-    start = time.perf_counter()
+    start = time.process_time()  # a busy machine takes more of the clock
     make_case([20000, 0, 1], num_heads=16, page_size=1)
-    assert time.perf_counter() - start < 5.0, "0.2 s on two idle cores"
+    assert time.process_time() - start < 5.0, "0.2 s on two idle cores"
 
 
 def test_sweep_covers_what_it_says():

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+from limits import PROCESS_S
 from test_tune_session import faster, run, task
 from tune_case import DECODE, GPU, FakeMeasurer
 from typer.testing import CliRunner
@@ -169,6 +170,7 @@ def test_an_option_that_does_not_parse_is_named():
         assert f"{arguments[0]}: expected" in done.output
 
 
+@pytest.mark.slow
 def test_without_a_gpu_it_says_so(monkeypatch):
     """The real process, which finds none."""
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ""}
@@ -177,7 +179,7 @@ def test_without_a_gpu_it_says_so(monkeypatch):
         env=env,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=PROCESS_S,
         check=False,
     )
     assert done.returncode == 2, done.stderr
@@ -198,6 +200,7 @@ def test_a_dry_run_counts_and_starts_nothing(monkeypatch, capsys):
     assert ["decode,", "16-bit", "cache", "4"] in [row.split()[:4] for row in text.splitlines()]
 
 
+@pytest.mark.slow
 def test_the_script_needs_neither_typer_nor_rich(tmp_path):
     (tmp_path / "typer.py").write_text("raise ImportError('hidden')")
     (tmp_path / "rich.py").write_text("raise ImportError('hidden')")
@@ -208,7 +211,7 @@ def test_the_script_needs_neither_typer_nor_rich(tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=PROCESS_S,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -68,6 +68,7 @@ def test_equal_signatures_of_decode_are_equal_plans(when, a, b, kernel, num_sms)
         assert decode_plan(when, a, num_sms) == decode_plan(when, b, num_sms)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=100)
 @given(
     st.builds(

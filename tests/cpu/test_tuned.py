@@ -10,6 +10,7 @@ import re
 
 import pytest
 import torch
+from limits import PROCESS_S
 from tuned_case import FILE, META, NAME, SMS, Folders, entry, tuned_file, values_of, when, write
 
 import mla_cute
@@ -254,7 +255,7 @@ def test_writers_do_not_lose_each_others_entries(tmp_path):
     for process in writers:
         process.start()
     for process in writers:
-        process.join(120)
+        process.join(PROCESS_S)
     assert [process.exitcode for process in writers] == [0, 0, 0, 0]
     assert [at.when.batch for at in select.load(path).entries] == list(range(1, 81))
 

@@ -198,6 +198,7 @@ def in_reach(call: When, at: Entry) -> bool:
     return same[0] == same[1] and all(max(pair) <= 4 * min(pair) for pair in pairs)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(entry_lists(), whens(SIZES | st.none()), st.randoms(use_true_random=False))
 def test_the_nearest_entry(entries, call, random):

@@ -266,6 +266,7 @@ if child:
 """
 
 
+@pytest.mark.slow
 def test_servers_write_one_file(tmp_path, monkeypatch):
     path = tmp_path / "shapes.jsonl"
     monkeypatch.setenv("MLA_CUTE_LOG_SHAPES", str(path))

@@ -8,12 +8,15 @@ import time
 import filelock
 import pytest
 from jit_case import HERE, ROOT, assert_works, forget_everything, result_of, start_process
+from limits import PROCESS_S
 
 from mla_cute import warmup
 from mla_cute.compile import jit, turn
 from mla_cute.compile import warmup as warmup_module
 from mla_cute.tuning.workers import compile_variants
 from toy_keys import TOY, ToyConfig, ToyKey
+
+pytestmark = pytest.mark.slow  # every test starts processes
 
 VARIANT = (TOY, ToyKey(), ToyConfig())
 
@@ -68,7 +71,7 @@ def test_ranks_that_warm_up_at_once_compile_in_turns(tmp_path, cache, number, di
     print(json.dumps([w.cached for w in warmed]))
     """
     processes = run_at_once(script, tmp_path / "gate", number, SLOW_TOY_LOG=str(log))
-    printed = [process.communicate(timeout=200) for process in processes]
+    printed = [process.communicate(timeout=PROCESS_S) for process in processes]
     assert all(process.returncode == 0 for process in processes), printed
     lines = [line.split() for line in log.read_text().splitlines()]
     assert most_at_once(lines) <= 2  # of one process
@@ -115,7 +118,7 @@ def test_a_holder_that_dies_blocks_nobody(tmp_path, monkeypatch):
         assert not turn._acquire(filelock.FileLock(str(path)))
     assert waited == [False]
     assert time.monotonic() - start < 30
-    holder.communicate(timeout=10)
+    holder.communicate(timeout=PROCESS_S)
     with turn.turn(no_wait, lambda: True):
         pass
 

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from jit_case import HERE, ROOT, assert_works, forget, forget_everything, result_of, start_process
+from limits import PROCESS_S
 from tuned_case import FILE, NAME, SMS, entry, write
 
 import mla_cute
@@ -34,6 +35,7 @@ def initialised(monkeypatch):
 VARIANTS = [(TOY, ToyKey(), ToyConfig(num_threads=n)) for n in (32, 64, 128)]
 
 
+@pytest.mark.slow
 def test_warmup_compiles_in_workers_and_loads_here(cache, initialised):
     reports = []
     warmed = warmup(
@@ -53,6 +55,7 @@ def test_warmup_compiles_in_workers_and_loads_here(cache, initialised):
     assert jit.counters() == {"compiled": 0, "loaded": 6}
 
 
+@pytest.mark.slow
 def test_warmup_prints_lines_without_a_terminal(cache, capsys):
     warmup(variants=VARIANTS[:1], num_workers=1)
     captured = capsys.readouterr()
@@ -60,16 +63,18 @@ def test_warmup_prints_lines_without_a_terminal(cache, capsys):
     assert captured.err.startswith("[1/1] toy ToyKey(dtype='float32') ToyConfig(num_threads=32, fail=''): ")
 
 
+@pytest.mark.slow
 def test_warmup_works_from_an_unguarded_script(cache, tmp_path):
     script = tmp_path / "server.py"
     warm = "print(len(mla_cute.warmup(variants=[(TOY, ToyKey(), ToyConfig())])))"
     script.write_text(f"import mla_cute\nfrom toy_keys import *\n{warm}\n")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(HERE)))}
     command = [sys.executable, str(script)]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PROCESS_S, check=False)
     assert (run.returncode, run.stdout) == (0, "1\n"), run.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fail", "message"), [("raise", "ValueError: toy kernel asked to fail"), ("exit", "ended with exit status 7")]
 )
@@ -96,6 +101,7 @@ def test_warmup_without_a_disk_compiles_here(cache, monkeypatch, tmp_path):
 # ------------------------------------------------------------------------------------------------ the driver
 
 
+@pytest.mark.slow
 def test_without_cuda_kernels_stay_on_disk_for_the_first_call(cache):
     assert not torch.cuda.is_initialized()
     warmed = warmup(variants=VARIANTS[:1], progress=False)
@@ -145,6 +151,7 @@ print(json.dumps({"status": status, "no_pdl": no_pdl, "imported": imported, "cou
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_warms_up_can_fork(cache, tmp_path):
     write(tmp_path / "tuned" / FILE, entry(KernelConfig(use_pdl=False)))
     script = tmp_path / "gpus.py"
@@ -174,7 +181,7 @@ def test_the_gpus_are_asked_for_in_a_process_of_their_own(monkeypatch, tmp_path,
 
 def test_the_script_runs_here():
     command = [sys.executable, "-I", "-S", _visible_gpus.__file__]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=PROCESS_S, check=False)
     assert run.returncode == 0 or "CUDA error" in run.stderr
     assert isinstance(json.loads(run.stdout or "[]"), list)
 

@@ -9,6 +9,7 @@ import sys
 import zipfile
 
 import pytest
+from limits import PROCESS_S
 
 import mla_cute
 
@@ -47,7 +48,7 @@ def wheel(tmp_path_factory):
     out = tmp_path_factory.mktemp("wheel")
     done = subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, source],
-        capture_output=True, text=True, check=False, timeout=120,
+        capture_output=True, text=True, check=False, timeout=PROCESS_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = out.glob("mla_cute-*.whl")
@@ -72,6 +73,7 @@ def test_its_version_is_the_packages(wheel):
     assert wheel.name.split("-")[1] == mla_cute.__version__
 
 
+@pytest.mark.slow
 def test_it_runs_where_it_is_unpacked(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -80,7 +82,7 @@ def test_it_runs_where_it_is_unpacked(wheel, tmp_path):
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     done = subprocess.run(
         [sys.executable, "-c", CODE, str(tmp_path)],
-        capture_output=True, text=True, check=False, timeout=60, cwd=tmp_path, env=environment,
+        capture_output=True, text=True, check=False, timeout=PROCESS_S, cwd=tmp_path, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
 
