@@ -21,6 +21,8 @@ HEAD_DIM_CKV, HEAD_DIM_KPE = 512, 64
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 # Bytes of a cached token per format (quant.py has them), its scales included; "" is a 16-bit cache.
 TOKEN_BYTES = {"": 1152, "tensor": 576, "token": 644, "group": 656}
+# Latent and rotary cache in buffers of their own, or both in one, a token's 576 values side by side.
+LAYOUTS = ("separate", "fused")
 
 # Best of the public kernels (FlashMLA, FlashInfer) per (H, B, L): bf16, page 64, CUDA-graph replays over cold caches,
 # all in one run on the GPU named. Their planning is left out.
@@ -75,8 +77,8 @@ class Shape(abc.ABC):
             raise ValueError(f"page_size: expected at least 1, got {self.page_size}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if self.layout not in ("separate", "fused"):
-            raise ValueError(f"layout: expected separate or fused, got {self.layout!r}")
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout: expected {' or '.join(LAYOUTS)}, got {self.layout!r}")
         if self.kv_format not in TOKEN_BYTES:
             raise ValueError(
                 f"kv_format: expected one of {', '.join(filter(None, TOKEN_BYTES))}, got {self.kv_format!r}"

@@ -33,7 +33,7 @@ from .._testing_fp8 import Fp8Case, Fp8Expected, expected_fp8, judge_fp8, make_f
 from .._testing_prefill import SPARE_QUERIES, make_prefill_case
 from .._testing_verdict import Expected, Verdict
 from ..config import KERNELS, KernelConfig
-from ..tuning.command import parse_budget
+from ..tuning.options import parse_budget
 from .check import independent
 from .watchdog import Watchdog, parse_seconds
 
