@@ -115,7 +115,7 @@ def run(options: Options, screen: Screen) -> int:
     with ChildMeasurer(device.maker(whens, options.dtype), options.timeout_s) as measurer:
         try:
             task = _task(options, whens, measurer.facts())
-            # What starting the process took is the budget's too.
+            # The time that starting the process took counts against the budget.
             task = dataclasses.replace(task, budget_s=task.budget_s - (time.monotonic() - begin))
             kept = session.open_store(task)
             for path in (task.out, task.measurements):
