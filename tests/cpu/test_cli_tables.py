@@ -410,6 +410,13 @@ def test_info_of_a_cache_that_is_a_file_or_cannot_be_read(tmp_path, monkeypatch)
     assert f"{tmp_path}: Permission denied" in done.text
 
 
+def test_options_of_bench_are_the_same_on_both_command_lines():
+    actions = command.parser()._actions
+    text = run(200, "bench", "--help").text
+    assert all(flag in text for action in actions for flag in action.option_strings)
+    assert bench_module.bench.__annotations__.keys() == {action.dest for action in actions} - {"help"}
+
+
 @pytest.mark.parametrize("width", [60, 80, 200])
 def test_help_of_bench_shows_that_compare_takes_two_records(width):
     text = run(width, "bench", "--help").text
