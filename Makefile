@@ -81,6 +81,6 @@ $(DEV_STAMP): pyproject.toml $(TORCH_STAMP)
 # Older releases of pip know no dependency groups.
 $(DOCS_STAMP): pyproject.toml | $(BIN)/python
 	@echo "installing what builds the documentation into $(VENV)"
-	@$(PIP) install --upgrade 'pip>=25.1'
-	@$(PIP) install --group docs
+	@$(INSTALL) --upgrade 'pip>=25.1'
+	@$(INSTALL) --group docs
 	@touch $@

@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 
-# Bytes between two reads of a page, a case's turnover: more than the first always, the second as far as so many slots
-# allow.
-# KV is loaded evict-first, and L2 (50 MB on an H100, 60 on an H200) may keep a part of an old pass over it: with one
-# slot of 4.8 GB a case measured 101.3 % of the read bandwidth.
+# A case is timed on several disjoint sets of pages, called slots. Its calls take the slots in turn, so that a call does
+# not find in L2 what an earlier one has read. One call moves `turnover` bytes, so the GPU moves `turnover` times the
+# number of slots between two reads of a page. That is always more than ROTATION_BYTES, and at least ROTATION_TARGET
+# where ROTATION_SLOTS slots are enough for it.
+# The target is far above the size of L2 (50 MB on an H100, 60 MB on an H200), since even so L2 may keep a part of an
+# earlier pass: the kernels load KV evict-first, that is, KV is what L2 gives up first to make room, new KV included. A
+# case that read one slot of 4.8 GB over and over measured 101.3 % of the read bandwidth.
 ROTATION_BYTES = 300_000_000
 ROTATION_TARGET = 8_000_000_000
 ROTATION_SLOTS = 64
@@ -21,6 +24,8 @@ HEAD_DIM_CKV, HEAD_DIM_KPE = 512, 64
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 # Bytes of a cached token per format (quant.py has them), its scales included; "" is a 16-bit cache.
 TOKEN_BYTES = {"": 1152, "tensor": 576, "token": 644, "group": 656}
+# Latent and rotary cache in buffers of their own, or both in one, a token's 576 values side by side.
+LAYOUTS = ("separate", "fused")
 
 # Best of the public kernels (FlashMLA, FlashInfer) per (H, B, L): bf16, page 64, CUDA-graph replays over cold caches,
 # all in one run on the GPU named. Their planning is left out.
@@ -75,8 +80,8 @@ class Shape(abc.ABC):
             raise ValueError(f"page_size: expected at least 1, got {self.page_size}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if self.layout not in ("separate", "fused"):
-            raise ValueError(f"layout: expected separate or fused, got {self.layout!r}")
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout: expected {' or '.join(LAYOUTS)}, got {self.layout!r}")
         if self.kv_format not in TOKEN_BYTES:
             raise ValueError(
                 f"kv_format: expected one of {', '.join(filter(None, TOKEN_BYTES))}, got {self.kv_format!r}"
@@ -103,7 +108,7 @@ class Shape(abc.ABC):
 
     @property
     def q_bytes(self) -> int:
-        """Of a row (query token, head)."""
+        """Bytes of q_nope and q_pe of one query row, a token and a head."""
         pe_fp8 = self.q_fp8 and self.rope_is_fp8
         return HEAD_DIM_CKV * (1 if self.q_fp8 else 2) + HEAD_DIM_KPE * (1 if pe_fp8 else 2)
 
@@ -147,13 +152,13 @@ class Case(Shape):
 
     num_heads: int
     batch: int
-    kv_len: int  # of a ragged batch the shortest
+    kv_len: int  # in a ragged batch, of the shortest request
     page_size: int = 64
     dtype: str = "bfloat16"
     layout: str = "separate"  # "fused": ckv and kpe are views of one [num_pages, page_size, 576] buffer, or of FP8 rows
-    kv_format: str = ""  # of an FP8 cache; dtype is then that of the output, and of what is 16-bit
+    kv_format: str = ""  # "": 16-bit; with an FP8 format, dtype is that of the output and of the parts that are 16-bit
     q_fp8: bool = False
-    longest: int = 0  # of a ragged batch; 0: uniform
+    longest: int = 0  # tokens of the longest request of a ragged batch; 0: every request has kv_len
 
     def __post_init__(self) -> None:
         self._check()
@@ -165,7 +170,7 @@ class Case(Shape):
 
     @property
     def requests(self) -> Sequence[tuple[int, int]]:
-        """Ragged: the middles of `batch` equal parts of the log-uniform distribution, in an order of chance."""
+        """Lengths of a ragged batch: the middles of `batch` equal parts of the log-uniform distribution, shuffled."""
         if not self.longest:
             return [(1, self.kv_len)] * self.batch
         ratio = self.longest / self.kv_len
@@ -175,7 +180,7 @@ class Case(Shape):
 
     @property
     def uniform(self) -> "Case":
-        """As many requests of equal length, with as many tokens to one per request."""
+        """The batch with as many requests, all of one length, and the same number of tokens up to rounding."""
         return dataclasses.replace(self, kv_len=round(self.visible_pairs / self.batch), longest=0)
 
     @property
@@ -200,13 +205,13 @@ class PrefillCase(Shape):
     groups: tuple[tuple[int, int, int], ...]
     page_size: int = 64
     dtype: str = "bfloat16"
-    layout: str = "separate"  # as of a decode case
+    layout: str = "separate"  # this and the next two as in Case
     causal: bool = True
     kv_format: str = ""
     q_fp8: bool = False
 
     def __post_init__(self) -> None:
-        # lists where the case comes out of a JSON record
+        # A case that comes out of a JSON record has lists here.
         object.__setattr__(self, "groups", tuple(tuple(group) for group in self.groups))
         self._check()
         if not self.groups or any(len(group) != 3 or min(group) < 1 for group in self.groups):
@@ -229,7 +234,8 @@ class PrefillCase(Shape):
 
     @property
     def turnover(self) -> int:
-        """Queries and outputs count: of a whole prompt of 4096 tokens and 128 heads they are 240 times its keys."""
+        """All that is moved. Queries and outputs are most of it: of a prompt of 4096 tokens and 128 heads 240 times the
+        bytes of its keys."""
         return self.bytes_moved
 
     @property
@@ -284,7 +290,7 @@ PREFILL_BARS = (
     Bar(PrefillCase(128, ((64, 2, 8192),)), "cublas", 0.84),
     Bar(PrefillCase(16, ((1, 512, 32768),)), "cublas", 0.70),
 )
-# Single tokens are what decode is for: the calls apart are a decode and a prefill.
+# Apart, the requests with a single query token are a decode call, the others a prefill call.
 MIXED_STEPS = tuple(
     Mixed(PrefillCase(h, ((64, 1, 8192), (1, 2048, 8192))), (Case(h, 64, 8192), PrefillCase(h, ((1, 2048, 8192),))))
     for h in PREFILL_HEADS

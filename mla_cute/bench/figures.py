@@ -13,7 +13,7 @@ from .runner import row_ok
 # the column is measured; what is left becomes bars.
 LEAST_CELLS = 4
 LEAST_COLUMN = 0.5
-MOST_BARS = 40  # of one picture
+MOST_BARS = 40  # in one picture
 
 
 class Scale(enum.Enum):
@@ -27,7 +27,7 @@ class Cell:
 
     value: float | None
     note: str
-    kind: str = ""  # of a share the ceiling it is of: "read" or "cuBLAS"
+    kind: str = ""  # the ceiling that `value` is a share of, "read" or "cuBLAS"; "" where it is no share
 
 
 Measure = Callable[[dict[str, Any]], Cell | None]  # None: the row has nothing of the kind
@@ -41,7 +41,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class HeatMaps:
-    """Of one page size and format, a panel per number of heads; all have the same batches and lengths."""
+    """The cells of one page size and format, a panel per number of heads; all have the same batches and lengths."""
 
     name: str
     title: str

@@ -11,12 +11,14 @@ from .. import quant
 from .cases import DTYPES, HEAD_DIM_CKV, HEAD_DIM_KPE, TOKEN_BYTES, Case, PrefillCase
 
 SM_SCALE = 192**-0.5  # DeepSeek-V3: 128 + 64 dimensions per head before absorption
-# The scale of e4m3 numbers in the pool and of e4m3 queries, both made from standard normal data: 448 is 7 units.
+# The scale of e4m3 numbers in the pool and of e4m3 queries. Both are made from standard normal data; the largest e4m3
+# number, 448, stands for 7.
 FP8_SCALE = 1 / 64
 
 
 def filling(case: Case | PrefillCase) -> tuple[str, ...]:
-    """What the pool has to be filled as for a case: as its parts lie, where those are of several types."""
+    """What the bytes of the pool depend on: the dtype, and with an FP8 cache where its parts lie, which are of several
+    types."""
     return (case.dtype,) if not case.kv_format else (case.dtype, case.kv_format, case.layout)
 
 
@@ -25,7 +27,7 @@ class KvPool:
     an FP8 format."""
 
     def __init__(self, num_tokens: int, device: torch.device, seed: int = 0):
-        """`num_tokens` of a 16-bit cache; 1.76 to 2 times as many of an FP8 one."""
+        """Room for `num_tokens` tokens of a 16-bit cache, and so for 1.76 to 2 times as many of an FP8 one."""
         self.num_tokens = num_tokens
         self._words = torch.empty(num_tokens * (HEAD_DIM_CKV + HEAD_DIM_KPE), dtype=torch.bfloat16, device=device)
         self._filled_as: tuple[str, ...] | None = None
@@ -62,7 +64,8 @@ class KvPool:
         num_scales = {"tensor": 0, "token": 1, "group": 4}[case.kv_format]
         data = self._words.view(torch.uint8)
         fused = case.layout == "fused"
-        # Where the parts begin; rows of 656 bytes have their scales between ckv and rope, and of 640 not in them.
+        # Where the parts of a row begin. Fused rows of the group format (656 bytes) have their scales between ckv and
+        # rope; those of the token format (640 bytes) have none, their scales lie behind all rows.
         with_scales = fused and case.kv_format == "group"
         scale_bytes = 4 * num_scales
         at_rope = HEAD_DIM_CKV + (scale_bytes if with_scales else 0)

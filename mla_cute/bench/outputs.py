@@ -21,7 +21,7 @@ def check_folder(path: pathlib.Path) -> None:
 def _check(path: pathlib.Path, folder: pathlib.Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Of a file system that is read-only, and for root, the permission bits say nothing.
+        # Only writing tells: permission bits do not show that a file system is read-only, and do not hold for root.
         with tempfile.TemporaryFile(dir=folder):
             pass
     except FileExistsError:

@@ -36,7 +36,7 @@ class Peer(ABC):
     """`calls(inputs)` gives one callable per rotation slot; each fills `outputs[slot]` with [total_q, H, 512]."""
 
     name: str
-    # The package, and then where another one has the same functions.
+    # Modules to try in turn: the package itself, then those of other packages that bundle it.
     modules: tuple[str, ...]
 
     def __init__(self) -> None:

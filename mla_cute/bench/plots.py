@@ -182,7 +182,7 @@ def _spread(found: list[float]) -> float:
 
 
 def _ratio_ticks(least: float, most: float) -> tuple[float, ...]:
-    """Fewer near 1 the wider the scale is."""
+    """The ticks of a scale of ratios; a wider scale has fewer of them near 1."""
     spread = max(1 / least, most)
     ticks = next(ticks for end, ticks in RATIO_TICKS if spread <= end)
     return tuple(tick for tick in ticks if least * 0.999 <= tick <= most * 1.001)

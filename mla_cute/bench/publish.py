@@ -35,11 +35,11 @@ HOST_CALLS = (("", "decode"), ("prefill_", "prefill"), ("fp8_", "decode, FP8 cac
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the record is set against."""
+    """What a record is compared with: a peer, published times or a baseline."""
 
-    name: str  # begins the names of its pictures
+    name: str  # the beginning of the file names of its pictures
     what: str
-    other: str  # whose the other times are
+    other: str  # "flash_mla's": whose times those of the record are compared with
     measure: Measure
 
 
@@ -48,7 +48,7 @@ class Request:
     """What the options of a command ask for."""
 
     folder: pathlib.Path
-    records: dict[str, dict[str, Any]]  # existing ones, by the name shown; none: of the run to come
+    records: dict[str, dict[str, Any]]  # by the name shown; empty where the report is of the run to come
     baseline: dict[str, Any] | None
 
     @classmethod

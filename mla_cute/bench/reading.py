@@ -118,7 +118,7 @@ def _or_null(inner: Check) -> Check:
 
 
 def _each(inner: Check) -> Check:
-    """Of a list's items."""
+    """The value is a list, and `inner` holds for each item."""
 
     def check_it(where: str, value: Any) -> None:
         _list(where, value)
@@ -129,7 +129,7 @@ def _each(inner: Check) -> Check:
 
 
 def _values(inner: Check) -> Check:
-    """Of an object's values, whatever their names."""
+    """The value is an object, and `inner` holds for each field, whatever its name."""
 
     def check_it(where: str, value: Any) -> None:
         _dict(where, value)
@@ -144,7 +144,7 @@ def _object(required: Mapping[str, Check], optional: Mapping[str, Check] | None 
 
 
 def _fields(where: str, value: Any, required: Mapping[str, Check], optional: Mapping[str, Check]) -> None:
-    """Of an object; `where` "" is the whole."""
+    """Check that `value` is an object with these fields; `where` "" is the whole record."""
     begin = f"{where}." if where else ""
     if not isinstance(value, dict):
         raise ValueError(f"{where + ': ' if where else ''}expected an object, got {_short(value)}")

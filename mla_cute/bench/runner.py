@@ -50,9 +50,9 @@ COMPUTE_BOUND_HEADS = 95  # decode: from here on the tensor cores are the limit 
 # 2^-9 / sqrt(3) (bf16) or 2^-12 / sqrt(3); a wrong page or a lost token is 1e-1 and more at the lengths timed here.
 REL_ERR_LIMIT = {"bfloat16": 8e-3, "float16": 1.5e-3}
 LSE_ERR_LIMIT = 5e-3
-# Of FP8 caches: against float32 on the dequantised cache. Beside the rounding above, e4m3 products leave 1e-3 of the
-# output and move a score by a few 1e-3, and a large one by E4M3_NOISE of itself: three times that of the lse, which no
-# score exceeds.
+# The same limits for FP8 caches, against float32 on the dequantised cache. Beside the rounding above, products in e4m3
+# change the output by 1e-3 of itself and a score by a few 1e-3, or by E4M3_NOISE of itself where that is more. No score
+# exceeds the lse, so an lse may also be off by three times E4M3_NOISE of itself.
 FP8_REL_ERR_LIMIT = {"bfloat16": 8e-3, "float16": 5e-3}
 FP8_LSE_ERR_LIMIT = 2e-2
 

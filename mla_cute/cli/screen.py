@@ -44,6 +44,22 @@ def say(text: str, style: str | None = None, on: Console | None = None) -> None:
     (on or console()).print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
+def print_line(text: str) -> None:
+    """A line of results: red where it says that something is wrong."""
+    wrong = text.lstrip().startswith(("FAILED", "WRONG", "MISSED", "INCOMPLETE"))
+    say(text, style="red" if wrong else None)
+
+
+def print_lines(lines: Sequence[str]) -> None:
+    for text in lines:
+        print_line(text)
+
+
+def print_prose(text: str) -> None:
+    """Folded at words."""
+    console().print(text, markup=False, highlight=False)
+
+
 def usage_error(message: object) -> NoReturn:
     """Say in one line on standard error what cannot be, and end with status 2."""
     say(f"mla-cute: {' '.join(str(message).split())}", style="red", on=console(stderr=True))

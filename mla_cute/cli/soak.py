@@ -33,7 +33,7 @@ from ..testing.fp8 import LAYOUTS as FP8_LAYOUTS
 from ..testing.fp8 import Fp8Case, Fp8Expected, expected_fp8, judge_fp8, make_fp8
 from ..testing.prefill import SPARE_QUERIES, make_prefill_case
 from ..testing.verdict import Expected, Verdict
-from ..tuning.command import parse_budget
+from ..tuning.options import parse_budget
 from .check import independent
 from .watchdog import Watchdog, parse_seconds
 

@@ -1,22 +1,18 @@
-"""`mla-cute tune` and `mla-cute tune report`: tuning's command with typer's options and rich's progress."""
+"""`mla-cute tune` and `mla-cute tune report`: tuning's command with its options read by typer, and rich's progress."""
 
-import argparse
 import contextlib
-import math
-import pathlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Any
 
 import typer
 from rich.console import Console
 from rich.progress import TextColumn
 
-from ..bench.__main__ import numbers
-from ..tuning import command, recipes
-from .screen import progress_bar, say, show_table, usage_error
-
-T = TypeVar("T")
+from ..tuning import command
+from ..tuning.options import OPTIONS, REPORT_OPTIONS
+from .parameters import takes
+from .screen import progress_bar, say, show_table
 
 # Of the tables of a dry run and of a report: what goes first in a narrow terminal.
 _DROP = ("not the default", "shapes", "most")
@@ -51,83 +47,25 @@ class RichScreen:
         return self._bar.console if not self._bar.disable and sys.stdout.isatty() else None
 
 
-def _run(act: Callable[[RichScreen], int]) -> None:
+def _interruptible(act: Callable[[RichScreen], int]) -> int:
     try:
         with RichScreen().running() as screen:
-            status = act(screen)
-    except command.UsageError as error:
-        usage_error(error)
+            return act(screen)
     except KeyboardInterrupt:
-        raise typer.Exit(130) from None
-    if status:
-        raise typer.Exit(status)
-
-
-def _parsed(parse: Callable[[str], T], option: str, text: str | None) -> T | None:
-    try:
-        return parse(text) if text is not None else None
-    except argparse.ArgumentTypeError as error:
-        raise command.UsageError(f"{option}: {error}") from None
+        return 130
 
 
 @app.callback()
-def tune(
-    context: typer.Context,
-    recipe: Annotated[list[str] | None, typer.Option(help=f"{', '.join(recipes.names())}, or a TOML file")] = None,
-    from_log: Annotated[pathlib.Path | None, typer.Option(help="shapes recorded by MLA_CUTE_LOG_SHAPES")] = None,
-    op: Annotated[str | None, typer.Option(help="grid: decode, prefill")] = None,
-    heads: Annotated[str | None, typer.Option(help="grid: query heads, as 16,128")] = None,
-    batch: Annotated[str | None, typer.Option(help="grid: requests")] = None,
-    kv_len: Annotated[
-        str | None, typer.Option(help="grid: tokens per request; with --from-log also of calls that did not know it")
-    ] = None,
-    q_len: Annotated[str | None, typer.Option(help="grid: query tokens per request, prefill only")] = None,
-    page_size: Annotated[str | None, typer.Option(help="grid: tokens per page")] = None,
-    kv_format: Annotated[str | None, typer.Option(help="grid: none, tensor, token, group")] = None,
-    q_fp8: Annotated[bool, typer.Option("--q-fp8", help="grid: e4m3 queries, with FP8 caches")] = False,
-    dtype: Annotated[str, typer.Option(help="bf16 or fp16")] = "bf16",
-    budget: Annotated[str | None, typer.Option(help="as 10m: ends the run then")] = None,
-    out: Annotated[pathlib.Path | None, typer.Option(help="tuned file; default: this user's for this GPU")] = None,
-    measurements: Annotated[pathlib.Path | None, typer.Option(help="raw data; default: beside the tuned file")] = None,
-    report: Annotated[pathlib.Path | None, typer.Option(help="folder for what was won, Markdown and PNG")] = None,
-    workers: Annotated[int | None, typer.Option(help="compiling processes; default: one per core, at most 16")] = None,
-    timeout: Annotated[float, typer.Option(help="seconds of silence after which a candidate is hung")] = 20.0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print shapes and candidates, run nothing")] = False,
-) -> None:
+@takes(OPTIONS)
+def tune(context: typer.Context, **values: Any) -> int:
     """Measure which configurations are fastest for given shapes on this GPU, and keep them for later calls."""
     if context.invoked_subcommand is not None:
-        return
-
-    def act(screen: RichScreen) -> int:
-        values: dict[str, Any] = {
-            "recipe": recipe or [],
-            "from_log": from_log,
-            "op": op.split(",") if op is not None else None,
-            "heads": _parsed(numbers, "--heads", heads),
-            "batch": _parsed(numbers, "--batch", batch),
-            "kv_len": _parsed(numbers, "--kv-len", kv_len),
-            "q_len": _parsed(numbers, "--q-len", q_len),
-            "page_size": _parsed(numbers, "--page-size", page_size),
-            "kv_format": _parsed(command.parse_formats, "--kv-format", kv_format),
-            "q_fp8": q_fp8,
-            "dtype": _parsed(command.parse_dtype, "--dtype", dtype),
-            "budget": _parsed(command.parse_budget, "--budget", budget) or math.inf,
-            "out": out,
-            "measurements": measurements,
-            "report": report,
-            "workers": workers,
-            "timeout": timeout,
-            "dry_run": dry_run,
-        }
-        return command.run(command.options_of(values), screen)
-
-    _run(act)
+        return 0
+    return _interruptible(lambda screen: command.run(command.options_of(values), screen))
 
 
 @app.command("report")
-def report_command(
-    file: Annotated[pathlib.Path, typer.Argument(help="measurements file of an earlier run")],
-    out: Annotated[pathlib.Path | None, typer.Option(help="folder for Markdown and PNG")] = None,
-) -> None:
+@takes(REPORT_OPTIONS)
+def report_command(**values: Any) -> int:
     """Show what an earlier run won over the default, and write it as Markdown and PNG."""
-    _run(lambda screen: command.show_report(file, out, screen))
+    return _interruptible(lambda screen: command.show_report(values["file"], values["out"], screen))

@@ -1,7 +1,7 @@
-"""The command line of tuning on argparse; `mla-cute tune` gives the same options through typer.
+"""The command of tuning: what it does with its options, and `main`, which reads them with argparse.
 
-Needs torch and the DSL alone. Exit status: 0, 1 when a shape could not be tuned, 2 for usage and for what cannot run
-here, 130 after Ctrl-C.
+Needs torch and the DSL alone; `mla-cute tune` calls `run` with the same options read by typer. Exit status: 0, 1 when a
+shape could not be tuned, 2 for usage and for what cannot run here, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -11,33 +11,27 @@ import dataclasses
 import datetime
 import math
 import pathlib
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from .. import gpu as gpu_facts
+from .. import option
 from ..bench import outputs
-from ..bench.__main__ import numbers
 from ..bench.report import text_table
 from ..bench.runner import source_digest
-from ..dims import DTYPES
+from ..option import UsageError
 from ..tuned import select
 from ..tuned.select import When
 from . import device, recipes, report, session, space, store
+from .options import GRID_OPTIONS, OPTIONS, REPORT_OPTIONS
 from .search import StartError
 from .workers import ChildMeasurer, compile_variants
 
 # What a dry run counts candidates for when it sees no GPU: an H100 SXM or H200.
 ASSUMED_SMS = 132
 DEFAULT_KV_LENS = (8192,)
-_UNITS = {"s": 1, "m": 60, "h": 3600}
-_DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16"}
-
-
-class UsageError(Exception):
-    """What was asked for cannot be; one sentence."""
 
 
 class Screen(session.Screen, Protocol):
@@ -83,26 +77,6 @@ class Options:
     dry_run: bool = False
 
 
-def parse_budget(text: str) -> float:
-    """Seconds of "90", "90s", "10m", "1.5h"."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
-    if found is None or float(found[1]) == 0:
-        raise argparse.ArgumentTypeError(f"expected a time as 90s, 10m or 1.5h, got {text!r}")
-    return float(found[1]) * _UNITS[found[2] or "s"]
-
-
-def parse_dtype(text: str) -> str:
-    name = _DTYPE_ALIASES.get(text, text)
-    if name not in DTYPES:
-        raise argparse.ArgumentTypeError(f"expected one of {', '.join([*_DTYPE_ALIASES, *DTYPES])}, got {text!r}")
-    return name
-
-
-def parse_formats(text: str) -> list[str]:
-    """ "none,tensor" -> ["", "tensor"]; "none" is a 16-bit cache."""
-    return ["" if part in ("none", "") else part for part in text.split(",")]
-
-
 def duration(seconds: float) -> str:
     """ "45 s", "12 min", "1.5 h"."""
     if seconds < 90:
@@ -142,7 +116,7 @@ def run(options: Options, screen: Screen) -> int:
     with ChildMeasurer(device.maker(whens, options.dtype), options.timeout_s) as measurer:
         try:
             task = _task(options, whens, measurer.facts())
-            # What starting the process took is the budget's too.
+            # The time that starting the process took counts against the budget.
             task = dataclasses.replace(task, budget_s=task.budget_s - (time.monotonic() - begin))
             kept = session.open_store(task)
             for path in (task.out, task.measurements):
@@ -230,43 +204,19 @@ def _describe(whens: Sequence[When], screen: Screen) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="autotune.py",
-        description="Measure which configuration of the kernels is fastest for given shapes on this GPU, and keep it.",
-        epilog="`autotune.py report FILE [--out DIR]` shows what an earlier run won.",
+    return option.parser(
+        OPTIONS,
+        "autotune.py",
+        "Measure which configuration of the kernels is fastest for given shapes on this GPU, and keep it.",
+        "`autotune.py report FILE [--out DIR]` shows what an earlier run won.",
     )
-    p.add_argument("--recipe", action="append", default=[], metavar="NAME|FILE", help=", ".join(recipes.names()))
-    p.add_argument("--from-log", type=pathlib.Path, metavar="FILE", help="shapes recorded by MLA_CUTE_LOG_SHAPES")
-    p.add_argument("--op", type=lambda text: text.split(","), metavar="OP,..", help="grid: decode, prefill")
-    for flag, key, what in (
-        ("--heads", "heads", "grid: query heads"),
-        ("--batch", "batch", "grid: requests"),
-        ("--kv-len", "kv_len", "grid: tokens per request; with --from-log also of calls that did not know it"),
-        ("--q-len", "q_len", "grid: query tokens per request, prefill only"),
-        ("--page-size", "page_size", "grid: tokens per page"),
-    ):
-        p.add_argument(flag, dest=key, type=numbers, metavar="N,..", help=what)
-    p.add_argument("--kv-format", type=parse_formats, metavar="F,..", help="grid: none, tensor, token, group")
-    p.add_argument("--q-fp8", action="store_true", help="grid: e4m3 queries, with FP8 caches")
-    p.add_argument("--dtype", type=parse_dtype, default="bfloat16", metavar="T", help="bf16 (default) or fp16")
-    p.add_argument("--budget", type=parse_budget, default=math.inf, metavar="TIME", help="as 10m: ends the run then")
-    p.add_argument("--out", type=pathlib.Path, metavar="FILE", help="tuned file; default: this user's for this GPU")
-    p.add_argument("--measurements", type=pathlib.Path, metavar="FILE", help="raw data; default: beside the tuned file")
-    p.add_argument("--report", type=pathlib.Path, metavar="DIR", help="write what was won as Markdown and PNG")
-    p.add_argument("--workers", type=int, metavar="N", help="compiling processes; default: one per core, at most 16")
-    p.add_argument("--timeout", type=float, default=20.0, metavar="S", help="silence after which a candidate is hung")
-    p.add_argument("--dry-run", action="store_true", help="print shapes and candidates, run nothing")
-    return p
-
-
-GRID = ("op", "heads", "batch", "kv_len", "q_len", "page_size", "kv_format")
 
 
 def options_of(values: dict[str, Any]) -> Options:
     """Options from parsed values by their names. UsageError for numbers that cannot be."""
-    grid = {key: values[key] for key in GRID if values.get(key)}
+    grid = {one.dest: values[one.dest] for one in GRID_OPTIONS if values[one.dest]}
     if values["q_fp8"]:
-        grid["q_fp8"] = [True]
+        grid["q_fp8"] = [True]  # a list, as of every key of a recipe's table
     if values["workers"] is not None and values["workers"] < 1:
         raise UsageError(f"--workers: expected at least 1, got {values['workers']}")
     if not 0 < values["timeout"] < math.inf:  # NaN compares with nothing
@@ -276,7 +226,7 @@ def options_of(values: dict[str, Any]) -> Options:
         grid=grid,
         from_log=values["from_log"],
         dtype=values["dtype"],
-        budget_s=values["budget"],
+        budget_s=math.inf if values["budget"] is None else values["budget"],
         out=values["out"],
         measurements=values["measurements"],
         report=values["report"],
@@ -292,9 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     screen = PlainScreen()
     try:
         if arguments[:1] == ["report"]:
-            p = argparse.ArgumentParser(prog="autotune.py report", description="Show what a tuning run won.")
-            p.add_argument("file", type=pathlib.Path, help="its measurements file")
-            p.add_argument("--out", type=pathlib.Path, metavar="DIR", help="write Markdown and PNG there")
+            p = option.parser(REPORT_OPTIONS, "autotune.py report", "Show what a tuning run won.")
             args = p.parse_args(arguments[1:])
             return show_report(args.file, args.out, screen)
         return run(options_of(vars(parser().parse_args(arguments))), screen)

@@ -28,7 +28,7 @@ from ..tuned.select import When
 from .recipes import case_of
 from .search import CandidateError, ShapeError, StartError
 
-# Of free memory, for pool and inputs of a shape; the rest is for plans, graphs and references.
+# The share of free memory that pool and inputs of a shape may take; the rest is for plans, graphs and references.
 MEMORY_SHARE = 0.75
 _FLUSH_BYTES = 256_000_000
 
@@ -96,7 +96,7 @@ class _Running:
 class _Open:
     inputs: Inputs
     running: dict[KernelConfig, _Running] = dataclasses.field(default_factory=dict)
-    # By slot: what the default wrote.
+    # Output and lse that the default configuration wrote, by slot.
     wanted: dict[int, tuple[torch.Tensor, torch.Tensor]] = dataclasses.field(default_factory=dict)
     turn: int = 0
 
@@ -162,10 +162,10 @@ class Device:
         lse_limit = runner.FP8_LSE_ERR_LIMIT if case.kv_format else runner.LSE_ERR_LIMIT
         for slot, (want, want_lse) in shape.wanted.items():
             got, want = shape.inputs.out[slot].float(), want.float()
-            # By request row: an error in one of 128 requests must not drown in the norm of all.
+            # Each query row has its own error: one wrong request of 128 must not drown in the norm of all.
             errors = (got - want).norm(dim=-1) / want.norm(dim=-1)
             error, lse_error = errors.max().item(), (shape.inputs.lse[slot] - want_lse).abs().max().item()
-            # Twice, since both may be off by the limit. NaN fails too.
+            # The limit is doubled, since the default and this configuration may each be off by it. A NaN fails too.
             if not (error <= 2 * limit and lse_error <= 2 * lse_limit):
                 found = {"rel_err": error, "lse_err": lse_error, "limit": 2 * limit}
                 raise CandidateError(f"wrong: {_text(found)}, of a row against the default's")

@@ -18,8 +18,8 @@ from ..config import KernelConfig
 from ..tuned.select import When
 from .space import changes
 
-# Rounds that a rung adds, as many of them as take RUNG_SECONDS, but at least LEAST_ROUNDS. Medians of single 10 us
-# kernels settle within 1 % after some 100 samples.
+# The most rounds that each rung adds. Where they would take longer than RUNG_SECONDS it adds fewer, but at least
+# LEAST_ROUNDS. Medians of single 10 us kernels settle within 1 % after some 100 samples.
 RUNGS = (4, 8, 16, 32, 64, 128)
 RUNG_SECONDS = 0.4
 # Beside its kernels a replay takes the host up to this long, when its graph has to be captured.
@@ -31,7 +31,7 @@ GAIN = 0.01
 SAME = 0.005
 # Candidates that may be picked and not confirmed before the default stays.
 DUELS = 3
-# How verdicts begin that are no failure.
+# A verdict that begins with one of ORDINARY is no failure.
 NO_TIME = "not compiled: no time was left"
 ORDINARY = ("chosen", "default", "not chosen", "dropped", "not compiled")
 

@@ -19,10 +19,10 @@ from .search import Measurer, StartError
 from .space import Variant
 from .store import Measured, Store
 
-# What a shape takes until one was timed, for the first decision whether another fits the budget.
+# How long a shape is taken to need while none has been timed: decides whether another one fits the budget.
 FIRST_SHAPE_S = 4.0
-# Of the budget, for compiling: what is not compiled then is left out. The kernels of the defaults may take more, since
-# without its default a shape cannot be select.
+# The share of the budget that compiling may take; what is not compiled by then is left out. The kernels of the default
+# configurations may take more, since a shape cannot be tuned without its default.
 COMPILE_SHARE = 0.5
 DEFAULTS_SHARE = 0.8
 

@@ -24,10 +24,11 @@ from ..tuned.select import When, default_for
 
 MIN_BLOCKS = (1, 2, 4, 8, 16)
 ITEM_OVERHEADS = (2, 4, 8)
-# 0: cut whenever that balances; 64 blocks, 4096 tokens per CTA: hardly ever. In decode none above the default's: the
-# batches timed are uniform and balance by themselves, a ragged one left whole waits for its longest request.
+# In blocks. With 0 the planner cuts whenever that balances the work; with 64, or 4096 tokens per CTA, hardly ever.
+# In decode no penalty above the default's is tried: the batches timed here are uniform and balance by themselves, so a
+# large penalty would look good, but a ragged batch that is not cut waits for its longest request.
 SPLIT_PENALTIES = (0, 3, 6, 12, 64)
-_MAX_CUTS = 64  # kernels/planner/balanced.py's
+_MAX_CUTS = 64  # as in the planner's balanced.py
 
 
 def candidates(when: When, num_sms: int = 132) -> list[KernelConfig]:

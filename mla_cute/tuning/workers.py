@@ -22,12 +22,12 @@ from ..tuned.select import When
 from .search import NO_TIME, CandidateError, ShapeError, StartError
 from .space import Variant
 
-# Importing torch, initialising CUDA, filling the pool (a fifth of a second per 10 GB).
+# The measuring process starts: it imports torch, initialises CUDA, fills the pool (a fifth of a second per 10 GB).
 START_TIMEOUT_S = 240.0
-# Making inputs: the permutation of some 10 million pages, queries for every slot, float32 references.
+# It opens a shape: a permutation of some 10 million pages, queries for every slot, float32 references.
 OPEN_TIMEOUT_S = 120.0
 
-# Kinds of reply. The last one of a process wraps another: nothing more can run there.
+# Kinds of reply of the measuring process. _LAST wraps a reply of another kind and adds that nothing more can run there.
 _ALIVE, _DONE, _CANDIDATE, _SHAPE, _LAST = "alive", "done", "candidate", "shape", "last"
 
 
@@ -61,7 +61,7 @@ def serve(make: Callable[[Callable[[], None]], Any], connection: Connection, log
                 reply = (_SHAPE, str(error))
             except Exception as error:
                 reply = (_SHAPE if method == "open" else _CANDIDATE, f"{type(error).__name__}: {error}")
-            # What has lost its context cannot even end in order: the parent ends it.
+            # A process that has lost its CUDA context cannot even exit in order, so the parent ends it.
             connection.send(reply if device.is_usable() else (_LAST, reply))
 
 

@@ -7,9 +7,8 @@ import types
 import pytest
 from bench_case import CEILINGS, FP8_CASES, SMALL, FakeLibrary, FakeTimer, bench, wrong_page
 
-from mla_cute.bench import __main__ as command
+from mla_cute.bench import command, report, runner
 from mla_cute.bench import peers as peers_module
-from mla_cute.bench import report, runner
 from mla_cute.bench.cases import PRESETS, Case
 from mla_cute.reference import decode_reference, decode_reference_block_table
 

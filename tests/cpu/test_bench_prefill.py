@@ -9,10 +9,9 @@ import pytest
 import torch
 from bench_case import CEILINGS, FakeLibrary, FakeTimer, bench
 
-from mla_cute.bench import __main__ as command
 from mla_cute.bench import cases as cases_module
+from mla_cute.bench import command, report, runner
 from mla_cute.bench import peers as peers_module
-from mla_cute.bench import report, runner
 from mla_cute.bench.cases import PREFILL_BARS, PRESETS, Case, PrefillCase, case_of
 from mla_cute.bench.inputs import KvPool, make_inputs
 from mla_cute.reference import decode_reference, prefill_reference, prefill_reference_block_table

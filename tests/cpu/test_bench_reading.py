@@ -8,8 +8,7 @@ import pytest
 from bench_case import FP8_CASES, H200, SMALL, FakeLibrary, bench, wrong_page
 
 import mla_cute
-from mla_cute.bench import __main__ as command
-from mla_cute.bench import outputs, report, runner
+from mla_cute.bench import command, outputs, report, runner
 
 RECORDS = pathlib.Path(mla_cute.__file__).resolve().parents[1] / "tune" / "measurements"
 [WITH_PEERS] = (RECORDS / "NVIDIA_H200").glob("table_????-??-??.json")

@@ -11,8 +11,7 @@ import pytest
 from bench_case import CEILINGS, H200, SMALL, FakeLibrary, FakeTimer, bench, shrink_rotation, wrong_page
 
 import mla_cute
-from mla_cute.bench import __main__ as command
-from mla_cute.bench import document, figures, plots, publish, report, runner
+from mla_cute.bench import command, document, figures, plots, publish, report, runner
 from mla_cute.bench.cases import PRESETS, PUBLIC_BEST_US, Case, PrefillCase, case_of
 
 RECORDS = pathlib.Path(mla_cute.__file__).resolve().parents[1] / "tune" / "measurements" / "NVIDIA_H200"

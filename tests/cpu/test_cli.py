@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import mla_cute.cli
 from mla_cute import gpu as gpu_facts
 from mla_cute import reference
+from mla_cute.bench import command as bench_command
 from mla_cute.bench import runner as bench_runner
 from mla_cute.cli import app as app_module
 from mla_cute.cli import check as checking
@@ -426,10 +427,10 @@ def hopper(monkeypatch):
     monkeypatch.setattr(gpu_facts, "facts", lambda: H200)
     monkeypatch.setattr(gpu_facts, "clocks", lambda gpu: {"sm_mhz": 1755})
     monkeypatch.setattr(bench_runner, "occupy", lambda device: None)
-    monkeypatch.setattr(app_module, "CudaTimer", FakeTimer)
+    monkeypatch.setattr(bench_command, "CudaTimer", FakeTimer)
     monkeypatch.setattr(bench_runner.Library, "installed", classmethod(lambda cls, *options: FakeLibrary.make()))
     real = bench_runner.run
-    monkeypatch.setattr(app_module.runner, "run", lambda *a, **k: real(*a, **k, ceilings=lambda _: dict(CEILINGS)))
+    monkeypatch.setattr(bench_command, "run", lambda *a, **k: real(*a, **k, ceilings=lambda _: dict(CEILINGS)))
 
 
 GRID = ["--heads", "4", "--batch", "2", "--kv-len", "100", "--page-size", "16"]

@@ -21,9 +21,10 @@ from typer.testing import CliRunner
 
 import mla_cute
 from mla_cute import gpu as gpu_facts
-from mla_cute.bench import report
+from mla_cute.bench import command, report
 from mla_cute.bench.cases import PrefillCase
 from mla_cute.cli import app as app_module
+from mla_cute.cli import bench as bench_module
 from mla_cute.cli import check as checking
 from mla_cute.cli import check_fp8 as checking_fp8
 from mla_cute.cli import demo as showing
@@ -119,9 +120,9 @@ def recorded(monkeypatch):
         monkeypatch.setattr(gpu_facts, "facts", lambda: H200)
         names = [name for name, peer in record["peers"].items() if peer["present"]]
         found = [types.SimpleNamespace(name=name) for name in names]
-        monkeypatch.setattr(app_module, "find_peers", lambda wanted: (found, {}))
-        monkeypatch.setattr(app_module.runner.Library, "installed", classmethod(lambda cls, *options: None))
-        monkeypatch.setattr(app_module, "_run_bench", lambda *args: record)
+        monkeypatch.setattr(command, "find_peers", lambda wanted: (found, {}))
+        monkeypatch.setattr(command.Library, "installed", classmethod(lambda cls, *options: None))
+        monkeypatch.setattr(command, "time_cases", lambda *args, **shown: record)
         return names
 
     return answer
@@ -135,8 +136,8 @@ def test_bench(width, recorded):
     peers = recorded(record)
     assert peers == ["flashinfer", "flash_mla"]
     done = run(width, "bench", "table")
-    everything = (*app_module._BENCH_COLUMNS, *peers)
-    rows = [app_module._cells(row, app_module._BENCH_COLUMNS, peers) for row in record["rows"]]
+    everything = (*bench_module.COLUMNS, *peers)
+    rows = [bench_module.cells(row, bench_module.COLUMNS, peers) for row in record["rows"]]
     wanted = ("H", "B", "L", "page", "dtype", "us", "rel err")
     names, lines = check_table(done.text, width, wanted, everything, rows)
     assert len(lines) == len(rows)
@@ -182,9 +183,9 @@ def test_demo_on_a_gpu(width, recorded):
     record["rows"][0] = {"case": failed["case"], "error": "RuntimeError: out of luck"}
     recorded(record)
     text = run(width, "demo").text
-    columns = ("", *app_module._DEMO_COLUMNS)
+    columns = ("", *showing.GPU_COLUMNS)
     rows = [
-        ("TP8" if row["case"]["num_heads"] == 16 else "DP", *app_module._cells(row, columns[1:], []))
+        ("TP8" if row["case"]["num_heads"] == 16 else "DP", *bench_module.cells(row, columns[1:], []))
         for row in record["rows"]
     ]
     assert rows[0][5] == "error"
@@ -199,7 +200,7 @@ def test_demo_on_the_cpu(width, monkeypatch):
     done = run(width, "demo")
     assert done.status == 0
     cpu = ("H", "page", "dtype", "tokens per request", "rel err", "result")
-    _, lines = check_table(done.text, width, cpu, app_module._DEMO_CPU_COLUMNS)
+    _, lines = check_table(done.text, width, cpu, showing.CPU_COLUMNS)
     assert [(line[0], line[3], line[-1]) for line in lines] == [
         ("16", "0, 1, 63, 64, 65, 100", "ok"),
         ("4", "1, 70", "ok"),
@@ -221,7 +222,7 @@ def test_demo_says_under_the_table_what_is_wrong(monkeypatch):
     monkeypatch.setattr(checking, "run_spec", wrong)
     done = run(60, "demo", "--kernels", "0")
     assert done.status == 1
-    _, [line] = check_table(done.text, 60, ("H", "page", "result"), app_module._DEMO_CPU_COLUMNS)
+    _, [line] = check_table(done.text, 60, ("H", "page", "result"), showing.CPU_COLUMNS)
     assert line[-1] == "FAILED"
     assert re.search(r"^FAILED h4-page1.*: output: expected \[x\] and found y ", done.text, re.M)
 
@@ -387,7 +388,7 @@ def test_usage_errors_are_one_line_in_a_narrow_terminal_too(arguments, message, 
 
 def test_bench_is_not_run_where_its_record_cannot_be_written(recorded, tmp_path, monkeypatch):
     recorded(report.load(TABLE))
-    monkeypatch.setattr(app_module, "_run_bench", lambda *args: pytest.fail("it ran"))
+    monkeypatch.setattr(command, "time_cases", lambda *args, **shown: pytest.fail("it ran"))
     done = run(60, "bench", "--out", tmp_path)
     assert (done.status, done.text) == (2, f"mla-cute: --out: {tmp_path}: expected a file, got a folder\n")
 
@@ -408,6 +409,13 @@ def test_info_of_a_cache_that_is_a_file_or_cannot_be_read(tmp_path, monkeypatch)
     done = run(None, "info")
     assert done.status == 0
     assert f"{tmp_path}: Permission denied" in done.text
+
+
+def test_options_of_bench_are_the_same_on_both_command_lines():
+    actions = command.parser()._actions
+    text = run(200, "bench", "--help").text
+    assert all(flag in text for action in actions for flag in action.option_strings)
+    assert bench_module.bench.__annotations__.keys() == {action.dest for action in actions} - {"help"}
 
 
 @pytest.mark.parametrize("width", [60, 80, 200])

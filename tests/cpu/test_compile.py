@@ -46,8 +46,8 @@ COST_S = {
     registry.PREFILL_FP8: 14,
     registry.DECODE: 7,
     registry.PREFILL: 7,
-    registry.DECODE_FEW_FP8: 3,
-    registry.DECODE_FEW: 2.5,
+    registry.DECODE_TILE16_FP8: 3,
+    registry.DECODE_TILE16: 2.5,
 }
 COVERED_FP8 = [v for v in FP8_STEPS if _covers(v)]
 # Accuracy "native" is other code in row tiles, where the format does not ask for parts of the depth.

@@ -20,7 +20,7 @@ from mla_cute.cli import app as app_module
 from mla_cute.cli import tune as cli_tune
 from mla_cute.tuned import select
 from mla_cute.tuned.select import When
-from mla_cute.tuning import command, recipes, report, session, space, store
+from mla_cute.tuning import command, options, recipes, report, session, space, store
 
 ROOT = pathlib.Path(mla_cute.__file__).resolve().parents[1]
 SCRIPT = ROOT / "tune" / "autotune.py"
@@ -72,13 +72,13 @@ def both(*arguments):
     ("text", "seconds"), [("90", 90), ("90s", 90), ("10m", 600), ("1.5h", 5400), (" 8m ", 480), ("0.5m", 30)]
 )
 def test_budgets(text, seconds):
-    assert command.parse_budget(text) == seconds
+    assert options.parse_budget(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "m", "10 minutes", "-3m", "0", "0m", "1e3"])
 def test_no_budgets(text):
     with pytest.raises(argparse.ArgumentTypeError, match=r"expected a time as 90s, 10m or 1\.5h"):
-        command.parse_budget(text)
+        options.parse_budget(text)
 
 
 def test_flags_are_one_table_with_the_recipes_defaults():

@@ -249,7 +249,8 @@ def test_a_log_that_cannot_be_written_costs_one_warning(tmp_path, caplog):
 
 SERVER = """
 import torch
-from mla_cute import jit, plan
+from mla_cute import plan
+from mla_cute.compile import jit
 import mla_cute
 plan.num_sms = lambda device: 132
 jit.get = lambda kernel, key, config: lambda *arguments: None
