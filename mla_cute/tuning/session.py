@@ -162,7 +162,7 @@ def _compile(
     clock: Callable[[], float],
     deadline: float,
 ) -> Mapping[Variant, str]:
-    """Kernels of the defaults first: a shape without its default cannot be select."""
+    """Kernels of the defaults first: a shape without its default cannot be tuned."""
     defaults = [v for when, found in candidates.items() for v in space.variants_of(when, found[0], task.dtype)]
     others = [v for when, found in candidates.items() for c in found for v in space.variants_of(when, c, task.dtype)]
     begin, num_defaults = clock(), len(dict.fromkeys(defaults))
