@@ -94,7 +94,8 @@ def _layout(max_tiles: int, batch: int, num_sms: int, numbers: tuple[int, ...]) 
     """`numbers`: the planner's but for the last, the number of parts first."""
     parts = numbers[0]
     items = max_tiles + TAIL_ITEMS_PER_PART * parts
-    # cut are fewer tiles than there are parts
+    # The planner cuts only the row tiles that are left after whole rounds of one per part, so there are never more
+    # merge entries at once than parts.
     grid = (parts, max_tiles, *merge_grid(num_sms, max_tiles, parts, TILE_M))
     rows = parts + max_tiles + _whole_rounds(items, parts)
     of_round = RoundLayout(0, batch, rows, grid, (*numbers, max_tiles))

@@ -202,7 +202,7 @@ class Merge:
                     acc[k] = acc[k] + cute.arch.shuffle_sync_bfly(acc[k], offset=16 >> i)
         token, head = self._token_and_head(p, entry, row)
         if warp_log > 0:
-            self._join(p, s_sums, acc, m, total, lane_log, segment, token, head, warp, lane)
+            self._join(p, s_sums, acc, m, total, lane_log, (segment, token, head), warp, lane)
         elif (group == 0) & (task < entry.tasks):
             inverse = self._inverse(total)
             half = cute.make_rmem_tensor(8, self.dtype)
@@ -243,8 +243,9 @@ class Merge:
                 acc[k] = acc[k] + w * self._from_int16(words[k // 2, i], k % 2)
 
     @cute.jit
-    def _join(self, p, s_sums, acc, m, total, lane_log, segment, token, head, warp, lane):
+    def _join(self, p, s_sums, acc, m, total, lane_log, task, warp, lane):
         """The sums of all warps of the CTA, which have a task together: a column for each thread."""
+        segment, token, head = task
         columns = Int32(256) >> lane_log
         if lane * 8 < columns:
             cute.autovec_copy(acc, cute.local_tile(s_sums[None, warp], (8,), (lane,)))

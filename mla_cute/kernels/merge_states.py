@@ -92,7 +92,7 @@ class MergeStates:
             num_heads = Int32(cute.size(lse, mode=[1]))
             token = row // num_heads
             head = row - token * num_heads
-            self._row(o_a, lse_a, o_b, lse_b, out, lse, to_base_2, from_base_2, token, head, lane)
+            self._row((o_a, lse_a), (o_b, lse_b), (out, lse), (to_base_2, from_base_2), token, head, lane)
 
     def _load(self, source, first, last) -> list:
         """Chunks first, first + 32, ..., of which none lies past `last`."""
@@ -118,7 +118,10 @@ class MergeStates:
         return product
 
     @cute.jit
-    def _row(self, o_a, lse_a, o_b, lse_b, out, lse, to_base_2, from_base_2, token, head, lane):
+    def _row(self, state_a, state_b, merged_state, bases, token, head, lane):
+        """A state is an output and its lse; `bases` are the factors to base 2 and from it."""
+        (o_a, lse_a), (o_b, lse_b), (out, lse) = state_a, state_b, merged_state
+        to_base_2, from_base_2 = bases
         a = lse_a[token, head] * to_base_2
         b = lse_b[token, head] * to_base_2
         largest = cute.arch.fmax(a, b)

@@ -136,28 +136,11 @@ class DecodeCase:
         self.lengths = list(other.lengths)
 
 
-def make_case(
-    lengths: Sequence[int],
-    *,
-    num_heads: int,
-    page_size: int,
-    dtype: torch.dtype = torch.bfloat16,
-    device: torch.device | str = "cpu",
-    seed: int = 0,
-    sm_scale: float = SM_SCALE,
-    cache_layout: str = "fused",
-    q_layout: str = "contiguous",
-    out_layout: str = "contiguous",
-    shared_pages: int = 0,
-    drift: float = 0.0,
-    num_pages: int | None = None,
-    num_indices: int | None = None,
-    max_pages: int | None = None,
-    index_offset: int = 0,
-) -> DecodeCase:
-    """Build a case of one request per entry of `lengths` (tokens); deterministic for a seed and a device type.
+@dataclass(frozen=True)
+class CaseOptions:
+    """Keywords of `make_case`.
 
-    Args:
+    Attributes:
         cache_layout: "fused" (two views of [num_pages, page_size, 576]), "split" (two tensors), "padded" (views with
             rows 640 wide and one more row in a page, NaN in both gaps), "slot_major" (stride(0) < stride(1)).
         q_layout: "contiguous", "batch_strided" (NaN between requests), "fused" (two views of [batch, H, 576]).
@@ -169,16 +152,40 @@ def make_case(
         max_pages: columns of block_table, the rest absurd page ids. Default: 3 of them.
         index_offset: kv_indptr[0]; that many absurd page ids come first.
     """
-    generator = torch.Generator().manual_seed(seed)
+
+    num_heads: int
+    page_size: int
+    dtype: torch.dtype = torch.bfloat16
+    device: torch.device | str = "cpu"
+    seed: int = 0
+    sm_scale: float = SM_SCALE
+    cache_layout: str = "fused"
+    q_layout: str = "contiguous"
+    out_layout: str = "contiguous"
+    shared_pages: int = 0
+    drift: float = 0.0
+    num_pages: int | None = None
+    num_indices: int | None = None
+    max_pages: int | None = None
+    index_offset: int = 0
+
+
+def make_case(lengths: Sequence[int], **options: Any) -> DecodeCase:
+    """Build a case of one request per entry of `lengths` (tokens); deterministic for a seed and a device type.
+    `options` are those of `CaseOptions`."""
+    of = CaseOptions(**options)
+    num_heads, page_size, dtype, sm_scale, drift = of.num_heads, of.page_size, of.dtype, of.sm_scale, of.drift
+    shared_pages, index_offset = of.shared_pages, of.index_offset
+    generator = torch.Generator().manual_seed(of.seed)
     length = torch.tensor(lengths, dtype=torch.int64)
     batch = len(length)
     pages_of = (length + page_size - 1) // page_size
     indptr = torch.zeros(batch + 1, dtype=torch.int64)
     indptr[1:] = pages_of.cumsum(0)
     used = int(indptr[-1])
-    num_pages = used + max(3, used // 8) if num_pages is None else num_pages
-    num_indices = index_offset + used + 7 if num_indices is None else num_indices
-    max_pages = int(pages_of.max() if batch else 0) + 3 if max_pages is None else max_pages
+    num_pages = used + max(3, used // 8) if of.num_pages is None else of.num_pages
+    num_indices = index_offset + used + 7 if of.num_indices is None else of.num_indices
+    max_pages = int(pages_of.max() if batch else 0) + 3 if of.max_pages is None else of.max_pages
 
     ids = torch.randperm(num_pages, generator=generator)[:used]
     full_pages = length // page_size
@@ -200,10 +207,10 @@ def make_case(
     live_rows = torch.zeros(num_pages, dtype=torch.int64)
     live_rows[ids] = (length[request_of] - page_of * page_size).clamp(max=page_size)
 
-    device = torch.device(device)
-    values = torch.Generator(device=device).manual_seed(seed)
-    q_nope, q_pe = make_q(batch, num_heads, q_layout, dtype, device, values)
-    ckv_cache, kpe_cache = _make_caches(num_pages, page_size, cache_layout, dtype, device, values)
+    device = torch.device(of.device)
+    values = torch.Generator(device=device).manual_seed(of.seed)
+    q_nope, q_pe = make_q(batch, num_heads, of.q_layout, dtype, device, values)
+    ckv_cache, kpe_cache = _make_caches(num_pages, page_size, of.cache_layout, dtype, device, values)
     if drift:
         amplitude = math.sqrt(abs(drift) / sm_scale)
         first_token = torch.zeros(num_pages, dtype=torch.float32)
@@ -218,7 +225,7 @@ def make_case(
     for cache in (ckv_cache, kpe_cache):
         cache.masked_fill_(dead[..., None], math.nan)
 
-    guarded_out, guarded_lse = make_outputs(batch, num_heads, out_layout, dtype, device)
+    guarded_out, guarded_lse = make_outputs(batch, num_heads, of.out_layout, dtype, device)
     return DecodeCase(
         lengths=list(lengths),
         page_size=page_size,

@@ -20,7 +20,6 @@ from .cases import (
     CACHE_LAYOUTS,
     OUT_LAYOUTS,
     Q_LAYOUTS,
-    SM_SCALE,
     DecodeCase,
     make_case,
     make_outputs,
@@ -83,13 +82,10 @@ def make_prefill_case(
     requests: Sequence[tuple[int, int]],
     *,
     num_heads: int,
-    page_size: int,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
     seed: int = 0,
-    sm_scale: float = SM_SCALE,
     causal: bool = True,
-    cache_layout: str = "fused",
     q_layout: str = "contiguous",
     out_layout: str = "contiguous",
     drift: float = 0.0,
@@ -102,21 +98,10 @@ def make_prefill_case(
         q_layout, out_layout: as for `make_case`; "batch_strided" is a gap between query tokens, so that the rows
             (token, head) are not evenly spaced.
         total_q: rows of q, out and lse; those past the requests' are NaN in q. Default: 3 of them.
-        kv: further keywords of `make_case`: shared_pages, num_pages, num_indices, max_pages, index_offset.
+        kv: further keywords of `make_case`, page_size among them.
     """
     q_lens, kv_lens = [q for q, _ in requests], [n for _, n in requests]
-    base = make_case(
-        kv_lens,
-        num_heads=1,
-        page_size=page_size,
-        dtype=dtype,
-        device=device,
-        seed=seed,
-        sm_scale=sm_scale,
-        cache_layout=cache_layout,
-        drift=drift,
-        **kv,
-    )
+    base = make_case(kv_lens, num_heads=1, dtype=dtype, device=device, seed=seed, drift=drift, **kv)
     device = torch.device(device)
     used = sum(q_lens)
     total_q = used + SPARE_QUERIES if total_q is None else total_q

@@ -62,8 +62,9 @@ log = logging.getLogger("mla_cute")
 
 _SHIPPED = pathlib.Path(__file__).resolve().parent / "data"
 
-# Of log2 of a coordinate: how far an entry may be from a call, and what a class has to span to be continued. A factor
-# of 4 each, whatever the logarithms' last bits.
+# Distances are taken between logarithms to base 2, so 2 is a factor of 4. An entry serves calls whose coordinates are
+# each within _REACH of its own. Where the entries of a class span at least _SPAN along a coordinate, a call beyond the
+# last of them counts as that one. The 1e-9 lets exact powers of two in, whichever way their logarithms were rounded.
 _REACH = 2.0 + 1e-9
 _SPAN = 2.0 - 1e-9
 
@@ -320,7 +321,9 @@ def _work(when: When) -> float:
 
 
 def _work_span(entry: Entry, sm_count: int) -> tuple[float, float]:
-    """Least work of a call with tile16 as its default, and most of any call, that the entry's kernel is fit for."""
+    """(least, most) of `_work` of the calls that an entry serves. The least holds only for calls whose default is
+    tile16: smaller ones than the entry's own may be faster with that. The most keeps tile16, which reads the keys again
+    for every 16 heads, from calls larger than the one it was timed on."""
     when = entry.when
     if when.op != "decode" or when.num_heads <= TILE16_M:
         return 0.0, math.inf

@@ -28,6 +28,7 @@ Piece s of a request writes the partial rows first + s * H + head. All of it is 
 """
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -60,6 +61,24 @@ class PlanParams:
     odd: Int32  # cut_unit - 1
 
 
+class PlannerArgs(NamedTuple):
+    """What the launcher takes."""
+
+    lengths: cute.Tensor  # csr: kv_indptr (batch + 1,); seq_lens (batch,)
+    last_len: cute.Tensor  # csr_last: kv_last_page_len (batch,); else anything
+    table: cute.Tensor  # (rows, 8)
+    scratch: cute.Tensor  # (4, batch + 1)
+    parts: Int32
+    page_size: Int32
+    table_stride: Int32  # seq_lens: entries of a block table row
+    num_heads: Int32
+    min_blocks: Int32
+    overhead: Int32
+    penalty: Int32
+    cut_unit: Int32  # 1 or 2
+    stream: Any
+
+
 class Planner(PlannerBase):
     name = PLANNER.name
 
@@ -74,41 +93,29 @@ class Planner(PlannerBase):
         )
 
     @cute.jit
-    def __call__(
-        self,
-        lengths: cute.Tensor,  # csr: kv_indptr (batch + 1,); seq_lens (batch,)
-        last_len: cute.Tensor,  # csr_last: kv_last_page_len (batch,); else anything
-        table: cute.Tensor,  # (rows, 8)
-        scratch: cute.Tensor,  # (4, batch + 1)
-        parts: Int32,
-        page_size: Int32,
-        table_stride: Int32,  # seq_lens: entries of a block table row
-        num_heads: Int32,
-        min_blocks: Int32,
-        overhead: Int32,
-        penalty: Int32,
-        cut_unit: Int32,  # 1 or 2
-        stream,
-    ):
+    def __call__(self, *args):
+        self._launch(PlannerArgs(*args))
+
+    def _launch(self, args: PlannerArgs) -> None:
         params = PlanParams(
-            mLengths=lengths,
-            mLastLen=last_len,
-            mTable=table,
-            mCost=scratch[0, None],
-            mCount=scratch[1, None],
-            mFirst=scratch[2, None],
-            mPieces=scratch[3, None],
-            batch=Int32(cute.size(scratch, mode=[1]) - 1),
-            page_size=page_size,
-            table_stride=table_stride,
-            num_heads=num_heads,
-            parts=parts,
-            min_blocks=min_blocks,
-            overhead=overhead,
-            penalty=penalty,
-            odd=cut_unit - 1,
+            mLengths=args.lengths,
+            mLastLen=args.last_len,
+            mTable=args.table,
+            mCost=args.scratch[0, None],
+            mCount=args.scratch[1, None],
+            mFirst=args.scratch[2, None],
+            mPieces=args.scratch[3, None],
+            batch=Int32(cute.size(args.scratch, mode=[1]) - 1),
+            page_size=args.page_size,
+            table_stride=args.table_stride,
+            num_heads=args.num_heads,
+            parts=args.parts,
+            min_blocks=args.min_blocks,
+            overhead=args.overhead,
+            penalty=args.penalty,
+            odd=args.cut_unit - 1,
         )
-        self.kernel(params).launch(grid=[1, 1, 1], block=[NUM_THREADS, 1, 1], stream=stream, use_pdl=self.use_pdl)
+        self.kernel(params).launch(grid=[1, 1, 1], block=[NUM_THREADS, 1, 1], stream=args.stream, use_pdl=self.use_pdl)
 
     # ------------------------------------------------------------- requests
 

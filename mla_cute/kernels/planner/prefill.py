@@ -31,6 +31,8 @@ tile writes the partial rows first + s * rows + r. Facts of the requests are kep
 in global scratch. All of it is integer arithmetic, so the plan is a function of the lengths alone.
 """
 
+from typing import Any, NamedTuple
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, const_expr, memory
@@ -48,6 +50,26 @@ SMEM_REQUESTS = 1024
 assert MAX_PARTS <= NUM_THREADS
 
 
+class PrefillPlannerArgs(NamedTuple):
+    """What the launcher takes."""
+
+    qo_indptr: cute.Tensor  # (batch + 1,)
+    lengths: cute.Tensor  # csr: kv_indptr (batch + 1,); seq_lens (batch,)
+    last_len: cute.Tensor  # csr_last: kv_last_page_len (batch,); else anything
+    table: cute.Tensor  # (rows, 8)
+    scratch: cute.Tensor  # (8, batch + 1)
+    parts: Int32
+    page_size: Int32
+    table_stride: Int32  # seq_lens: entries of a block table row
+    num_heads: Int32
+    min_blocks: Int32
+    overhead: Int32
+    penalty: Int32
+    causal: Int32  # 0 or 1
+    max_tiles: Int32
+    stream: Any
+
+
 class PrefillPlanner(BalancedCuts, InvariantCuts):
     name = PREFILL_PLANNER.name
 
@@ -63,42 +85,28 @@ class PrefillPlanner(BalancedCuts, InvariantCuts):
         )
 
     @cute.jit
-    def __call__(
-        self,
-        qo_indptr: cute.Tensor,  # (batch + 1,)
-        lengths: cute.Tensor,  # csr: kv_indptr (batch + 1,); seq_lens (batch,)
-        last_len: cute.Tensor,  # csr_last: kv_last_page_len (batch,); else anything
-        table: cute.Tensor,  # (rows, 8)
-        scratch: cute.Tensor,  # (8, batch + 1)
-        parts: Int32,
-        page_size: Int32,
-        table_stride: Int32,  # seq_lens: entries of a block table row
-        num_heads: Int32,
-        min_blocks: Int32,
-        overhead: Int32,
-        penalty: Int32,
-        causal: Int32,  # 0 or 1
-        max_tiles: Int32,
-        stream,
-    ):
+    def __call__(self, *args):
+        self._launch(PrefillPlannerArgs(*args))
+
+    def _launch(self, args: PrefillPlannerArgs) -> None:
         params = PrefillPlanParams(
-            mQoIndptr=qo_indptr,
-            mLengths=lengths,
-            mLastLen=last_len,
-            mTable=table,
-            mScratch=scratch,
-            batch=Int32(cute.size(scratch, mode=[1]) - 1),
-            page_size=page_size,
-            table_stride=table_stride,
-            num_heads=num_heads,
-            parts=parts,
-            min_blocks=min_blocks,
-            overhead=overhead,
-            penalty=penalty,
-            causal=causal,
-            item_row=parts + max_tiles,
+            mQoIndptr=args.qo_indptr,
+            mLengths=args.lengths,
+            mLastLen=args.last_len,
+            mTable=args.table,
+            mScratch=args.scratch,
+            batch=Int32(cute.size(args.scratch, mode=[1]) - 1),
+            page_size=args.page_size,
+            table_stride=args.table_stride,
+            num_heads=args.num_heads,
+            parts=args.parts,
+            min_blocks=args.min_blocks,
+            overhead=args.overhead,
+            penalty=args.penalty,
+            causal=args.causal,
+            item_row=args.parts + args.max_tiles,
         )
-        self.kernel(params).launch(grid=[1, 1, 1], block=[NUM_THREADS, 1, 1], stream=stream, use_pdl=self.use_pdl)
+        self.kernel(params).launch(grid=[1, 1, 1], block=[NUM_THREADS, 1, 1], stream=args.stream, use_pdl=self.use_pdl)
 
     @cute.kernel
     def kernel(self, p: PrefillPlanParams):
