@@ -65,7 +65,7 @@ class Scenario:
     kind     "repeat": one call, twice. "replay": a CUDA graph of plan update and call, replayed over `steps` with the
              same buffers. "layers": calls over other caches that share a plan. "streams": two calls on two streams at
              once, again and again
-    layout   "" for a 16-bit cache, else one of `_testing_fp8.LAYOUTS`
+    layout   "" for a 16-bit cache, else one of `testing.fp8.LAYOUTS`
     steps    requests of each call; they have as many requests and query tokens each
     """
 
