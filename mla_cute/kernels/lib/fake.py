@@ -5,7 +5,7 @@ from cutlass.cute.runtime import make_fake_tensor
 
 
 def sym64(divisibility: int = 1):
-    """A 64-bit runtime stride. Callers guarantee the divisibility (problem.py checks it)."""
+    """A 64-bit runtime stride. Callers guarantee the divisibility (mla_cute/check.py checks it)."""
     return cute.sym_int64(divisibility=divisibility)
 
 
