@@ -16,7 +16,7 @@ bits of the 16-bit floats, whose order as integers puts NaN above infinity, as t
                      to the last bit, subnormal ones included.
 
 Loads do not wait for the slot, so that the chain is two round trips to memory and not three. Offsets are 64-bit; a
-token's number and the sizes of the caches are 32-bit, which append.py checks.
+token's number and the sizes of the caches are 32-bit, which mla_cute/append.py checks.
 """
 
 import cutlass

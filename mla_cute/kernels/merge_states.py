@@ -1,4 +1,4 @@
-"""Merge of two attention states over disjoint keys (merge_states.py has the formula): a warp per (token, head) row.
+"""Merge of two attention states over disjoint keys (formula: mla_cute/merge_states.py), a warp per (token, head) row.
 
     o of a row      chunks of 16 bytes; a lane takes chunks l and 32 + l at a time, so that four loads are in flight. A
                     row of 512 16-bit values is one such step, of 512 float32 two.

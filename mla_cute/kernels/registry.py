@@ -1,6 +1,5 @@
 """Which kernels a call runs, under which keys, what of the planner's sizes follows from that; and the shipped variants.
-Imports nothing of the DSL: a warm
-start does not need it."""
+Imports nothing of the DSL: a warm start does not need it."""
 
 import functools
 import math

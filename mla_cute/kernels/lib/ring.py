@@ -21,14 +21,10 @@ from ...dims import CKV_DIM, NUM_SCALES
 from . import barriers, paged
 from .paged import SUB_BYTES, TILE_N, TmaLoader, rows_of_block
 from .ptx import cp_async_16, cp_async_small
-from .row_map import HeadRows, PackedRows, load_item
+from .row_map import RowMap, Word, load_item
 
 # A kernel has room for mbarriers of so many slots; the longest ring, tile16's over FP8 caches, has five.
 MAX_STAGES = 6
-
-# Words of an item in the plan, whose rows planner/decode.py and planner/prefill.py describe. ITEM_FIRST_ROW is in a
-# decode part's row: the table row of the part's first item, behind which its other items lie.
-ITEM_KV_BEGIN, ITEM_KV_END, ITEM_INDEX_BASE, ITEM_FIRST_ROW = 1, 2, 3, 5
 
 # Words of a producer warp in RingSmem.sProduce.
 NUM_ITEMS, FIRST_ROW, INDEX_BASE, KV_END, END_BLOCK, NEXT_ITEM = range(6)
@@ -65,10 +61,6 @@ class RingMbarriers(barriers.Mbarriers):
         for name, (length, arrivals) in self._own.items():
             for i in range(length):
                 cute.arch.mbarrier_init(mbar + getattr(self, name) + i, arrivals)
-
-
-# Names of the same for who has no table.
-MB_FULL, MB_EMPTY = RingMbarriers.full, RingMbarriers.empty
 
 
 class RingParams(Protocol):
@@ -271,7 +263,7 @@ class RingProducer:
 
     # Set by the kernel.
     dtype: type[Numeric]  # of the output, and of the parts of the cache that are not e4m3
-    rows: HeadRows | PackedRows  # which query rows a row tile holds
+    rows: RowMap  # which query rows a row tile holds
     num_stages: int  # slots of the ring
     in_pairs = True  # an item's tiles are filled up to an even number: consumers take them in pairs
 
@@ -356,15 +348,15 @@ class RingProducer:
             load_item(params.mTable, self.rows.item_row(params, part, smem.sProduce[FIRST_ROW, warp], it), item)
             if const_expr(self.rows.header_is_item):
                 if it == 0:
-                    smem.sProduce[FIRST_ROW, warp] = item[ITEM_FIRST_ROW]
-            smem.sProduce[INDEX_BASE, warp] = item[ITEM_INDEX_BASE]
-            smem.sProduce[KV_END, warp] = item[ITEM_KV_END]
-            block = item[ITEM_KV_BEGIN] // TILE_N
-            end = cute.ceil_div(item[ITEM_KV_END], TILE_N)
+                    smem.sProduce[FIRST_ROW, warp] = item[Word.DECODE_FIRST_ROW]
+            smem.sProduce[INDEX_BASE, warp] = item[Word.FIRST_INDEX]
+            smem.sProduce[KV_END, warp] = item[Word.KV_END]
+            block = item[Word.KV_BEGIN] // TILE_N
+            end = cute.ceil_div(item[Word.KV_END], TILE_N)
             if const_expr(self.in_pairs):
                 end = block + (end - block + 1) // 2 * 2
             smem.sProduce[END_BLOCK, warp] = end
-            page, row = self.loader.look_up(params, item[ITEM_INDEX_BASE], block, item[ITEM_KV_END], warp, lane)
+            page, row = self.loader.look_up(params, item[Word.FIRST_INDEX], block, item[Word.KV_END], warp, lane)
             while block < smem.sProduce[END_BLOCK, warp]:
                 kv_end = smem.sProduce[KV_END, warp]
                 # The look-up is a tile ahead: its latency would add to the time from a slot's release to its refill.

@@ -1,6 +1,6 @@
-"""Online softmax in the base-2 domain on wgmma accumulators, with a lazily moved reference maximum.
+"""Online softmax in the base-2 domain on wgmma accumulators, with a reference maximum that is raised lazily.
 
-Scores are S * scale_log2. The reference m of a row moves only when the row's maximum exceeds it by more than
+Scores are S * scale_log2. The reference m of a row is raised only when the row's maximum exceeds it by more than
 LAZY_LOG2; P = 2^(s - m) may therefore reach 2^8, which bf16, f16 and the float32 sums hold without loss, and the
 reference cancels in O / l and in lse = m + log2(l). Rescaling O (64 FMUL per row) is then rare.
 """
@@ -12,11 +12,11 @@ from cutlass import Float32
 # Running maxima start at the lowest finite float32 rather than at -inf: -inf - -inf would be NaN in a row whose scores
 # are all masked. Any number above it would hide scores below it.
 LOWEST = -(2.0 - 2.0**-23) * 2.0**127
-# By how much a row's maximum exceeds its reference, in log2 units, before the reference moves.
+# By how much a row's maximum exceeds its reference, in log2 units, before the reference is raised.
 LAZY_LOG2 = 8.0
 
-# Over FP8 caches P is float16, and the reference goes by row sums: it moves when a thread's part of one exceeds MAX_P.
-# That is within float16, and so far above 1 that it is rare, so a pair of tiles needs no row maxima.
+# Over FP8 caches P is float16, and the reference goes by row sums: it is raised when a thread's part of one exceeds
+# MAX_P. That is within float16, and so far above 1 that it is rare, so a pair of tiles needs no row maxima.
 MAX_P = 2.0**14
 # The same limit where P is multiplied by scales of up to MAX_UNITS.
 MAX_SCALED_P = 2.0**9

@@ -1,1 +1,1 @@
-"""Few rows: 16 query rows on mma.sync; schedule.py has the schedule."""
+"""Row tiles of 16 query rows on mma.sync; schedule.py has the schedule."""

@@ -2,9 +2,8 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Float32, Int32, Int64, Uint32
+from cutlass import Constexpr, Float32, Int64
 
-from ...dims import INT16_BIAS, INT16_MOST
 from ..lib import partials, ptx, softmax
 from .params import NUM_WARPS, Bar, Fragments, Params, Smem
 from .tiles import Tiles
@@ -68,20 +67,20 @@ class Epilogue:
         half = ptx.thread_index() // 128
         for w in cutlass.range_constexpr(4):
             largest = cute.arch.fmax(largest, smem.sMax[row, half * 4 + w], nan=True)
-        to_int = Float32(INT16_MOST) * cute.arch.rcp_approx(largest)
+        to_int = partials.int16_factor(largest)
         if head < params.num_heads:
             at = partials.row_address(params, part_row + head)
             for c in cutlass.range_constexpr(4):
                 self._store_integers(regs, at, c, self.tiles.quad(regs, c, r), to_int)
             if (regs.l4 == 0) & (regs.w % 4 == 0):
-                partials.put_worth(params, part_row + head, half, largest * inverse * Float32(1.0 / INT16_MOST))
+                partials.put_worth(params, part_row + head, half, partials.int16_worth(largest * inverse))
                 if regs.w == 0:
                     partials.put_lse(params, part_row + head, lse)
 
     def _largest(self, regs: Fragments, r: int):
         """The largest magnitude of row r in the warp's 64 channels, above 0 so that it can be divided by; NaN if one
         is NaN."""
-        largest = Float32(1.0e-30)
+        largest = Float32(partials.SMALLEST)
         for c in range(4):
             for x in self.tiles.quad(regs, c, r):
                 largest = cute.arch.fmax(largest, cute.math.absf(x), nan=True)
@@ -91,6 +90,5 @@ class Epilogue:
 
     def _store_integers(self, regs: Fragments, row_at, c: int, x: list, to_int) -> None:
         """Four channels as biased 16-bit integers; `row_at`: address of the partial row."""
-        bits = [(v * to_int + Float32(INT16_BIAS)).bitcast(Int32) for v in x]
-        words = [Uint32(cute.arch.prmt(bits[2 * i], bits[2 * i + 1], 0x5410)) for i in range(2)]
+        words = partials.int16_words(x, to_int)
         ptx.store_global(row_at + Int64(regs.w * 128 + c * 32 + self.tiles.quad_bytes(regs)), words)

@@ -10,7 +10,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32
 
 from ..lib.barriers import NamedBarrier
-from ..lib.ring import MAX_STAGES, MB_EMPTY, MB_FULL
+from ..lib.ring import RingMbarriers
 
 NUM_WARPS = 8  # that consume; the four producer warps of lib/ring.py follow
 NUM_CONSUMERS = 32 * NUM_WARPS
@@ -27,20 +27,15 @@ class Bar(NamedBarrier):
     ITEM = 2, NUM_CONSUMERS
 
 
-# Behind the ring's full and empty mbarriers, for which lib/ring.py leaves MAX_STAGES places each, come two for P.
-MB_P = 2 * MAX_STAGES
-MB_TOTAL = MB_P + 2
+def make_mbarriers(num_stages: int, full_arrivals: int) -> RingMbarriers:
+    """The kernel's mbarriers, each with the arrivals that complete it; schedule.py says who arrives and who waits.
 
-
-def init_mbarriers(mbar, num_stages: int, full_arrivals: int) -> None:
-    """The arrivals that complete each mbarrier; schedule.py says who arrives and who waits.
-
-    By one thread. `mbar` points to the first of MB_TOTAL, `full_arrivals` is the loader's."""
-    for i in range(num_stages):
-        cute.arch.mbarrier_init(mbar + MB_FULL + i, full_arrivals)
-        cute.arch.mbarrier_init(mbar + MB_EMPTY + i, NUM_WARPS)
-    for i in range(2):
-        cute.arch.mbarrier_init(mbar + MB_P + i, NUM_WARPS)
+    Args:
+        num_stages: slots of the ring.
+        full_arrivals: the loader's.
+    """
+    # `p` by parity. Those of consumers, empty and p, count warps.
+    return RingMbarriers(num_stages, full_arrivals, NUM_WARPS, p=(2, NUM_WARPS))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +88,7 @@ LOOP_WORDS = 5
 class Smem:
     """Views of one CTA's shared memory; the addresses are in bytes."""
 
-    mbar: Any  # pointer to the first mbarrier
+    mbar: Any  # pointer to the first of `make_mbarriers`
     sK_sub: cute.Tensor  # the ring as lib/ring.py fills it: ckv sub-tiles
     sR_tma: cute.Tensor  # and rope tiles
     sScales: cute.Tensor  # (token, group, slot); None: a 16-bit cache

@@ -57,8 +57,8 @@ from cutlass import Float32, Int32, const_expr
 
 from ..lib import barriers, e4m3, ptx, softmax
 from ..lib.paged import TILE_N
-from ..lib.ring import MB_EMPTY
-from ..lib.row_map import HeadRows
+from ..lib.ring import RingMbarriers
+from ..lib.row_map import HeadRows, Word
 from ..lib.softmax import MAX_P, MAX_SCALED_P, MAX_UNITS
 from .epilogue import Epilogue
 from .params import (
@@ -67,7 +67,6 @@ from .params import (
     LOOP_PART_ROW,
     LOOP_REQUEST,
     LOOP_TABLE_ROW,
-    MB_P,
     NUM_WARPS,
     P_WORDS,
     Bar,
@@ -95,10 +94,11 @@ class Consumer:
 
     tiles: Tiles
     rows: HeadRows  # how many items a part has
+    mbars: RingMbarriers
     epilogue: Epilogue
 
-    def __init__(self, tiles: Tiles, rows: HeadRows):
-        self.tiles, self.rows, self.epilogue = tiles, rows, Epilogue(tiles)
+    def __init__(self, tiles: Tiles, rows: HeadRows, mbars: RingMbarriers):
+        self.tiles, self.rows, self.mbars, self.epilogue = tiles, rows, mbars, Epilogue(tiles)
 
     # ------------------------------------------------------------------ a tile
 
@@ -113,7 +113,7 @@ class Consumer:
         if regs.lane == 0:
             smem.sFlags[regs.w, parity] = flag
         cute.arch.sync_warp()
-        barriers.arrive_once_per_warp(smem.mbar + MB_P + parity)
+        barriers.arrive_once_per_warp(smem.mbar + self.mbars.p + parity)
 
     def _write_p(self, smem: Smem, regs: Fragments, slot, parity, left):
         """P = 2^(rS - rRef) to shared memory, a copy per scale group times scale / unit; its row sums to rSums.
@@ -149,7 +149,7 @@ class Consumer:
     def _agree(self, smem: Smem, regs: Fragments, slot, parity, p_phase, left):
         """Behind it all warps' P of the tile is in shared memory, relative to the references in rRef, which are the
         same in all warps, and counted in rL."""
-        cute.arch.mbarrier_wait(smem.mbar + MB_P + parity, p_phase)
+        cute.arch.mbarrier_wait(smem.mbar + self.mbars.p + parity, p_phase)
         flags = smem.sFlags[0, parity]
         for w in cutlass.range_constexpr(NUM_WARPS - 1):
             flags = flags | smem.sFlags[w + 1, parity]
@@ -224,7 +224,7 @@ class Consumer:
             for j in cutlass.range_constexpr(4):
                 regs.rO[t * 4 + j] = acc[t][j]
         cute.arch.sync_warp()
-        barriers.arrive_once_per_warp(smem.mbar + MB_EMPTY + slot)
+        barriers.arrive_once_per_warp(smem.mbar + self.mbars.empty + slot)
 
     def _take_next_scores(self, regs: Fragments) -> None:
         """The next tile is the one at hand now."""
@@ -250,13 +250,13 @@ class Consumer:
         it = Int32(0)
         while it < smem.sLoop[LOOP_ITEMS, w]:
             table_row = smem.sLoop[LOOP_TABLE_ROW, w] + it
-            kv_begin = params.mTable[table_row, 1]
-            kv_end = params.mTable[table_row, 2]
-            request = params.mTable[table_row, 0]
+            kv_begin = params.mTable[table_row, Word.KV_BEGIN]
+            kv_end = params.mTable[table_row, Word.KV_END]
+            request = params.mTable[table_row, Word.REQUEST]
             smem.sLoop[LOOP_REQUEST, w] = request
-            smem.sLoop[LOOP_PART_ROW, w] = params.mTable[table_row, 4]
+            smem.sLoop[LOOP_PART_ROW, w] = params.mTable[table_row, Word.PARTIAL_ROW]
             if it == 0:
-                smem.sLoop[LOOP_TABLE_ROW, w] = params.mTable[table_row, 5]
+                smem.sLoop[LOOP_TABLE_ROW, w] = params.mTable[table_row, Word.DECODE_FIRST_ROW]
             left = kv_end - kv_begin
             self.tiles.load_q(params, smem, regs, request, smem.sLoop[LOOP_HEAD0, w])
             regs.rO.fill(0.0)

@@ -12,10 +12,10 @@ from ...dims import CKV_DIM, KPE_DIM, TILE16_M
 from ..keys import DecodeKey, Fp8Key, LaunchConfig
 from ..lib.dtypes import CUTLASS_DTYPES
 from ..lib.paged import TILE_N
-from ..lib.ring import RingProducer, smem_layout
+from ..lib.ring import RingMbarriers, RingProducer, smem_layout
 from ..lib.row_map import HeadRows
 from ..step import Step, StepArgs
-from .params import LOOP_WORDS, MB_TOTAL, NUM_CONSUMERS, NUM_WARPS, P_WORDS, Params, Smem, init_mbarriers
+from .params import LOOP_WORDS, NUM_CONSUMERS, NUM_WARPS, P_WORDS, Params, Smem, make_mbarriers
 from .schedule import Consumer
 from .tiles import Tiles
 from .tiles_16bit import SixteenBitTiles
@@ -35,6 +35,7 @@ class Tile16(RingProducer):
     q_fp8: bool
     rows: HeadRows  # which of the plan's items a part has
     num_stages: int  # slots of the ring
+    mbars: RingMbarriers
     tiles: Tiles  # how the consumers read this kind of cache
     consumer: Consumer
     use_pdl: bool  # programmatic dependent launch: the kernel starts while the one before it ends
@@ -45,7 +46,8 @@ class Tile16(RingProducer):
         self.tiles, self.dtype, self.q_fp8, self.num_stages = tiles, tiles.dtype, tiles.q_fp8, tiles.num_stages
         self.rows = HeadRows()
         self._set_cache(box_rows, config.evict_first, tiles.kv_format)
-        self.consumer = Consumer(tiles, self.rows)
+        self.mbars = make_mbarriers(self.num_stages, self.loader.full_arrivals)
+        self.consumer = Consumer(tiles, self.rows, self.mbars)
         self.use_pdl = config.use_pdl
         self.regs_consumer, self.regs_producer = (240, 24) if box_rows else (232, 40)
 
@@ -99,7 +101,7 @@ class Tile16(RingProducer):
 
         @cute.struct
         class Storage:
-            mbar: cute.struct.MemRange[Int64, MB_TOTAL]
+            mbar: cute.struct.MemRange[Int64, self.mbars.total]
             sProduce: cute.struct.MemRange[Int32, 8 * NUM_PRODUCER_WARPS]
             sLoop: cute.struct.MemRange[Int32, LOOP_WORDS * NUM_WARPS]
             sRow: cute.struct.MemRange[Float32, num_row_scales]
@@ -144,7 +146,7 @@ class Tile16(RingProducer):
                 cpasync.prefetch_descriptor(params.tma_ckv)
                 cpasync.prefetch_descriptor(params.tma_kpe)
             with cute.arch.elect_one():
-                init_mbarriers(smem.mbar, self.num_stages, self.loader.full_arrivals)
+                self.mbars.init(smem.mbar)
         cute.arch.mbarrier_init_fence()
         if const_expr(self.use_pdl):
             cute.arch.griddepcontrol_wait()

@@ -19,7 +19,7 @@ from cutlass import Float32, Int32, Int64, Uint32, const_expr
 
 from ..lib import barriers, e4m3, ptx, scalars
 from ..lib.paged import SUB_BYTES, TILE_N
-from ..lib.ring import MB_FULL
+from ..lib.ring import RingMbarriers
 from .params import P_WORDS, Bar, Fragments, Params, Smem
 from .tiles import Tiles
 
@@ -131,7 +131,7 @@ class Fp8Tiles(Tiles):
 
     @cute.jit
     def scores(self, params: Params, smem: Smem, regs: Fragments, slot, phase, left):
-        cute.arch.mbarrier_wait(smem.mbar + MB_FULL + slot, phase)
+        cute.arch.mbarrier_wait(smem.mbar + RingMbarriers.full + slot, phase)
         r8 = regs.lane % 8
         chunk = regs.lane // 8
         rows = regs.w * 8 + r8

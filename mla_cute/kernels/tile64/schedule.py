@@ -37,9 +37,9 @@ Order in a pair      wg 0                                     wg 1
 only the last pair's do, each consumer zeroes the rows past it in its half of V before the PV that reads them.
 
 The row maxima of a pair pass from one consumer to the other: wg 0 takes the reference of the last pair and its own
-maxima, wg 1 takes wg 0's. The reference moves lazily (lib/softmax.py), so almost every pair neither rescales O nor P:
-P0 goes to shared memory without waiting for wg 1 and is corrected only when wg 1 moved the reference. Row maxima are
-published before the exponentials, so that the other warpgroup waits for 16 FMNMX and not for 32 EX2.
+maxima, wg 1 takes wg 0's. The reference is raised lazily (lib/softmax.py), so almost every pair rescales neither O nor
+P: P0 goes to shared memory without waiting for wg 1 and is corrected only when wg 1 raised the reference. Row maxima
+are published before the exponentials, so that the other warpgroup waits for 16 FMNMX and not for 32 EX2.
 
 Shared memory: Q 72 KiB, two K tiles of 72 KiB, P0 8 KiB, statistics 1.5 KiB: 226 of 227 KiB. Q's ninth sub-tile (the
 rope) is read to registers at the start of an item, and its bytes hold P1 from then on.
@@ -182,7 +182,7 @@ class Consumer(Epilogue):
         old = [smem.sM[row] for row in rows]
         ref = [softmax.lazy_max(old[r], maxima[r]) for r in range(2)]
         scale = [softmax.exp2(old[r] - ref[r]) for r in range(2)]
-        # wg 1's O and l still carry the reference of the last pair: wg 0's move scales them too.
+        # wg 1's O and l still carry the last pair's reference: they are scaled by what wg 0 raised it by, too.
         total = scale if wg == 0 else [scale[r] * smem.sScale0[rows[r]] for r in range(2)]
         cute.arch.sync_warp()
         for r in range(2):
@@ -192,7 +192,7 @@ class Consumer(Epilogue):
 
     @cute.jit
     def _correct_wg0(self, regs: Fragments, scale0, scale1, need):
-        """wg 1 moved the reference: rescale the P0 already in shared memory, and O once its PV has drained."""
+        """wg 1 raised the reference: rescale the P0 already in shared memory, and O once its PV has drained."""
         if need:
             warpgroup.wait_group(0)
             softmax.multiply_rows(regs.S, math.S_COLS, scale0, scale1)

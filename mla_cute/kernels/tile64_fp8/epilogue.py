@@ -6,9 +6,8 @@ sector.
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr
+from cutlass import Constexpr, Float32, Int64, const_expr
 
-from ...dims import INT16_BIAS, INT16_MOST
 from ..lib import partials, ptx, scalars, softmax
 from .math import put_rows
 from .params import FILL, Bar, Fragments, Params, Smem, Variant
@@ -75,12 +74,6 @@ def _fmax_abs(largest, *values):
     return largest
 
 
-def _to_int16_pair(low, high, to_int):
-    """Two float32 times `to_int` as a word of two biased 16-bit integers, the low bits of what float32 adds up to."""
-    low, high = low * to_int + Float32(INT16_BIAS), high * to_int + Float32(INT16_BIAS)
-    return Uint32(cute.arch.prmt(low.bitcast(Int32), high.bitcast(Int32), 0x5410))
-
-
 def _first_word(regs: Fragments, wg: int):
     """Where this thread's word of block 0 begins in a row of 512 16-bit values, in bytes."""
     return Int64((wg * 256 + regs.t // 32 * 16 + regs.lane // 4 * 2) * 2)
@@ -106,7 +99,7 @@ def store_partial(params: Params, smem: Smem, regs: Fragments, part_row, rows, s
     (lib/partials.py)."""
     for j in cutlass.range_constexpr(8):
         for e in cutlass.range_constexpr(2):
-            largest = Float32(1.0e-30)
+            largest = Float32(partials.SMALLEST)
             for m in cutlass.range_constexpr(4):
                 largest = _fmax_abs(largest, *_channels(regs, m, j, e))
             for i in cutlass.range_constexpr(3):
@@ -120,16 +113,16 @@ def store_partial(params: Params, smem: Smem, regs: Fragments, part_row, rows, s
             largest = smem.scratch[row, 0, wg]
             for i in cutlass.range_constexpr(3):
                 largest = cute.arch.fmax(largest, smem.scratch[row, i + 1, wg], nan=True)
-            to_int = Float32(INT16_MOST) * cute.arch.rcp_approx(largest)
+            to_int = partials.int16_factor(largest)
             words = []
             for m in cutlass.range_constexpr(4):
-                words.append(_to_int16_pair(*_channels(regs, m, j, e), to_int))
+                words.extend(partials.int16_words(_channels(regs, m, j, e), to_int))
             if row < rows:
                 at = smem.sAddress[row] + _first_word(regs, wg)
                 for m in cutlass.range_constexpr(4):
                     ptx.store_global(at + 128 * m, [words[m]])
                 if (regs.lane < 4) & (regs.t < 32):
-                    worth = largest * _inverse_sum(smem, row) * scale * Float32(1.0 / INT16_MOST)
+                    worth = partials.int16_worth(largest * _inverse_sum(smem, row) * scale)
                     partials.put_worth(params, part_row + row, wg, worth)
 
 

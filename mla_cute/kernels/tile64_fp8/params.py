@@ -15,7 +15,7 @@ from ..keys import Fp8Key, LaunchConfig
 from ..lib.barriers import NamedBarrier
 from ..lib.dtypes import CUTLASS_DTYPES
 from ..lib.ring import RingMbarriers, RingProducer
-from ..lib.row_map import HeadRows, PackedRows
+from ..lib.row_map import RowMap
 
 NUM_CONSUMERS = 256  # threads of the two consumer warpgroups
 WARPGROUP = 128  # threads of one
@@ -63,7 +63,7 @@ class Variant(RingProducer):
     regs_producer: int
     mbars: RingMbarriers
 
-    def __init__(self, key: Fp8Key, rows: HeadRows | PackedRows, config: LaunchConfig):
+    def __init__(self, key: Fp8Key, rows: RowMap, config: LaunchConfig):
         self.dtype = CUTLASS_DTYPES[key.dtype]
         self.rows = rows
         self.q_fp8 = key.q_fp8

@@ -12,7 +12,7 @@ from cutlass import Constexpr, Float32, const_expr
 
 from ..lib import e4m3, softmax
 from ..lib.paged import TILE_N
-from ..lib.ring import ITEM_KV_BEGIN, ITEM_KV_END
+from ..lib.row_map import Word
 from ..lib.softmax import MAX_P, MAX_SCALED_P, MAX_UNITS
 from .math import PairMath, put_row
 from .params import Bar, Fragments, Pair, Smem
@@ -33,7 +33,7 @@ class References(PairMath):
 
     def _is_first(self, smem: Smem, pair: Pair):
         """The pair is the first of its item: all of the item's tokens lie from it on."""
-        return pair.valid[0] == smem.sItem[pair.item_slot, ITEM_KV_END] - smem.sItem[pair.item_slot, ITEM_KV_BEGIN]
+        return pair.valid[0] == smem.sItem[pair.item_slot, Word.KV_END] - smem.sItem[pair.item_slot, Word.KV_BEGIN]
 
     def _scale_out_of_range(self, smem: Smem, regs: Fragments, slot, valid):
         """One of the scales of the consumer's own tile that this thread looks at is more than MAX_UNITS units."""

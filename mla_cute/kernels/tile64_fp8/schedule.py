@@ -46,7 +46,7 @@ Arguments that recur:
     wg, own, other   0 or 1, constants: this consumer, which is also its own tile in a pair, and the other
     last             a constant: the pair is its item's last, whose tiles may go past the item's end
     item_slot        where the item's record lies in smem.sItem
-    gap              how many of the item's last keys some row of the tile does not see (lib/row_map.py)
+    gap              how many of the item's last keys the tile's first row does not see (lib/row_map.py, RowMap.gap)
 """
 
 import cutlass
@@ -56,7 +56,7 @@ from cutlass.cute.nvgpu import warpgroup
 
 from ..lib import barriers, ptx, wgmma
 from ..lib.paged import TILE_N
-from ..lib.ring import ITEM_FIRST_ROW, ITEM_KV_BEGIN, ITEM_KV_END
+from ..lib.row_map import Word
 from .epilogue import Epilogue
 from .math import make_fragments
 from .params import (
@@ -164,7 +164,7 @@ class Consumer(QueryLoad, References, Epilogue):
         """All items of `part`, for the heads from `head0` on; `t`: thread of the warpgroup."""
         # What the loop over items needs waits in shared memory: every thread writes and reads it for itself.
         smem.sLoop[LOOP_NUM_ITEMS] = self.rows.num_items(params, part)
-        first_row = params.mTable[part, ITEM_FIRST_ROW] if const_expr(self.rows.header_is_item) else Int32(0)
+        first_row = params.mTable[part, Word.DECODE_FIRST_ROW] if const_expr(self.rows.header_is_item) else Int32(0)
         smem.sLoop[LOOP_FIRST_ROW] = first_row
         smem.sLoop[LOOP_HEAD0] = head0
         smem.sLoop[LOOP_PART] = part
@@ -187,7 +187,7 @@ class Consumer(QueryLoad, References, Epilogue):
             regs.rL.fill(0.0)
             regs.rRef.fill(0.0)
             regs.rUnit[0] = Float32(FIRST_UNIT)
-            left = smem.sItem[slot, ITEM_KV_END] - smem.sItem[slot, ITEM_KV_BEGIN]
+            left = smem.sItem[slot, Word.KV_END] - smem.sItem[slot, Word.KV_BEGIN]
             gap = self.rows.gap(params, smem, slot)
             if const_expr(self.ahead):
                 self._start_nope(params, smem, regs, tile + wg, 0)
