@@ -270,7 +270,7 @@ def test_graph_mode_plans_into_the_same_memory():
         pages = wrapper._pages
         rows = {"query": case.q[:16], "kv_cache": case.cache}
         check(case, wrapper.run(**rows, return_lse=True))
-        pointers = [getattr(pages, name).data_ptr() for name in vars(pages)]
+        pointers = [x.data_ptr() for x in (pages.queries, pages.lengths, pages.ids, pages.last_len)]
         memory, plans = memory or pointers, plans or dict(wrapper._plans)
         assert pointers == memory
         assert all(wrapper._plans[rows] is made for rows, made in plans.items())
