@@ -21,8 +21,8 @@ RECORDS = ROOT / "tune" / "measurements" / "NVIDIA_H200"
 # Which errors users meet: those of the calls and of what is made for them.
 SOURCES = (
     "api", "append", "attend", "launch", "merge_states", "ops", "plan", "plan_decode", "plan_prefill",
-    "call", "check", "check_device",
-    "expect", "quant", "config", "kernels/registry", "tuned/explain", "compile/warmup",
+    "check", "check_device",
+    "expect", "quant", "config", "tuned/explain", "compile/warmup",
 )  # fmt: skip
 
 

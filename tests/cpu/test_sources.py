@@ -77,7 +77,7 @@ def test_host_code_is_part_of_no_kernel(copy):
         "config",
         "kernels/registry",
         "tuned/select",
-        "problem",
+        "check",
         "compile/warmup",
         "compile/toolchain",
     ):
