@@ -48,9 +48,9 @@ def with_plan(step: Callable[..., None], problem: Problem, plan: Plan) -> ShortW
 
     # As the launcher takes them, which is cheaper than a torch.Tensor.
     table, part = tvm_ffi.from_dlpack(plan.table), tvm_ffi.from_dlpack(plan.part)
-    usual = _usual(problem, plan.packs_rows, tvm_ffi.from_dlpack(plan.part[:1].unsqueeze(0)))
+    usual = _usual(problem, plan, tvm_ffi.from_dlpack(plan.part[:1].unsqueeze(0)))
     form, planned_lengths, _, planned_last, planned_queries, _ = plan._pages
-    grid, batch, by_table = plan.grid, plan.batch, plan.form.by_table
+    batch, by_table = plan.batch, plan.form.by_table
 
     def launch(call: Call) -> tuple[torch.Tensor, torch.Tensor] | None:
         try:
@@ -72,7 +72,7 @@ def with_plan(step: Callable[..., None], problem: Problem, plan: Plan) -> ShortW
             if found is None:
                 return None
             operands, out, lse, numbers = found
-            step(*operands, page_ids, table, part, out, lse, *grid, *numbers)
+            step(*operands, page_ids, table, part, out, lse, *numbers)
             return out, lse
         except Exception:  # an argument is no tensor or not what was compiled for; which one is check.py's job to say
             return None
@@ -84,8 +84,8 @@ def keep_without_plan(key: object, step: Callable[..., None], problem: Problem, 
     """Keep the short way of calls of `key`, one of which made `plan` for itself."""
     if key is None or not _has_short_way(plan):
         return
-    usual = _usual(problem, plan.packs_rows, None)
-    of_plan, planner, grid, stride = plan.rounds[0], plan._planner, plan.grid, plan._table_stride
+    usual = _usual(problem, plan, None)
+    of_plan, planner, stride = plan.rounds[0], plan._planner, plan._table_stride
     new_table, new_scratch, new_part = (
         empty_maker(tuple(x.shape), x.dtype, problem.device) for x in (of_plan.table, of_plan.scratch, plan.part)
     )
@@ -106,7 +106,7 @@ def keep_without_plan(key: object, step: Callable[..., None], problem: Problem, 
             planner(*planner_reads(pages), table, scratch, *plan_numbers)
             if len(operands) == 5 and operands[4] is None:
                 operands = (*operands[:4], lse.unsqueeze(-1))
-            step(*operands, page_ids, table, part, out, lse, *grid, *numbers)
+            step(*operands, page_ids, table, part, out, lse, *numbers)
             return out, lse
         except Exception:  # as above
             return None
@@ -146,19 +146,19 @@ def _key(call: Call, config: KernelConfig | None, batch_invariant: bool) -> obje
         return None
 
 
-# The step's operands, out, lse, the step's numbers.
+# The step's operands, out, lse, the numbers behind them.
 _ForLaunch = tuple[tuple[Any, ...], torch.Tensor, torch.Tensor, "tuple[float | int, ...]"]
 _NEVER = (object(),) * 5  # no argument is one of these
 
 
-def _usual(problem: Problem, packs_rows: bool, no_scales: Any) -> Callable[[Call], _ForLaunch | None]:
+def _usual(problem: Problem, plan: Plan, no_scales: Any) -> Callable[[Call], _ForLaunch | None]:
     """The function from a call like `problem`, metadata aside, to what is launched; None where something is unusual.
     `no_scales` stands for an array of scales where there is none."""
     device, kv_format, planned_causal = problem.device, problem.kv_format, problem.causal
     q_shape = (problem.total_q, problem.num_heads, CKV_DIM)
     new_out, new_lse = empty_maker(q_shape, problem.dtype, device), empty_maker(q_shape[:2], torch.float32, device)
     page_size, device_index = problem.page_size, device.index
-    takes_array = kv_format in ("token", "group")
+    takes_array, packs_rows, grid = kv_format in ("token", "group"), plan.packs_rows, plan.grid
     # TMA looks at strides of dimensions of size 1, which the launcher lets pass.
     gathers = page_size % 8 != 0
     odd_queries = problem.total_q == 1 or problem.num_heads == 1
@@ -192,7 +192,7 @@ def _usual(problem: Problem, packs_rows: bool, no_scales: Any) -> Callable[[Call
             found = _usual_numbers(problem, call)
             if found is None:
                 return None
-            numbers = found
+            numbers = (*grid, *found)
             if type(ckv_scale) is type(kpe_scale) is type(q_scale) is float:  # the address of a tensor may change
                 kept = (sm_scale, lse_base, ckv_scale, kpe_scale, q_scale), numbers
         if packs_rows and not (rows_are_even(q_nope) and rows_are_even(q_pe)):
