@@ -1,6 +1,7 @@
 """What a kernel's place in the cache depends on: the files its module imports, read without importing anything."""
 
 import ast
+import importlib.util
 import json
 import os
 import pathlib
@@ -75,6 +76,8 @@ def test_host_code_is_part_of_no_kernel(copy):
         "compile/jit",
         "config",
         "kernels/registry",
+        "kernels/planner/model",
+        "kernels/planner/model_prefill",
         "tuned/select",
         "problem",
         "compile/warmup",
@@ -82,6 +85,18 @@ def test_host_code_is_part_of_no_kernel(copy):
     ):
         assert changed_by(copy / f"{name}.py") == set(), name
     assert changed_by(copy / "kernels" / "__init__.py") == set(MODULES)
+
+
+@pytest.mark.parametrize("name", ["model", "model_prefill"])
+def test_the_planners_models_are_plain_python(name):
+    modules = closure(f"mla_cute.kernels.planner.{name}")
+    assert "mla_cute.kernels.keys" in modules
+    for module in modules:
+        for node in ast.walk(ast.parse(pathlib.Path(importlib.util.find_spec(module).origin).read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module]
+            assert {name.split(".")[0] for name in names} <= sys.stdlib_module_names, module
 
 
 # Importing the package runs its __init__ and so all host code; an empty package in its place shows what a kernel needs.
