@@ -18,7 +18,7 @@ from mla_cute.compile import jit
 from mla_cute.config import KernelConfig
 from mla_cute.dims import KV_FORMATS
 from mla_cute.tuned import select, shape_log
-from mla_cute.tuned.select.shape_log import ShapeLog
+from mla_cute.tuned.shape_log import ShapeLog
 
 OTHER = KernelConfig(evict_first=False, min_blocks=8)
 
@@ -249,7 +249,8 @@ def test_a_log_that_cannot_be_written_costs_one_warning(tmp_path, caplog):
 
 SERVER = """
 import torch
-from mla_cute import jit, plan
+from mla_cute import plan
+from mla_cute.compile import jit
 import mla_cute
 plan.num_sms = lambda device: 132
 jit.get = lambda kernel, key, config: lambda *arguments: None
