@@ -15,7 +15,7 @@ WARM_AND_FORK = """
 import ctypes, json, os, sys
 import torch
 import mla_cute
-from mla_cute import jit
+from mla_cute.compile import jit
 
 def status():
     return ctypes.CDLL("libcuda.so.1").cuDeviceGetCount(ctypes.byref(ctypes.c_int()))

@@ -13,7 +13,7 @@ import torch
 from mla_cute.compile import jit, turn
 
 HERE = pathlib.Path(__file__).parent
-ROOT = HERE.parent.parent
+ROOT = HERE.parents[2]
 
 
 def forget_everything(tmp_path, monkeypatch):
@@ -45,7 +45,8 @@ def assert_works(function):
 
 
 def start_process(script, *path, **env):
-    code = "import json, sys, time\nfrom mla_cute import jit\nfrom toy_keys import *\n" + textwrap.dedent(script)
+    imports = "import json, sys, time\nfrom mla_cute.compile import jit\nfrom toy_keys import *\n"
+    code = imports + textwrap.dedent(script)
     python_path = os.pathsep.join(map(str, (*path, ROOT, HERE)))
     return subprocess.Popen(
         [sys.executable, "-c", code],

@@ -16,7 +16,7 @@ from mla_cute.compile import jit, toolchain
 from mla_cute.kernels import registry
 from toy_keys import TOY
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+ROOT = pathlib.Path(__file__).resolve().parents[3]
 PACKAGE = ROOT / "mla_cute"
 MODULES = sorted({ref.module for ref in vars(registry).values() if isinstance(ref, registry.KernelRef)})
 STEPS = {f"mla_cute.kernels.{wing}.setup" for wing in ("tile64", "tile64_fp8", "tile16")}
@@ -120,7 +120,7 @@ print(json.dumps(found))
 
 def test_nothing_that_kernels_import_is_missing():
     command = [sys.executable, "-c", REAL, str(PACKAGE), *MODULES]
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "tests" / "cpu")}
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "tests" / "cpu" / "compile")}
     run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, check=False)
     assert run.returncode == 0, run.stderr
     real = json.loads(run.stdout)

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-EXAMPLE = pathlib.Path(__file__).resolve().parents[2] / "examples" / "context_parallel.py"
+EXAMPLE = pathlib.Path(__file__).resolve().parents[3] / "examples" / "context_parallel.py"
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-CONFTEST = pathlib.Path(__file__).parent.parent / "conftest.py"
+CONFTEST = pathlib.Path(__file__).parents[2] / "conftest.py"
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from test_tune_session import faster, run, task
+from test_session import faster, run, task
 from tune_case import DECODE, GPU, FakeMeasurer
 from typer.testing import CliRunner
 
