@@ -45,8 +45,9 @@ def assert_works(function):
 
 
 def start_process(script, *path, **env):
-    imports = "import json, sys, time\nfrom mla_cute.compile import jit\nfrom toy_keys import *\n"
-    code = imports + textwrap.dedent(script)
+    code = "import json, sys, time\nfrom mla_cute.compile import jit\nfrom toy_keys import *\n" + textwrap.dedent(
+        script
+    )
     python_path = os.pathsep.join(map(str, (*path, ROOT, HERE)))
     return subprocess.Popen(
         [sys.executable, "-c", code],

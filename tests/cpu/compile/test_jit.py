@@ -72,8 +72,9 @@ def test_warm_start_is_fast(cache):
     print(json.dumps(time.perf_counter() - start))
     """
     first_line = "import torch, time\nstart = time.perf_counter()\n"
-    imports = "import json\nfrom mla_cute.compile import jit\nfrom toy_keys import *\n"
-    code = first_line + imports + textwrap.dedent(script)
+    code = (
+        first_line + "import json\nfrom mla_cute.compile import jit\nfrom toy_keys import *\n" + textwrap.dedent(script)
+    )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(HERE)))}
     runs = [subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True) for _ in range(3)]
     best = min(float(run.stdout) for run in runs)
