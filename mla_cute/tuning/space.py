@@ -5,21 +5,21 @@ planner cuts by (min_blocks, item_overhead, split_penalty). `accuracy` changes r
 behind the kernels in front, which the call timed alone does not have: both are left as the default has them.
 
 Planner numbers act through the plan alone, so of those that give a shape the same plan only the first is a candidate.
-`plan_signature` decides that on the host: it follows the kernels' planner/decode.py and balanced.py for a batch of
-equal requests, and equal signatures mean equal work items (tests/cpu/test_tune_space.py holds it to the planners'
-models).
+`plan_signature` decides that on the host, by the planners' models in plain Python (kernels/planner/model.py and
+model_prefill.py), which tests hold to the kernels.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Hashable, Iterator
 
 from ..config import KernelConfig, why_infeasible, with_kernel
-from ..dims import BLOCK, TILE_M
-from ..kernels.keys import COST_CLASSES, MAX_PARTS, TAIL_ITEMS_PER_PART
-from ..kernels.registry import Variant, decode_parts, planner_variant, prefill_min_blocks, step_variant, takes_tile16
+from ..kernels.keys import MAX_PARTS
+from ..kernels.planner import model, model_prefill
+from ..kernels.registry import Variant, decode_parts, planner_variant, step_variant, takes_tile16
 from ..tuned.select import When, default_for
 
 MIN_BLOCKS = (1, 2, 4, 8, 16)
@@ -28,7 +28,6 @@ ITEM_OVERHEADS = (2, 4, 8)
 # In decode no penalty above the default's is tried: the batches timed here are uniform and balance by themselves, so a
 # large penalty would look good, but a ragged batch that is not cut waits for its longest request.
 SPLIT_PENALTIES = (0, 3, 6, 12, 64)
-_MAX_CUTS = 64  # as in the planner's balanced.py
 
 
 def candidates(when: When, num_sms: int = 132) -> list[KernelConfig]:
@@ -91,81 +90,17 @@ def plan_signature(when: When, config: KernelConfig, num_sms: int) -> Hashable:
     assert when.kv_len is not None
     if when.op == "decode":
         parts = decode_parts(when.kv_format, when.num_heads, config, num_sms)
-        return _decode_signature(when.batch, _up(-(-when.kv_len // BLOCK), config.cut_unit), parts, config)
-    tail = _prefill_tail(when, min(MAX_PARTS, num_sms))
-    return _tail_limit(tail, min(MAX_PARTS, num_sms), config) if tail else None
+        blocks = model.blocks_of([when.kv_len], config.cut_unit)
+        return model.cut(blocks * when.batch, parts, config)
+    parts = min(MAX_PARTS, num_sms)
+    tail = _prefill_tail(when.num_heads, when.q_len, when.batch, when.kv_len, parts)
+    return model_prefill.tail_sizes(tail, parts, config)
 
 
-def _decode_signature(batch: int, blocks: int, parts: int, config: KernelConfig) -> Hashable:
-    """Of the three ways to cut (planner/decode.py), the one taken and all that its items depend on."""
-    overhead = config.item_overhead
-    request = blocks + overhead
-    payload = max(-(-batch * request // parts), config.min_blocks)
-
-    def whole_bound(k: int) -> int:
-        b, into = divmod(k * payload, request) if k < parts else (batch, 0)
-        return min(b + (into > request - into), batch)
-
-    def line_bound(k: int) -> tuple[int, int]:
-        b, into = divmod(k * payload, request) if k < parts else (batch, 0)
-        if b >= batch:
-            return batch, 0
-        offset = max(into - overhead, 0)
-        offset -= offset % config.cut_unit
-        return (b + 1, 0) if offset >= blocks else (b, offset)
-
-    whole = tuple(whole_bound(k) for k in range(parts + 1))
-    whole_cost = max(b - a for a, b in itertools.pairwise(whole)) * request
-    cut_cost = payload + overhead + config.split_penalty
-    limit = 0
-    if batch <= parts:
-        limit = max(config.min_blocks, _up(-(-batch * blocks // parts), config.cut_unit))
-        while batch * -(-blocks // limit) > parts:
-            limit += config.cut_unit
-    use_pieces = 0 < limit <= payload
-    if use_pieces:
-        cut_cost = limit + overhead + config.split_penalty
-    if whole_cost <= cut_cost:
-        return ("cuts", tuple((b, 0) for b in whole))
-    if use_pieces:
-        return ("pieces", _up(-(-blocks // -(-blocks // limit)), config.cut_unit))
-    return ("cuts", tuple(line_bound(k) for k in range(parts + 1)))
-
-
-def _prefill_tail(when: When, parts: int) -> list[int]:
-    """Blocks of the tiles that are left after whole rounds (planner/prefill.py), under the causal mask."""
-    assert when.kv_len is not None
-    tiles = -(-when.q_len * when.num_heads // TILE_M)
-    pairs = []
-    for m in range(tiles):
-        last_token = min((TILE_M * m + TILE_M - 1) // when.num_heads, when.q_len - 1)
-        keys = min(max(when.kv_len - when.q_len + last_token + 1, 0), when.kv_len)
-        pairs.append(-(-keys // (2 * BLOCK)))
-    pairs = [n for n in pairs if n]
-    shift = 0
-    while max(pairs, default=0) >> shift >= COST_CLASSES:
-        shift += 1
-    left = when.batch * len(pairs) % parts
-    ranked = sorted(((-(n >> shift), b, -m, n) for b in range(when.batch) for m, n in enumerate(pairs)))
-    return [2 * n for *_, n in ranked[len(ranked) - left :]]
-
-
-def _tail_limit(tail: list[int], parts: int, config: KernelConfig) -> tuple[int, ...]:
-    """Blocks of a piece of each tile of the tail."""
-    best: tuple[int, tuple[int, ...]] | None = None
-    for c in range(1, _MAX_CUTS + 1):
-        limit = max(prefill_min_blocks(config), _up(-(-max(tail) // c), 2))
-        sizes = tuple(_up(-(-n // -(-n // limit)), 2) for n in tail)
-        items = sum(-(-n // size) for n, size in zip(tail, sizes, strict=True))
-        if items > TAIL_ITEMS_PER_PART * parts:
-            continue
-        cost = -(-items // parts) * (limit + config.item_overhead)
-        cost += config.split_penalty if items > len(tail) else 0
-        if best is None or cost < best[0]:
-            best = cost, sizes
-    assert best is not None, "uncut, the tiles are fewer than the parts"
-    return best[1]
-
-
-def _up(x: int, unit: int) -> int:
-    return -(-x // unit) * unit
+@functools.lru_cache(maxsize=64)  # all configurations of a shape have the same, and so have all formats of a cache
+def _prefill_tail(num_heads: int, q_len: int, batch: int, kv_len: int, parts: int) -> tuple[int, ...]:
+    """Blocks of the tiles left after whole rounds, under the causal mask: all that configurations plan differently."""
+    requests = [model_prefill.Request(b * q_len, q_len, kv_len, 0) for b in range(batch)]
+    tiles = [tile for b, request in enumerate(requests) for tile in model_prefill.tiles_of(request, b, num_heads, True)]
+    order = model_prefill.ranked(tiles)
+    return tuple(tile.blocks for tile in order[len(order) // parts * parts :])

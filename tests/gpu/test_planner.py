@@ -2,12 +2,12 @@
 
 import itertools
 
-import planner_model
 import pytest
 import torch
 from planner_batches import random_batches
 
 import mla_cute
+from mla_cute.kernels.planner import model
 
 PAGE_SIZE = 16
 
@@ -53,7 +53,7 @@ def test_random_batches(form):
             seq_lens = torch.tensor(batch.lengths, dtype=torch.int32, device="cuda")
             plan = mla_cute.plan_decode_block_table(seq_lens, max_pages=columns, **options)
             firsts = [b * columns for b in range(len(pages))]
-        want = planner_model.plan(
+        want = model.plan(
             list(batch.lengths), firsts, plan.num_parts, batch.num_heads, batch.config, batch.batch_invariant
         )
         items, starts, ends, merges = read_back(plan, len(want.items))

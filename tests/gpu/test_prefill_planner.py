@@ -2,14 +2,14 @@
 
 import itertools
 
-import prefill_planner_model
 import pytest
 import torch
 from prefill_batches import PrefillBatch, random_prefill_batches
-from prefill_planner_model import Request
 
 import mla_cute
 from mla_cute.config import KernelConfig
+from mla_cute.kernels.planner import model_prefill
+from mla_cute.kernels.planner.model_prefill import Request
 
 PAGE_SIZE = 16
 UNWRITTEN = -7777
@@ -61,7 +61,7 @@ def compare(plan, requests, batch):
     """Plan again into a table of known contents and compare it with the model's."""
     plan.table.fill_(UNWRITTEN)
     plan.update()
-    want = prefill_planner_model.plan(
+    want = model_prefill.plan(
         requests, plan.num_parts, batch.num_heads, batch.causal, batch.config, batch.batch_invariant
     )
     table = [tuple(row) for row in plan.table.tolist()]

@@ -3,8 +3,6 @@
 import dataclasses
 import itertools
 
-import planner_model
-import prefill_planner_model
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +10,7 @@ from hypothesis import strategies as st
 from mla_cute.config import KERNELS, KernelConfig, why_infeasible
 from mla_cute.dims import BLOCK
 from mla_cute.kernels.keys import MAX_PARTS, DecodeKey
+from mla_cute.kernels.planner import model, model_prefill
 from mla_cute.tuned.select import When, default_for
 from mla_cute.tuning import recipes, space
 
@@ -32,14 +31,14 @@ def tile16(when, config):
 
 def decode_plan(when, config, num_sms):
     parts = max(1, min(MAX_PARTS, num_sms // -(-when.num_heads // (16 if tile16(when, config) else 64))))
-    plan = planner_model.plan([when.kv_len] * when.batch, [0] * when.batch, parts, when.num_heads, config)
+    plan = model.plan([when.kv_len] * when.batch, [0] * when.batch, parts, when.num_heads, config)
     return plan.items, plan.starts, plan.splits
 
 
 def prefill_plan(when, config, num_sms):
-    request = prefill_planner_model.Request
+    request = model_prefill.Request
     requests = [request(b * when.q_len, when.q_len, when.kv_len, 0) for b in range(when.batch)]
-    plan = prefill_planner_model.plan(requests, min(MAX_PARTS, num_sms), when.num_heads, True, config)
+    plan = model_prefill.plan(requests, min(MAX_PARTS, num_sms), when.num_heads, True, config)
     return plan.items, plan.merges
 
 

@@ -2,7 +2,6 @@
 
 import itertools
 
-import planner_model
 import pytest
 import torch
 from planner_batches import random_batches
@@ -11,6 +10,7 @@ import mla_cute
 from mla_cute.config import KernelConfig, default_config, why_infeasible
 from mla_cute.dims import BLOCK
 from mla_cute.kernels.keys import FIXED_MAX_PIECES, FIXED_MIN_BLOCKS
+from mla_cute.kernels.planner import model
 
 NUM_SMS = 132
 BATCHES = random_batches(400, seed=0)
@@ -19,9 +19,7 @@ BATCHES = random_batches(400, seed=0)
 def plan_of(batch):
     firsts = list(itertools.accumulate((-(-n // BLOCK) for n in batch.lengths[:-1]), initial=0))
     parts = NUM_SMS // batch.num_tiles
-    return planner_model.plan(
-        list(batch.lengths), firsts, parts, batch.num_heads, batch.config, batch.batch_invariant
-    ), parts
+    return model.plan(list(batch.lengths), firsts, parts, batch.num_heads, batch.config, batch.batch_invariant), parts
 
 
 @pytest.mark.parametrize("batch", BATCHES, ids=range(len(BATCHES)))
@@ -66,7 +64,7 @@ def test_no_part_is_much_longer_than_the_mean(batch):
     """The largest part, overheads included, is within what the planner's cost says it chose."""
     plan, parts = plan_of(batch)
     overhead = batch.config.item_overhead
-    blocks = [planner_model.up(-(-n // BLOCK), batch.config.cut_unit) for n in batch.lengths]
+    blocks = [model.up(-(-n // BLOCK), batch.config.cut_unit) for n in batch.lengths]
     line = sum(n + overhead for n in blocks if n)
     payload = max(-(-line // parts), batch.config.min_blocks)
     # A part has its share, up to cut_unit blocks for where cuts may lie, and one item more than the line charges it
@@ -83,7 +81,7 @@ def test_invariant_cuts_depend_on_the_own_length_alone(length):
     config = default_config(16, 64, 1, NUM_SMS)
 
     def cuts(lengths, at):
-        plan = planner_model.plan(lengths, [0] * len(lengths), NUM_SMS, 16, config, batch_invariant=True)
+        plan = model.plan(lengths, [0] * len(lengths), NUM_SMS, 16, config, batch_invariant=True)
         return [(begin, end) for request, begin, end, *_ in plan.items if request == at]
 
     alone = cuts([length], 0)
@@ -106,7 +104,7 @@ def test_invariant_cuts_depend_on_the_own_length_alone(length):
 def test_what_is_chosen_for_common_batches(lengths, num_heads, how, largest):
     parts = NUM_SMS // -(-num_heads // 64)
     config = default_config(num_heads, 64, len(lengths), NUM_SMS)
-    plan = planner_model.plan(lengths, [0] * len(lengths), parts, num_heads, config)
+    plan = model.plan(lengths, [0] * len(lengths), parts, num_heads, config)
     assert plan.how == how
     assert max(plan.loads) == largest
 

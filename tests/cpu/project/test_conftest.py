@@ -8,7 +8,7 @@ import sys
 import pytest
 from limits import PROCESS_S
 
-CONFTEST = pathlib.Path(__file__).parent.parent / "conftest.py"
+CONFTEST = pathlib.Path(__file__).parents[2] / "conftest.py"
 
 
 @pytest.fixture

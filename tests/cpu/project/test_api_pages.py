@@ -6,7 +6,7 @@ import re
 
 import mla_cute
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+ROOT = pathlib.Path(__file__).resolve().parents[3]
 DOCS = ROOT / "docs"
 NAMED = [
     name

@@ -136,11 +136,11 @@ def without_entry_field(name: str) -> dict:
         (with_config(cut_unit=True), "entry 1: config.cut_unit: expected int, got True"),
         (
             with_config(kernel="none"),
-            "entry 1: config: kernel: expected one of ('auto', 'rows', 'tile16'), got 'none'",
+            "entry 1: config: kernel: expected one of ('auto', 'tile64', 'tile16'), got 'none'",
         ),
         (
             with_config(fp8_kernel="few"),
-            "entry 1: config: fp8_kernel: expected one of ('auto', 'rows', 'tile16'), got 'few'",
+            "entry 1: config: fp8_kernel: expected one of ('auto', 'tile64', 'tile16'), got 'few'",
         ),
     ],
 )

@@ -14,7 +14,7 @@ import mla_cute
 from mla_cute.tuned import select
 from mla_cute.tuning import command, recipes
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+ROOT = pathlib.Path(__file__).resolve().parents[3]
 DOCS = ROOT / "docs"
 PAGES = ("formats", "engines", "cuda_graphs", "tuning", "numerics", "troubleshooting")
 RECORDS = ROOT / "tune" / "measurements" / "NVIDIA_H200"

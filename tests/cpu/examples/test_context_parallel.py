@@ -11,7 +11,7 @@ import pytest
 import torch
 from limits import PROCESS_S
 
-EXAMPLE = pathlib.Path(__file__).resolve().parents[2] / "examples" / "context_parallel.py"
+EXAMPLE = pathlib.Path(__file__).resolve().parents[3] / "examples" / "context_parallel.py"
 
 
 @pytest.fixture(scope="module")

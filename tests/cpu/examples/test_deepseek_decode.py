@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-EXAMPLE = pathlib.Path(__file__).resolve().parents[2] / "examples" / "deepseek_decode.py"
+EXAMPLE = pathlib.Path(__file__).resolve().parents[3] / "examples" / "deepseek_decode.py"
 SMALL = ["--device", "cpu", "--heads", "4", "--layers", "2", "--prompts", "70", "1", "3", "--chunk", "48"]
 
 

@@ -13,7 +13,7 @@ from limits import PROCESS_S
 
 import mla_cute
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+ROOT = pathlib.Path(__file__).resolve().parents[3]
 # A tuned file of no GPU: whether the package has real ones or not, the pattern for them is tested.
 TUNED = "mla_cute/tuned/data/No_GPU.json"
 CODE = """

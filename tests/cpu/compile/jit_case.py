@@ -14,7 +14,7 @@ from limits import PROCESS_S
 from mla_cute.compile import jit, turn
 
 HERE = pathlib.Path(__file__).parent
-ROOT = HERE.parent.parent
+ROOT = HERE.parents[2]
 
 
 def forget_everything(tmp_path, monkeypatch):

@@ -53,7 +53,7 @@ warn_return_any = true
 implicit_reexport = false
 extra_checks = true
 """
-PROJECT = pathlib.Path(__file__).resolve().parents[2] / "pyproject.toml"
+PROJECT = pathlib.Path(__file__).resolve().parents[3] / "pyproject.toml"
 
 
 @pytest.fixture

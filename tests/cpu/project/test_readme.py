@@ -9,7 +9,7 @@ import torch
 
 from mla_cute.bench.cases import Case
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+ROOT = pathlib.Path(__file__).resolve().parents[3]
 RECORDS = "tune/measurements/NVIDIA_H200/"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TEXT = re.sub(r"\s+", " ", README)

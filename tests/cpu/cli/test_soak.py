@@ -8,9 +8,9 @@ import subprocess
 import sys
 import textwrap
 
-import planner_model
 import pytest
 import torch
+from call_case import decode_problem
 from limits import PROCESS_S
 
 import mla_cute
@@ -22,6 +22,7 @@ from mla_cute.compile import jit
 from mla_cute.compile.jit import KernelRef
 from mla_cute.config import KERNELS, KernelConfig, why_infeasible
 from mla_cute.kernels import registry
+from mla_cute.kernels.planner import model
 
 ROOT = pathlib.Path(mla_cute.__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -251,9 +252,9 @@ def test_cases_name_the_kernel_that_runs(monkeypatch):
         made = mla_cute.plan_decode(indptr, **sizes, q_fp8=scenario.q_fp8, max_kv_len=1130, config=scenario.config)
         facts = (scenario.num_heads, scenario.page_size, 9, scenario.dtype, meta, scenario.layout, scenario.q_fp8)
         asked.clear()
-        made.launcher(plan.decode_problem(8, *facts), False)
+        made.launcher(decode_problem(8, *facts), made.form)
         assert asked == [case.kernel]
-        assert scenario.config.cut_unit == (1 if "few" in case.kernel.name else 2)
+        assert scenario.config.cut_unit == (1 if "tile16" in case.kernel.name else 2)
         assert (scenario.config.fp8_kernel if scenario.layout else scenario.config.kernel) != "auto"
     names = {case.name: case.kernel for case, _ in scenarios_of("decode")}
     for page_size in (64, 1):
@@ -268,7 +269,7 @@ def test_decode_cases_cut_and_go_on(num_sms):
     for case, scenario in scenarios_of("decode"):
         kv_lens = [kv for _, kv in scenario.steps[0]]
         parts = registry.decode_parts(scenario.layout, scenario.num_heads, scenario.config, num_sms)
-        made = planner_model.plan(kv_lens, [0] * len(kv_lens), parts, scenario.num_heads, scenario.config)
+        made = model.plan(kv_lens, [0] * len(kv_lens), parts, scenario.num_heads, scenario.config)
         longest = kv_lens.index(max(kv_lens))
         if len(kv_lens) > parts:
             assert max(end - begin for begin, end in itertools.pairwise(made.starts)) > 1
@@ -277,7 +278,7 @@ def test_decode_cases_cut_and_go_on(num_sms):
             pieces = [(begin, end) for request, begin, end, *_ in made.items if request == longest]
             assert len(pieces) == made.splits[longest][1] == 2
             assert all(end - begin > 6 * registry.BLOCK for begin, end in pieces), "more than the slots of a ring"
-            assert pieces[1][0] % 128 == (64 if "few" in case.kernel.name else 0)
+            assert pieces[1][0] % 128 == (64 if "tile16" in case.kernel.name else 0)
             seen.add((case.kernel, "cut"))
     few = (registry.DECODE_TILE16, registry.DECODE_TILE16_FP8)
     assert seen == {(kernel, "cut") for kernel in (*few, registry.DECODE, registry.DECODE_FP8)} | {

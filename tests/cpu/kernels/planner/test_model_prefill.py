@@ -3,15 +3,14 @@
 import collections
 import itertools
 
-import planner_model
-import prefill_planner_model
 import pytest
 from prefill_batches import random_prefill_batches
-from prefill_planner_model import Request
 
 from mla_cute.config import KernelConfig, default_config
 from mla_cute.dims import BLOCK, TILE_M
 from mla_cute.kernels.keys import FIXED_MAX_ITEMS, FIXED_MAX_PIECES, TAIL_ITEMS_PER_PART
+from mla_cute.kernels.planner import model, model_prefill
+from mla_cute.kernels.planner.model_prefill import Request
 
 NUM_SMS = 132
 BATCHES = random_prefill_batches(400, seed=0)
@@ -26,9 +25,7 @@ def requests_of(q_lens, kv_lens):
 
 def plan_of(batch):
     requests = requests_of(batch.q_lens, batch.kv_lens)
-    plan = prefill_planner_model.plan(
-        requests, NUM_SMS, batch.num_heads, batch.causal, batch.config, batch.batch_invariant
-    )
+    plan = model_prefill.plan(requests, NUM_SMS, batch.num_heads, batch.causal, batch.config, batch.batch_invariant)
     return plan, requests
 
 
@@ -109,7 +106,7 @@ def test_longer_tiles_come_first(batch):
     """Whole rounds go from long to short; inside a class of costs the order is free."""
     plan, _ = plan_of(batch)
     longest = max((tile.blocks for tile in plan.tiles), default=0)
-    coarse = max(1, longest // prefill_planner_model.COST_CLASSES * 2) * 2
+    coarse = max(1, longest // model_prefill.COST_CLASSES * 2) * 2
     lengths = [plan.items[row][2] for row in range(plan.rounds * NUM_SMS)]
     for k in range(plan.rounds - 1):
         here, following = (lengths[j * NUM_SMS : (j + 1) * NUM_SMS] for j in (k, k + 1))
@@ -133,7 +130,7 @@ def test_longer_tiles_come_first(batch):
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_longest_part_is_near_the_mean(q_lens, kv_lens, num_heads, within, causal):
     config = default_config(num_heads, 64, len(q_lens), NUM_SMS)
-    plan = prefill_planner_model.plan(requests_of(q_lens, kv_lens), NUM_SMS, num_heads, causal, config)
+    plan = model_prefill.plan(requests_of(q_lens, kv_lens), NUM_SMS, num_heads, causal, config)
     line = sum(tile.blocks + config.item_overhead for tile in plan.tiles if tile.blocks)
     assert max(plan.loads(config.item_overhead)) <= (1 + within) * line / NUM_SMS
 
@@ -151,9 +148,9 @@ def test_no_part_is_much_longer_than_the_mean(batch):
     assert max(plan.loads(overhead)) <= line / NUM_SMS + longest + of_tail
     # An uncut tail costs its longest tile; a cut one is only chosen when that is cheaper.
     if tail:
-        tiles = prefill_planner_model.ranked(plan.tiles)[uncut:]
+        tiles = model_prefill.ranked(plan.tiles)[uncut:]
         whole = max(tile.blocks for tile in tiles) + overhead
-        assert of_tail <= max(whole, planner_model.even_up(batch.config.min_blocks) + overhead)
+        assert of_tail <= max(whole, model_prefill.even_up(batch.config.min_blocks) + overhead)
 
 
 REQUESTS = [(1, 100000), (4, 5000), (37, 8192), (300, 300), (50, 20), (1000, 131072)]
@@ -165,7 +162,7 @@ REQUESTS = [(1, 100000), (4, 5000), (37, 8192), (300, 300), (50, 20), (1000, 131
 def test_invariant_cuts_depend_on_the_own_request_alone(q_len, kv_len, num_heads):
     def cuts(requests, at):
         requests = requests_of(*zip(*requests, strict=True))
-        plan = prefill_planner_model.plan(requests, NUM_SMS, num_heads, True, KernelConfig(), batch_invariant=True)
+        plan = model_prefill.plan(requests, NUM_SMS, num_heads, True, KernelConfig(), batch_invariant=True)
         begin = requests[at].q_start * num_heads
         rows = range(begin, begin + q_len * num_heads)
         return sorted((item[0] - begin, item[1], item[2]) for item in plan.items.values() if item[0] in rows)
@@ -178,16 +175,16 @@ def test_invariant_cuts_depend_on_the_own_request_alone(q_len, kv_len, num_heads
 @pytest.mark.parametrize("kv_len", [1, 128, 1000, 1025, 5000, 8192, 8193, 16512, 100000, 1 << 21])
 def test_invariant_requests_of_one_tile_are_cut_as_decode_cuts_them(kv_len):
     config = KernelConfig()
-    plan = prefill_planner_model.plan([Request(0, 1, kv_len, 0)], NUM_SMS, 16, True, config, batch_invariant=True)
-    decode = planner_model.plan([kv_len], [0], NUM_SMS, 16, config, batch_invariant=True)
+    plan = model_prefill.plan([Request(0, 1, kv_len, 0)], NUM_SMS, 16, True, config, batch_invariant=True)
+    decode = model.plan([kv_len], [0], NUM_SMS, 16, config, batch_invariant=True)
     assert [item[1:3] for _, item in sorted(plan.items.items())] == [item[1:3] for item in decode.items]
 
 
 @pytest.mark.parametrize("invariant", [False, True])
 def test_nothing_to_do(invariant):
     config = KernelConfig()
-    plan = prefill_planner_model.plan([], NUM_SMS, 16, True, config, invariant)
+    plan = model_prefill.plan([], NUM_SMS, 16, True, config, invariant)
     assert (plan.items, plan.merges, set(plan.counts)) == ({}, [], {0})
-    plan = prefill_planner_model.plan(requests_of([0, 5], [10, 0]), NUM_SMS, 16, True, config, invariant)
+    plan = model_prefill.plan(requests_of([0, 5], [10, 0]), NUM_SMS, 16, True, config, invariant)
     assert plan.items == {}
     assert plan.merges == [(0, 0, 0, 64), (64, 0, 0, 16)]

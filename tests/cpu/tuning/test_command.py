@@ -11,7 +11,7 @@ import sys
 
 import pytest
 from limits import PROCESS_S
-from test_tune_session import faster, run, task
+from test_session import faster, run, task
 from tune_case import DECODE, GPU, FakeMeasurer
 from typer.testing import CliRunner
 
@@ -310,7 +310,7 @@ def test_the_report_counts_what_was_won(measured):
     assert f"{math.prod(gains) ** (1 / 7):.3f}x the speed of the default (geometric mean), 3 keep" in lines[0]
     assert lines[1].startswith("Worst case 1.000x: decode, ")
     assert lines[2].startswith("Best case 1.111x: ")
-    assert lines[3].endswith("1 shapes could not be select.")
+    assert lines[3].endswith("1 shapes could not be tuned.")
     rows = {row[0]: row[1:] for row in made.group_rows()}
     assert rows["decode, 16-bit cache"] == ("4", "2", f"{(100 / 90) ** 0.5:.3f}", "1.000", "1.111", "1")
     assert rows["prefill, 16-bit cache"] == ("1", "1", "1.111", "1.111", "1.111", "0")

@@ -1,6 +1,7 @@
 """What a kernel's place in the cache depends on: the files its module imports, read without importing anything."""
 
 import ast
+import importlib.util
 import json
 import os
 import pathlib
@@ -16,7 +17,7 @@ from mla_cute.compile import jit, toolchain
 from mla_cute.kernels import registry
 from toy_keys import TOY
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+ROOT = pathlib.Path(__file__).resolve().parents[3]
 PACKAGE = ROOT / "mla_cute"
 MODULES = sorted({ref.module for ref in vars(registry).values() if isinstance(ref, registry.KernelRef)})
 STEPS = {f"mla_cute.kernels.{wing}.setup" for wing in ("tile64", "tile64_fp8", "tile16")}
@@ -76,6 +77,8 @@ def test_host_code_is_part_of_no_kernel(copy):
         "compile/jit",
         "config",
         "kernels/registry",
+        "kernels/planner/model",
+        "kernels/planner/model_prefill",
         "tuned/select",
         "check",
         "compile/warmup",
@@ -83,6 +86,18 @@ def test_host_code_is_part_of_no_kernel(copy):
     ):
         assert changed_by(copy / f"{name}.py") == set(), name
     assert changed_by(copy / "kernels" / "__init__.py") == set(MODULES)
+
+
+@pytest.mark.parametrize("name", ["model", "model_prefill"])
+def test_the_planners_models_are_plain_python(name):
+    modules = closure(f"mla_cute.kernels.planner.{name}")
+    assert "mla_cute.kernels.keys" in modules
+    for module in modules:
+        for node in ast.walk(ast.parse(pathlib.Path(importlib.util.find_spec(module).origin).read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module]
+            assert {name.split(".")[0] for name in names} <= sys.stdlib_module_names, module
 
 
 # Importing the package runs its __init__ and so all host code; an empty package in its place shows what a kernel needs.
