@@ -110,6 +110,7 @@ def test_rounds_in_a_graph(partial_bytes):
     plan = plan_of(case, batch_invariant=True)
     assert len(plan.rounds) > 1
     stream = torch.cuda.Stream()
+    torch.cuda.synchronize()  # inputs and plan are made on another stream
     with torch.cuda.stream(stream):
         decode(case, plan=plan.update(), out=case.out, lse=case.lse)
         torch.cuda.synchronize()

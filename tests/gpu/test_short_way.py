@@ -114,6 +114,7 @@ def test_scales_on_the_device_are_read_when_the_graph_runs(num_heads, prefill):
     def run():
         return fp8.call(plan=plan, out=case.out, lse=case.lse, **scales)
 
+    torch.cuda.synchronize()  # inputs and plan are made on another stream
     with torch.cuda.stream(stream):
         run()
         torch.cuda.synchronize()
