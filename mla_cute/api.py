@@ -1,4 +1,7 @@
-"""The public calls: signatures and their meaning. attend.py is what they do."""
+"""The public calls: signatures and their meaning. attend.py is what they do.
+
+Each ends in the tuple that a `Call` is, of a tuple that is a `Cache` and one that is its `Pages` (call.py).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Literal, overload
 import torch
 
 from .attend import attend
-from .call import DECODE, DECODE_TABLE, PREFILL, PREFILL_TABLE, UNSCALED, Cache, Call, Pages, make
+from .call import DECODE, DECODE_TABLE, PREFILL, PREFILL_TABLE, UNSCALED
 from .config import KernelConfig
 from .expect import Scale
 from .plan_decode import DecodePlan
@@ -171,10 +174,11 @@ def mla_paged_decode(
     Nothing is differentiated: results are detached, and a call in grad mode with an input that requires a gradient
     warns, once in a process. Autocast changes nothing.
     """
-    cache = make(Cache, (ckv_cache, kpe_cache, ckv_scale, kpe_scale, ckv_scale_arr))
-    pages = make(Pages, (DECODE, kv_indptr, kv_indices, kv_last_page_len, None, False))
-    call = make(Call, (q_nope, q_pe, cache, pages, sm_scale, out, lse, lse_base, q_scale))
-    return attend(call, plan, config, batch_invariant, return_lse)
+    cache = (ckv_cache, kpe_cache, ckv_scale, kpe_scale, ckv_scale_arr)
+    pages = (DECODE, kv_indptr, kv_indices, kv_last_page_len, None, False)
+    return attend(
+        (q_nope, q_pe, cache, pages, sm_scale, out, lse, lse_base, q_scale), plan, config, batch_invariant, return_lse
+    )
 
 
 @overload
@@ -281,10 +285,11 @@ def mla_paged_decode_block_table(
 
     Returns and raises as :func:`mla_paged_decode`.
     """
-    cache = make(Cache, (ckv_cache, kpe_cache, ckv_scale, kpe_scale, ckv_scale_arr))
-    pages = make(Pages, (DECODE_TABLE, seq_lens, block_table, None, None, False))
-    call = make(Call, (q_nope, q_pe, cache, pages, sm_scale, out, lse, lse_base, q_scale))
-    return attend(call, plan, config, batch_invariant, return_lse)
+    cache = (ckv_cache, kpe_cache, ckv_scale, kpe_scale, ckv_scale_arr)
+    pages = (DECODE_TABLE, seq_lens, block_table, None, None, False)
+    return attend(
+        (q_nope, q_pe, cache, pages, sm_scale, out, lse, lse_base, q_scale), plan, config, batch_invariant, return_lse
+    )
 
 
 @overload
@@ -430,10 +435,11 @@ def mla_paged_prefill(
     Device, stream, CUDA graphs, CPU tensors, gradients and values of metadata are treated as in
     :func:`~mla_cute.mla_paged_decode`; where they are verified, qo_indptr is too.
     """
-    cache = make(Cache, (ckv_cache, kpe_cache, ckv_scale, kpe_scale, ckv_scale_arr))
-    pages = make(Pages, (PREFILL, kv_indptr, kv_indices, kv_last_page_len, qo_indptr, causal))
-    call = make(Call, (q_nope, q_pe, cache, pages, sm_scale, out, lse, lse_base, q_scale))
-    return attend(call, plan, config, batch_invariant, return_lse)
+    cache = (ckv_cache, kpe_cache, ckv_scale, kpe_scale, ckv_scale_arr)
+    pages = (PREFILL, kv_indptr, kv_indices, kv_last_page_len, qo_indptr, causal)
+    return attend(
+        (q_nope, q_pe, cache, pages, sm_scale, out, lse, lse_base, q_scale), plan, config, batch_invariant, return_lse
+    )
 
 
 @overload
@@ -548,7 +554,8 @@ def mla_paged_prefill_block_table(
 
     Returns and raises as :func:`mla_paged_prefill`.
     """
-    cache = make(Cache, (ckv_cache, kpe_cache, ckv_scale, kpe_scale, ckv_scale_arr))
-    pages = make(Pages, (PREFILL_TABLE, seq_lens, block_table, None, qo_indptr, causal))
-    call = make(Call, (q_nope, q_pe, cache, pages, sm_scale, out, lse, lse_base, q_scale))
-    return attend(call, plan, config, batch_invariant, return_lse)
+    cache = (ckv_cache, kpe_cache, ckv_scale, kpe_scale, ckv_scale_arr)
+    pages = (PREFILL_TABLE, seq_lens, block_table, None, qo_indptr, causal)
+    return attend(
+        (q_nope, q_pe, cache, pages, sm_scale, out, lse, lse_base, q_scale), plan, config, batch_invariant, return_lse
+    )

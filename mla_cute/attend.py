@@ -12,7 +12,7 @@ import warnings
 import torch
 
 from . import reference
-from .call import Call, Pages
+from .call import Call, CallFields, Pages, as_call
 from .check import Problem, check
 from .check_device import raise_first, scale_findings, verify
 from .config import KernelConfig
@@ -25,7 +25,7 @@ from .short_way import keep_without_plan, with_plan, without_plan
 
 
 def attend(
-    call: Call, plan: Plan | None, config: KernelConfig | None, batch_invariant: bool, return_lse: bool = True
+    call: CallFields, plan: Plan | None, config: KernelConfig | None, batch_invariant: bool, return_lse: bool = True
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """(output, lse), or output."""
     way = key = None
@@ -34,7 +34,7 @@ def attend(
     elif config is None and type(batch_invariant) is bool:  # they are nothing to a plan, but checked
         way = getattr(plan, "_again", None)
     if way is None or type(return_lse) is not bool or (result := way(call)) is None:
-        result = _long_way(call, plan, config, batch_invariant, return_lse, key)
+        result = _long_way(as_call(call), plan, config, batch_invariant, return_lse, key)
     return result if return_lse else result[0]
 
 
@@ -74,7 +74,7 @@ def _plan_for(problem: Problem, pages: Pages, config: KernelConfig | None, batch
     by_table = pages.form.by_table
     room = pages.ids.shape[by_table] * problem.page_size
     wanted = Wanted(
-        pages, problem.batch, problem.total_q, problem.num_heads, problem.page_size, room,
+        pages._replace(ids=None), problem.batch, problem.total_q, problem.num_heads, problem.page_size, room,
         table_stride(pages.ids) if by_table else 0, room if by_table else None, problem.kv_format, problem.q_fp8,
         config, batch_invariant, other_metadata=False, verifies=False,
     )  # fmt: skip

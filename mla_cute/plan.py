@@ -96,11 +96,12 @@ def rounds_of(batch: int, per_round: int) -> Iterator[tuple[int, int]]:
         yield begin, min(begin + per_round, batch)
 
 
-def planner_reads(pages: Pages) -> tuple[torch.Tensor, ...]:
+def planner_reads(pages: Pages | tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
     """[qo_indptr,] lengths, last page lengths. The planner looks at the last only where there are some; where there are
     none, lengths stand for them."""
-    last = pages.lengths if pages.last_len is None else pages.last_len
-    return (pages.lengths, last) if pages.queries is None else (pages.queries, pages.lengths, last)
+    _, lengths, _, last_len, queries, _ = pages
+    last = lengths if last_len is None else last_len
+    return (lengths, last) if queries is None else (queries, lengths, last)
 
 
 def merge_grid(num_sms: int, max_entries: int, entries_at_once: int, rows_per_entry: int) -> tuple[int, int]:
@@ -160,7 +161,7 @@ class Plan:
 
     def __init__(self, wanted: Wanted):
         self.batch, self.num_heads, self.page_size = wanted.batch, wanted.num_heads, wanted.page_size
-        self._pages = wanted.pages._replace(ids=None)
+        self._pages = wanted.pages
         self.device = self._pages.lengths.device
         self.batch_invariant, self.other_metadata = wanted.batch_invariant, wanted.other_metadata
         self.selection: select.Selection | None = None

@@ -19,7 +19,7 @@ import torch
 
 from . import dlpack
 from .allocate import current_device, empty_maker
-from .call import UNSCALED, Call
+from .call import UNSCALED, CallFields
 from .check import DTYPES, Problem
 from .config import KernelConfig
 from .dims import CKV_DIM
@@ -29,7 +29,7 @@ from .plan import Plan, check_enabled, planner_reads
 from .tuned import select, shape_log
 
 # To the results, or None.
-ShortWay = Callable[[Call], "tuple[torch.Tensor, torch.Tensor] | None"]
+ShortWay = Callable[[CallFields], "tuple[torch.Tensor, torch.Tensor] | None"]
 
 # Of calls without a plan, by their sizes (`_key`). A server has some hundred; a fuzzer begins anew.
 _known: dict[Any, ShortWay] = {}
@@ -52,7 +52,7 @@ def with_plan(step: Callable[..., None], problem: Problem, plan: Plan) -> ShortW
     form, planned_lengths, _, planned_last, planned_queries, _ = plan._pages
     batch, by_table = plan.batch, plan.form.by_table
 
-    def launch(call: Call) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def launch(call: CallFields) -> tuple[torch.Tensor, torch.Tensor] | None:
         try:
             called, lengths, page_ids, last_len, queries, _ = call[3]
             if (
@@ -92,14 +92,14 @@ def keep_without_plan(key: object, step: Callable[..., None], problem: Problem, 
     plan_numbers = tuple(x for x in of_plan.planner_args if isinstance(x, int))
     by_table = plan.form.by_table
 
-    def launch(call: Call) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def launch(call: CallFields) -> tuple[torch.Tensor, torch.Tensor] | None:
         try:
             found = usual(call)
             if found is None:
                 return None
             operands, out, lse, numbers = found
             pages = call[3]
-            page_ids = pages.ids
+            page_ids = pages[2]
             if by_table:
                 page_ids = memory_of_table(page_ids, stride)
             table, scratch, part = new_table(), new_scratch(), new_part()
@@ -116,7 +116,9 @@ def keep_without_plan(key: object, step: Callable[..., None], problem: Problem, 
     _known[key] = launch
 
 
-def without_plan(call: Call, config: KernelConfig | None, batch_invariant: bool) -> tuple[ShortWay | None, object]:
+def without_plan(
+    call: CallFields, config: KernelConfig | None, batch_invariant: bool
+) -> tuple[ShortWay | None, object]:
     """(the short way of a call that was given no plan, None where there is none; its key)."""
     key = _key(call, config, batch_invariant)
     try:
@@ -125,7 +127,7 @@ def without_plan(call: Call, config: KernelConfig | None, batch_invariant: bool)
         return None, None
 
 
-def _key(call: Call, config: KernelConfig | None, batch_invariant: bool) -> object:
+def _key(call: CallFields, config: KernelConfig | None, batch_invariant: bool) -> object:
     """What the short way of a call without a plan depends on, beside what `_usual` and the launchers look at; None
     where every call goes the long way."""
     if shape_log.recorder is not None or check_enabled():
@@ -151,7 +153,7 @@ _ForLaunch = tuple[tuple[Any, ...], torch.Tensor, torch.Tensor, "tuple[float | i
 _NEVER = (object(),) * 5  # no argument is one of these
 
 
-def _usual(problem: Problem, plan: Plan, no_scales: Any) -> Callable[[Call], _ForLaunch | None]:
+def _usual(problem: Problem, plan: Plan, no_scales: Any) -> Callable[[CallFields], _ForLaunch | None]:
     """The function from a call like `problem`, metadata aside, to what is launched; None where something is unusual.
     `no_scales` stands for an array of scales where there is none."""
     device, kv_format, planned_causal = problem.device, problem.kv_format, problem.causal
@@ -167,7 +169,7 @@ def _usual(problem: Problem, plan: Plan, no_scales: Any) -> Callable[[Call], _Fo
     # Numbers of an earlier call, behind what they were made of: layers hand over the same objects.
     kept: tuple[tuple[Any, ...], tuple[float | int, ...]] = _NEVER, ()
 
-    def usual(call: Call) -> _ForLaunch | None:
+    def usual(call: CallFields) -> _ForLaunch | None:
         nonlocal kept
         q_nope, q_pe, cache, pages, sm_scale, out, lse, lse_base, q_scale = call
         ckv_cache, kpe_cache, ckv_scale, kpe_scale, scale_arr = cache
@@ -189,7 +191,7 @@ def _usual(problem: Problem, plan: Plan, no_scales: Any) -> Callable[[Call], _Fo
             and kpe_scale is of_kpe
             and q_scale is of_q
         ):
-            found = _usual_numbers(problem, call)
+            found = _usual_numbers(problem, sm_scale, lse_base, ckv_scale, kpe_scale, q_scale)
             if found is None:
                 return None
             numbers = (*grid, *found)
@@ -226,10 +228,10 @@ def _has_tma_strides(x: torch.Tensor) -> bool:
     return (outer | inner) * x.itemsize % 16 == 0
 
 
-def _usual_numbers(problem: Problem, call: Call) -> tuple[float | int, ...] | None:
+def _usual_numbers(
+    problem: Problem, sm_scale: float, lse_base: int | str, ckv_scale: Scale, kpe_scale: Scale, q_scale: Scale
+) -> tuple[float | int, ...] | None:
     """As the long way's `_numbers` (launch.py); None where a number or a scale is unusual."""
-    sm_scale, lse_base, q_scale = call.sm_scale, call.lse_base, call.q_scale
-    ckv_scale, kpe_scale = call.cache.ckv_scale, call.cache.kpe_scale
     if type(sm_scale) is not float or not MIN_SCALE <= sm_scale <= MAX_SCALE:
         return None
     if type(lse_base) is int and lse_base == 2:
