@@ -78,14 +78,16 @@ def requests_of(pages: Pages, page_size: int) -> tuple[list[torch.Tensor], list[
     return found, [(len(own) - 1) * page_size + n if len(own) else 0 for own, n in zip(found, last, strict=True)]
 
 
-def attention(call: Call, p_dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(output, lse) of a call. `p_dtype` rounds P before P ckv, as a kernel that multiplies in that dtype does; tests
-    judge errors by it."""
+def attention(
+    call: Call, p_dtype: torch.dtype | None = None, requests: tuple[list[torch.Tensor], list[int]] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(output, lse) of a call. For tests: `p_dtype` rounds P before P ckv, as a kernel that multiplies in that dtype
+    does; `requests` are page ids and lengths in the place of `requests_of`'s."""
     q_nope, q_pe, cache, pages, sm_scale, out, lse, lse_base, q_scale = call
     # scales may be tensors of one element
     cache = cache._replace(ckv_scale=float(cache.ckv_scale), kpe_scale=float(cache.kpe_scale))
     q_scale, causal = float(q_scale), pages.causal
-    page_ids, lengths = requests_of(pages, cache.ckv.shape[1])
+    page_ids, lengths = requests_of(pages, cache.ckv.shape[1]) if requests is None else requests
     queries = range(q_nope.shape[0] + 1) if pages.queries is None else pages.queries.tolist()
     total_q, num_heads, _ = q_nope.shape
     page_size, ckv_dim = cache.ckv.shape[1:]

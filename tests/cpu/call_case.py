@@ -1,24 +1,33 @@
 """Checks of calls by the arguments of the public calls, and problems by what they are of."""
 
-from mla_cute.call import DECODE, DECODE_TABLE, PREFILL, PREFILL_TABLE, Pages, call_of
+from mla_cute.call import DECODE, DECODE_TABLE, METADATA, PREFILL, PREFILL_TABLE, Pages, call_of
 from mla_cute.check import Problem, check
 from mla_cute.check_device import verify
 
 
+def checked(form, args, options):
+    """`args` may go on behind sm_scale with causal, kv_last_page_len, out, lse, lse_base, where the form has them."""
+    required = len(METADATA[form]) + 5
+    optional = (
+        ["causal"] * (form.op == "prefill") + ["kv_last_page_len"] * (not form.by_table) + ["out", "lse", "lse_base"]
+    )
+    return check(call_of(form, *args[:required], **dict(zip(optional, args[required:], strict=False)), **options))
+
+
 def check_decode(*args, **options):
-    return check(call_of(DECODE, *args, **options))
+    return checked(DECODE, args, options)
 
 
 def check_decode_block_table(*args, **options):
-    return check(call_of(DECODE_TABLE, *args, **options))
+    return checked(DECODE_TABLE, args, options)
 
 
 def check_prefill(*args, **options):
-    return check(call_of(PREFILL, *args, **options))
+    return checked(PREFILL, args, options)
 
 
 def check_prefill_block_table(*args, **options):
-    return check(call_of(PREFILL_TABLE, *args, **options))
+    return checked(PREFILL_TABLE, args, options)
 
 
 def decode_problem(batch, num_heads, page_size, num_pages, dtype, device, *of_fp8):

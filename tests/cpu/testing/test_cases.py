@@ -8,6 +8,7 @@ import torch
 from call_case import check_decode, check_decode_block_table, verify_block_table_on_device, verify_on_device
 
 from mla_cute import reference
+from mla_cute.call import Cache, Call
 from mla_cute.reference import decode_reference
 from mla_cute.testing.cases import (
     ABSURD_PAGE_IDS,
@@ -29,18 +30,15 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=[
 
 def run_in_dtype(case: DecodeCase, pages=None, lengths=None) -> tuple[torch.Tensor, torch.Tensor]:
     """What a correct kernel might give: blocks of 64 tokens, P rounded to the input dtype, sums in another order."""
-    true_pages, true_lengths = reference._csr_requests(
-        case.kv_indptr, case.kv_indices, case.kv_last_page_len, case.page_size
-    )
+    true_pages, true_lengths = reference.requests_of(case.pages, case.page_size)
+    call = Call(*case.tensors[:2], Cache(*case.tensors[2:]), case.pages, case.sm_scale)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "_CHUNK_TOKENS", 64)
-        return reference._decode(
-            *case.tensors, pages or true_pages, lengths or true_lengths, case.sm_scale, 2, None, None, case.q_nope.dtype
-        )
+        return reference.attention(call, case.q_nope.dtype, (pages or true_pages, lengths or true_lengths))
 
 
 def pages_of(case: DecodeCase) -> list[torch.Tensor]:
-    pages, _ = reference._csr_requests(case.kv_indptr, case.kv_indices, case.kv_last_page_len, case.page_size)
+    pages, _ = reference.requests_of(case.pages, case.page_size)
     return [ids.clone() for ids in pages]
 
 

@@ -8,6 +8,7 @@ import torch
 from call_case import check_decode, check_decode_block_table, check_prefill
 
 from mla_cute import reference
+from mla_cute.call import Cache, Call
 from mla_cute.quant import to_e4m3
 from mla_cute.testing.cases import CACHE_LAYOUTS, Q_LAYOUTS, make_case
 from mla_cute.testing.fp8 import (
@@ -51,9 +52,7 @@ def split_q(x: torch.Tensor) -> torch.Tensor:
 def as_a_kernel(fp8: Fp8Case, lengths=None, pages=None) -> tuple[torch.Tensor, torch.Tensor]:
     """What a correct kernel might give: queries of two e4m3 parts, blocks of 64 keys, P in float16."""
     real = fp8.real()
-    true_pages, true_lengths = reference._csr_requests(
-        real.kv_indptr, real.kv_indices, real.kv_last_page_len, real.page_size
-    )
+    true_pages, true_lengths = reference.requests_of(real.pages, real.page_size)
     q_nope, q_pe = real.q_nope, real.q_pe
     if not fp8.q_fp8:
         q_nope = split_q(q_nope)
@@ -61,10 +60,9 @@ def as_a_kernel(fp8: Fp8Case, lengths=None, pages=None) -> tuple[torch.Tensor, t
     rows = real.queries[-1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "_CHUNK_TOKENS", 64)
-        output, lse = reference._prefill(
-            q_nope[:rows], q_pe[:rows], real.ckv_cache, real.kpe_cache, list(real.queries), pages or true_pages,
-            lengths or true_lengths, real.sm_scale, real.causal, 2, None, None, torch.float16,
-        )  # fmt: skip
+        call = Call(q_nope[:rows], q_pe[:rows], Cache(real.ckv_cache, real.kpe_cache), real.pages, real.sm_scale)
+        requests = (pages or true_pages, lengths or true_lengths)
+        output, lse = reference.attention(call, torch.float16, requests)
     return output.to(fp8.dtype), lse
 
 
@@ -301,7 +299,7 @@ def faulty(fp8: Fp8Case, fault: str) -> tuple[torch.Tensor, torch.Tensor]:
     if fault == "a row past the end":
         return as_a_kernel(fp8, [*lengths[:2], lengths[2] + 1, *lengths[3:]])
     if fault == "a page of another request":
-        pages, _ = reference._csr_requests(case.kv_indptr, case.kv_indices, case.kv_last_page_len, case.page_size)
+        pages, _ = reference.requests_of(case.pages, case.page_size)
         pages = [ids.clone() for ids in pages]
         pages[3][2] = pages[4][7]
         return as_a_kernel(fp8, pages=pages)

@@ -12,6 +12,7 @@ from call_case import (
 )
 
 from mla_cute import reference
+from mla_cute.call import Cache, Call
 from mla_cute.testing import prefill
 from mla_cute.testing.cases import expected_of, judge, run_case
 from mla_cute.testing.prefill import PrefillCase, make_prefill_case, prefill_sweep, row_tiles
@@ -22,17 +23,16 @@ REQUESTS = [(3, 200), (0, 9), (40, 40), (1, 65), (5, 3), (2, 0), (0, 0), (8, 300
 
 def in_dtype(case: PrefillCase, lengths=None, causal=None, queries=None) -> tuple[torch.Tensor, torch.Tensor]:
     """What a correct kernel might give, on the rows that requests own: blocks of 64 keys, P in the input dtype."""
-    pages, true_lengths = reference._csr_requests(
-        case.kv_indptr, case.kv_indices, case.kv_last_page_len, case.page_size
-    )
+    pages, true_lengths = reference.requests_of(case.pages, case.page_size)
     rows = case.queries[-1]
+    own = case.pages._replace(
+        queries=torch.tensor(queries or case.queries), causal=case.causal if causal is None else causal
+    )
+    cache = Cache(case.ckv_cache, case.kpe_cache)
+    call = Call(case.q_nope[:rows], case.q_pe[:rows], cache, own, case.sm_scale)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "_CHUNK_TOKENS", 64)
-        return reference._prefill(
-            case.q_nope[:rows], case.q_pe[:rows], case.ckv_cache, case.kpe_cache, queries or case.queries, pages,
-            lengths or true_lengths, case.sm_scale, case.causal if causal is None else causal, 2, None, None,
-            case.q_nope.dtype,
-        )  # fmt: skip
+        return reference.attention(call, case.q_nope.dtype, (pages, lengths or true_lengths))
 
 
 def test_queries_that_no_request_owns_are_nan_and_their_outputs_guards():

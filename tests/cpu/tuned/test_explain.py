@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from call_case import decode_problem, prefill_problem
 from tuned_case import FILE, META, NAME, SMS, Folders, entry, when, write
 
 import mla_cute
@@ -99,13 +100,13 @@ def test_the_kernel_is_the_one_that_runs(folders, monkeypatch, op, kv_format, nu
     indptr = torch.zeros(9, dtype=torch.int32, device=META)
     if op == "decode":
         made = mla_cute.plan_decode(indptr, page_size=64, max_kv_len=8192, **shape)
-        problem = plan.decode_problem(8, num_heads, 64, 9, torch.bfloat16, META, kv_format, False)
+        problem = decode_problem(8, num_heads, 64, 9, torch.bfloat16, META, kv_format, False)
     else:
         made = mla_cute.plan_prefill(indptr, indptr, page_size=64, total_q=8, max_kv_len=8192, **shape)
-        problem = plan.prefill_problem(8, 8, num_heads, 64, 9, True, torch.bfloat16, META, kv_format, False)
+        problem = prefill_problem(8, 8, num_heads, 64, 9, True, torch.bfloat16, META, kv_format, False)
     assert made.selection == found.selection
     asked.clear()
-    made.launcher(problem, False)
+    made.launcher(problem, made.form)
     assert asked == [kernel]
 
 
