@@ -8,7 +8,7 @@ import torch
 
 from . import quant
 from .call import UNSCALED, Cache
-from .check import DTYPES, FORMAT_OF_SCALES, FP8, expect_format
+from .check import DTYPE_NAMES, DTYPES, FORMAT_OF_SCALES, FP8, expect_format
 from .check_device import first_of, raise_first
 from .compile import jit
 from .dims import CKV_DIM, KPE_DIM
@@ -28,7 +28,6 @@ from .kernels.keys import APPEND, AppendKey
 from .plan import check_enabled, num_sms
 
 _SLOT_NAMES = {torch.int32: "int32", torch.int64: "int64"}
-_DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # The kernel counts tokens, pages and the rows of a page in 32 bits, four tokens to a block.
 _MAX_SIZE = 2**31 - 4
 
@@ -96,7 +95,7 @@ def append_to_cache(
         ckv_cache = ckv_cache.view(torch.uint8)
         if kv_format == "tensor":
             kpe_cache = kpe_cache.view(torch.uint8)
-    append = jit.get(APPEND, AppendKey(_DTYPE_NAMES[ckv.dtype], kv_format, _SLOT_NAMES[slot_mapping.dtype]), None)
+    append = jit.get(APPEND, AppendKey(DTYPE_NAMES[ckv.dtype], kv_format, _SLOT_NAMES[slot_mapping.dtype]), None)
     append(
         ckv,
         kpe,

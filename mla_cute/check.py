@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, fields, replace
 
 import torch
 
+from . import dims
 from .call import UNSCALED, Cache, Call, Pages
 from .dims import CKV_DIM, KPE_DIM, MAX_HEADS, NUM_SCALES
 from .expect import (
@@ -48,7 +49,9 @@ from .expect import (
 
 # Lengths are 32-bit; a page holds no more tokens than a request may have.
 MAX_PAGE_SIZE = 2**31 - 1
-DTYPES = (torch.bfloat16, torch.float16)
+# The 16-bit dtypes of torch, and their names in static keys.
+DTYPE_NAMES = {getattr(torch, name): name for name in dims.DTYPES}
+DTYPES = tuple(DTYPE_NAMES)
 FP8 = torch.float8_e4m3fn
 _DTYPES_16BIT = " or ".join(map(str, DTYPES))
 # The format of an FP8 cache with so many scales a token.

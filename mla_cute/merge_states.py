@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from .check import DTYPE_NAMES
 from .compile import jit
 from .expect import (
     expect_aligned,
@@ -19,7 +20,7 @@ from .expect import (
 from .kernels.keys import MERGE_STATES, MergeStatesKey
 from .plan import num_sms
 
-_DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+_DTYPE_NAMES = DTYPE_NAMES | {torch.float32: "float32"}
 # The kernel counts rows, heads and values of a row in 32 bits, four rows to a block.
 _MAX_SIZE = 2**31 - 4
 _LOG2_E = math.log2(math.e)

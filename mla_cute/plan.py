@@ -13,7 +13,7 @@ import torch
 
 from .allocate import empty
 from .call import Form, Pages
-from .check import MAX_PAGE_SIZE, Problem
+from .check import DTYPE_NAMES, MAX_PAGE_SIZE, Problem
 from .check_device import Finding, first_of
 from .compile import jit
 from .config import KernelConfig, expect_types, why_infeasible
@@ -25,7 +25,6 @@ from .tuned import select, shape_log
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # Merge CTAs that fit an SM: 256 threads of up to 128 registers (kernels/merge.py).
 _MERGE_CTAS_PER_SM = 2
 # Those that have work when a row has 65 to 128 pieces: 4 tasks of all their warps.
@@ -338,7 +337,7 @@ class Plan:
             return _no_kernel
         variant = step_variant(
             problem.op, problem.kv_format, problem.q_fp8, problem.num_heads, problem.page_size,
-            _DTYPE_NAMES[problem.dtype], self.config,
+            DTYPE_NAMES[problem.dtype], self.config,
         )  # fmt: skip
         return jit.get(*variant)
 

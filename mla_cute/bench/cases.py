@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+from ..check import DTYPE_NAMES
 
 # A case is timed on several disjoint sets of pages, called slots. Its calls take the slots in turn, so that a call does
 # not find in L2 what an earlier one has read. One call moves `turnover` bytes, so the GPU moves `turnover` times the
@@ -21,7 +21,7 @@ ROTATION_TARGET = 8_000_000_000
 ROTATION_SLOTS = 64
 
 HEAD_DIM_CKV, HEAD_DIM_KPE = 512, 64
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 # Bytes of a cached token per format (quant.py has them), its scales included; "" is a 16-bit cache.
 TOKEN_BYTES = {"": 1152, "tensor": 576, "token": 644, "group": 656}
 # Latent and rotary cache in buffers of their own, or both in one, a token's 576 values side by side.
