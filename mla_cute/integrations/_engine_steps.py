@@ -90,6 +90,7 @@ class StepPlans:
         qo_indptr: torch.Tensor | None = None,
         total_q: int = 0,
         *,
+        max_kv_len: int | None = None,
         keep: bool = False,
     ) -> Step:
         """The step over these tensors; its plan may be of earlier values of them until it is updated.
@@ -97,34 +98,39 @@ class StepPlans:
         Args:
             block_table: [batch, max_pages] int32. seq_lens: [batch] int32, keys of each request.
             qo_indptr: [batch + 1] int32 with `total_q` query tokens at most; None: one token per request.
+            max_kv_len: keys that no request has more of, as far as the host knows; None: not known. The kernel of a
+                small step may be another one. Graphs go without: they are replayed with other lengths.
             keep: the step is about to be captured in a CUDA graph.
         """
-        stride = table_stride(block_table)
-        queries = None if qo_indptr is None else (qo_indptr.data_ptr(), total_q)
-        key = (*block_table.shape, stride, seq_lens.data_ptr(), queries)
-        plan = self._kept.get(key) or self._recent.get(key)
+        pages = Pages(DECODE_TABLE, seq_lens, block_table)
+        queries = None
+        if qo_indptr is not None:
+            pages = Pages(PREFILL_TABLE, seq_lens, block_table, None, qo_indptr, True)
+            queries = (qo_indptr.data_ptr(), total_q)
+        # To the next power of two, so that a plan lasts while lengths grow.
+        bound = None if keep or max_kv_len is None else 1 << max(0, max_kv_len - 1).bit_length()
+        key = (*block_table.shape, table_stride(block_table), seq_lens.data_ptr(), queries)
+        bounded = (*key, bound)
+        plan = self._kept.get(key) or self._recent.get(bounded)
         if plan is None:
-            plan = self._make(block_table.shape[1], stride, seq_lens, qo_indptr, total_q)
+            plan = self._make(pages, total_q, bound)
         if keep:
             self._kept[key] = plan
         elif key not in self._kept:
-            self._recent[key] = plan
-            self._recent.move_to_end(key)
+            self._recent[bounded] = plan
+            self._recent.move_to_end(bounded)
             if len(self._recent) > self.RECENT:
                 self._recent.popitem(last=False)
-        if qo_indptr is None:
-            return Step(Pages(DECODE_TABLE, seq_lens, block_table), plan)
-        return Step(Pages(PREFILL_TABLE, seq_lens, block_table, None, qo_indptr, True), plan)
+        return Step(pages, plan)
 
-    def _make(
-        self, max_pages: int, stride: int, seq_lens: torch.Tensor, qo_indptr: torch.Tensor | None, total_q: int
-    ) -> Plan:
-        facts = self._facts | {"max_pages": max_pages, "table_stride": stride}
+    def _make(self, pages: Pages, total_q: int, max_kv_len: int | None) -> Plan:
+        table = {"max_pages": pages.ids.shape[1], "table_stride": table_stride(pages.ids)}
+        facts = self._facts | table | {"max_kv_len": max_kv_len}
         plan: Plan
-        if qo_indptr is None:
-            plan = plan_decode_block_table(seq_lens, **facts)
+        if pages.queries is None:
+            plan = plan_decode_block_table(pages.lengths, **facts)
         else:
-            plan = plan_prefill_block_table(qo_indptr, seq_lens, total_q=total_q, **facts)
+            plan = plan_prefill_block_table(pages.queries, pages.lengths, total_q=total_q, **facts)
         if plan.device.type == "cuda":
             if self._partials is None or self._partials.shape[0] < plan.part.shape[0]:
                 self._partials = plan.part

@@ -170,7 +170,7 @@ class MlaCuteMetadataBuilder(MLACommonMetadataBuilder[MlaCuteMetadata]):
             q_fp8=_takes_e4m3_queries(kv_format, num_heads),
             batch_invariant=self._batch_invariant,
         )
-        self._captures = False
+        self._captures = self._has_prompt = False
         # The lengths of a rank's share are not advanced between the steps of a draft.
         self.supports_draft_decode_metadata_update = dcp_size == 1
 
@@ -185,6 +185,11 @@ class MlaCuteMetadataBuilder(MLACommonMetadataBuilder[MlaCuteMetadata]):
             return super().build_for_cudagraph_capture(common_attn_metadata)
         finally:
             self._captures = False
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> MlaCuteMetadata:
+        # No captured graph has a prompt in it, so the decodes of a step with one may be planned by what they are.
+        self._has_prompt = common_attn_metadata.max_query_len > self.reorder_batch_threshold
+        return super().build(common_prefix_len, common_attn_metadata, fast_build)
 
     def update_draft_decode_metadata(self, metadata: MlaCuteMetadata) -> None:
         """Nothing to do: the first layer plans from the tensors that the draft steps advance."""
@@ -201,10 +206,15 @@ class MlaCuteMetadataBuilder(MLACommonMetadataBuilder[MlaCuteMetadata]):
         dcp_tot_seq_lens_device: torch.Tensor | None,
     ) -> MlaCuteDecodeMetadata:
         # max_query_len is what vLLM promises, not the longest of this batch: a graph captured from a batch of single
-        # tokens may be for more. Decode and prefill kernels have other bits, hence one kind with batch invariance.
+        # tokens may be for more, and beside a prompt it is the threshold. Decode and prefill kernels have other bits,
+        # hence one kind with batch invariance.
+        if self._has_prompt and len(query_start_loc_cpu) > 1:
+            max_query_len = int(query_start_loc_cpu.diff().max())
         is_decode = max_query_len == 1 and num_decode_tokens == seq_lens_device.shape[0] and not self._batch_invariant
         queries = (None, 0) if is_decode else (query_start_loc_device, num_decode_tokens)
-        step = self._plans.step(block_table_tensor, seq_lens_device, *queries, keep=self._captures)
+        step = self._plans.step(
+            block_table_tensor, seq_lens_device, *queries, max_kv_len=max_seq_len, keep=self._captures
+        )
         return MlaCuteDecodeMetadata(
             block_table=block_table_tensor,
             seq_lens=seq_lens_device,

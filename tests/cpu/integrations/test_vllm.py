@@ -242,6 +242,26 @@ def test_prompts_are_left_to_vllm(backend):
     check(case, impl.forward_mqa(parts(case.q), case.cache, metadata, make_layer()))
 
 
+def test_single_tokens_beside_a_prompt_run_the_decode_kernels(backend):
+    """vLLM promises no more than the threshold there, 128 tokens."""
+    if backend.is_release:
+        pytest.skip("the builder of the release needs a prompt backend, which needs a GPU")
+    case, prompt = Case(DECODE), 200
+    config = make_config(heads=3)
+    builder = make_builder(backend.MlaCuteMetadataBuilder, config)
+    lens = torch.cat((case.kv_len_arr, torch.tensor([ABSURD], dtype=torch.int32)))
+    indptr = torch.cat((case.qo_indptr, case.qo_indptr[-1:] + prompt))
+    table = torch.cat((case.block_table, torch.full_like(case.block_table[:1], ABSURD)))
+    metadata = builder.build(0, make_metadata(table, lens, indptr))
+    assert (metadata.num_decodes, metadata.num_prefills) == (len(DECODE), 1)
+    assert type(metadata.decode.step.plan) is DecodePlan
+    impl = make_impl(backend.MlaCuteImpl, config, SM_SCALE)
+    impl.need_to_return_lse_for_decode = True
+    check(case, impl.forward_mqa(parts(case.q), case.cache, metadata, make_layer()))
+    # Without a prompt what vLLM promises holds: the step may be a graph's, which has the kernels of drafts.
+    assert type(builder.build(0, metadata_of(case, max_query_len=3)).decode.step.plan) is PrefillPlan
+
+
 @pytest.mark.parametrize("max_query_len", [1, 3])
 def test_steps_without_requests(backend, max_query_len):
     if backend.is_release:
@@ -452,6 +472,27 @@ def test_plans_share_the_largest_buffer_of_partials(monkeypatch):
     assert [len(plan.part) for plan in made] == [4, 4, 9, 9]
     assert made[0].part is made[1].part
     assert made[2].part is made[3].part
+
+
+def test_plans_are_told_how_long_requests_are(monkeypatch):
+    """To the next power of two; not those of graphs, which are replayed with other lengths."""
+    told = []
+
+    def plan_of(seq_lens, max_kv_len, **_):
+        told.append(max_kv_len)
+        return SimpleNamespace(device=torch.device("cpu"))
+
+    monkeypatch.setattr(_engine_steps, "plan_decode_block_table", plan_of)
+    plans = _engine_steps.StepPlans(num_heads=128, page_size=64)
+    lens, table = torch.ones(4, dtype=torch.int32), torch.zeros(4, 32, dtype=torch.int32)
+    made = [plans.step(table, lens, max_kv_len=n).plan for n in (1025, 2048, 2049, 1024, 1, 0, 2000)]
+    assert told == [2048, 4096, 1024, 1]
+    assert made[0] is made[1] is made[6] is not made[2]
+    assert made[4] is made[5]
+    kept = plans.step(table, lens, max_kv_len=2000, keep=True).plan
+    assert told[4:] == [None]
+    assert all(kept is not plan for plan in made)  # equal, all of them
+    assert plans.step(table, lens, max_kv_len=2000).plan is kept
 
 
 # ------------------------------------------------------------------------------------------------ errors
