@@ -30,9 +30,10 @@ def free_port():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed")
-def test_three_ranks_get_the_unsharded_answer():
+@pytest.mark.parametrize("options", [[], ["--fp8"]], ids=["bf16", "fp8"])
+def test_three_ranks_get_the_unsharded_answer(options):
     done = subprocess.run(
-        [sys.executable, EXAMPLE, "--ranks", "3", "--port", str(free_port())],
+        [sys.executable, EXAMPLE, "--ranks", "3", "--port", str(free_port()), *options],
         capture_output=True, text=True, check=False, timeout=PROCESS_S, cwd=EXAMPLE.parents[1],
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
