@@ -214,6 +214,27 @@ def test_flash_mla_rows_of_656_bytes():
     check(*flat(result), case.expected(True, cache=real), base_e=True)
 
 
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_flash_mla_as_copies_call_it(tokens, batch_invariant):
+    """Scales in tensors as sgl-flash-mla has them, read in every call; the output where vLLM's callers want it."""
+    case = make([(tokens, n) for _, n in DECODE])
+    scale = torch.empty(1, device="cuda")
+    given = flash_mla_args(case, tokens)
+    given |= {"out": torch.empty(*given["q"].shape[:3], 512, dtype=torch.bfloat16, device="cuda"), "descale_k": scale}
+    given |= {"is_fp8_kvcache": True, "enable_batch_invariant": batch_invariant}
+    meta, _ = get_mla_metadata()
+    for k_scale in (0.02, 0.05):
+        stored = quant.to_e4m3(case.cache, k_scale)
+        scale.fill_(k_scale)
+        given["out"].fill_(torch.nan)
+        result = flash_mla_with_kvcache(
+            **given | {"k_cache": stored[:, :, None]}, tile_scheduler_metadata=meta, use_legacy=True
+        )
+        assert result[0] is given["out"]
+        check(*flat(result), case.expected(True, cache=stored.float() * k_scale), True, LSE_LIMIT)
+
+
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_flash_mla_graph_plans_in_every_replay(tokens):
     """As FlashMLA's: metadata that are new in the captured step are made again by each replay."""

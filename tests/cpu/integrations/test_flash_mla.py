@@ -1,7 +1,8 @@
-"""The FlashMLA functions on CPU tensors, against attention in plain torch; their signatures against a commit's.
+"""The FlashMLA functions on CPU tensors, against attention in plain torch; their signatures against the recorded ones.
 
-FlashMLA is built with nvcc and cannot be installed where there is no GPU, so its signatures are held against a record:
-tests/data/flash_mla_9241ae3.json was made from its sources (tests/recorded_signatures.py).
+FlashMLA is built with nvcc and cannot be installed where there is no GPU, so its signatures are held against records
+made from sources (tests/recorded_signatures.py): tests/data/flash_mla_9241ae3.json of a commit of FlashMLA, the other
+two of the copies that vLLM and sgl-flash-mla ship.
 """
 
 import pytest
@@ -15,6 +16,11 @@ from mla_cute.integrations.flash_mla import FlashMLASchedMeta, flash_mla_with_kv
 
 RECORD = load("flash_mla_9241ae3.json")
 (RECORDED,) = RECORD["files"].values()
+COPIES = [load("flash_mla_vllm_0.33.0.json"), load("flash_mla_sgl_1.0.0.json")]
+OURS = {
+    "get_mla_metadata": get_mla_metadata, "flash_mla_with_kvcache": flash_mla_with_kvcache,
+    "FlashMLASchedMeta": FlashMLASchedMeta, "FlashMLASchedMeta.Config": FlashMLASchedMeta.Config,
+}  # fmt: skip
 E4M3 = torch.float8_e4m3fn
 KV_LENS = (17, 64, 0, 3, 8)
 OUT_TOLERANCE = {"rtol": 2**-7, "atol": 2**-8}  # the output is rounded to bf16; values are around 1
@@ -51,15 +57,25 @@ def check(case, result, causal=True, sm_scale=SM_SCALE, cache=None, rtol=1e-5):
 def test_signatures_are_the_recorded_ones():
     """Fields and keyword-only parameters of this library may follow."""
     assert RECORD["version"] in flash_mla.__doc__
-    ours = {
-        "get_mla_metadata": get_mla_metadata, "flash_mla_with_kvcache": flash_mla_with_kvcache,
-        "FlashMLASchedMeta": FlashMLASchedMeta, "FlashMLASchedMeta.Config": FlashMLASchedMeta.Config,
-    }  # fmt: skip
-    assert ours.keys() == RECORDED.keys()
+    assert OURS.keys() == RECORDED.keys()
     for name, recorded in RECORDED.items():
-        parameters = of(ours[name])
+        parameters = of(OURS[name])
         assert parameters[: len(recorded)] == recorded, name
         assert all(p["kind"] == "KEYWORD_ONLY" or p["kind"] == "FIELD" for p in parameters[len(recorded) :]), name
+
+
+@pytest.mark.parametrize("copy", COPIES, ids=lambda copy: copy["package"])
+def test_what_copies_add_is_taken_by_keyword(copy):
+    """Fields too, with a default where the copy has none: FlashMLA's own constructor calls stay valid."""
+    (recorded,) = copy["files"].values()
+    assert copy["version"] in flash_mla.__doc__
+    assert recorded.keys() == OURS.keys()
+    for name, parameters in recorded.items():
+        ours = {p["name"]: p for p in of(OURS[name])}
+        own = [p["name"] for p in RECORDED[name]]
+        assert [p["name"] for p in parameters[: len(own)]] == own, name
+        for p in parameters[len(own) :]:
+            assert ours[p["name"]]["default"] == p.get("default", False), (name, p)
 
 
 def test_metadata_takes_the_older_arguments():
@@ -138,6 +154,27 @@ def test_layers_share_the_metadata(tokens):
     assert meta.plan is plan
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_out_is_written_and_returned(tokens):
+    case = make(tokens)
+    out = torch.full((len(KV_LENS), tokens, case.q.shape[1], 512), torch.nan, dtype=torch.bfloat16)
+    result = flash_mla_with_kvcache(**args_of(case, out=out, causal=True))
+    assert result[0] is out
+    check(case, result)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_batch_invariance_goes_to_the_plan(tokens):
+    """Whose bits are the business of tests of plans."""
+    case = make(tokens)
+    meta, _ = get_mla_metadata()
+    given = args_of(case, meta, enable_batch_invariant=True, use_legacy=True, causal=True)
+    check(case, flash_mla_with_kvcache(**given))
+    assert meta.plan.batch_invariant
+    with pytest.raises(ValueError, match=r"expected one for .*enable_batch_invariant=False"):
+        flash_mla_with_kvcache(**given | {"enable_batch_invariant": False})
+
+
 # ------------------------------------------------------------------------------------------------ FP8
 
 
@@ -151,13 +188,16 @@ def test_rows_of_656_bytes(tokens, dtype):
 
 
 @pytest.mark.parametrize("q_fp8", [False, True])
-def test_cache_with_one_scale(q_fp8):
+@pytest.mark.parametrize("shape", [None, (), (1,)])
+def test_cache_with_one_scale(q_fp8, shape):
+    """Scales are numbers, or tensors as sgl-flash-mla takes them, which says is_fp8_kvcache=True then."""
     case = make(2)
     stored = quant.to_e4m3(case.cache, 0.02)
-    given = {"k_cache": stored[:, :, None], "descale_k": 0.02}
+    scale = (lambda x: x) if shape is None else (lambda x: torch.full(shape, x))
+    given = {"k_cache": stored[:, :, None], "descale_k": scale(0.02), "is_fp8_kvcache": shape is not None}
     if q_fp8:
         case.q = quant.to_e4m3(case.q, 0.25)
-        given["descale_q"] = 0.25
+        given["descale_q"] = scale(0.25)
     result = flash_mla_with_kvcache(**args_of(case, causal=True, **given))
     if q_fp8:
         assert result[0].dtype is torch.bfloat16
@@ -191,6 +231,13 @@ def test_cache_with_one_scale(q_fp8):
         ({"softmax_scale": 0.0}, ValueError, "sm_scale"),
         ({"descale_q": 2.0}, ValueError, "descale_q: expected None"),
         ({"descale_k": 2.0}, ValueError, "descale_k: expected None"),
+        ({"kv_format": "V4"}, NotImplementedError, "kv_format: .*sparse attention is not supported"),
+        ({"use_legacy": None}, TypeError, "use_legacy: expected True or False"),
+        ({"enable_batch_invariant": 1}, TypeError, "enable_batch_invariant: expected True or False"),
+        ({"out": 1}, TypeError, "out: expected a torch.Tensor"),
+        ({"out": torch.zeros(5, 3, 512)}, ValueError, r"out: expected shape \[5, 1, 3, 512\], got \[5, 3, 512\]"),
+        ({"out": torch.zeros(5, 1, 3, 1024)[..., ::2]}, ValueError, "out: expected a contiguous tensor"),
+        ({"out": torch.zeros(5, 1, 3, 512)}, TypeError, "out: expected dtype"),
     ],
 )
 def test_refuses(changed, error, message):
@@ -203,10 +250,12 @@ def test_refuses(changed, error, message):
 def test_fp8_refuses():
     case = make()
     stored = {"k_cache": case.cache.to(E4M3)[:, :, None]}
-    with pytest.raises(NotImplementedError, match="descale_k: expected a number"):
-        flash_mla_with_kvcache(**args_of(case, **stored, descale_k=torch.ones(1)))
-    with pytest.raises(ValueError, match="descale_k"):
-        flash_mla_with_kvcache(**args_of(case, **stored, descale_k=-1.0))
+    for descale_k, error in ((torch.ones(2), ValueError), (torch.ones(1).int(), TypeError), (-1.0, ValueError)):
+        with pytest.raises(error, match="descale_k: expected"):
+            flash_mla_with_kvcache(**args_of(case, **stored, descale_k=descale_k))
+    pool, _ = rows_of_656(case)
+    with pytest.raises(ValueError, match="descale_k: expected None with rows of 656 bytes"):
+        flash_mla_with_kvcache(**args_of(case, k_cache=pool[:, :, None], is_fp8_kvcache=True, descale_k=1.0))
     wide = torch.zeros(*case.cache.shape[:2], 1, 656, dtype=torch.bfloat16)
     with pytest.raises(TypeError, match="k_cache: expected a dtype of one byte"):
         flash_mla_with_kvcache(**args_of(case, k_cache=wide, is_fp8_kvcache=True))
