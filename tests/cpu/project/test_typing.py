@@ -63,7 +63,10 @@ def complaints(tmp_path):
         settings.write_text(PROJECT.read_text() + STRICT)
         # The code stands in the project's folder, where the cache is.
         output, errors, _ = mypy.run(["--config-file", str(settings), "--no-error-summary", "-c", HEAD + code])
-        return [line for line in (output + errors).splitlines() if line]
+        assert not errors
+        # Complaints about the package itself are `make lint`'s. mypy makes them here or not by whether the package's
+        # folder is on sys.path, which differs between `pytest`, `python -m pytest` and workers of xdist.
+        return [line for line in output.splitlines() if line.startswith("<string>")]
 
     return run
 
