@@ -14,8 +14,9 @@ parallelism ran only with the latter.
   `forward_mqa`, in batches of mixed lengths: absorbed attention of q tokens over L keys takes q L H 2176 FLOP, vLLM's
   prompt path q L H 640 + L H 262144 to expand the keys, and that is more below q = 171.
 * Caches: the dtype of the model; "fp8" and "fp8_e4m3", scaled by the layer's k_scale; "fp8_ds_mla", rows of 656 bytes.
-  Queries stay 16-bit up to 64 heads; with "fp8" and more heads vLLM hands over e4m3 ones (q_scale), as it does to its
-  own backends. As 16-bit ones they would cost what they cost over a bf16 cache.
+  Queries stay 16-bit while a request has up to 64 rows (heads times a token and its drafts); with "fp8" and more rows
+  vLLM hands over e4m3 ones (q_scale), as it does to its own backends. As 16-bit ones they would cost what they cost
+  over a bf16 cache.
 * Every block size; 64 is preferred.
 * Decode context parallelism with natural log-sum-exps; one query token per request then, as vLLM's common builder has
   it. No prefill context parallelism, no sparse and no non-causal attention.
@@ -37,6 +38,7 @@ from ._engine_steps import Step, StepPlans, paged_cache
 
 try:
     from vllm import envs
+    from vllm.config import get_current_vllm_config
     from vllm.model_executor.layers.attention.mla_attention import (
         MLACommonBackend,
         MLACommonDecodeMetadata,
@@ -59,11 +61,13 @@ _FORMATS = {
 _CACHE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "fp8_ds_mla": torch.bfloat16}
 _BLOCK_SIZE = 64
 _MAX_DECODE_QUERY_LEN = 128
-_MAX_HEADS_OF_16BIT_QUERIES = 64
+_MAX_ROWS_OF_16BIT_QUERIES = 64
 
 
-def _takes_e4m3_queries(kv_format: str, num_heads: int) -> bool:
-    return kv_format == "tensor" and num_heads > _MAX_HEADS_OF_16BIT_QUERIES
+def _takes_e4m3_queries(kv_format: str, num_heads: int, vllm_config: Any) -> bool:
+    speculative = vllm_config.speculative_config
+    num_drafts = 0 if speculative is None else speculative.num_speculative_tokens
+    return kv_format == "tensor" and num_heads * (1 + num_drafts) > _MAX_ROWS_OF_16BIT_QUERIES
 
 
 class MlaCuteBackend(MLACommonBackend):
@@ -167,7 +171,7 @@ class MlaCuteMetadataBuilder(MLACommonMetadataBuilder[MlaCuteMetadata]):
             num_heads=num_heads,
             page_size=self.page_size,
             kv_format=kv_format,
-            q_fp8=_takes_e4m3_queries(kv_format, num_heads),
+            q_fp8=_takes_e4m3_queries(kv_format, num_heads, vllm_config),
             batch_invariant=self._batch_invariant,
         )
         self._captures = self._has_prompt = False
@@ -274,7 +278,9 @@ class MlaCuteImpl(MLACommonImpl[MlaCuteMetadata]):
         if gathered_heads > MAX_HEADS:
             raise ValueError(f"num_heads: expected 1 to {MAX_HEADS} on all ranks of a DCP group, got {gathered_heads}")
         self._kv_format = _FORMATS[kv_cache_dtype]
-        self.supports_quant_query_input = _takes_e4m3_queries(self._kv_format, gathered_heads)
+        self.supports_quant_query_input = _takes_e4m3_queries(
+            self._kv_format, gathered_heads, get_current_vllm_config()
+        )
 
     def forward_mqa(
         self,

@@ -349,13 +349,22 @@ def test_layers_outside_the_fp8_cache_plan_for_their_own(backend, monkeypatch):
     assert [(facts["kv_format"], facts["q_fp8"]) for facts in seen] == [("tensor", True), ("", False)]
 
 
-def test_who_quantizes_queries(backend):
-    for cache_dtype, heads, expected in (
-        ("auto", 128, False), ("fp8", 64, False), ("fp8", 65, True), ("fp8_e4m3", 128, True),
-        ("fp8_ds_mla", 128, False),
-    ):  # fmt: skip
-        impl = make_impl(backend.MlaCuteImpl, make_config(cache_dtype, heads=heads), SM_SCALE)
-        assert impl.supports_quant_query_input is expected, (cache_dtype, heads)
+@pytest.mark.parametrize(
+    ("cache_dtype", "heads", "drafts", "expected"),
+    [
+        ("auto", 128, 0, False), ("fp8", 64, 0, False), ("fp8", 65, 0, True), ("fp8_e4m3", 128, 0, True),
+        ("fp8_ds_mla", 128, 0, False), ("fp8", 64, 1, True), ("fp8", 16, 3, False), ("fp8", 16, 4, True),
+        ("fp8_ds_mla", 64, 3, False), ("auto", 64, 3, False),
+    ],
+)  # fmt: skip
+def test_who_quantizes_queries(backend, monkeypatch, cache_dtype, heads, drafts, expected):
+    """Layers, and the plans of their steps, by the rows of a request: heads times a token and its drafts."""
+    seen = []
+    monkeypatch.setattr(backend, "StepPlans", lambda **facts: seen.append(facts))
+    config = make_config(cache_dtype, heads=heads, drafts=drafts)
+    make_builder(backend.MlaCuteMetadataBuilder, config)
+    assert make_impl(backend.MlaCuteImpl, config, SM_SCALE).supports_quant_query_input is expected
+    assert seen[0]["q_fp8"] is expected
 
 
 # ------------------------------------------------------------------------------------------------ CUDA graphs

@@ -24,18 +24,21 @@ _MLA = "vllm.model_executor.layers.attention.mla_attention"
 def install(monkeypatch) -> bool:
     """Makes `import vllm` work; whether it is the release."""
     if importlib.util.find_spec("vllm") is not None:
+        import vllm.config
         import vllm.model_executor.layers.attention.mla_attention as mla
 
-        monkeypatch.setattr(mla, "get_current_vllm_config", make_config)
+        for module in (mla, vllm.config):
+            monkeypatch.setattr(module, "get_current_vllm_config", current_config)
         return True
     for name in (
         "vllm", "vllm.model_executor", "vllm.model_executor.layers", "vllm.model_executor.layers.attention", _MLA,
         "vllm.v1", "vllm.v1.attention", "vllm.v1.attention.backend", "vllm.v1.attention.backends",
-        "vllm.v1.attention.backends.registry", "vllm.envs",
+        "vllm.v1.attention.backends.registry", "vllm.envs", "vllm.config",
     ):  # fmt: skip
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     envs = sys.modules["vllm"].envs = sys.modules["vllm.envs"]
     envs.VLLM_BATCH_INVARIANT = False
+    sys.modules["vllm.config"].get_current_vllm_config = current_config
     for cls in (
         QueryLenSupport, MLACommonBackend, MLACommonDecodeMetadata, MLACommonMetadata, MLACommonMetadataBuilder,
         MLACommonImpl,
@@ -50,8 +53,10 @@ def install(monkeypatch) -> bool:
 
 # ------------------------------------------------------------------------------------------------ what both are given
 
+CURRENT = []
 
-def make_config(cache_dtype="auto", *, heads=4, dcp=1, block_size=8, dtype=torch.bfloat16):
+
+def make_config(cache_dtype="auto", *, heads=4, dcp=1, block_size=8, dtype=torch.bfloat16, drafts=0):
     prefill_backend = SimpleNamespace(clone=lambda: None)
     layer = SimpleNamespace(
         q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
@@ -68,8 +73,12 @@ def make_config(cache_dtype="auto", *, heads=4, dcp=1, block_size=8, dtype=torch
         cache_config=SimpleNamespace(cache_dtype=cache_dtype, block_size=block_size),
         scheduler_config=SimpleNamespace(max_num_seqs=8),
         attention_config=SimpleNamespace(use_prefill_query_quantization=False),
-        speculative_config=None,
+        speculative_config=SimpleNamespace(num_speculative_tokens=drafts, method="mtp") if drafts else None,
     )
+
+
+def current_config():
+    return CURRENT[-1]
 
 
 def make_builder(cls, config, cache_dtype=None):
@@ -80,6 +89,7 @@ def make_builder(cls, config, cache_dtype=None):
 
 
 def make_impl(cls, config, scale, **changed):
+    """The configuration is current meanwhile, as vLLM has it while a model is built."""
     given = {
         "num_heads": config.model_config.get_num_attention_heads(None), "head_size": 576, "scale": scale,
         "num_kv_heads": 1, "alibi_slopes": None, "sliding_window": None,
@@ -87,7 +97,11 @@ def make_impl(cls, config, scale, **changed):
         "kv_sharing_target_layer_name": None, "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128,
         "qk_rope_head_dim": 64, "qk_head_dim": 192, "v_head_dim": 128, "kv_b_proj": None,
     }  # fmt: skip
-    return cls(**given | changed)
+    CURRENT.append(config)
+    try:
+        return cls(**given | changed)
+    finally:
+        CURRENT.pop()
 
 
 def make_metadata(block_table, seq_lens, query_start_loc, *, total=None, max_query_len=None):
