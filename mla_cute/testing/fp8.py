@@ -19,7 +19,7 @@ from .. import quant, reference
 from ..dims import CKV_DIM
 from .cases import DecodeCase, guard_failures, not_as_given
 from .prefill import PrefillCase
-from .verdict import Expected, Verdict, kind, over, worst
+from .verdict import Expected, Verdict, form_failures, kind, over, worst
 
 E4M3 = torch.float8_e4m3fn
 # "group656" is the format "group" in rows of 656 bytes.
@@ -242,13 +242,7 @@ def compare_fp8(output: torch.Tensor, lse: torch.Tensor | None, expected: Fp8Exp
     where no element is as large); an lse error of at most LSE_LIMIT; or what the noise of e4m3 products explains, once
     of the output and three times of a row and of its lse. `dtype_error` of the verdict is that noise.
     """
-    failures: list[str] = []
-    if output.dtype is not expected.dtype or output.shape != expected.output.shape:
-        failures.append(
-            f"output: expected {expected.dtype} {list(expected.output.shape)}, got {output.dtype} {list(output.shape)}"
-        )
-    if lse is not None and (lse.dtype is not torch.float32 or lse.shape != expected.lse.shape):
-        failures.append(f"lse: expected torch.float32 {list(expected.lse.shape)}, got {lse.dtype} {list(lse.shape)}")
+    failures = form_failures(output, lse, expected)
     if failures or output.numel() == 0:
         return Verdict(tuple(failures), 0.0, 0.0, 0.0, 1.0, 0.0)
 

@@ -66,6 +66,18 @@ class Verdict:
         return "\n".join((*self.failures, figures))
 
 
+def form_failures(output: torch.Tensor, lse: torch.Tensor | None, expected: Expected) -> list[str]:
+    """Dtypes and shapes that are not the reference's."""
+    failures: list[str] = []
+    if output.dtype is not expected.dtype or output.shape != expected.output.shape:
+        failures.append(
+            f"output: expected {expected.dtype} {list(expected.output.shape)}, got {output.dtype} {list(output.shape)}"
+        )
+    if lse is not None and (lse.dtype is not torch.float32 or lse.shape != expected.lse.shape):
+        failures.append(f"lse: expected torch.float32 {list(expected.lse.shape)}, got {lse.dtype} {list(lse.shape)}")
+    return failures
+
+
 def compare(output: torch.Tensor, lse: torch.Tensor | None, expected: Expected) -> Verdict:
     """Judge the rows of a result that requests own; `lse` None leaves lse out.
 
@@ -74,13 +86,7 @@ def compare(output: torch.Tensor, lse: torch.Tensor | None, expected: Expected) 
     (eps / 4 of the row's norm, eps / 2 of its largest element); a cosine that such an error allows; an lse error of at
     most 1e-4 + 2e-6 * |lse| + one float32 unit of |q| |k|, the rounding of a score's sum.
     """
-    failures: list[str] = []
-    if output.dtype is not expected.dtype or output.shape != expected.output.shape:
-        failures.append(
-            f"output: expected {expected.dtype} {list(expected.output.shape)}, got {output.dtype} {list(output.shape)}"
-        )
-    if lse is not None and (lse.dtype is not torch.float32 or lse.shape != expected.lse.shape):
-        failures.append(f"lse: expected torch.float32 {list(expected.lse.shape)}, got {lse.dtype} {list(lse.shape)}")
+    failures = form_failures(output, lse, expected)
     if failures or output.numel() == 0:
         return Verdict(tuple(failures), 0.0, 0.0, 0.0, 1.0, 0.0)
 

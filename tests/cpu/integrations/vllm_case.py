@@ -78,7 +78,7 @@ def make_config(cache_dtype="auto", *, heads=4, dcp=1, block_size=8, dtype=torch
 
 
 def current_config():
-    return CURRENT[-1]
+    return CURRENT[-1] if CURRENT else make_config()
 
 
 def make_builder(cls, config, cache_dtype=None):
