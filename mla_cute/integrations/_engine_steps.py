@@ -17,6 +17,10 @@ from ..plan_decode import plan_decode_block_table
 from ..plan_prefill import plan_prefill_block_table
 from ..quant import GROUP_ROW_BYTES, group_rows
 
+# Over an FP8 cache, 16-bit queries cost what they cost over a 16-bit one as soon as the tensor cores are the limit: a
+# request with more rows (heads times query tokens) than a tile has gets e4m3 queries.
+MAX_ROWS_OF_16BIT_QUERIES = 64
+
 
 def paged_cache(rows: torch.Tensor, scale: float = UNSCALED) -> Cache:
     """The parts of a cache in which a token is one row.

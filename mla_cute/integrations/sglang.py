@@ -1,4 +1,4 @@
-"""An attention backend of SGLang: decode and target verify of its MLA models over the kernels of this library.
+"""An attention backend of SGLang: its MLA models over the kernels of this library.
 
     python -m sglang.launch_server --model deepseek-ai/DeepSeek-V3 --attention-backend mla_cute
 
@@ -7,146 +7,251 @@ That release pins nvidia-cutlass-dsl 4.8.0 and this library 4.8.1: pip cannot in
 SGLang first and this library after it; pip replaces 4.8.0 and reports the conflict. Its own DSL kernels on 4.8.1 are
 untried.
 
-What has run: the backend with stand-ins for the classes of SGLang, on CPU tensors. It has never run with SGLang itself,
-inside an engine or on a GPU.
-
-* Decode and target verify of draft chains (topk 1) are this library's. Prompts stay with SGLang's FlashInfer backend,
-  the parent class, and so do drafts: speculative decoding needs `--speculative-draft-attention-backend`.
-* Every page size that is a power of two, 1 included.
-* Caches: the dtype of the model, and fp8_e4m3 as SGLang's pool writes it, unscaled. Queries stay 16-bit.
+* Everything absorbed is this library's: decode, verification and drafting of chains (topk 1), draft extension, prompts
+  and chunks over a prefix.
+* Prompts whose expanded form needs fewer operations (:meth:`MlaCuteAttnBackend.expands`) run SGLang's
+  FlashAttention-3. Where that cannot be imported they run absorbed.
+* Every page size that is a power of two, 1 included; 64 unless `--page-size` says otherwise, because 1 is 9 to 11 %
+  slower and its block tables are 64 times as large.
+* Caches: the dtype of the model, and fp8_e4m3 as SGLang's pool writes it, unscaled. Over fp8_e4m3, queries become e4m3
+  where a request has more than 64 rows (heads times a token and its drafts), as they do beside SGLang's own FlashMLA:
+  16-bit ones would cost what they cost over a bf16 cache.
 * CUDA graphs: block tables, lengths and the plan are made in the graph, from the runner's buffers.
-* Neither decode context parallelism, ragged verification, nor the unified memory pool.
+* `--enable-deterministic-inference`: requests are cut by their own lengths alone, and prompts run absorbed.
+* Neither context parallelism, ragged verification, draft trees nor the unified memory pool.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 
-from ..call import Cache
 from ..check import DTYPES, FP8
 from ..dims import CKV_DIM, KPE_DIM
 from ..plan import num_sms
-from ._engine_steps import Step, StepPlans, paged_cache
+from ._engine_steps import MAX_ROWS_OF_16BIT_QUERIES, Step, StepPlans, paged_cache
+from ._queries import to_e4m3
 
 try:
     from sglang.kernels.ops.attention.kv_indices import (
         create_flashmla_kv_indices_triton,
         get_num_kv_index_blocks_flashmla,
     )
-    from sglang.srt.layers.attention.flashinfer_mla_backend import FlashInferMLAAttnBackend
+    from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+    from sglang.srt.layers.attention.verify_mask import VerifyMask, maybe_create_verify_mask
     from sglang.srt.mem_cache.memory_pool import KVWriteLoc
-    from sglang.srt.runtime_context import get_parallel, get_spec
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode, build_inner_fb_view
+    from sglang.srt.model_executor.runner_backend_utils.breakable_cuda_graph import is_in_breakable_cuda_graph
+    from sglang.srt.model_executor.runner_backend_utils.tc_piecewise_cuda_graph import is_in_tc_piecewise_cuda_graph
+    from sglang.srt.runtime_context import get_exec, get_parallel, get_schedule, get_spec
     from sglang.srt.utils import get_cuda_graph_max_batch_size
 except ImportError as error:
     raise ImportError(
         f'mla_cute.integrations.sglang needs SGLang, written for 0.5.23: pip install "sglang==0.5.23" ({error})'
     ) from error
 
-__all__ = ["MlaCuteAttnBackend"]
+__all__ = ["MlaCuteAttnBackend", "MlaCuteMultiStepDraftBackend"]
+
+logger = logging.getLogger(__name__)
+
+# FLOP of a head: per query token and key, and to make keys and values of 128 + 128 from the latent of a token. What
+# queries and outputs of the absorbed form cost a new token, its keys and values cost in the expanded form.
+_ABSORBED_PAIR = 2 * (CKV_DIM + KPE_DIM + CKV_DIM)
+_EXPANDED_PAIR = 2 * (128 + KPE_DIM + 128)
+_EXPANDED_TOKEN = 2 * CKV_DIM * (128 + 128)
 
 
-class MlaCuteAttnBackend(FlashInferMLAAttnBackend):
-    """Attention of an MLA model; the parent does what is neither decode nor target verify.
+class MlaCuteAttnBackend(AttentionBackend):
+    """Attention of an MLA model.
+
+    Args:
+        model_runner: the ModelRunner whose layers this is for.
+        draft_step: attend for this step of drafting a chain, in which each request has `draft_step + 1` keys more than
+            the batch counts; None: for anything else.
+        plans: of the draft steps before this one, whose buffers it shares.
 
     Raises:
         ValueError: latent dimensions other than 512 and 64; a page size that is no power of two; a cache of another
             dtype than the model's or float8_e4m3fn.
-        NotImplementedError: decode context parallelism, draft trees (topk above 1), the unified memory pool.
+        NotImplementedError: context parallelism, draft trees (topk above 1), the unified memory pool.
         RuntimeError: a CUDA device that is not Hopper.
     """
 
-    # Block tables and lengths are made on the device; prompts, the parent's, always have theirs on the host.
+    # Block tables and lengths are made on the device.
     needs_cpu_seq_lens: bool = False
+    # Lengths and qo_indptr have room for the requests of the pool.
+    extend_dummy_seqs_capped_by_req_pool: bool = True
     supports_ragged_verify_graph: bool = False
 
-    def __init__(self, model_runner: Any, skip_prefill: bool = False, **buffers: torch.Tensor | None):
+    def __init__(self, model_runner: Any, *, draft_step: int | None = None, plans: StepPlans | None = None):
         _check(model_runner)
-        super().__init__(model_runner, skip_prefill, **buffers)
-        self._device = self.req_to_token_pool.req_to_token.device
+        super().__init__()
+        self.max_context_len = model_runner.model_config.context_len
+        self.page_size = model_runner.page_size
+        self.req_to_token_pool = model_runner.req_to_token_pool
+        self.token_to_kv_pool = model_runner.token_to_kv_pool
+        self.kv_index_translator = model_runner.kv_index_translator
+        self.data_type = model_runner.kv_cache_dtype
+        self.device = self._device = self.req_to_token_pool.req_to_token.device
         if self._device.type == "cuda":
             num_sms(self._device)
-        heads = model_runner.model_config.num_attention_heads // get_parallel().attn_tp_size
-        self.data_type = model_runner.kv_cache_dtype
+        self._is_draft_runner = bool(model_runner.is_draft_worker)
+        self._draft_step = draft_step
         self._num_draft_tokens = get_spec().speculative_num_draft_tokens or 1
-        self._plans = StepPlans(
-            num_heads=heads, page_size=self.page_size, kv_format="tensor" if self.data_type is FP8 else ""
+        self._is_deterministic = bool(get_exec().deterministic.enable_deterministic_inference)
+        heads = model_runner.model_config.num_attention_heads // get_parallel().attn_tp_size
+        self._q_fp8 = self.data_type is FP8 and heads * self._num_draft_tokens > MAX_ROWS_OF_16BIT_QUERIES
+        self.plans = plans or StepPlans(
+            num_heads=heads,
+            page_size=self.page_size,
+            kv_format="tensor" if self.data_type is FP8 else "",
+            q_fp8=self._q_fp8,
+            batch_invariant=self._is_deterministic,
         )
         most = get_cuda_graph_max_batch_size(model_runner.req_to_token_pool.size)
         self._seq_lens = torch.zeros(most, dtype=torch.int32, device=self._device)
-        self._verify_indptr = torch.arange(most + 1, dtype=torch.int32, device=self._device) * self._num_draft_tokens
-        self._block_tables = self._new_block_tables(0, 0)
-        self._graph_block_tables = self._block_tables
+        self._qo_indptr = torch.zeros(most + 1, dtype=torch.int32, device=self._device)
+        self._ones_indptr = torch.arange(most + 1, dtype=torch.int32, device=self._device)
+        self._window_indptr = self._ones_indptr * self._num_draft_tokens
+        self._block_tables = self._graph_block_tables = self._new_block_tables(0, 0)
+        self._verify_mask: VerifyMask | None = None
+        self.forward_metadata: Any = None
+        self._expanded: Any = None
+        if not self._is_deterministic and draft_step is None:
+            self._expanded = _expanded_prompts(model_runner)
+        self._chunks_prefixes = not get_schedule().disable_chunked_prefix_cache
+
+    # -------------------------------------------------------------------------------------------- which form
+
+    def expands(self, forward_batch: Any) -> bool:
+        """Whether the prompts of a batch run in the expanded form, over keys and values made from the latents.
+
+        That form costs `pairs * 640 + prefix * 262144` FLOP a head, absorbed attention `pairs * 2176`, where a pair is
+        a query token and a key that it sees: after a long prefix a chunk of 171 tokens costs the same in both.
+        """
+        prefixes, mode = forward_batch.extend_prefix_lens_cpu, forward_batch.forward_mode
+        if self._expanded is None or prefixes is None or not mode.is_extend_without_speculative():
+            return False
+        if is_in_tc_piecewise_cuda_graph() or is_in_breakable_cuda_graph():
+            return False  # what is captured has one form
+        if not self._chunks_prefixes and any(prefixes):
+            return False
+        pairs = sum(
+            tokens * prefix + tokens * (tokens + 1) // 2
+            for prefix, tokens in zip(prefixes, forward_batch.extend_seq_lens_cpu, strict=True)
+        )
+        return pairs * _EXPANDED_PAIR + sum(prefixes) * _EXPANDED_TOKEN < pairs * _ABSORBED_PAIR
+
+    def _runs_expanded(self, forward_batch: Any) -> bool:
+        """What the model decided for the layer that calls."""
+        mode = forward_batch.forward_mode
+        return mode.is_extend_without_speculative() and forward_batch.attn_attend_prefix_cache is not None
 
     # -------------------------------------------------------------------------------------------- metadata
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """Metadata of a step that no graph runs."""
-        if not _is_ours(forward_batch):
-            super().init_forward_metadata(forward_batch)
+        self.forward_metadata = None
+        if self.expands(forward_batch):
+            self._expanded.init_forward_metadata(forward_batch)
         else:
-            self.forward_metadata = self._step(forward_batch, self._room_for(forward_batch), keep=False)
-            self._fill(self.forward_metadata, forward_batch)
+            bound = self._longest(forward_batch)
+            step = self._step(forward_batch, self._room_for(forward_batch.batch_size, bound), bound)
+            self.forward_metadata = step
+            self._fill(step, forward_batch, in_graph=False)
 
-    def init_cuda_graph_state(
-        self, max_bs: int, max_num_tokens: int, kv_indices_buf: torch.Tensor | None = None
-    ) -> None:
-        """Buffers of the graphs; `kv_indices_buf` is the parent's and not used."""
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        """Buffers of the graphs."""
         self._graph_block_tables = self._new_block_tables(max_bs, self._most_pages())
+        self._verify_mask = maybe_create_verify_mask(
+            is_draft_runner=self._is_draft_runner,
+            skip_prefill=self._draft_step is not None,
+            max_bs=max_bs,
+            max_context_len=self.max_context_len,
+            num_draft_tokens=get_spec().speculative_num_draft_tokens,
+            device=self._device,
+            is_read=False,
+        )
+
+    @property
+    def verify_mask(self) -> VerifyMask | None:
+        """Where SGLang writes the mask of drafts, which for a chain is not read."""
+        return self._verify_mask
+
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        return 1
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         """Takes the plan of the graph's batch size; the graph itself refills it."""
-        if not _is_ours(forward_batch):
-            super().init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
-        else:
-            self.forward_metadata = self._step(forward_batch, self._graph_block_tables, keep=in_capture)
+        self.forward_metadata = self._step(forward_batch, self._graph_block_tables, None, keep=in_capture)
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
-        if not _is_ours(forward_batch):
-            super().init_forward_metadata_in_graph(forward_batch)
-        else:
-            self._fill(self.forward_metadata, forward_batch)
+        self._fill(self.forward_metadata, forward_batch, in_graph=True)
 
-    def _step(self, forward_batch: Any, block_tables: torch.Tensor, keep: bool) -> Step:
-        batch = forward_batch.batch_size
-        tables = (block_tables[:batch], self._seq_lens[:batch])
-        if not forward_batch.forward_mode.is_target_verify():
-            return self._plans.step(*tables, keep=keep)
-        indptr = self._verify_indptr[: batch + 1]
-        return self._plans.step(*tables, indptr, batch * self._num_draft_tokens, keep=keep)
+    def _is_window(self, mode: Any) -> bool:
+        """Whether every request has `speculative_num_draft_tokens` query tokens."""
+        return self._draft_step is None and bool(mode.is_target_verify() or mode.is_draft_extend_v2())
 
-    def _fill(self, step: Step, forward_batch: Any) -> None:
+    def _is_decode(self, mode: Any) -> bool:
+        return self._draft_step is not None or bool(mode.is_decode_or_idle())
+
+    def _step(self, forward_batch: Any, block_tables: torch.Tensor, bound: int | None, keep: bool = False) -> Step:
+        batch, mode = forward_batch.batch_size, forward_batch.forward_mode
+        queries: tuple[torch.Tensor | None, int] = (None, 0)
+        if self._is_window(mode):
+            queries = (self._window_indptr[: batch + 1], batch * self._num_draft_tokens)
+        elif not self._is_decode(mode):
+            queries = (self._qo_indptr[: batch + 1], sum(forward_batch.extend_seq_lens_cpu))
+        elif self._is_deterministic:  # decode kernels have other bits than those of prefill
+            queries = (self._ones_indptr[: batch + 1], batch)
+        return self.plans.step(block_tables[:batch], self._seq_lens[:batch], *queries, max_kv_len=bound, keep=keep)
+
+    def _fill(self, step: Step, forward_batch: Any, in_graph: bool) -> None:
         """Lengths, page ids and work items of the step, on the current stream: it may be recorded in a graph."""
-        batch = forward_batch.batch_size
+        batch, mode = forward_batch.batch_size, forward_batch.forward_mode
         if not batch:
             return  # the plan of no request holds nothing
-        step.pages.lengths.copy_(forward_batch.seq_lens[:batch])
-        if step.pages.queries is not None:
-            step.pages.lengths.add_(self._num_draft_tokens)  # their keys are in the pool, but not yet counted
-        requests, table = forward_batch.req_pool_indices[:batch], step.pages.ids
-        req_to_token = self.req_to_token_pool.req_to_token
+        lengths = step.pages.lengths.copy_(forward_batch.seq_lens[:batch])
+        if self._draft_step is not None:
+            lengths.add_(self._draft_step + 1)
+        elif mode.is_target_verify():
+            lengths.add_(self._num_draft_tokens)  # their keys are in the pool, but not yet counted
+        elif mode.is_draft_extend_v2():
+            if not in_graph:  # a graph's batch counts the whole window already
+                lengths.sub_(forward_batch.extend_seq_lens[:batch]).add_(self._num_draft_tokens)
+        elif not self._is_decode(mode):
+            torch.cumsum(forward_batch.extend_seq_lens[:batch], 0, out=self._qo_indptr[1 : batch + 1])
+        self._fill_table(step, forward_batch.req_pool_indices[:batch])
+        step.plan.update()
+
+    def _fill_table(self, step: Step, requests: torch.Tensor) -> None:
+        table, req_to_token = step.pages.ids, self.req_to_token_pool.req_to_token
         if self._device.type == "cuda":
             blocks = get_num_kv_index_blocks_flashmla(table.shape[1], self.page_size)
-            create_flashmla_kv_indices_triton[(batch, blocks)](
+            create_flashmla_kv_indices_triton[(len(requests), blocks)](
                 req_to_token, requests, step.pages.lengths, None, table, req_to_token.stride(0), table.stride(0),
                 self.page_size,
             )  # fmt: skip
         else:
             first_tokens = req_to_token[requests, : table.shape[1] * self.page_size : self.page_size]
             table[:, : first_tokens.shape[1]] = first_tokens // self.page_size
-        step.plan.update()
 
-    def _room_for(self, forward_batch: Any) -> torch.Tensor:
+    def _longest(self, forward_batch: Any) -> int | None:
+        """Keys that no request of the batch has more of, as far as the host knows."""
+        lens = forward_batch.seq_lens_cpu
+        return None if lens is None or not len(lens) else int(lens.max()) + self._num_draft_tokens
+
+    def _room_for(self, batch: int, longest: int | None) -> torch.Tensor:
         """The block tables of steps without a graph, which grow: [max_bs, most pages] can be gigabytes at page size 1.
 
         Their width is what plans are found by, hence powers of two.
         """
-        batch, pages = forward_batch.batch_size, self._most_pages()
         if not batch:
             return self._block_tables
-        if forward_batch.seq_lens_cpu is not None:
-            longest = int(forward_batch.seq_lens_cpu.max()) + self._num_draft_tokens
+        pages = self._most_pages()
+        if longest is not None:
             pages = min(pages, 1 << (-(-longest // self.page_size) - 1).bit_length())
         rows, columns = self._block_tables.shape
         if batch > rows or pages > columns:
@@ -158,6 +263,9 @@ class MlaCuteAttnBackend(FlashInferMLAAttnBackend):
 
     def _new_block_tables(self, rows: int, pages: int) -> torch.Tensor:
         return torch.zeros((rows, pages), dtype=torch.int32, device=self._device)
+
+    def init_mha_chunk_metadata(self, forward_batch: Any, disable_flashinfer_ragged: bool = False) -> None:
+        """Nothing to do: FlashAttention-3 reads the batch's own tensors of its chunks."""
 
     # -------------------------------------------------------------------------------------------- attention
 
@@ -172,7 +280,7 @@ class MlaCuteAttnBackend(FlashInferMLAAttnBackend):
         q_rope: torch.Tensor | None = None,
         k_rope: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attention of one layer, one query token per request.
+        """Absorbed attention of one layer.
 
         Args:
             q: [tokens, H, 512] with q_rope [tokens, H, 64], or [tokens, H, 576] without; the last two dimensions may be
@@ -197,7 +305,7 @@ class MlaCuteAttnBackend(FlashInferMLAAttnBackend):
             q_nope, q_pe = packed[..., :CKV_DIM], packed[..., CKV_DIM:]
         else:
             q_nope, q_pe = q.view(-1, heads, CKV_DIM), q_rope.view(-1, heads, KPE_DIM)
-        out, _ = self.forward_metadata.attend(q_nope, q_pe, self._cache(layer), layer.scaling)
+        out = self._attend(q_nope, q_pe, layer)
         return out.view(-1, heads * CKV_DIM)
 
     def forward_extend(
@@ -210,20 +318,75 @@ class MlaCuteAttnBackend(FlashInferMLAAttnBackend):
         save_kv_cache: bool = True,
         q_rope: torch.Tensor | None = None,
         k_rope: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """As `forward_decode` for the draft tokens of a target verify, a causal chain per request; others are the
-        parent's."""
-        step = self.forward_decode if _is_ours(forward_batch) else super().forward_extend
-        return step(q, k, v, layer, forward_batch, save_kv_cache, q_rope=q_rope, k_rope=k_rope)
+    ) -> Any:
+        """As `forward_decode` for the query tokens that each request has, causal.
 
-    def _cache(self, layer: Any) -> Cache:
+        In the expanded form (`expands`) q and k are [tokens, H, 192] and v [tokens, H, 128], and log-sum-exps are
+        returned too where the batch says so.
+        """
+        if self._runs_expanded(forward_batch):
+            return self._expanded.forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
+        return self.forward_decode(q, k, v, layer, forward_batch, save_kv_cache, q_rope=q_rope, k_rope=k_rope)
+
+    def _attend(self, q_nope: torch.Tensor, q_pe: torch.Tensor, layer: Any) -> torch.Tensor:
+        """[tokens, H, 512] of q_nope's dtype."""
         slots = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
-        return paged_cache(slots.squeeze(1).unflatten(0, (-1, self.page_size)))
+        cache = paged_cache(slots.squeeze(1).unflatten(0, (-1, self.page_size)))
+        step: Step = self.forward_metadata
+        if not self._q_fp8:
+            return step.attend(q_nope, q_pe, cache, layer.scaling)[0]
+        out = torch.empty(q_nope.shape, dtype=q_nope.dtype, device=q_nope.device)
+        return step.attend(*to_e4m3(q_nope, q_pe), cache, layer.scaling, out=out)[0]
 
 
-def _is_ours(forward_batch: Any) -> bool:
-    mode = forward_batch.forward_mode
-    return bool(mode.is_decode_or_idle() or mode.is_target_verify())
+class MlaCuteMultiStepDraftBackend:
+    """The steps of drafting a chain after the first, which the draft extension gives: a backend for each.
+
+    Args:
+        model_runner: of the draft model. topk: 1. speculative_num_steps: tokens of a chain.
+    """
+
+    needs_cpu_seq_lens: bool = False
+
+    def __init__(self, model_runner: Any, topk: int, speculative_num_steps: int):
+        self.topk, self.speculative_num_steps = topk, speculative_num_steps
+        self.kv_index_translator = model_runner.kv_index_translator
+        self.attn_backends: list[MlaCuteAttnBackend] = []
+        for step in range(speculative_num_steps - 1):
+            plans = self.attn_backends[0].plans if step else None
+            self.attn_backends.append(MlaCuteAttnBackend(model_runner, draft_step=step, plans=plans))
+        self.attn_backend_list = self.attn_backends
+        self.forward_metadata = None
+
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        for backend in self.attn_backends:
+            backend.init_forward_metadata(forward_batch)
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        for backend in self.attn_backends:
+            backend.init_cuda_graph_state(max_bs, max_num_tokens)
+
+    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+        inner = build_inner_fb_view(forward_batch, bs=forward_batch.batch_size, forward_mode=ForwardMode.DECODE)
+        for backend in self.attn_backends:
+            backend.init_forward_metadata_out_graph(inner, in_capture=in_capture)
+
+    def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
+        for backend in self.attn_backends:
+            backend.init_forward_metadata_in_graph(forward_batch)
+
+
+def _expanded_prompts(model_runner: Any) -> Any:
+    """SGLang's FlashAttention-3 backend, whose prompts in the expanded form these are; None where it cannot run."""
+    if model_runner.req_to_token_pool.req_to_token.device.type != "cuda":
+        return None
+    try:
+        from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend
+
+        return FlashAttentionBackend(model_runner)
+    except ImportError as error:
+        logger.warning("mla_cute: prompts run absorbed, SGLang's FlashAttention-3 cannot be imported: %s", error)
+        return None
 
 
 def _check(model_runner: Any) -> None:
@@ -242,6 +405,8 @@ def _check(model_runner: Any) -> None:
         )
     if get_parallel().dcp_enabled:
         raise NotImplementedError("dcp_size: expected 1, decode context parallelism is not supported")
+    if get_parallel().enable_prefill_cp:
+        raise NotImplementedError("enable_prefill_cp: expected False, prefill context parallelism is not supported")
     topk = get_spec().speculative_eagle_topk
     if topk is not None and topk > 1:
         raise NotImplementedError(f"speculative_eagle_topk: expected 1, draft trees are not supported, got {topk}")

@@ -34,7 +34,7 @@ import torch
 
 from ..check import FP8
 from ..dims import CKV_DIM, KPE_DIM, MAX_HEADS
-from ._engine_steps import Step, StepPlans, paged_cache
+from ._engine_steps import MAX_ROWS_OF_16BIT_QUERIES, Step, StepPlans, paged_cache
 
 try:
     from vllm import envs
@@ -61,13 +61,12 @@ _FORMATS = {
 _CACHE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "fp8_ds_mla": torch.bfloat16}
 _BLOCK_SIZE = 64
 _MAX_DECODE_QUERY_LEN = 128
-_MAX_ROWS_OF_16BIT_QUERIES = 64
 
 
 def _takes_e4m3_queries(kv_format: str, num_heads: int, vllm_config: Any) -> bool:
     speculative = vllm_config.speculative_config
     num_drafts = 0 if speculative is None else speculative.num_speculative_tokens
-    return kv_format == "tensor" and num_heads * (1 + num_drafts) > _MAX_ROWS_OF_16BIT_QUERIES
+    return kv_format == "tensor" and num_heads * (1 + num_drafts) > MAX_ROWS_OF_16BIT_QUERIES
 
 
 class MlaCuteBackend(MLACommonBackend):

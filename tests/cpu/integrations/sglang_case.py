@@ -9,14 +9,19 @@ import torch
 from recorded_signatures import load
 
 RECORD = load("sglang_0.5.23.json")
-STATE = SimpleNamespace(dcp_enabled=False, topk=1, draft_tokens=3)
+STATE = SimpleNamespace(
+    dcp_enabled=False, enable_prefill_cp=False, topk=1, draft_tokens=3, deterministic=False, captured=False,
+    disable_chunked_prefix_cache=False,
+)  # fmt: skip
 
 
 class ForwardMode(enum.Enum):
     EXTEND = "extend"
     DECODE = "decode"
+    MIXED = "mixed"
     IDLE = "idle"
     TARGET_VERIFY = "target_verify"
+    DRAFT_EXTEND_V2 = "draft_extend_v2"
 
     def is_decode_or_idle(self):
         return self in (ForwardMode.DECODE, ForwardMode.IDLE)
@@ -24,34 +29,48 @@ class ForwardMode(enum.Enum):
     def is_target_verify(self):
         return self is ForwardMode.TARGET_VERIFY
 
+    def is_draft_extend_v2(self):
+        return self is ForwardMode.DRAFT_EXTEND_V2
 
-class FlashInferMLAAttnBackend:
-    """The parent: remembers what it was called for."""
+    def is_extend_without_speculative(self):
+        return self in (ForwardMode.EXTEND, ForwardMode.MIXED)
 
-    def __init__(self, model_runner, skip_prefill=False, kv_indptr_buf=None, q_indptr_decode_buf=None):
-        self.max_context_len = model_runner.model_config.context_len
-        self.page_size, self.device = model_runner.page_size, model_runner.device
-        self.req_to_token_pool, self.token_to_kv_pool = model_runner.req_to_token_pool, model_runner.token_to_kv_pool
+
+def build_inner_fb_view(forward_batch, *, bs, forward_mode, encoder_lens=None):
+    return SimpleNamespace(**vars(forward_batch) | {"batch_size": bs, "forward_mode": forward_mode})
+
+
+class AttentionBackend:
+    forward_metadata = None
+
+
+class FlashAttentionBackend:
+    """FlashAttention-3 for prompts in the expanded form: remembers what it was called for."""
+
+    def __init__(
+        self, model_runner, skip_prefill=False, speculative_step_id=0, topk=0, speculative_num_steps=0, fa_impl_ver=3
+    ):
         self.calls = []
 
     def init_forward_metadata(self, forward_batch):
         self.calls.append("init_forward_metadata")
 
-    def init_forward_metadata_out_graph(self, forward_batch, in_capture=False):
-        self.calls.append("init_forward_metadata_out_graph")
-
-    def init_forward_metadata_in_graph(self, forward_batch):
-        self.calls.append("init_forward_metadata_in_graph")
-
-    def init_cuda_graph_state(self, max_bs, max_num_tokens, kv_indices_buf=None):
-        raise AssertionError("the parent's graph buffers are not used")
-
-    def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True, q_rope=None, k_rope=None):
+    def forward_extend(
+        self, q, k, v, layer, forward_batch, save_kv_cache=True, q_rope=None, k_rope=None, sinks=None, q_descale=None,
+        k_descale=None, v_descale=None, score_mod=None, aux_tensors=None, rel_bias=None, rel_bias_event=None,
+        return_lse=False,
+    ):  # fmt: skip
+        assert q_rope is None
+        assert k_rope is None
         self.calls.append("forward_extend")
-        return "of the parent"
+        return "expanded"
 
-    def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True, q_rope=None, k_rope=None):
-        raise AssertionError("decode is not the parent's")
+
+def maybe_create_verify_mask(
+    *, is_draft_runner, skip_prefill, max_bs, max_context_len, num_draft_tokens, device, is_read, dtype=torch.bool
+):
+    assert not is_read
+    return None if is_draft_runner or skip_prefill or not num_draft_tokens else ("mask", max_bs)
 
 
 class KVWriteLoc:
@@ -80,6 +99,14 @@ class MLATokenToKVPool:
 
 
 HANDLERS = {}
+# Lists of names, and what adds one.
+CHOICES = {
+    "ATTENTION_BACKEND_CHOICES": "add_attention_backend_choices",
+    "DRAFT_ATTENTION_BACKEND_CHOICES": "add_draft_attention_backend_choices",
+    "CHUNKED_PREFIX_CACHE_SUPPORTED_ATTENTION_BACKENDS": "add_chunked_prefix_cache_attention_backend",
+    "DETERMINISTIC_ATTENTION_BACKEND_CHOICES": "add_deterministic_attention_backend_choices",
+    "RADIX_SUPPORTED_DETERMINISTIC_ATTENTION_BACKEND": "add_radix_supported_deterministic_attention_backend_choices",
+}
 
 
 class AttentionBackendRegistry:
@@ -88,8 +115,27 @@ class AttentionBackendRegistry:
         HANDLERS[backend_name] = handler_func
 
 
-def handle_attention_flashmla(attn, forward_batch):
-    raise NotImplementedError
+class AttnForwardMethod(enum.Enum):
+    MLA = "mla"
+    MHA_ONE_SHOT = "one shot"
+    MHA_CHUNKED_KV = "chunked"
+
+
+class HookType(enum.Enum):
+    AROUND = "around"
+
+
+class DraftBackendFactory:
+    """The table and the lookup in it; hooks stand around `_create_backend` where `install` is told so."""
+
+    def __init__(self, draft_model_runner, choice, topk=1, speculative_num_steps=4):
+        self.draft_model_runner, self.choice = draft_model_runner, choice
+        self.topk, self.speculative_num_steps = topk, speculative_num_steps
+
+    def _create_backend(self, backend_name, backend_map, error_template, stamps_children=False):
+        if self.choice not in backend_map:
+            raise ValueError(error_template.format(backend_type=self.choice))
+        return backend_map[self.choice]()
 
 
 def get_num_kv_index_blocks_flashmla(kv_indices_width, page_size):
@@ -101,19 +147,8 @@ def get_cuda_graph_max_batch_size(max_batch_size):
 
 
 def install(monkeypatch):
-    """Makes the imports of the backend and its plugin work. Returns (choices, registered backends)."""
-    modules = {
-        name: types.ModuleType(name)
-        for name in (
-            "sglang", "sglang.kernels", "sglang.kernels.ops", "sglang.kernels.ops.attention",
-            "sglang.kernels.ops.attention.kv_indices", "sglang.srt", "sglang.srt.arg_groups",
-            "sglang.srt.arg_groups.choices", "sglang.srt.layers", "sglang.srt.layers.attention",
-            "sglang.srt.layers.attention.attention_registry", "sglang.srt.layers.attention.flashinfer_mla_backend",
-            "sglang.srt.mem_cache", "sglang.srt.mem_cache.memory_pool", "sglang.srt.models",
-            "sglang.srt.models.deepseek_common", "sglang.srt.models.deepseek_common.attention_backend_handler",
-            "sglang.srt.models.deepseek_common.utils", "sglang.srt.runtime_context", "sglang.srt.utils",
-        )
-    }  # fmt: skip
+    """Makes the imports of the backend and its plugin work. Returns what the plugin writes to."""
+    modules = {name: types.ModuleType(name) for name in _modules()}
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
         parent, _, child = name.rpartition(".")
@@ -123,28 +158,84 @@ def install(monkeypatch):
     indices = modules["sglang.kernels.ops.attention.kv_indices"]
     indices.create_flashmla_kv_indices_triton = None
     indices.get_num_kv_index_blocks_flashmla = get_num_kv_index_blocks_flashmla
-    srt.layers.attention.flashinfer_mla_backend.FlashInferMLAAttnBackend = FlashInferMLAAttnBackend
+    attention = srt.layers.attention
+    attention.base_attn_backend.AttentionBackend = AttentionBackend
+    attention.verify_mask.VerifyMask = tuple
+    attention.verify_mask.maybe_create_verify_mask = maybe_create_verify_mask
+    attention.flashattention_backend.FlashAttentionBackend = FlashAttentionBackend
+    batches = srt.model_executor.forward_batch_info
+    batches.ForwardMode, batches.build_inner_fb_view = ForwardMode, build_inner_fb_view
+    graphs = srt.model_executor.runner_backend_utils
+    graphs.breakable_cuda_graph.is_in_breakable_cuda_graph = lambda: STATE.captured
+    graphs.tc_piecewise_cuda_graph.is_in_tc_piecewise_cuda_graph = lambda: STATE.captured
     srt.mem_cache.memory_pool.KVWriteLoc = KVWriteLoc
     srt.utils.get_cuda_graph_max_batch_size = get_cuda_graph_max_batch_size
-    srt.runtime_context.get_parallel = lambda: SimpleNamespace(attn_tp_size=2, dcp_enabled=STATE.dcp_enabled)
+    srt.runtime_context.get_parallel = lambda: SimpleNamespace(
+        attn_tp_size=2, dcp_enabled=STATE.dcp_enabled, enable_prefill_cp=STATE.enable_prefill_cp
+    )
+    srt.runtime_context.get_exec = lambda: SimpleNamespace(
+        deterministic=SimpleNamespace(enable_deterministic_inference=STATE.deterministic)
+    )
+    srt.runtime_context.get_schedule = lambda: SimpleNamespace(
+        disable_chunked_prefix_cache=STATE.disable_chunked_prefix_cache
+    )
     srt.runtime_context.get_spec = lambda: SimpleNamespace(
         speculative_num_draft_tokens=STATE.draft_tokens, speculative_eagle_topk=STATE.topk
     )
-    handler = srt.models.deepseek_common.attention_backend_handler
-    handler.AttentionBackendRegistry = AttentionBackendRegistry
-    handler.handle_attention_flashmla = handle_attention_flashmla
-    srt.models.deepseek_common.utils.FORWARD_ABSORB_CORE_ATTENTION_BACKENDS = ["fa3"]
-    choices, registered = srt.arg_groups.choices, {}
-    choices.ATTENTION_BACKEND_CHOICES = ["triton"]
-    choices.add_attention_backend_choices = choices.ATTENTION_BACKEND_CHOICES.extend
-    choices.CHUNKED_PREFIX_CACHE_SUPPORTED_ATTENTION_BACKENDS = ["flashinfer"]
-    choices.add_chunked_prefix_cache_attention_backend = (
-        choices.CHUNKED_PREFIX_CACHE_SUPPORTED_ATTENTION_BACKENDS.append
-    )
+    common = srt.models.deepseek_common
+    common.attention_backend_handler.AttentionBackendRegistry = AttentionBackendRegistry
+    common.attention_forward_methods.forward_methods.AttnForwardMethod = AttnForwardMethod
+    common.attention_forward_methods.forward_mha.resolve_attn_backend = lambda batch: batch.backend
+    common.utils.FORWARD_ABSORB_CORE_ATTENTION_BACKENDS = ["fa3"]
+    registries = _install_registries(srt)
     srt.layers.attention.attention_registry.register_attention_backend = lambda name: (
-        lambda fn: registered.setdefault(name, fn)
+        lambda fn: registries.backends.setdefault(name, fn)
     )
-    return choices, registered
+    return registries
+
+
+def _modules():
+    """Every module that the backend or its plugin imports, and those that these are in."""
+    leaves = (
+        "kernels.ops.attention.kv_indices", "srt.arg_groups.choices", "srt.arg_groups.overrides",
+        "srt.arg_groups.resolution_hooks", "srt.layers.attention.attention_registry",
+        "srt.layers.attention.base_attn_backend", "srt.layers.attention.flashattention_backend",
+        "srt.layers.attention.verify_mask", "srt.mem_cache.memory_pool", "srt.model_executor.forward_batch_info",
+        "srt.model_executor.runner_backend_utils.breakable_cuda_graph",
+        "srt.model_executor.runner_backend_utils.tc_piecewise_cuda_graph",
+        "srt.models.deepseek_common.attention_backend_handler",
+        "srt.models.deepseek_common.attention_forward_methods.forward_methods",
+        "srt.models.deepseek_common.attention_forward_methods.forward_mha", "srt.models.deepseek_common.utils",
+        "srt.plugins.hook_registry", "srt.runtime_context", "srt.utils",
+    )  # fmt: skip
+    found = []
+    for leaf in leaves:
+        parts = ["sglang", *leaf.split(".")]
+        found += [".".join(parts[: n + 1]) for n in range(len(parts))]
+    return sorted(set(found))
+
+
+def _install_registries(srt):
+    """Lists and tables that the plugin writes to."""
+    choices, hooks, resolution = srt.arg_groups.choices, {}, {}
+    for name, adder in CHOICES.items():
+        values = ["fa3"]
+        setattr(choices, name, values)
+        method = values.append if adder == "add_chunked_prefix_cache_attention_backend" else values.extend
+        setattr(choices, adder, method)
+    srt.arg_groups.resolution_hooks.register_resolution_hook = lambda name: (
+        lambda fn: resolution.setdefault(name, []).append(fn)
+    )
+    srt.arg_groups.overrides.resolved_view = lambda server_args: server_args
+    srt.arg_groups.overrides.attention_backends_of = lambda view: view.backends
+    srt.arg_groups.overrides.declare_resolution = lambda server_args, source, **fields: vars(server_args).update(fields)
+
+    def register(target, hook, hook_type, *, source=None):
+        hooks.setdefault(target, []).append((hook_type, hook))
+
+    srt.plugins.hook_registry.HookType = HookType
+    srt.plugins.hook_registry.HookRegistry = SimpleNamespace(register=register)
+    return SimpleNamespace(choices=choices, backends={}, hooks=hooks, resolution=resolution)
 
 
 def make_runner(case, pool, *, max_requests=8, context_len=80, kv_cache_dtype=None, **changed):
@@ -162,16 +253,24 @@ def make_runner(case, pool, *, max_requests=8, context_len=80, kv_cache_dtype=No
         device="cpu", dtype=case.q.dtype, kv_cache_dtype=kv_cache_dtype or case.q.dtype, page_size=page_size,
         req_to_token_pool=SimpleNamespace(req_to_token=slots, size=max_requests), token_to_kv_pool=pool,
         kv_index_translator=SimpleNamespace(is_translating=False), use_mla_backend=True,
+        is_draft_worker=False,
     )  # fmt: skip
     vars(runner).update(changed)
     return runner
 
 
-def make_batch(case, mode, *, draft_tokens=0, host_lens=True, max_requests=8):
-    lens = case.kv_len_arr.long() - draft_tokens
+def make_batch(case, mode, *, uncounted=0, counted=0, host_lens=True, max_requests=8):
+    """A batch whose requests have `uncounted` keys more than it says, or `counted` fewer."""
+    lens = case.kv_len_arr.long() - uncounted + counted
+    tokens = [q for q, _ in case.requests]
+    extends = mode.is_extend_without_speculative() or mode.is_draft_extend_v2()
+    prefixes = [kv - q for q, kv in case.requests] if extends else None
     return SimpleNamespace(
         forward_mode=mode, batch_size=len(lens), seq_lens=lens, seq_lens_cpu=lens.clone() if host_lens else None,
         req_pool_indices=max_requests - 1 - torch.arange(len(lens)), out_cache_loc=None,
+        extend_prefix_lens_cpu=prefixes, extend_seq_lens_cpu=tokens if extends else None,
+        extend_seq_lens=torch.tensor(tokens) if extends else None, attn_attend_prefix_cache=None,
+        get_max_chunk_capacity=lambda: 128,
     )  # fmt: skip
 
 
