@@ -120,6 +120,7 @@ class Wanted(NamedTuple):
         table_stride: elements between the rows of a block table; 0 with page lists.
         max_kv_len: tokens that no request has more of; None: not known.
         verifies: as MLA_CUTE_CHECK says; None reads it.
+        partials: where to write partial rows, if there is room for them.
     """
 
     pages: Pages
@@ -136,6 +137,7 @@ class Wanted(NamedTuple):
     batch_invariant: bool
     other_metadata: bool
     verifies: bool | None = None
+    partials: torch.Tensor | None = None
 
 
 class Plan:
@@ -220,7 +222,7 @@ class Plan:
             self.config = wanted.config
         return sms
 
-    def _allocate(self, layout: Layout) -> None:
+    def _allocate(self, layout: Layout, partials: torch.Tensor | None) -> None:
         device = self.device
         rounds = []
         for begin, end, table_rows, grid, numbers in layout.rounds:
@@ -229,7 +231,9 @@ class Plan:
             read = planner_reads(self._pages if end - begin == self.batch else self._pages.cut(begin, end))
             rounds.append(Round(begin, end, table, scratch, grid, (*read, table, scratch, *numbers)))
         self.rounds = tuple(rounds)
-        self.part = empty((layout.part_rows, PART_ROW), torch.float32, device)
+        if partials is None or partials.shape[0] < layout.part_rows or partials.device != device:
+            partials = empty((layout.part_rows, PART_ROW), torch.float32, device)
+        self.part = partials
 
     @property
     def num_parts(self) -> int:
@@ -256,10 +260,6 @@ class Plan:
     @property
     def _planner_args(self) -> tuple[torch.Tensor | int, ...]:
         return self.rounds[0].planner_args
-
-    def share_partials(self, part: torch.Tensor) -> None:
-        """Write partial rows to `part`, which has room for at least as many."""
-        self.part, self._again = part, None
 
     # -------------------------------------------------------------------------------------------- metadata
 
@@ -386,6 +386,17 @@ def expect_options(config: KernelConfig | None, batch_invariant: bool) -> None:
     if config is not None and (reason := why_infeasible(config)):
         expect_types(config)
         raise ValueError(f"config: {reason}")
+
+
+def expect_partials(partials: torch.Tensor | None) -> None:
+    if partials is None:
+        return
+    if not isinstance(partials, torch.Tensor):
+        raise TypeError(f"partials: expected a tensor or None, got {type(partials).__name__}")
+    if partials.dtype is not torch.float32 or partials.dim() != 2 or partials.shape[1] != PART_ROW:
+        raise ValueError(f"partials: expected float32 [rows, {PART_ROW}], got {partials.dtype} {list(partials.shape)}")
+    if not partials.is_contiguous() or partials.data_ptr() % 16:
+        raise ValueError("partials: expected contiguous memory at a multiple of 16 bytes, got other")
 
 
 def expect_hints(kv_format: str, q_fp8: bool, max_kv_len: int | None) -> None:

@@ -22,6 +22,7 @@ from .plan import (
     bounded,
     expect_hints,
     expect_options,
+    expect_partials,
     expect_rows,
     expect_sizes,
     expect_table,
@@ -71,7 +72,7 @@ class DecodePlan(Plan):
             layout = _invariant_layout(wanted.batch, sms, numbers, wanted.room, self.form.by_table)
         else:
             layout = _layout(wanted.batch, sms, numbers)
-        self._allocate(layout)
+        self._allocate(layout, wanted.partials)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -190,6 +191,7 @@ def plan_decode_block_table(
     q_fp8: bool = False,
     max_kv_len: int | None = None,
     other_metadata: bool = False,
+    partials: torch.Tensor | None = None,
 ) -> DecodePlan:
     """Plan a decode step of an engine that carries `block_table [batch, max_pages]` and `seq_lens [batch]`.
 
@@ -199,6 +201,8 @@ def plan_decode_block_table(
         max_pages: columns of the block table.
         table_stride: elements between its rows, >= max_pages; None: max_pages.
         max_kv_len: as :func:`plan_decode`; None: max_pages * page_size.
+        partials: `part` of another plan, to write partial rows to if it has enough of them; else the plan has its own.
+            Steps of plans that share it run one after another.
 
     Raises:
         TypeError, ValueError: naming the argument. RuntimeError: the device is not Hopper.
@@ -211,9 +215,11 @@ def plan_decode_block_table(
     expect_hints(kv_format, q_fp8, max_kv_len)
     expect_options(config, batch_invariant)
     expect_bool("other_metadata", other_metadata)
+    expect_partials(partials)
     room = max_pages * page_size
     wanted = Wanted(
         Pages(DECODE_TABLE, seq_lens), batch, batch, num_heads, page_size, room, table_stride,
         bounded(max_kv_len, room), kv_format, q_fp8, config, batch_invariant, other_metadata,
+        partials=partials,
     )  # fmt: skip
     return DecodePlan(wanted)._register().update()

@@ -30,6 +30,7 @@ from .plan import (
     bounded,
     expect_hints,
     expect_options,
+    expect_partials,
     expect_rows,
     expect_sizes,
     expect_table,
@@ -82,7 +83,7 @@ class PrefillPlan(Plan):
             layout = _invariant_layout(batch, total_q, sms, numbers, wanted.room)
         else:
             layout = _layout(self.max_tiles, batch, sms, numbers)
-        self._allocate(layout)
+        self._allocate(layout, wanted.partials)
 
     def _cut_costs(self) -> tuple[int, int, int]:
         _, overhead, penalty = super()._cut_costs()
@@ -222,6 +223,7 @@ def plan_prefill_block_table(
     q_fp8: bool = False,
     max_kv_len: int | None = None,
     other_metadata: bool = False,
+    partials: torch.Tensor | None = None,
 ) -> PrefillPlan:
     """Plan a prefill step of an engine that carries `block_table [batch, max_pages]` and `seq_lens [batch]`.
 
@@ -232,6 +234,8 @@ def plan_prefill_block_table(
         max_pages: columns of the block table.
         table_stride: elements between its rows, >= max_pages; None: max_pages.
         max_kv_len: as :func:`~mla_cute.plan_decode`; None: max_pages * page_size.
+        partials: `part` of another plan, to write partial rows to if it has enough of them; else the plan has its own.
+            Steps of plans that share it run one after another.
 
     Raises:
         TypeError, ValueError: naming the argument. RuntimeError: the device is not Hopper.
@@ -240,12 +244,14 @@ def plan_prefill_block_table(
     expect_hints(kv_format, q_fp8, max_kv_len)
     expect_options(config, batch_invariant)
     expect_bool("other_metadata", other_metadata)
+    expect_partials(partials)
     expect_metadata("seq_lens", seq_lens, (batch,), "[batch]", qo_indptr.device)
     table_stride = expect_table(batch, max_pages, table_stride)
     room = max_pages * page_size
     wanted = Wanted(
         Pages(PREFILL_TABLE, seq_lens, None, None, qo_indptr, causal), batch, total_q, num_heads, page_size, room,
         table_stride, bounded(max_kv_len, room), kv_format, q_fp8, config, batch_invariant, other_metadata,
+        partials=partials,
     )  # fmt: skip
     return PrefillPlan(wanted)._register().update()
 

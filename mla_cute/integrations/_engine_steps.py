@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
@@ -10,12 +11,15 @@ import torch
 from ..attend import attend
 from ..call import DECODE_TABLE, PREFILL_TABLE, UNSCALED, Cache, Call, Pages
 from ..check import FP8
-from ..dims import CKV_DIM
+from ..dims import CKV_DIM, TILE_M
+from ..kernels.keys import TAIL_ITEMS_PER_PART
+from ..kernels.registry import Variant, planner_variant, step_variant
 from ..launch import table_stride
 from ..plan import Plan
 from ..plan_decode import plan_decode_block_table
 from ..plan_prefill import plan_prefill_block_table
 from ..quant import GROUP_ROW_BYTES, group_rows
+from ..tuned import select
 
 # Over an FP8 cache, 16-bit queries cost what they cost over a 16-bit one as soon as the tensor cores are the limit: a
 # request with more rows (heads times query tokens) than a tile has gets e4m3 queries.
@@ -66,6 +70,10 @@ class StepPlans:
     `RECENT` do. A plan keeps its metadata tensors alive, so that no other tensor gets an address that finds it. All
     calls run on one stream (or are ordered), because the plans share one buffer for partial outputs: of its own each
     would hold up to 40 MB, and an engine captures some fifty batch sizes.
+
+    Args:
+        partials: that buffer, float32 [rows, PART_ROW], of `most_partial_rows` rows; None: the first plan's, or that
+            of the first that needs a larger one.
     """
 
     RECENT = 32
@@ -78,6 +86,7 @@ class StepPlans:
         kv_format: str = "",
         q_fp8: bool = False,
         batch_invariant: bool = False,
+        partials: torch.Tensor | None = None,
     ):
         self._facts: dict[str, Any] = {
             "num_heads": num_heads, "page_size": page_size, "kv_format": kv_format, "q_fp8": q_fp8,
@@ -85,7 +94,8 @@ class StepPlans:
         }  # fmt: skip
         self._kept: dict[tuple[Any, ...], Plan] = {}
         self._recent: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
-        self._partials: torch.Tensor | None = None
+        self._partials = partials
+        self._outputs: list[torch.Tensor] = []
 
     def step(
         self,
@@ -129,14 +139,46 @@ class StepPlans:
 
     def _make(self, pages: Pages, total_q: int, max_kv_len: int | None) -> Plan:
         table = {"max_pages": pages.ids.shape[1], "table_stride": table_stride(pages.ids)}
-        facts = self._facts | table | {"max_kv_len": max_kv_len}
+        facts = self._facts | table | {"max_kv_len": max_kv_len, "partials": self._partials}
         plan: Plan
         if pages.queries is None:
             plan = plan_decode_block_table(pages.lengths, **facts)
         else:
             plan = plan_prefill_block_table(pages.queries, pages.lengths, total_q=total_q, **facts)
         if plan.device.type == "cuda":
-            if self._partials is None or self._partials.shape[0] < plan.part.shape[0]:
-                self._partials = plan.part
-            plan.share_partials(self._partials)
+            self._partials = plan.part
         return plan
+
+    def padded_output(self, tokens: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """[tokens, H, 512] for every layer in turn, in which what no layer writes is finite: zeros, or outputs of
+        earlier steps. A CUDA graph may hold it, so it stays."""
+        if not self._outputs or self._outputs[-1].shape[0] < tokens or self._outputs[-1].dtype is not dtype:
+            shape = (tokens, self._facts["num_heads"], CKV_DIM)
+            self._outputs.append(torch.zeros(shape, dtype=dtype, device=device))
+        return self._outputs[-1][:tokens]
+
+    def variants(self, dtype: str, device: torch.device) -> list[Variant]:
+        """The kernels of steps over queries of `dtype`, whatever their sizes: those of every configuration that is
+        chosen for a size in powers of two."""
+        kv_format, q_fp8, num_heads, page_size, invariant = (
+            self._facts[name] for name in ("kv_format", "q_fp8", "num_heads", "page_size", "batch_invariant")
+        )
+        found: dict[Variant, None] = {}
+        sizes = itertools.product(_BATCHES, (None, *_KV_LENS))
+        for (op, q_len), (batch, kv_len) in itertools.product(_QUERIES, sizes):
+            facts = (op, kv_format, q_fp8, num_heads, page_size, q_len, batch, kv_len)
+            config = select.choose(*facts, device, invariant).config
+            found[step_variant(op, kv_format, q_fp8, num_heads, page_size, dtype, config)] = None
+            found[planner_variant(op, "seq_lens", config, invariant)] = None
+        return list(found)
+
+
+_BATCHES = tuple(1 << n for n in range(12))
+_KV_LENS = tuple(1 << n for n in range(6, 21))
+_QUERIES = (("decode", 1), *(("prefill", 1 << n) for n in range(14)))
+
+
+def most_partial_rows(num_sms: int) -> int:
+    """Rows of partial outputs that no plan needs more of, but for batch-invariant ones. Prefill leaves up to
+    TAIL_ITEMS_PER_PART pieces of a row tile to each SM, decode two pieces of a tile or of fewer rows."""
+    return TAIL_ITEMS_PER_PART * num_sms * TILE_M

@@ -19,9 +19,13 @@ parallelism ran only with the latter.
   over a bf16 cache.
 * Every block size; 64 is preferred.
 * Decode context parallelism with natural log-sum-exps; one query token per request then, as vLLM's common builder has
-  it. No prefill context parallelism, no sparse and no non-causal attention.
+  it. No prefill context parallelism, no sparse and no non-causal attention. Other layers of a model (those of an EAGLE3
+  drafter, linear attention) need backends of their own:
+  `--attention-config '{"backend_per_kind": {"mla_attention": "CUSTOM"}}'` instead of `--attention-backend`.
 * CUDA graphs of uniform and of mixed decode batches: the plan of a captured batch keeps its buffers, and the first
   layer of a step plans again on the GPU from the present lengths, in the graph. Building metadata launches nothing.
+* Kernels compile while vLLM warms up (its CuTe DSL providers), partial outputs are part of its workspace, claimed while
+  it profiles memory.
 * VLLM_BATCH_INVARIANT=1 cuts requests by their own lengths alone.
 """
 
@@ -32,9 +36,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..check import FP8
-from ..dims import CKV_DIM, KPE_DIM, MAX_HEADS
-from ._engine_steps import MAX_ROWS_OF_16BIT_QUERIES, Step, StepPlans, paged_cache
+from ..check import DTYPE_NAMES, FP8
+from ..compile.warmup import warmup
+from ..dims import CKV_DIM, KPE_DIM, MAX_HEADS, PART_ROW
+from ..plan import num_sms
+from ._engine_steps import MAX_ROWS_OF_16BIT_QUERIES, Step, StepPlans, most_partial_rows, paged_cache
 
 try:
     from vllm import envs
@@ -47,7 +53,9 @@ try:
         MLACommonMetadataBuilder,
         QueryLenSupport,
     )
+    from vllm.model_executor.warmup.cutedsl_warmup import CuTeDSLCompileUnit, register_cutedsl_warmup_provider
     from vllm.v1.attention.backend import AttentionCGSupport, AttentionType, MultipleOf
+    from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
 except ImportError as error:
     raise ImportError(
         f'mla_cute.integrations.vllm needs vLLM, written for 0.33.0: pip install "vllm==0.33.0" ({error})'
@@ -67,6 +75,18 @@ def _takes_e4m3_queries(kv_format: str, num_heads: int, vllm_config: Any) -> boo
     speculative = vllm_config.speculative_config
     num_drafts = 0 if speculative is None else speculative.num_speculative_tokens
     return kv_format == "tensor" and num_heads * (1 + num_drafts) > MAX_ROWS_OF_16BIT_QUERIES
+
+
+def _workspace_for_partials(vllm_config: Any, device: torch.device) -> torch.Tensor | None:
+    """Where all plans write partial outputs, in vLLM's workspace: claimed while it profiles memory, found again by
+    builders of metadata. None: plans have buffers of their own, because steps may overlap (micro-batches, drafts of
+    DSpark) or because batch invariance needs larger ones."""
+    speculative = vllm_config.speculative_config
+    overlaps = vllm_config.parallel_config.use_ubatching or (speculative is not None and speculative.use_dspark())
+    if device.type != "cuda" or overlaps or envs.VLLM_BATCH_INVARIANT or not is_workspace_manager_initialized():
+        return None
+    shape = (most_partial_rows(num_sms(device)), PART_ROW)
+    return current_workspace_manager().get_persistent("mla_cute: partial outputs", shape, torch.float32)
 
 
 class MlaCuteBackend(MLACommonBackend):
@@ -136,13 +156,14 @@ class MlaCuteDecodeMetadata(MLACommonDecodeMetadata):
     Attributes:
         step: pages, lengths and plan.
         output_dtype: of the model.
-        is_padded: query tokens of no request may follow those of the last one; their outputs are zero.
+        output: [tokens, H, 512] that each layer writes in turn, where query tokens of no request may follow those of
+            the last one: their outputs are what is there, which is finite. None: a layer allocates its own.
         first_layer: name of the layer that ran first with these metadata. Whenever it runs, it plans.
     """
 
     step: Step
     output_dtype: torch.dtype
-    is_padded: bool
+    output: torch.Tensor | None
     first_layer: str | None = None
 
 
@@ -172,7 +193,9 @@ class MlaCuteMetadataBuilder(MLACommonMetadataBuilder[MlaCuteMetadata]):
             kv_format=kv_format,
             q_fp8=_takes_e4m3_queries(kv_format, num_heads, vllm_config),
             batch_invariant=self._batch_invariant,
+            partials=_workspace_for_partials(vllm_config, device),
         )
+        register_cutedsl_warmup_provider(self)
         self._captures = self._has_prompt = False
         # The lengths of a rank's share are not advanced between the steps of a draft.
         self.supports_draft_decode_metadata_update = dcp_size == 1
@@ -181,6 +204,15 @@ class MlaCuteMetadataBuilder(MLACommonMetadataBuilder[MlaCuteMetadata]):
     def get_varlen_cudagraph_max_query_len(cls, vllm_config: Any, kv_cache_spec: Any) -> int | None:
         """The prefill kernels read each request's query tokens from query_start_loc on the GPU."""
         return 1 if vllm_config.parallel_config.decode_context_parallel_size > 1 else _MAX_DECODE_QUERY_LEN
+
+    def get_cutedsl_warmup_compile_units(self) -> list[Any]:
+        """What vLLM compiles before it serves: every kernel that a step may run. Ranks of one machine take turns."""
+        variants = self._plans.variants(DTYPE_NAMES[self.model_config.dtype], self.device)
+
+        def compile_all() -> None:
+            warmup(variants=variants, progress=False)
+
+        return [CuTeDSLCompileUnit("mla_cute", ("mla_cute", tuple(variants)), compile_all)]
 
     def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> MlaCuteMetadata:
         self._captures = True
@@ -218,13 +250,16 @@ class MlaCuteMetadataBuilder(MLACommonMetadataBuilder[MlaCuteMetadata]):
         step = self._plans.step(
             block_table_tensor, seq_lens_device, *queries, max_kv_len=max_seq_len, keep=self._captures
         )
+        output = None
+        if not is_decode and (self._captures or int(query_start_loc_cpu[-1]) < num_decode_tokens):
+            output = self._plans.padded_output(num_decode_tokens, self.model_config.dtype, seq_lens_device.device)
         return MlaCuteDecodeMetadata(
             block_table=block_table_tensor,
             seq_lens=seq_lens_device,
             dcp_tot_seq_lens=dcp_tot_seq_lens_device,
             step=step,
             output_dtype=self.model_config.dtype,
-            is_padded=not is_decode and (self._captures or int(query_start_loc_cpu[-1]) < num_decode_tokens),
+            output=output,
         )
 
 
@@ -276,10 +311,12 @@ class MlaCuteImpl(MLACommonImpl[MlaCuteMetadata]):
         gathered_heads = num_heads * self.dcp_world_size
         if gathered_heads > MAX_HEADS:
             raise ValueError(f"num_heads: expected 1 to {MAX_HEADS} on all ranks of a DCP group, got {gathered_heads}")
-        self._kv_format = _FORMATS[kv_cache_dtype]
-        self.supports_quant_query_input = _takes_e4m3_queries(
-            self._kv_format, gathered_heads, get_current_vllm_config()
-        )
+        self._kv_format, self._vllm_config = _FORMATS[kv_cache_dtype], get_current_vllm_config()
+        self.supports_quant_query_input = _takes_e4m3_queries(self._kv_format, gathered_heads, self._vllm_config)
+
+    def reserve_workspace(self) -> None:
+        """Claims what plans will need; vLLM calls it while it profiles memory."""
+        _workspace_for_partials(self._vllm_config, torch.device("cuda", torch.cuda.current_device()))
 
     def forward_mqa(
         self,
@@ -308,8 +345,9 @@ class MlaCuteImpl(MLACommonImpl[MlaCuteMetadata]):
         if q_nope.dtype is FP8:
             options["q_scale"] = layer._q_scale_float
         scale = layer._k_scale_float if self._kv_format == "tensor" else 1.0
-        allocate = torch.zeros if decode.is_padded else torch.empty
-        out = allocate((*q_nope.shape[:2], CKV_DIM), dtype=decode.output_dtype, device=q_nope.device)
+        out = decode.output
+        if out is None:
+            out = torch.empty((*q_nope.shape[:2], CKV_DIM), dtype=decode.output_dtype, device=q_nope.device)
         if decode.first_layer is None:
             decode.first_layer = layer.layer_name
         if decode.first_layer == layer.layer_name:

@@ -69,11 +69,11 @@ def step_variant(
     return step_of(op, kv_format, num_heads, config), key, config.launch()
 
 
-def planner_variant(op: str, lengths: str, config: KernelConfig) -> Variant:
-    """The planner for one of `registry.LENGTHS`, of plans that are not batch-invariant."""
+def planner_variant(op: str, lengths: str, config: KernelConfig, batch_invariant: bool = False) -> Variant:
+    """The planner for one of `registry.LENGTHS`."""
     if op == "decode":
-        return PLANNER, PlannerKey(lengths, False), config.planner_launch()
-    return PREFILL_PLANNER, PrefillPlannerKey(lengths, False), config.planner_launch()
+        return PLANNER, PlannerKey(lengths, batch_invariant), config.planner_launch()
+    return PREFILL_PLANNER, PrefillPlannerKey(lengths, batch_invariant), config.planner_launch()
 
 
 def decode_parts(kv_format: str, num_heads: int, config: KernelConfig, num_sms: int) -> int:

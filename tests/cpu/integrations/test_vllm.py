@@ -381,7 +381,8 @@ def updates(monkeypatch):
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_a_captured_step_is_found_again_and_refilled(backend, tokens):
     """A graph for 6 requests replays with 4: its tensors are overwritten, metadata are built, and what the graph
-    recorded (the captured metadata, here) runs on the captured plan. Rows of no request come out zero."""
+    recorded (the captured metadata, here) runs on the captured plan. Rows of no request come out finite,
+    without being written again by every layer."""
     case, padded = Case([(tokens, n) for n in (17, 64, 8, 5)], spare_q=2 * tokens), 6
     config = make_config(heads=3)
     builder = make_builder(backend.MlaCuteMetadataBuilder, config)
@@ -409,7 +410,11 @@ def test_a_captured_step_is_found_again_and_refilled(backend, tokens):
     rows = 4 * tokens
     check(case, (out[:rows], lse[:rows]))
     assert len(out) == padded * tokens
-    assert (out[rows:] == 0).all()
+    assert out.isfinite().all()
+    other, _ = impl.forward_mqa(parts(q), case.cache, captured, make_layer("layers.1"))
+    assert (captured.decode.output is None) is (tokens == 1)  # the decode kernels write every row
+    if tokens > 1:
+        assert other.data_ptr() == out.data_ptr() == captured.decode.output.data_ptr()
 
 
 def test_captured_plans_stay_and_others_go(backend, monkeypatch):
@@ -465,43 +470,50 @@ def test_batch_invariance_has_one_kind_of_kernel(backend, monkeypatch):
     check(case, impl.forward_mqa(parts(case.q), case.cache, metadata, make_layer()))
 
 
-def test_plans_share_the_largest_buffer_of_partials(monkeypatch):
-    """On the GPU; here with plans that are only told they are there."""
+@pytest.mark.parametrize(
+    ("changed", "shares"),
+    [({}, True), ({"use_ubatching": True}, False), ({"dspark": True}, False), ({"sms": 0}, False)],
+)
+def test_partials_are_vllms_workspace(backend, monkeypatch, changed, shares):
+    """Claimed by a layer while memory is profiled, found by builders later."""
+    if backend.is_release:
+        pytest.skip("the release's workspace needs its platform")
+    workspace = vllm_case.WorkspaceManager()
+    monkeypatch.setattr(vllm_case, "WORKSPACES", [workspace] if "sms" not in changed else [])
+    monkeypatch.setattr(backend, "num_sms", lambda device: 132)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    config = make_config(drafts=2)
+    config.parallel_config.use_ubatching = changed.get("use_ubatching", False)
+    config.speculative_config.use_dspark = lambda: changed.get("dspark", False)
+    make_impl(backend.MlaCuteImpl, config, SM_SCALE).reserve_workspace()
+    held = list(workspace.held.values())
+    assert [tuple(x.shape) for x in held] == ([(132 * 4 * 64, 288)] if shares else [])
+    found = backend._workspace_for_partials(config, torch.device("cuda", 0))
+    assert (found is held[0]) if shares else found is None
+    monkeypatch.setattr(backend.envs, "VLLM_BATCH_INVARIANT", True, raising=False)
+    assert backend._workspace_for_partials(config, torch.device("cuda", 0)) is None
+    assert backend._workspace_for_partials(config, torch.device("cpu")) is None
 
-    def plan_of(seq_lens, **_):
-        made = SimpleNamespace(device=torch.device("cuda"), part=torch.empty(len(seq_lens), 3))
-        made.share_partials = lambda part: setattr(made, "part", part)
-        return made
 
-    monkeypatch.setattr(_engine_steps, "plan_decode_block_table", plan_of)
-    plans = _engine_steps.StepPlans(num_heads=1, page_size=1)
-    lens, table = torch.ones(9, dtype=torch.int32), torch.zeros(9, 2, dtype=torch.int32)
-    sizes = (4, 2, 9, 3)
-    made = [plans.step(table[:n], lens[:n], keep=True).plan for n in sizes]
-    assert [len(plan.part) for plan in made] == [4, 4, 9, 9]
-    assert made[0].part is made[1].part
-    assert made[2].part is made[3].part
-
-
-def test_plans_are_told_how_long_requests_are(monkeypatch):
-    """To the next power of two; not those of graphs, which are replayed with other lengths."""
-    told = []
-
-    def plan_of(seq_lens, max_kv_len, **_):
-        told.append(max_kv_len)
-        return SimpleNamespace(device=torch.device("cpu"))
-
-    monkeypatch.setattr(_engine_steps, "plan_decode_block_table", plan_of)
-    plans = _engine_steps.StepPlans(num_heads=128, page_size=64)
-    lens, table = torch.ones(4, dtype=torch.int32), torch.zeros(4, 32, dtype=torch.int32)
-    made = [plans.step(table, lens, max_kv_len=n).plan for n in (1025, 2048, 2049, 1024, 1, 0, 2000)]
-    assert told == [2048, 4096, 1024, 1]
-    assert made[0] is made[1] is made[6] is not made[2]
-    assert made[4] is made[5]
-    kept = plans.step(table, lens, max_kv_len=2000, keep=True).plan
-    assert told[4:] == [None]
-    assert all(kept is not plan for plan in made)  # equal, all of them
-    assert plans.step(table, lens, max_kv_len=2000).plan is kept
+@pytest.mark.parametrize("invariant", [False, True])
+def test_vllm_compiles_what_steps_run(backend, monkeypatch, invariant):
+    if backend.is_release:
+        pytest.skip("the release registers providers in a set of its own")
+    monkeypatch.setattr(backend.envs, "VLLM_BATCH_INVARIANT", invariant, raising=False)
+    warmed = []
+    monkeypatch.setattr(backend, "warmup", lambda variants, progress: warmed.append((variants, progress)))
+    config = make_config("fp8", heads=128)
+    builder = make_builder(backend.MlaCuteMetadataBuilder, config)
+    assert vllm_case.PROVIDERS[-1] is builder
+    (unit,) = builder.get_cutedsl_warmup_compile_units()
+    unit.compile()
+    ((variants, progress),) = warmed
+    assert progress is False
+    assert unit.key == ("mla_cute", tuple(variants))
+    kernels = {kernel.name for kernel, _, _ in variants}
+    assert kernels >= {"decode_tile64_fp8", "prefill_tile64_fp8"}
+    assert {key.batch_invariant for _, key, _ in variants if hasattr(key, "batch_invariant")} == {invariant}
+    assert {key.q_fp8 for _, key, _ in variants if hasattr(key, "q_fp8")} == {True}
 
 
 # ------------------------------------------------------------------------------------------------ errors

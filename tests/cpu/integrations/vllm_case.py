@@ -10,6 +10,7 @@ import importlib.util
 import itertools
 import sys
 import types
+from collections.abc import Callable, Hashable
 from types import SimpleNamespace
 from typing import Generic, TypeVar
 
@@ -33,7 +34,8 @@ def install(monkeypatch) -> bool:
     for name in (
         "vllm", "vllm.model_executor", "vllm.model_executor.layers", "vllm.model_executor.layers.attention", _MLA,
         "vllm.v1", "vllm.v1.attention", "vllm.v1.attention.backend", "vllm.v1.attention.backends",
-        "vllm.v1.attention.backends.registry", "vllm.envs", "vllm.config",
+        "vllm.v1.attention.backends.registry", "vllm.v1.worker", "vllm.v1.worker.workspace",
+        "vllm.model_executor.warmup", "vllm.model_executor.warmup.cutedsl_warmup", "vllm.envs", "vllm.config",
     ):  # fmt: skip
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     envs = sys.modules["vllm"].envs = sys.modules["vllm.envs"]
@@ -46,6 +48,11 @@ def install(monkeypatch) -> bool:
         setattr(sys.modules[_MLA], cls.__name__, cls)
     for cls in (AttentionCGSupport, AttentionType, MultipleOf):
         setattr(sys.modules["vllm.v1.attention.backend"], cls.__name__, cls)
+    warmup = sys.modules["vllm.model_executor.warmup.cutedsl_warmup"]
+    warmup.CuTeDSLCompileUnit, warmup.register_cutedsl_warmup_provider = CuTeDSLCompileUnit, PROVIDERS.append
+    workspace = sys.modules["vllm.v1.worker.workspace"]
+    workspace.current_workspace_manager = lambda: WORKSPACES[-1]
+    workspace.is_workspace_manager_initialized = lambda: bool(WORKSPACES)
     registry = sys.modules["vllm.v1.attention.backends.registry"]
     registry.AttentionBackendEnum, registry.register_backend = AttentionBackendEnum, register_backend
     return False
@@ -67,13 +74,18 @@ def make_config(cache_dtype="auto", *, heads=4, dcp=1, block_size=8, dtype=torch
             dtype=dtype, max_model_len=64, get_num_attention_heads=lambda _: heads, get_head_size=lambda: 576
         ),
         parallel_config=SimpleNamespace(
-            decode_context_parallel_size=dcp, prefill_context_parallel_size=1, cp_kv_cache_interleave_size=1
+            decode_context_parallel_size=dcp,
+            prefill_context_parallel_size=1,
+            cp_kv_cache_interleave_size=1,
+            use_ubatching=False,
         ),
         compilation_config=SimpleNamespace(static_forward_context={LAYER: layer}),
         cache_config=SimpleNamespace(cache_dtype=cache_dtype, block_size=block_size),
         scheduler_config=SimpleNamespace(max_num_seqs=8),
         attention_config=SimpleNamespace(use_prefill_query_quantization=False),
-        speculative_config=SimpleNamespace(num_speculative_tokens=drafts, method="mtp") if drafts else None,
+        speculative_config=SimpleNamespace(num_speculative_tokens=drafts, method="mtp", use_dspark=lambda: False)
+        if drafts
+        else None,
     )
 
 
@@ -117,6 +129,29 @@ def make_metadata(block_table, seq_lens, query_start_loc, *, total=None, max_que
 
 
 # ------------------------------------------------------------------------------------------------ stand-ins
+
+
+PROVIDERS = []
+WORKSPACES = []
+
+
+@dataclasses.dataclass(frozen=True)
+class CuTeDSLCompileUnit:
+    name: str
+    key: Hashable
+    compile: Callable[[], None]
+
+
+class WorkspaceManager:
+    """Hands the same tensor out for the same key."""
+
+    def __init__(self):
+        self.held = {}
+
+    def get_persistent(self, key, shape, dtype, *, zero_init=False):
+        made = self.held.setdefault(key, torch.empty(shape, dtype=dtype))
+        assert (made.shape, made.dtype) == (torch.Size(shape), dtype)
+        return made
 
 
 class AttentionCGSupport(enum.Enum):

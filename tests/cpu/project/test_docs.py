@@ -16,7 +16,7 @@ from mla_cute.tuning import command, recipes
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 DOCS = ROOT / "docs"
-PAGES = ("formats", "engines", "cuda_graphs", "tuning", "numerics", "troubleshooting")
+PAGES = ("formats", "engines", "libraries", "cuda_graphs", "tuning", "numerics", "troubleshooting")
 RECORDS = ROOT / "tune" / "measurements" / "NVIDIA_H200"
 # Which errors users meet: those of the calls and of what is made for them.
 SOURCES = (
@@ -111,8 +111,8 @@ def test_cuda_graphs_runs(monkeypatch):
 
 
 @pytest.mark.slow
-def test_engines_runs(monkeypatch):
-    names = run("engines", monkeypatch)
+def test_libraries_runs(monkeypatch):
+    names = run("libraries", monkeypatch)
     assert names["out"].shape == (3, 16, 512)
 
 
@@ -124,7 +124,10 @@ def test_page_runs(page, monkeypatch):
 
 def test_every_block_is_of_a_kind_that_is_tested():
     kinds = {(page, kind) for page in PAGES for kind in re.findall(r"^```(\w+)$", text_of(page), re.MULTILINE)}
-    assert kinds == {*((page, "python") for page in PAGES if page != "troubleshooting"), ("tuning", "toml")}
+    assert kinds == {
+        *((page, "python") for page in PAGES if page not in ("troubleshooting", "engines")),
+        ("tuning", "toml"),
+    }
 
 
 def test_recipe_of_the_page_is_one():
@@ -350,7 +353,7 @@ def test_links_and_paths_exist(page):
 
 
 def test_pages_name_the_releases_of_the_integrations():
-    text = text_of("engines")
+    text = text_of("engines") + text_of("libraries")
     for module, named in (("vllm", "0.33.0"), ("sglang", "0.5.23"), ("flashinfer", "0.7.2.post1"),
                           ("flash_mla", "9241ae3"), ("flashinfer_bench", "0.1.2")):  # fmt: skip
         source = (ROOT / "mla_cute" / "integrations" / f"{module}.py").read_text(encoding="utf-8")
