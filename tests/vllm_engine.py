@@ -83,6 +83,13 @@ RUNS = {
     "drafts": Run(drafts=2),
     "drafts_graphs": Run(drafts=2, graphs=True),
     "batch_invariant": Run(alone=(2, 5, 7), env={"VLLM_BATCH_INVARIANT": "1"}),
+    # What a server does before it serves: vLLM's own warm-up, after which it reports what compiles.
+    "warmed": Run(graphs=True, llm={"kernel_config": {}}),
+    "warmed_eager": Run(drafts=2, llm={"kernel_config": {}}),
+    "first_runner": Run(graphs=True, env={"VLLM_USE_V2_MODEL_RUNNER": "0"}),
+    "first_runner_drafts": Run(drafts=2, graphs=True, env={"VLLM_USE_V2_MODEL_RUNNER": "0"}),
+    # Kernels compile in the engine's process there.
+    "no_cache": Run(prompts=SHORT[:2], env={"MLA_CUTE_CACHE_DIR": "/proc/mla_cute"}),
     # TRITON_MLA decodes no prompt that is longer: those are prefill, in other arithmetic.
     "one_token": Run(prompts=(1,) * 8),
     "one_token_triton": Run(prompts=(1,) * 8, backend="TRITON_MLA"),
@@ -177,7 +184,7 @@ class Calls:
         queries = q.float() * (layer._q_scale_float if q.dtype is torch.float8_e4m3fn else 1.0)
         assert out.shape == (*queries.shape[:2], 512), out.shape
         starts = metadata.query_start_loc[: metadata.num_decodes + 1].tolist()
-        kind = "decode" if decode.step.qo_indptr is None else "prefill"
+        kind = "decode" if decode.step.pages.queries is None else "prefill"
         if kind == "decode":
             assert starts == list(range(len(starts))), starts
         several = False
@@ -254,6 +261,21 @@ def count_calls(owner: Any, name: str) -> Counter[str]:
     return calls
 
 
+def note_compilations() -> list[str]:
+    """What vLLM's monitor reports from now on, by compiler."""
+    from vllm.utils import jit_monitor
+
+    noted: list[str] = []
+    inner = jit_monitor._handle_jit_event
+
+    def handle(*args: Any, **kwargs: Any) -> None:
+        noted.append(kwargs["backend"])
+        inner(*args, **kwargs)
+
+    jit_monitor._handle_jit_event = handle
+    return noted
+
+
 def generate(llm: Any, prompts: list[list[int]]) -> list[dict[str, Any]]:
     """Greedy; of each request its tokens, their and the likeliest tokens' logprobs, and how many tokens were cached."""
     from vllm import SamplingParams
@@ -276,8 +298,10 @@ def main(name: str, path: str) -> None:
     os.environ.update(ENVIRONMENT | run.env)
 
     from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
+    from vllm.utils import jit_monitor
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+    from mla_cute.compile import jit
     from mla_cute.integrations import _vllm_plugin
 
     group, value = ENTRY_POINT
@@ -285,6 +309,7 @@ def main(name: str, path: str) -> None:
         _vllm_plugin.register()  # mla_cute is on PYTHONPATH and not installed, so there is nothing that vLLM could find
     DummyModelLoader.load_weights = draw_weights
     calls = Calls(check=run.checks)
+    noted = note_compilations()
     replays = count_calls(torch.cuda.CUDAGraph, "replay")
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder))
@@ -293,6 +318,7 @@ def main(name: str, path: str) -> None:
         "backend": AttentionBackendEnum[run.backend].get_path(),
         "cudagraph_mode": str(llm.llm_engine.vllm_config.compilation_config.cudagraph_mode),
         "calls_before": calls.layers.total(),
+        "kernels_before": jit.counters(),
     }
     calls.layers.clear()
     replays.clear()
@@ -304,6 +330,9 @@ def main(name: str, path: str) -> None:
         "replays": replays.total(),
         "python_steps": calls.layers[FIRST_LAYER],
         "alone": {i: generate(llm, [prompts[i]])[0] for i in run.alone},
+        "kernels": jit.counters(),
+        "monitored": jit_monitor.is_active(),
+        "compiled_by": noted,
         "kinds": calls.kinds,
         "errors": calls.errors,
     }

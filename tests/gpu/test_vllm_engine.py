@@ -113,7 +113,8 @@ def check_same(first, second):
     [
         ("eager", {"decode", "prefill"}), ("fp8", {"decode", "prefill"}), ("fp8_ds_mla", {"decode", "prefill"}),
         ("prefix", {"decode", "prefill", "prefix"}), ("long_prompts", {"decode", "prefill", "beside_prompts"}),
-        ("drafts", {"decode", "prefill", "prefix"}), ("batch_invariant", {"prefill"}), ("one_token", {"decode"}),
+        ("drafts", {"decode", "prefill", "prefix"}),
+        ("warmed_eager", {"decode", "prefill", "prefix"}), ("batch_invariant", {"prefill"}), ("one_token", {"decode"}),
     ],
 )  # fmt: skip
 def test_every_call_is_attention(report_of, name, kinds):
@@ -136,6 +137,36 @@ def test_graphs_generate_what_eager_steps_do(report_of, eager):
     assert graphs["replays"] >= graphs["steps"] / 2
     assert graphs["python_steps"] <= graphs["steps"] / 2
     check_same(graphs["rounds"][0], report_of(eager)["rounds"][0])
+
+
+@pytest.mark.parametrize("name", ["warmed", "warmed_eager"])
+def test_nothing_compiles_after_vllms_warm_up(report_of, name):
+    """Not even from disk: every kernel is there before the first request, and vLLM's monitor, which eager engines do
+    not have, hears of nothing in the CuTe DSL. (It does of Triton's kernels, for logprobs.)"""
+    report = report_of(name)
+    before, after = report["kernels_before"], report["kernels"]
+    print(before)
+    assert sum(before.values()) > 0
+    assert after == before
+    assert report["monitored"] is RUNS[name].graphs
+    print(report["compiled_by"])
+    assert not [backend for backend in report["compiled_by"] if "cute" in backend.lower()]
+    same = "graphs" if RUNS[name].graphs else "drafts"
+    check_same(report["rounds"][0], report_of(same)["rounds"][0])
+
+
+@pytest.mark.parametrize("drafts", ["", "drafts_"])
+def test_the_first_model_runner(report_of, drafts):
+    report = report_of(f"first_runner_{drafts}".rstrip("_"))
+    assert "FULL" in report["cudagraph_mode"]
+    check_same(report["rounds"][0], report_of(f"{drafts}graphs")["rounds"][0])
+
+
+def test_without_a_cache_directory(report_of):
+    report = report_of("no_cache")
+    assert report["kernels"]["compiled"] > 0
+    assert report["kernels"]["loaded"] == 0
+    check_same(report["rounds"][0], report_of("eager")["rounds"][0][: len(RUNS["no_cache"].prompts)])
 
 
 def test_cached_prefixes_change_nothing(report_of):
