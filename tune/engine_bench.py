@@ -154,9 +154,10 @@ class Worker:
         """Of the last blocks, which no request has reached: whether the connector could fill a cache of this dtype."""
         cache = layer.kv_cache
         cache = cache[0] if isinstance(cache, list | tuple) else cache
-        if not isinstance(cache, self._torch.Tensor) or cache.dim() < 2:
+        try:
+            return round(float(self._rows_of(cache[-8:].flatten(0, -2), 1.0).std()), 3)
+        except (AttributeError, IndexError, RuntimeError):  # of another layout: nothing here depends on it
             return None
-        return round(float(self._rows_of(cache[-8:].flatten(0, -2), 1.0).std()), 3)
 
     def prepare(self, cell: er.Cell) -> dict[str, int]:
         """Add the cell's requests and step until all of them decode."""
@@ -390,6 +391,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--budget", type=float, default=360, help="seconds after which no further cell begins")
     options = parser.parse_args()
+    faulthandler.dump_traceback_later(options.budget + 2 * COMMAND_S, exit=True)  # the engines end with their pipes
     began = time.monotonic()
     engines = [engine for engine in er.ENGINES if re.search(options.engines, engine.name)]
     cells = [cell for cell in er.CELLS if re.search(options.cells, cell.name)]
