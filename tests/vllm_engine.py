@@ -104,8 +104,8 @@ def prompts_of(run: Run) -> list[list[int]]:
     return prompts
 
 
-def write_model(folder: Path) -> None:
-    """config.json of a dense model with DeepSeek-V3's MLA and one layer for multi-token prediction."""
+def write_model(folder: Path, **changes: Any) -> None:
+    """config.json of a dense model with DeepSeek-V3's MLA and one layer for multi-token prediction; other `changes`."""
     config = {
         "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "torch_dtype": "bfloat16",
         "hidden_size": HIDDEN, "intermediate_size": 2048, "moe_intermediate_size": 512, "num_hidden_layers": LAYERS,
@@ -121,7 +121,7 @@ def write_model(folder: Path) -> None:
             "original_max_position_embeddings": 4096,
         },
     }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config | changes))
 
 
 GAINS = {"q_b_proj": 1.2, "o_proj": 2.0, "lm_head": 3.0}  # so that scores, attention and logits matter in the sums
@@ -292,6 +292,15 @@ def generate(llm: Any, prompts: list[list[int]]) -> list[dict[str, Any]]:
     ]
 
 
+def register_backend() -> None:
+    """Names the backend where mla_cute is on PYTHONPATH and not installed, so that vLLM finds no entry point."""
+    from mla_cute.integrations import _vllm_plugin
+
+    group, value = ENTRY_POINT
+    if all(found.value != value for found in importlib.metadata.entry_points(group=group)):
+        _vllm_plugin.register()
+
+
 def main(name: str, path: str) -> None:
     run = RUNS[name]
     faulthandler.dump_traceback_later(LIMIT_S, exit=True)
@@ -302,11 +311,8 @@ def main(name: str, path: str) -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     from mla_cute.compile import jit
-    from mla_cute.integrations import _vllm_plugin
 
-    group, value = ENTRY_POINT
-    if all(found.value != value for found in importlib.metadata.entry_points(group=group)):
-        _vllm_plugin.register()  # mla_cute is on PYTHONPATH and not installed, so there is nothing that vLLM could find
+    register_backend()
     DummyModelLoader.load_weights = draw_weights
     calls = Calls(check=run.checks)
     noted = note_compilations()
