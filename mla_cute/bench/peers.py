@@ -42,7 +42,7 @@ class Peer(ABC):
 
     @classmethod
     def _find(cls) -> tuple[str, Any]:
-        """The first module that is this peer's, with its name; else the error of the first."""
+        """The first module that is this peer's, with its name; else the reasons of all."""
         errors = []
         for name in cls.modules:
             try:
@@ -54,7 +54,7 @@ class Peer(ABC):
                 errors.append(ImportError(reason))
                 continue
             return name, module
-        raise errors[0]
+        raise errors[0] if len(errors) == 1 else ImportError("; ".join(map(str, errors)))
 
     @property
     def version(self) -> str | None:
