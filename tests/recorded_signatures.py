@@ -4,7 +4,7 @@
 
 VERSION names a release or a commit, FILE is relative to SOURCE_ROOT, NAME is a function, Class.method or a class (a
 dataclass: its fields). Sources are parsed, not imported. A parameter is {"name", "kind", "default"}, without "default"
-where it has none; a default that is no literal is the text of its expression.
+where it has none; a default that is no literal, as torch.bfloat16, is "default_source", its text.
 """
 
 import ast
@@ -68,14 +68,13 @@ def _parameters(args: ast.arguments) -> list[Parameter]:
 
 
 def _parameter(arg: ast.arg, kind: str, default: ast.expr | None) -> Parameter:
-    return {"name": arg.arg, "kind": kind} | ({} if default is None else {"default": _value(default)})
-
-
-def _value(default: ast.expr) -> Any:
+    found = {"name": arg.arg, "kind": kind}
+    if default is None:
+        return found
     try:
-        return ast.literal_eval(default)
+        return found | {"default": ast.literal_eval(default)}
     except ValueError:
-        return ast.unparse(default)
+        return found | {"default_source": ast.unparse(default)}
 
 
 def _fields(node: ast.ClassDef) -> list[Parameter]:

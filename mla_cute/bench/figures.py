@@ -133,6 +133,14 @@ def over_peer(name: str) -> Measure:
     return measure
 
 
+def over_best_peer(row: dict[str, Any]) -> Cell | None:
+    """Speed over the fastest peer whose output is right; None where there is none."""
+    best = report.best_peer(row)
+    if best is None:
+        return None
+    return _ratio(best[1], row) if row_ok(row) else _not_ok(row)
+
+
 def over_record(baseline: dict[str, Any]) -> Measure:
     """Speed over the same shape in another record."""
     rows = {case_of(row): row for row in baseline["rows"]}

@@ -40,7 +40,8 @@ class KvPool:
 
     def caches(self, case: Case | PrefillCase) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]]:
         """ckv [num_pages, page_size, 512], kpe [num_pages, page_size, 64], the pool as one fused buffer, and the scale
-        keywords of a call. Of an FP8 cache the fused buffer is the bytes of its rows, if they are fused."""
+        keywords of a call. Of an FP8 cache the fused buffer is the bytes of its rows, if they are fused; one that is
+        e4m3 throughout can be read as rows in either layout, as a 16-bit one can."""
         if case.kv_format:
             return self._fp8_caches(case)
         flat = self._words.view(DTYPES[case.dtype])
@@ -71,11 +72,10 @@ class KvPool:
         at_rope = HEAD_DIM_CKV + (scale_bytes if with_scales else 0)
         row = at_rope + rope_bytes
         at_scales = tokens * row
+        rows = data[: tokens * row].view(tokens, row) if fused or case.rope_is_fp8 else data[:0]
         if fused:
-            rows = data[: tokens * row].view(tokens, row)
             ckv, kpe = rows[:, :HEAD_DIM_CKV], rows[:, at_rope:]
         else:
-            rows = data[:0]
             ckv = data[: tokens * HEAD_DIM_CKV].view(tokens, HEAD_DIM_CKV)
             kpe = data[tokens * HEAD_DIM_CKV : at_scales].view(tokens, rope_bytes)
         if with_scales:
@@ -99,7 +99,7 @@ class KvPool:
         keywords: dict[str, Any] = {"ckv_scale_arr": paged(scales)}
         if case.rope_is_fp8:
             keywords = {"ckv_scale": FP8_SCALE, "kpe_scale": FP8_SCALE}
-        return paged(ckv), paged(kpe), paged(rows) if fused else rows, keywords
+        return paged(ckv), paged(kpe), paged(rows) if rows.numel() else rows, keywords
 
 
 @dataclass

@@ -52,7 +52,7 @@ RUN_OPTIONS = (
     Option("--q-fp8", "e4m3 queries, with --kv-format"),
     Option("--config", "KernelConfig to time instead of the default", "JSON", kernel_config),
     Option("--batch-invariant", "time the batch-invariant mode"),
-    Option("--no-peers", "leave FlashInfer and FlashMLA out"),
+    Option("--no-peers", "leave FlashInfer, FlashMLA, sgl-flash-mla and FlashAttention-3 out"),
     Option("--out", "write the record as JSON", "FILE", Path),
     Option("--compare", "print the ratio per cell of two records", "A B", Path, count=2),
 )

@@ -4,6 +4,7 @@ Only public interfaces are used. A peer that is not installed says so; one that 
 """
 
 import importlib
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..compile import toolchain
-from .cases import PrefillCase
+from .cases import DTYPES, Case, PrefillCase
 
 if TYPE_CHECKING:
     from .inputs import Inputs
@@ -21,34 +22,46 @@ class Unsupported(Exception):
     """The peer does not offer this case: a page size, a cache format."""
 
 
-def _first_of(*modules: str) -> tuple[str, Any]:
-    """The first module that can be imported, with its name; else the error of the first."""
-    errors = []
-    for name in modules:
-        try:
-            return name, importlib.import_module(name)
-        except ImportError as error:
-            errors.append(error)
-    raise errors[0]
-
-
 class Peer(ABC):
     """`calls(inputs)` gives one callable per rotation slot; each fills `outputs[slot]` with [total_q, H, 512]."""
 
     name: str
+    # What a table calls it, in a word.
+    short: str
     # Modules to try in turn: the package itself, then those of other packages that bundle it.
     modules: tuple[str, ...]
 
     def __init__(self) -> None:
-        self._found_as, self._package = _first_of(*self.modules)
+        self._found_as, self._package = self._find()
         self.outputs: dict[int, torch.Tensor] = {}
+
+    @classmethod
+    def why_not(cls, name: str, module: Any) -> str | None:
+        """Why a module that could be imported is another package than this peer's; None: it is this peer's."""
+        return None
+
+    @classmethod
+    def _find(cls) -> tuple[str, Any]:
+        """The first module that is this peer's, with its name; else the reasons of all."""
+        errors = []
+        for name in cls.modules:
+            try:
+                module = importlib.import_module(name)
+            except ImportError as error:
+                errors.append(error)
+                continue
+            if reason := cls.why_not(name, module):
+                errors.append(ImportError(reason))
+                continue
+            return name, module
+        raise errors[0] if len(errors) == 1 else ImportError("; ".join(map(str, errors)))
 
     @property
     def version(self) -> str | None:
-        if self._found_as == self.modules[0]:
-            return getattr(self._package, "__version__", None)
-        bundle = self._found_as.partition(".")[0]
-        return f"of {bundle} {toolchain.version(bundle)}"
+        bundle, dot, _ = self._found_as.partition(".")
+        if dot:
+            return f"of {bundle} {toolchain.version(bundle)}"
+        return getattr(self._package, "__version__", None)
 
     def caches(self, inputs: "Inputs") -> tuple[torch.Tensor, torch.Tensor]:
         """ckv and kpe as this peer reads them."""
@@ -58,16 +71,43 @@ class Peer(ABC):
     def calls(self, inputs: "Inputs") -> list[Callable[[], Any]]: ...
 
 
-class FlashInfer(Peer):
-    """BatchMLAPagedAttentionWrapper. Its plan runs on the host and is left out of its time."""
+def _block_table(inputs: "Inputs", slot: int) -> torch.Tensor:
+    """[batch, most pages of a request] of the slot's pages; behind the pages of a shorter request there is page 0."""
+    pages = inputs.case.pages
+    table = inputs.kv_indices.new_zeros(len(pages), max(pages))
+    for row, ids in zip(table, inputs.kv_indices[slot].split(pages), strict=True):
+        row[: len(ids)] = ids
+    return table
 
-    name, modules = "flashinfer", ("flashinfer",)
+
+def _packed_queries(inputs: "Inputs", slot: int) -> torch.Tensor:
+    """[total_q, H, 576] in the dtype of the queries, joined as bytes: not every torch concatenates e4m3."""
+    parts = (inputs.q_nope[slot], inputs.q_pe[slot])
+    return torch.cat([part.view(torch.uint8) for part in parts], dim=-1).view(parts[0].dtype)
+
+
+def _is_causal(case: Case | PrefillCase) -> bool:
+    return isinstance(case, PrefillCase) and case.causal
+
+
+class FlashInfer(Peer):
+    """BatchMLAPagedAttentionWrapper. Its plan runs on the host and is left out of its time.
+
+    On Hopper it takes 16-bit queries only, and (0.7.4) of FP8 caches those that are e4m3 throughout, with bf16 queries.
+    """
+
+    name, short, modules = "flashinfer", "FlashInfer", ("flashinfer",)
 
     def calls(self, inputs: "Inputs") -> list[Callable[[], Any]]:
         case = inputs.case
+        if case.q_fp8:
+            raise Unsupported("e4m3 queries: FlashInfer's kernels for Hopper take 16-bit ones only")
+        if case.kv_format and not (case.rope_is_fp8 and case.dtype == "bfloat16"):
+            raise Unsupported("this FP8 cache: FlashInfer takes one that is e4m3 throughout, beside bf16 queries, only")
         wrapper_class = importlib.import_module("flashinfer.mla").BatchMLAPagedAttentionWrapper
         device = inputs.q_nope.device
         workspace = torch.empty(128 << 20, dtype=torch.uint8, device=device)
+        scales = {name: inputs.scales[name] for name in ("ckv_scale", "kpe_scale") if case.kv_format}
         self.outputs = {}
 
         def make(slot: int) -> Callable[[], Any]:
@@ -81,14 +121,19 @@ class FlashInfer(Peer):
                 head_dim_ckv=512,
                 head_dim_kpe=64,
                 page_size=case.page_size,
-                causal=isinstance(case, PrefillCase) and case.causal,
+                causal=_is_causal(case),
                 sm_scale=inputs.sm_scale,
                 q_data_type=inputs.q_nope.dtype,
-                kv_data_type=inputs.q_nope.dtype,
+                kv_data_type=inputs.ckv_cache.dtype,
             )
             out = self.outputs[slot] = torch.full_like(inputs.q_nope[slot], float("nan"))
-            q_nope, q_pe = inputs.q_nope[slot], inputs.q_pe[slot]
-            return lambda: wrapper.run(q_nope, q_pe, inputs.ckv_cache, inputs.kpe_cache, out=out)
+            tensors = {
+                "q_nope": inputs.q_nope[slot],
+                "q_pe": inputs.q_pe[slot],
+                "ckv_cache": inputs.ckv_cache,
+                "kpe_cache": inputs.kpe_cache,
+            }
+            return lambda: wrapper.run(**tensors, out=out, **scales)
 
         return [make(slot) for slot in range(inputs.num_slots)]
 
@@ -96,43 +141,215 @@ class FlashInfer(Peer):
 class FlashMLA(Peer):
     """flash_mla_with_kvcache. Its scheduling metadata is made once, before the first timed call.
 
-    It has fused caches only, so it always reads the pool as one 576-wide buffer: the same bytes, other values.
+    It has fused caches only, so it always reads the pool as one 576-wide buffer: the same bytes, other values. Dense
+    FP8 (e4m3 queries, a cache that is e4m3 throughout, one scale for each) is not in FlashMLA itself, but vLLM has
+    functions for it beside its copy.
     """
 
-    name, modules = "flash_mla", ("flash_mla", "vllm.third_party.flashmla.flash_mla_interface")
+    name, short = "flash_mla", "FlashMLA"
+    modules: tuple[str, ...] = ("flash_mla", "vllm.third_party.flashmla.flash_mla_interface")
+    fp8_module = "vllm.v1.attention.ops.flashmla"
+
+    @classmethod
+    def why_not(cls, name: str, module: Any) -> str | None:
+        return "the flash_mla that is installed is sgl-flash-mla" if _is_sgl(module) else None
 
     def caches(self, inputs: "Inputs") -> tuple[torch.Tensor, torch.Tensor]:
-        return inputs.fused_cache[..., :512], inputs.fused_cache[..., 512:]
+        cache = self._cache(inputs)
+        return cache[..., :512], cache[..., 512:]
+
+    @staticmethod
+    def _cache(inputs: "Inputs") -> torch.Tensor:
+        """[num_pages, page_size, 576]."""
+        return inputs.fused_cache.view(inputs.ckv_cache.dtype)
 
     def calls(self, inputs: "Inputs") -> list[Callable[[], Any]]:
         case = inputs.case
         if case.page_size != 64:
             raise Unsupported(f"page size {case.page_size}: FlashMLA has 64 only")
-        if len(set(case.requests)) > 1:
+        q_lens = {q for q, _ in case.requests}
+        if len(q_lens) > 1:
             raise Unsupported("requests of several lengths: FlashMLA has one number of query tokens per call")
-        batch, q_len = len(case.requests), case.requests[0][0]
-        causal = isinstance(case, PrefillCase) and case.causal
-        # Before 2026 the metadata was two tensors made from the lengths; since then an object filled by the first call.
-        metadata, num_splits = self._package.get_mla_metadata(inputs.kv_lens, q_len * case.num_heads, 1)
-        cache = inputs.fused_cache.unsqueeze(2)
+        if case.kv_format and not (case.rope_is_fp8 and case.q_fp8):
+            raise Unsupported("this FP8 case: FlashMLA's dense FP8 has e4m3 queries on a cache e4m3 throughout only")
+        if case.kv_format and case.dtype != "bfloat16":
+            raise Unsupported(f"{case.dtype} outputs: FlashMLA's dense FP8 has bfloat16 ones only")
+        (q_len,) = q_lens
+        attend = self._dense_fp8(inputs, q_len) if case.kv_format else self._dense(inputs, q_len)
+        cache = self._cache(inputs).unsqueeze(2)
         self.outputs = {}
 
         def make(slot: int) -> Callable[[], Any]:
-            q = torch.cat([inputs.q_nope[slot], inputs.q_pe[slot]], dim=-1).unflatten(0, (batch, q_len))
-            block_table = inputs.kv_indices[slot].view(batch, -1)
+            q = _packed_queries(inputs, slot).unflatten(0, (len(case.requests), q_len))
+            block_table = _block_table(inputs, slot)
 
             def call() -> None:
-                out, _ = self._package.flash_mla_with_kvcache(
-                    q, cache, block_table, inputs.kv_lens, 512, metadata, num_splits, inputs.sm_scale, causal
-                )
-                self.outputs[slot] = out.flatten(0, 1)
+                self.outputs[slot] = attend(q, cache, block_table).flatten(0, 1)
+
+            return call
+
+        return [make(slot) for slot in range(inputs.num_slots)]
+
+    def _dense(self, inputs: "Inputs", q_len: int) -> Callable[..., torch.Tensor]:
+        """Attention of (q, cache, block_table) over 16-bit caches."""
+        case, package = inputs.case, self._package
+        # Before 2026 the metadata was two tensors made from the lengths; since then an object filled by the first call.
+        metadata, num_splits = package.get_mla_metadata(inputs.kv_lens, q_len * case.num_heads, 1)
+
+        def attend(q: torch.Tensor, cache: torch.Tensor, block_table: torch.Tensor) -> torch.Tensor:
+            return package.flash_mla_with_kvcache(
+                q, cache, block_table, inputs.kv_lens, 512, metadata, num_splits, inputs.sm_scale, _is_causal(case)
+            )[0]
+
+        return attend
+
+    def _dense_fp8(self, inputs: "Inputs", q_len: int) -> Callable[..., torch.Tensor]:
+        """The same over FP8 caches."""
+        if self._found_as == self.modules[0]:
+            raise Unsupported("an FP8 cache: FlashMLA has dense FP8 in vLLM's copy and in sgl-flash-mla only")
+        case, package = inputs.case, importlib.import_module(self.fp8_module)
+        metadata, num_splits = package.get_mla_metadata_dense_fp8(inputs.kv_lens, q_len * case.num_heads, 1)
+        descale = _descales(inputs)
+
+        def attend(q: torch.Tensor, cache: torch.Tensor, block_table: torch.Tensor) -> torch.Tensor:
+            return package.flash_mla_with_kvcache_fp8(
+                q=q,
+                k_cache=cache,
+                block_table=block_table,
+                cache_seqlens=inputs.kv_lens,
+                head_dim_v=512,
+                tile_scheduler_metadata=metadata,
+                num_splits=num_splits,
+                softmax_scale=inputs.sm_scale,
+                causal=_is_causal(case),
+                **descale,
+            )[0]
+
+        return attend
+
+
+def _is_sgl(module: Any) -> bool:
+    """Whether a module `flash_mla` is sgl-flash-mla's: that has the kernels for Hopper behind a keyword of its own."""
+    return "use_legacy" in inspect.signature(module.flash_mla_with_kvcache).parameters
+
+
+def _descales(inputs: "Inputs") -> dict[str, torch.Tensor]:
+    """Scales of e4m3 queries and of an e4m3 cache, float32 [1] each. There is one for all of the cache, which has the
+    same for ckv and kpe."""
+    scales, device = inputs.scales, inputs.q_nope.device
+    assert scales["ckv_scale"] == scales["kpe_scale"]
+    by_name = (("descale_q", "q_scale"), ("descale_k", "ckv_scale"))
+    return {name: torch.full((1,), scales[key], dtype=torch.float32, device=device) for name, key in by_name}
+
+
+class SglFlashMLA(FlashMLA):
+    """sgl-flash-mla, which installs as `flash_mla`: FlashMLA's interface and its dense FP8; for Hopper `use_legacy`."""
+
+    name, short, modules = "sgl_flash_mla", "sgl-flash-mla", ("flash_mla",)
+
+    @classmethod
+    def why_not(cls, name: str, module: Any) -> str | None:
+        return None if _is_sgl(module) else "the flash_mla that is installed is not sgl-flash-mla"
+
+    def _attend(self, inputs: "Inputs", metadata: Any, **options: Any) -> Callable[..., torch.Tensor]:
+        case, package = inputs.case, self._package
+
+        def attend(q: torch.Tensor, cache: torch.Tensor, block_table: torch.Tensor) -> torch.Tensor:
+            return package.flash_mla_with_kvcache(
+                q,
+                cache,
+                block_table,
+                inputs.kv_lens,
+                512,
+                metadata,
+                None,
+                inputs.sm_scale,
+                _is_causal(case),
+                use_legacy=True,
+                **options,
+            )[0]
+
+        return attend
+
+    def _dense(self, inputs: "Inputs", q_len: int) -> Callable[..., torch.Tensor]:
+        metadata, _ = self._package.get_mla_metadata()
+        return self._attend(inputs, metadata, is_fp8_kvcache=False)
+
+    def _dense_fp8(self, inputs: "Inputs", q_len: int) -> Callable[..., torch.Tensor]:
+        metadata, _ = self._package.get_mla_metadata()
+        # The scheduler of dense FP8 is no part of the call: the metadata are to be there before it.
+        metadata.tile_scheduler_metadata, metadata.num_splits = self._package.get_mla_decoding_metadata(
+            inputs.kv_lens, q_len * inputs.case.num_heads, 1, is_fp8_kvcache=True, use_legacy=True
+        )
+        return self._attend(inputs, metadata, is_fp8_kvcache=True, **_descales(inputs))
+
+
+class FlashAttention3(Peer):
+    """FlashAttention-3 with the latent part of the queries as q_v, called as by vLLM's FLASH_ATTN_MLA.
+
+    That is vLLM's default for MLA on Hopper. Scheduler metadata is made once per step, so here before the first timed
+    call; a request has at most 32 splits, as in CUDA graphs, which take up to 512 query tokens. With more tokens the
+    kernel chooses.
+    """
+
+    name, short, modules = "flash_attn_3", "FA3", ("vllm.vllm_flash_attn",)
+    graph_splits, graph_tokens = 32, 512
+
+    def calls(self, inputs: "Inputs") -> list[Callable[[], Any]]:
+        case, package = inputs.case, self._package
+        if case.kv_format:
+            raise Unsupported("an FP8 cache: FlashAttention-3 has q_v with 16-bit caches only")
+        if not package.is_fa_version_supported(3):
+            raise Unsupported(f"FlashAttention-3: {package.fa_version_unsupported_reason(3)}")
+        longest_q, longest_kv = (max(lengths) for lengths in zip(*case.requests, strict=True))
+        causal = not isinstance(case, PrefillCase) or case.causal
+        num_splits = self.graph_splits if case.total_q <= self.graph_tokens else 0
+        metadata = package.get_scheduler_metadata(
+            batch_size=len(case.requests),
+            max_seqlen_q=longest_q,
+            max_seqlen_k=longest_kv,
+            num_heads_q=case.num_heads,
+            num_heads_kv=1,
+            headdim=64,
+            cache_seqlens=inputs.kv_lens,
+            qkv_dtype=DTYPES[case.dtype],
+            headdim_v=512,
+            page_size=case.page_size,
+            cu_seqlens_q=inputs.qo_indptr,
+            causal=causal,
+            num_splits=num_splits,
+        )
+        k, v = inputs.kpe_cache.unsqueeze(2), inputs.ckv_cache.unsqueeze(2)
+        self.outputs = {}
+
+        def make(slot: int) -> Callable[[], Any]:
+            options = {
+                "q": inputs.q_pe[slot],
+                "k": k,
+                "v": v,
+                "q_v": inputs.q_nope[slot],
+                "max_seqlen_q": longest_q,
+                "cu_seqlens_q": inputs.qo_indptr,
+                "max_seqlen_k": longest_kv,
+                "seqused_k": inputs.kv_lens,
+                "block_table": _block_table(inputs, slot),
+                "softmax_scale": inputs.sm_scale,
+                "causal": causal,
+                "fa_version": 3,
+                "scheduler_metadata": metadata,
+                "num_splits": num_splits,
+            }
+
+            def call() -> None:
+                self.outputs[slot] = package.flash_attn_varlen_func(**options)
 
             return call
 
         return [make(slot) for slot in range(inputs.num_slots)]
 
 
-PEERS: tuple[type[Peer], ...] = (FlashInfer, FlashMLA)
+PEERS: tuple[type[Peer], ...] = (FlashInfer, FlashMLA, SglFlashMLA, FlashAttention3)
+SHORT_NAMES = {peer.name: peer.short for peer in PEERS}
 
 
 def installed() -> tuple[list[Peer], dict[str, dict[str, Any]]]:

@@ -144,6 +144,7 @@ def _sections(record: dict[str, Any], baseline: dict[str, Any] | None) -> Iterat
         yield from _charts(rows, comparison.measure, comparison.name, title, Scale.RATIO, caption)
     if baseline is not None:
         yield from _against(record, baseline)
+    yield from _beside_peers(record)
     yield Heading("All shapes")
     peers = _peers(record)
     yield Table(report.columns(peers), [report.cells(row, peers) for row in rows], text_columns=0)
@@ -175,6 +176,10 @@ def _comparisons(record: dict[str, Any], baseline: dict[str, Any] | None) -> lis
         Comparison(name, f"{name} {record['peers'][name]['version']}", f"{name}'s", figures.over_peer(name))
         for name in _peers(record)
     ]
+    if len(found) > 1:
+        found.append(
+            Comparison("best_peer", "the fastest peer of each shape", "the fastest peer's", figures.over_best_peer)
+        )
     public = f"the published best of FlashMLA and FlashInfer on {PUBLIC_BEST_GPU}"
     found.append(Comparison("public", public, "the published", figures.over_public_best))
     if baseline is not None:
@@ -286,6 +291,17 @@ def _bars(record: dict[str, Any]) -> list[tuple[str, ...]]:
         )
         for bar in sorted(record["bars"], key=lambda bar: bar["met"])
     ]
+
+
+def _beside_peers(record: dict[str, Any]) -> Iterator[Block]:
+    tables = report.beside_tables(record)
+    if tables:
+        yield Heading("Beside the fastest peer")
+        yield Text(
+            "Microseconds of a call; in parentheses those of the fastest peer whose output is right, and its name."
+        )
+    for title, columns, rows in tables:
+        yield Table(columns, rows, text_columns=0, title=title)
 
 
 def _against(record: dict[str, Any], baseline: dict[str, Any]) -> Iterator[Block]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from . import reading
 from .cases import Case, PrefillCase, case_of
+from .peers import SHORT_NAMES
 from .runner import row_ok
 
 COLUMNS = (
@@ -71,6 +72,64 @@ def _peer_cell(row: dict[str, Any], name: str) -> str:
     return f"{peer['us']:.1f} ({peer['us'] / row['us_amortised']:.2f}x){wrong}"
 
 
+def best_peer(row: dict[str, Any]) -> tuple[str, float] | None:
+    """Name and time of the fastest peer whose output is right; None where no peer has one."""
+    peers = row.get("peers", {})
+    right = {name: peer["us"] for name, peer in peers.items() if "us" in peer and peer["check"]["ok"]}
+    return min(right.items(), key=lambda item: item[1], default=None)
+
+
+def beside(row: dict[str, Any]) -> str:
+    """ "45.7 (46.6 FA3)": the time of a row, in parentheses that of the fastest peer, if there is one."""
+    if not row_ok(row):
+        return "-"
+    best = best_peer(row)
+    ours = f"{row['us_amortised']:.1f}"
+    return ours if best is None else f"{ours} ({best[1]:.1f} {SHORT_NAMES.get(best[0], best[0])})"
+
+
+def over_best_peers(record: dict[str, Any]) -> str | None:
+    """What there is to say of all rows that a peer has run right: speed over the fastest, and which was how often."""
+    pairs = [(row, best) for row in record["rows"] if row_ok(row) and (best := best_peer(row)) is not None]
+    if not pairs:
+        return None
+    ratios = {case_of(row): us / row["us_amortised"] for row, (_, us) in pairs}
+    least = min(ratios, key=ratios.__getitem__)
+    fastest = [name for _, (name, _) in pairs]
+    counts = ", ".join(f"{name} {fastest.count(name)}" for name in sorted(set(fastest), key=fastest.count)[::-1])
+    values = list(ratios.values())
+    return (
+        f"against the fastest peer per cell, {len(pairs)} cells: faster in {sum(ratio > 1 for ratio in values)}, "
+        f"geometric mean {statistics.geometric_mean(values):.3f}x, lowest {ratios[least]:.3f}x ({least.label}); "
+        f"fastest peer: {counts}"
+    )
+
+
+def beside_tables(record: dict[str, Any]) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
+    """Tables of `beside` over heads, batch and length, as (page size and types, columns, rows): for decode batches of
+    one length that a peer has run."""
+    found: dict[tuple[int, str], dict[tuple[int, int], dict[int, str]]] = {}
+    timed = set()
+    for row in record["rows"]:
+        case = case_of(row)
+        if isinstance(case, Case) and not case.longest:
+            kind = (case.page_size, _types(case))
+            found.setdefault(kind, {}).setdefault((case.num_heads, case.batch), {})[case.kv_len] = beside(row)
+            if best_peer(row) is not None:
+                timed.add(kind)
+    tables = []
+    for kind in (kind for kind in found if kind in timed):
+        cells_of = found[kind]
+        lengths = sorted({length for by_length in cells_of.values() for length in by_length})
+        columns = ("heads", "batch", *map(str, lengths))
+        rows = [
+            (str(heads), str(batch), *(cells_of[heads, batch].get(length, "") for length in lengths))
+            for heads, batch in sorted(cells_of)
+        ]
+        tables.append((f"page {kind[0]}, {kind[1]}", columns, rows))
+    return tables
+
+
 def widths(rows: Sequence[Sequence[str]]) -> list[int]:
     return [max(map(len, column)) for column in zip(*rows, strict=True)]
 
@@ -133,6 +192,8 @@ def summary(record: dict[str, Any]) -> list[str]:
             f"against the best public kernel per cell, {len(ratios)} cells: "
             f"geometric mean {mean:.3f}x, lowest {min(ratios):.3f}x, {slower} slower"
         )
+    if text := over_best_peers(record):
+        lines.append(text)
     for row in (row for row in record["rows"] if "cublas_share_beside" in row):
         lines.append(
             f"{case_of(row).label}: {row['cublas_share_beside']:.1%} of what cuBLAS reached right after it, "

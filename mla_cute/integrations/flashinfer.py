@@ -2,7 +2,7 @@
 
     from mla_cute.integrations.flashinfer import BatchMLAPagedAttentionWrapper
 
-Signatures are those of flashinfer-python 0.7.2.post1 (flashinfer/mla/_batch_mla/_wrapper.py, _contracts.py); FlashInfer
+Signatures are those of flashinfer-python 0.7.4 (flashinfer/mla/_batch_mla/_wrapper.py, _contracts.py); FlashInfer
 need not be installed. What differs:
 
 * Nothing reads device memory from the host: metadata that are CUDA tensors are not validated (MLA_CUTE_CHECK=1 does
@@ -19,6 +19,8 @@ need not be installed. What differs:
   `ckv_scale_arr` needs a 16-bit kpe_cache, and may be [num_pages, page_size, 1] too.
 * float_workspace_buffer only names the device; plans have memory of their own. `backend`, `max_q_len` and `enable_pdl`
   are accepted and change nothing.
+* SGLang's fast plan (`fast_mla_decode_plan`) works with use_cuda_graph: `_cached_module.plan` is a `plan` of the three
+  tensors that it gets, on the page ids that its caller has written to the buffer. The workspaces it passes on are None.
 
 Not supported: sinks, skip_softmax, the profiler, FP8 outputs (o_scale), head dimensions
 other than 512 and 64, and kv_len and page_table of `run` (of the CUTLASS backend; `plan` takes dense metadata).
@@ -185,6 +187,9 @@ class BatchMLAPagedAttentionWrapper:
         TypeError, ValueError: an argument is wrong; the message names it.
     """
 
+    # What SGLang's fast plan passes on to `_cached_module`.
+    _float_workspace_buffer = _int_workspace_buffer = _pin_memory_int_workspace_buffer = None
+
     def __init__(
         self,
         float_workspace_buffer: torch.Tensor,
@@ -201,6 +206,9 @@ class BatchMLAPagedAttentionWrapper:
         self.device = float_workspace_buffer.device
         self._use_cuda_graph = use_cuda_graph
         self._buffers = dict(zip(CSR_FIELDS, (qo_indptr, kv_indptr, kv_indices, kv_len_arr), strict=True))
+        # Under FlashInfer's names for SGLang's fast plan of drafts, which writes to them itself.
+        self._qo_indptr_buf, self._kv_indptr_buf = qo_indptr, kv_indptr
+        self._kv_indices_buf, self._kv_len_arr_buf = kv_indices, kv_len_arr
         self._pages: Pages | None = None
         # by the number of query tokens that `run` is given
         self._plans: dict[int, DecodePlan | PrefillPlan] = {}
@@ -303,7 +311,7 @@ class BatchMLAPagedAttentionWrapper:
 
         queries = next(iter(known.values()))
         on_host = queries.device.type == "cpu"
-        one_query_each = on_host and torch.equal(queries, torch.arange(batch + 1, dtype=torch.int32, device="cpu"))
+        one_query_each = _is_one_query_each(queries, batch)
         if self._use_cuda_graph:
             self._stage(known, shape, one_query_each)
         else:
@@ -391,6 +399,30 @@ class BatchMLAPagedAttentionWrapper:
         )
         return attend(call, plan, None, False, return_lse)
 
+    @property
+    def _cached_module(self) -> _FastPlan:
+        return _FastPlan(self)
+
+    def _plan_again(
+        self,
+        qo_indptr: torch.Tensor,
+        kv_indptr: torch.Tensor,
+        kv_len_arr: torch.Tensor,
+        num_heads: int,
+        causal: bool,
+    ) -> None:
+        """A `plan` with use_cuda_graph on the page ids that are in the buffer."""
+        kv_indices = self._buffers["kv_indices"]
+        if self._pages is None or not self._use_cuda_graph or self._shape.form != "csr" or kv_indices is None:
+            raise RuntimeError("_cached_module.plan: expected use_cuda_graph and an earlier plan() with kv_indptr")
+        # The caller may write to pinned memory again as soon as this returns, before a copy from it has run.
+        mine = [x.clone() if x.is_pinned() else x for x in (qo_indptr, kv_indptr, kv_len_arr)]
+        known = dict(zip(CSR_FIELDS, (*mine[:2], kv_indices, mine[2]), strict=True))
+        batch = check_metadata(known, self._shape.page_size, self.device)
+        one_query_each = _is_one_query_each(qo_indptr, batch)
+        self._stage(known, Shape("csr", batch, num_heads, self._shape.page_size, causal), one_query_each)
+        self._one_query_each = one_query_each
+
     def _plan_of(self, total_q: int) -> DecodePlan | PrefillPlan:
         plan = self._plans.get(total_q)
         if plan is None:
@@ -432,7 +464,8 @@ class BatchMLAPagedAttentionWrapper:
                 raise ValueError(f"{name}: expected metadata for the buffer of {buffer.shape[0]} elements, got {size}")
             buffers[name] = buffer
         for name, source in known.items():
-            buffers[name][: source.shape[0]].copy_(source, non_blocking=True)
+            if source is not buffers[name]:
+                buffers[name][: source.shape[0]].copy_(source, non_blocking=True)
         kv_len_arr = buffers["kv_len_arr"]
         last = None if self._pages is None else self._pages.last_len
         last = last_page_len(buffers["kv_indptr"], kv_len_arr, shape.page_size, last)
@@ -452,6 +485,35 @@ class BatchMLAPagedAttentionWrapper:
                     f"{name}: expected the tensor of the first plan with use_cuda_graph, whose memory its graphs read, "
                     "got another one"
                 )
+
+
+def _is_one_query_each(queries: torch.Tensor, batch: int) -> bool:
+    """Whether offsets on the CPU are 0, 1, ..., batch; those of CUDA tensors are not read."""
+    on_host = queries.device.type == "cpu"
+    return on_host and torch.equal(queries, torch.arange(batch + 1, dtype=torch.int32, device="cpu"))
+
+
+class _FastPlan:
+    """`_cached_module` of a wrapper: FlashInfer's has the planner in C++, which SGLang calls in place of `plan`."""
+
+    def __init__(self, wrapper: BatchMLAPagedAttentionWrapper):
+        self._wrapper = wrapper
+
+    def plan(
+        self,
+        float_workspace: None,
+        int_workspace: None,
+        pinned_workspace: None,
+        qo_indptr: torch.Tensor,
+        kv_indptr: torch.Tensor,
+        kv_len_arr: torch.Tensor,
+        num_heads: int,
+        head_dim_ckv: int,
+        causal: bool,
+    ) -> None:
+        if head_dim_ckv != CKV_DIM:
+            raise NotImplementedError(f"head_dim_ckv: expected {CKV_DIM}, got {head_dim_ckv!r}")
+        self._wrapper._plan_again(qo_indptr, kv_indptr, kv_len_arr, num_heads, causal)
 
 
 def _bmm_scales(bmm1_scale: Any, bmm2_scale: Any, kv_is_fp8: bool) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """The FlashInfer wrapper on CPU tensors, against attention in plain torch; its signatures against a release's.
 
-tests/data/flashinfer_0.7.2.post1.json was recorded from the sources in the release's wheel
+tests/data/flashinfer_0.7.4.json was recorded from the sources in the release's wheel
 (tests/recorded_signatures.py). Where that release is installed, the record is held against the real classes as well.
 """
 
@@ -18,7 +18,7 @@ from mla_cute.integrations import flashinfer
 from mla_cute.integrations.flashinfer import BatchMLAPagedAttentionWrapper, MLAPlanMetadata
 from mla_cute.plan_decode import DecodePlan
 
-RECORD = load("flashinfer_0.7.2.post1.json")
+RECORD = load("flashinfer_0.7.4.json")
 RECORDED = {name: parameters for file in RECORD["files"].values() for name, parameters in file.items()}
 E4M3 = torch.float8_e4m3fn
 RAGGED = [(1, 17), (3, 30), (0, 9), (5, 5), (2, 1), (4, 64), (1, 0), (0, 0)]
@@ -509,3 +509,48 @@ def test_constructor_refuses():
         make_wrapper(backend="fa4")
     with pytest.raises(RuntimeError, match="before plan"):
         make_wrapper().run(query=torch.zeros(1, 3, 576), kv_cache=torch.zeros(1, 8, 576))
+
+
+# ------------------------------------------------------------------------------------------------ SGLang's fast plan
+
+
+def fast_plan(wrapper, case, causal=True, **changed):
+    """What `fast_mla_decode_plan` of SGLang 0.5.23 does with a wrapper, on metadata of the host."""
+    wrapper._causal, wrapper._page_size, wrapper._sm_scale = causal, case.page_size, SM_SCALE
+    csr = {name: case.csr[name] for name in ("qo_indptr", "kv_indptr", "kv_len_arr")}
+    others = {"num_heads": case.q.shape[1], "head_dim_ckv": 512, "causal": causal} | changed
+    return wrapper._cached_module.plan(
+        wrapper._float_workspace_buffer, wrapper._int_workspace_buffer, wrapper._pin_memory_int_workspace_buffer,
+        *csr.values(), *others.values(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("requests", [DECODE, RAGGED], ids=["decode", "drafts"])
+def test_fast_plan_of_sglang(requests):
+    """Its names are FlashInfer's; page ids are in the buffer, other metadata come from the host."""
+    first = Case(requests)
+    longer = Case([(q, n + 7 if n else 0) for q, n in requests])
+    wrapper = graph_wrapper(len(requests), 200)
+    plan(wrapper, first)
+    buffer = wrapper._kv_indices_buf
+    assert buffer is wrapper._buffers["kv_indices"]
+    for case in (longer, first):
+        buffer[: len(case.csr["kv_indices"])] = case.csr["kv_indices"]
+        fast_plan(wrapper, case)
+        check(case, wrapper.run(**operands(case), return_lse=True))
+
+
+def test_fast_plan_refuses_what_it_cannot_follow():
+    case = Case(DECODE)
+    wrapper = graph_wrapper(len(DECODE), 200)
+    with pytest.raises(RuntimeError, match=r"^_cached_module.plan: expected use_cuda_graph and an earlier plan"):
+        fast_plan(wrapper, case)
+    without = make_wrapper()
+    plan(without, case)
+    with pytest.raises(RuntimeError, match=r"^_cached_module.plan: expected use_cuda_graph"):
+        fast_plan(without, case)
+    plan(wrapper, case)
+    with pytest.raises(ValueError, match=r"^causal: expected True as in the first plan"):
+        fast_plan(wrapper, case, causal=False)
+    with pytest.raises(NotImplementedError, match=r"^head_dim_ckv: expected 512, got 256"):
+        fast_plan(wrapper, case, head_dim_ckv=256)

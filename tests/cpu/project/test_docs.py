@@ -354,7 +354,7 @@ def test_links_and_paths_exist(page):
 
 def test_pages_name_the_releases_of_the_integrations():
     text = text_of("engines") + text_of("libraries")
-    for module, named in (("vllm", "0.33.0"), ("sglang", "0.5.23"), ("flashinfer", "0.7.2.post1"),
+    for module, named in (("vllm", "0.33.0"), ("sglang", "0.5.23"), ("flashinfer", "0.7.4"),
                           ("flash_mla", "9241ae3"), ("flashinfer_bench", "0.1.2")):  # fmt: skip
         source = (ROOT / "mla_cute" / "integrations" / f"{module}.py").read_text(encoding="utf-8")
         assert named in source.split('"""')[1], module
