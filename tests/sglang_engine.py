@@ -110,7 +110,6 @@ CPU_RUNS = {
     "cpu_chunks": Run(**ON_CPU, shared=32, rounds=2, engine={
         "page_size": 1, "chunked_prefill_size": 24, "disable_radix_cache": False,
     }),
-    "cpu_deterministic": Run(**ON_CPU, engine={"enable_deterministic_inference": True}),
 }  # fmt: skip
 
 
