@@ -355,7 +355,7 @@ def make_engine(run: Run, model: str) -> Any:
         "context_length": 2048, "max_running_requests": 8, "max_total_tokens": 16384, "chunked_prefill_size": 1024,
         "mem_fraction_static": 0.5,  # of what is free; max_total_tokens is what bounds the pool
         "disable_radix_cache": True, "sampling_backend": "pytorch", "grammar_backend": "none",
-        "skip_server_warmup": True, "disable_prefill_cuda_graph": True, "log_level": "info",
+        "skip_server_warmup": True, "disable_prefill_cuda_graph": True, "disable_flashinfer_autotune": True,
     }  # fmt: skip
     if run.graphs:
         arguments["cuda_graph_max_bs_decode"] = 8
