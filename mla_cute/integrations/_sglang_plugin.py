@@ -71,8 +71,23 @@ def create_draft(
         module = _backend_module(runner)
         return NAME, module.MlaCuteMultiStepDraftBackend(runner, factory.topk, factory.speculative_num_steps)
 
-    backends = backend_map | {NAME: steps if stamps_children else lambda: (NAME, create(runner))}
+    def extension() -> tuple[str, Any]:
+        backend = create(runner)
+        _capture_extensions_of(type(backend))
+        return NAME, backend
+
+    backends = backend_map | {NAME: steps if stamps_children else extension}
     return create_backend(factory, backend_name, backends, error_template, stamps_children)
+
+
+def _capture_extensions_of(backend_class: Any) -> None:
+    """Let SGLang capture the extension of drafts, which it does of instances of the classes that it lists. FlashMLA's
+    is one of them and has no other meaning to it, so that this one may count as such."""
+    try:
+        from sglang.srt.layers.attention.flashmla_backend import FlashMLABackend
+    except ImportError:  # SGLang will say so itself
+        return
+    FlashMLABackend.register(backend_class)
 
 
 def _backend_module(runner: Any) -> Any:

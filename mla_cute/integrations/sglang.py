@@ -383,10 +383,12 @@ def _expanded_prompts(model_runner: Any) -> Any:
     try:
         from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend
 
-        return FlashAttentionBackend(model_runner)
+        backend = FlashAttentionBackend(model_runner)
     except ImportError as error:
         logger.warning("mla_cute: prompts run absorbed, SGLang's FlashAttention-3 cannot be imported: %s", error)
         return None
+    backend.kv_cache_dtype_str = "auto"  # over an FP8 pool it would round queries, keys and values of prompts to e4m3
+    return backend
 
 
 def _check(model_runner: Any) -> None:

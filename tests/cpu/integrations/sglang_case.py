@@ -1,5 +1,6 @@
 """Stand-ins for the parts of SGLang that its backend uses, with the signatures of tests/data/sglang_0.5.23.json."""
 
+import abc
 import enum
 import sys
 import types
@@ -40,8 +41,12 @@ def build_inner_fb_view(forward_batch, *, bs, forward_mode, encoder_lens=None):
     return SimpleNamespace(**vars(forward_batch) | {"batch_size": bs, "forward_mode": forward_mode})
 
 
-class AttentionBackend:
+class AttentionBackend(abc.ABC):  # noqa: B024
     forward_metadata = None
+
+
+class FlashMLABackend(AttentionBackend):
+    """SGLang captures the extension of drafts of its instances."""
 
 
 class FlashAttentionBackend:
@@ -163,6 +168,7 @@ def install(monkeypatch):
     attention.verify_mask.VerifyMask = tuple
     attention.verify_mask.maybe_create_verify_mask = maybe_create_verify_mask
     attention.flashattention_backend.FlashAttentionBackend = FlashAttentionBackend
+    attention.flashmla_backend.FlashMLABackend = FlashMLABackend
     batches = srt.model_executor.forward_batch_info
     batches.ForwardMode, batches.build_inner_fb_view = ForwardMode, build_inner_fb_view
     graphs = srt.model_executor.runner_backend_utils
@@ -200,6 +206,7 @@ def _modules():
         "kernels.ops.attention.kv_indices", "srt.arg_groups.choices", "srt.arg_groups.overrides",
         "srt.arg_groups.resolution_hooks", "srt.layers.attention.attention_registry",
         "srt.layers.attention.base_attn_backend", "srt.layers.attention.flashattention_backend",
+        "srt.layers.attention.flashmla_backend",
         "srt.layers.attention.verify_mask", "srt.mem_cache.memory_pool", "srt.model_executor.forward_batch_info",
         "srt.model_executor.runner_backend_utils.breakable_cuda_graph",
         "srt.model_executor.runner_backend_utils.tc_piecewise_cuda_graph",

@@ -177,6 +177,7 @@ def test_drafts_are_created(registries, module):
     stamp, backend = hook(original, factory, "prefill_attention_backend", {}, "no {backend_type}")
     assert stamp == "mla_cute"
     assert type(backend) is module.MlaCuteAttnBackend
+    assert isinstance(backend, sglang_case.FlashMLABackend)  # or its steps are not captured
     factory.choice, table = "fa3", {"fa3": lambda: ("fa3", None)}
     assert hook(original, factory, "prefill_attention_backend", table, "no {backend_type}") == ("fa3", None)
     assert list(table) == ["fa3"]
@@ -338,7 +339,9 @@ def test_without_flash_attention_prompts_run_absorbed(module, monkeypatch, caplo
     runner = runner_of(
         make(), req_to_token_pool=SimpleNamespace(req_to_token=SimpleNamespace(device=SimpleNamespace(type="cuda")))
     )
-    assert type(module._expanded_prompts(runner)) is sglang_case.FlashAttentionBackend
+    expanded = module._expanded_prompts(runner)
+    assert type(expanded) is sglang_case.FlashAttentionBackend
+    assert expanded.kv_cache_dtype_str == "auto"
     monkeypatch.setitem(sys.modules, "sglang.srt.layers.attention.flashattention_backend", None)
     assert module._expanded_prompts(runner) is None
     assert "prompts run absorbed" in caplog.text
