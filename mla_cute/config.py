@@ -127,15 +127,15 @@ def with_kernel(config: KernelConfig, kv_format: str, kernel: str) -> KernelConf
     return dataclasses.replace(config, fp8_kernel=kernel) if kv_format else dataclasses.replace(config, kernel=kernel)
 
 
-def is_small_step(kv_format: str, q_fp8: bool, num_heads: int, batch: int, kv_len: int, num_sms: int) -> bool:
+def is_small_step(kv_format: str, num_heads: int, batch: int, kv_len: int, num_sms: int) -> bool:
     """Whether a decode step of more than 16 heads is so small that tile16 is the faster kernel.
 
-    By tiles of 16 heads x 64 tokens per SM, as measured on an H200 (docs/performance.md). A step costs tile16 1 to 2
-    us less than row tiles, over an FP8 cache 3 (with 16-bit queries 6), and a tile more: as many times as its heads
-    take tiles, the keys come from L2 again.
+    By tiles of 16 heads x 64 tokens per SM, as measured on an H200 with L2 emptied before each call, as the weights of
+    a layer empty it in an engine (docs/performance.md). The kernels' own code then comes from memory: 48 KB of tile16,
+    85 of row tiles, over an FP8 cache 150 and more, which costs 2 to 4, 2 to 5 and 11 to 17 us. A tile costs tile16
+    more: as many times as its heads take tiles, the keys come from L2 again.
     """
     tiles = batch * -(-kv_len // 64) * -(-num_heads // TILE16_M) / num_sms
     if not kv_format:
-        return tiles <= (12 if num_heads <= 32 else 5 if num_heads <= 64 else 2.5)
-    most = (24, 12) if num_heads <= 32 else (18, 6)
-    return tiles <= most[q_fp8]
+        return tiles <= (20 if num_heads <= 32 else 12 if num_heads <= 64 else 6)
+    return tiles <= (32 if num_heads <= 32 else 28)

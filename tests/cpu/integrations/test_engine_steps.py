@@ -69,7 +69,7 @@ def test_no_plan_needs_more_partial_rows(num_heads, num_sms):
 
 
 def test_plans_are_told_how_long_requests_are(monkeypatch):
-    """To the next power of two; not those of graphs, which are replayed with other lengths."""
+    """To the next power of two; those of graphs, which are replayed with other lengths, what stands for these."""
     told = []
 
     def plan_of(seq_lens, max_kv_len, **_):
@@ -84,7 +84,7 @@ def test_plans_are_told_how_long_requests_are(monkeypatch):
     assert made[0] is made[1] is made[6] is not made[2]
     assert made[4] is made[5]
     kept = plans.step(table, lens, max_kv_len=2000, keep=True).plan
-    assert told[4:] == [None]
+    assert told[4:] == [_engine_steps.GRAPH_KV_LEN]
     assert all(kept is not plan for plan in made)  # equal, all of them
     assert plans.step(table, lens, max_kv_len=2000).plan is kept
 

@@ -80,7 +80,7 @@ def test_plans_run_with_the_tuned_configuration(folders, no_kernels):
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])
-@pytest.mark.parametrize("num_heads", [16, 17])
+@pytest.mark.parametrize("num_heads", [16, 128])
 def test_decode_planners_are_told_where_to_cut(folders, no_kernels, num_heads, batch_invariant):
     """The default's unit without a file, an entry's with one, the caller's in any case; last of the arguments."""
 
