@@ -7,6 +7,7 @@ it takes for one pass over all slots to read 8 GB (prefill: to read and write 8 
 in any case (an H200's L2 has 60 MB); one CUDA graph per slot that holds one call with a plan (main kernel and merge);
 every replay between two events. `us` is the median replay, with nothing subtracted. `plan_us` is a graph that holds
 plan.update() alone, `us_amortised = us + plan_us / 61` (one plan serves the 61 layers of DeepSeek-V3), and rates,
-shares and ratios are made from `us_amortised`. `us_chained` is a graph of calls back to back over the slots, divided by
+shares and ratios are made from `us_amortised`. `us_cold` is `us` with L2 emptied in front of every replay: in `us` the
+KV is cold, but the kernels' code is not. `us_chained` is a graph of calls back to back over the slots, divided by
 their number. Outputs are poisoned before and checked after the timed replays.
 """

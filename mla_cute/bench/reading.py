@@ -165,7 +165,7 @@ def _peer_time(where: str, value: Any) -> None:
     """{"unsupported"} or {"error"}, a text, else a time and its check."""
     _dict(where, value)
     reasons: dict[str, Check] = {name: _text for name in ("unsupported", "error") if name in value}
-    _fields(where, value, reasons or {"us": _positive, "check": _VERDICT}, {})
+    _fields(where, value, reasons or {"us": _positive, "check": _VERDICT}, {"us_cold": _positive})
 
 
 def _peer(where: str, value: Any) -> None:
@@ -224,7 +224,7 @@ _MEASURED: dict[str, Check] = {
     "peers": _values(_peer_time),
 }
 _ROW_OPTIONAL: dict[str, Check] = dict.fromkeys(
-    ("cublas_beside_tflops", "cublas_share_beside", "public_best_us", "public_best_ratio"), _positive
+    ("us_cold", "cublas_beside_tflops", "cublas_share_beside", "public_best_us", "public_best_ratio"), _positive
 )
 
 

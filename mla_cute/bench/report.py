@@ -10,7 +10,7 @@ from .peers import SHORT_NAMES
 from .runner import row_ok
 
 COLUMNS = (
-    "H", "B", "L", "page", "dtype", "us", "min", "p90", "plan", "us+plan/61", "chained",
+    "H", "B", "L", "page", "dtype", "us", "min", "p90", "plan", "us+plan/61", "cold", "chained",
     "GB/s", "% read", "TFLOP/s", "% cuBLAS", "x public", "rel err",
 )  # fmt: skip
 load = reading.load
@@ -35,6 +35,7 @@ def cells(row: dict[str, Any], peers: Sequence[str] = ()) -> tuple[str, ...]:
         *(f"{row[key]:.1f}" for key in ("us", "us_min", "us_p90")),
         f"{row['plan_us']:.1f}",
         f"{row['us_amortised']:.1f}",
+        f"{row['us_cold']:.1f}" if "us_cold" in row else "-",
         f"{row['us_chained']:.1f}",
         f"{row['gbps']:.0f}",
         f"{row['read_share']:.1%}",

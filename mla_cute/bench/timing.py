@@ -24,8 +24,9 @@ class Timer(Protocol):
     def capture(self, fn: Replay) -> Replay:
         """Record what `fn` enqueues; the result replays it."""
 
-    def samples(self, replays: Sequence[Replay], seconds: float, at_least: int = 24) -> list[float]:
-        """Microseconds of single replays, cycling through `replays` for about `seconds` of GPU time."""
+    def samples(self, replays: Sequence[Replay], seconds: float, at_least: int = 24, cold: bool = False) -> list[float]:
+        """Microseconds of single replays, cycling through `replays` for about `seconds` of GPU time. `cold`: L2 is
+        emptied in front of each, which is not in its time."""
 
     def host_us(self, fn: Replay, calls: int = 50, chunks: int = 20) -> float:
         """Host microseconds of one call of `fn`: median over chunks of `calls` calls."""
@@ -43,6 +44,8 @@ class CudaTimer:
         self.device = device or torch.device("cuda", torch.cuda.current_device())
         self._stream = torch.cuda.Stream(self.device)
         self._spin_cycles = 2_000_000  # 1 ms at 2 GHz: 32 replays and 64 events take the host about 0.5 ms
+        self._flush: Replay | None = None
+        self._flushed: torch.Tensor | None = None  # what it reads, which has to stay
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2 * self.burst)]
         self._events = list(zip(events[::2], events[1::2], strict=True))
 
@@ -66,24 +69,35 @@ class CudaTimer:
             graph.capture_end()
         return graph.replay
 
-    def samples(self, replays: Sequence[Replay], seconds: float, at_least: int = 24) -> list[float]:
+    def samples(self, replays: Sequence[Replay], seconds: float, at_least: int = 24, cold: bool = False) -> list[float]:
+        flush = self._flush_l2() if cold else None
         for replay in replays:  # the first replay of a graph uploads it
             replay()
         self.synchronize()
-        first = self._burst(replays, 0, min(8, at_least))
+        first = self._burst(replays, 0, min(8, at_least), flush)
         count = int(seconds * 1e6 / max(statistics.median(first), 1e-3))
         count = max(at_least, min(self.max_samples, count))
         taken: list[float] = []
         while len(taken) < count:
-            taken += self._burst(replays, len(first) + len(taken), min(self.burst, count - len(taken)))
+            taken += self._burst(replays, len(first) + len(taken), min(self.burst, count - len(taken)), flush)
         return taken
 
-    def _burst(self, replays: Sequence[Replay], start: int, count: int) -> list[float]:
+    def _flush_l2(self) -> Replay:
+        """A graph that reads 384 MB, several times what an L2 holds."""
+        if self._flush is None:
+            words = torch.zeros(3, 32 << 20, dtype=torch.float32, device=self.device)
+            torch.amax(words, dim=1)  # loads its kernels, which is not allowed under capture
+            self._flush, self._flushed = self.capture(lambda: torch.amax(words, dim=1)), words
+        return self._flush
+
+    def _burst(self, replays: Sequence[Replay], start: int, count: int, flush: Replay | None = None) -> list[float]:
         events = self._events[:count]
         for _ in range(4):
             torch.cuda._sleep(self._spin_cycles)
             for i, (begin, end) in enumerate(events):
                 replay = replays[(start + i) % len(replays)]
+                if flush is not None:
+                    flush()
                 begin.record()
                 replay()
                 end.record()

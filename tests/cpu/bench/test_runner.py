@@ -39,7 +39,7 @@ def test_record_rows_and_arithmetic(small_rotation):
     assert steps[-1] == (len(SMALL) + 2, len(SMALL) + 2)
     assert record["versions"]["torch"] == torch.__version__
     assert len(record["source_sha256"]) == 64
-    assert set(record["method"]) >= {"us", "plan_us", "us_amortised", "us_chained", "rotation", "ceilings"}
+    assert set(record["method"]) >= {"us", "plan_us", "us_amortised", "us_cold", "us_chained", "rotation", "ceilings"}
     assert record["host"]["call_us"] == 12.5
     json.dumps(record, allow_nan=False)
     for row in record["rows"]:
@@ -47,6 +47,7 @@ def test_record_rows_and_arithmetic(small_rotation):
         assert row["us"] == 103.5
         assert row["us_min"] == 99
         assert row["us_p90"] == 108
+        assert row["us_cold"] == 110
         assert row["samples"] == 10
         assert row["plan_us"] == 6.1
         assert row["us_amortised"] == pytest.approx(103.6)
