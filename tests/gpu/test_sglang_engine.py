@@ -1,7 +1,8 @@
 """Engines of SGLang over the backend on the GPU: every call against float32 attention, and what is generated with CUDA
 graphs, drafts, cached prefixes, in chunks, in other batches and by SGLang's own backend.
 
-Each run of tests/sglang_engine.py is a process with SGLang's own below it; all start with the first test.
+Each run of tests/sglang_engine.py is a process with SGLang's own below it; all start with the first test, unless -k
+chooses some.
 """
 
 import os
@@ -24,14 +25,24 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def report_of(tmp_path_factory):
-    """A function that waits for the report of a run, and fails where there is none."""
+def report_of(tmp_path_factory, pytestconfig):
+    """A function that waits for the report of a run, and fails where there is none. Where tests are left out (-k), a
+    run starts when it is asked for."""
     folder = tmp_path_factory.mktemp("sglang_engine")
     pool = ThreadPoolExecutor(WORKERS)
-    started = {name: pool.submit(run_engine, name, folder) for name in RUNS}
+    started = {}
+
+    def start(name):
+        if name not in started:
+            started[name] = pool.submit(run_engine, name, folder)
+        return started[name]
+
+    if not pytestconfig.option.keyword:
+        for name in RUNS:
+            start(name)
 
     def report(name):
-        result = started[name].result()
+        result = start(name).result()
         if isinstance(result, str):
             pytest.fail(result, pytrace=False)
         return result

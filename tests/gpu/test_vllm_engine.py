@@ -1,7 +1,7 @@
 """Engines of vLLM over the backend on the GPU: every call against float32 attention, and what is generated with CUDA
 graphs, drafts, cached prefixes, in other batches and by vLLM's own backend.
 
-Each run of tests/vllm_engine.py is a process; all start with the first test.
+Each run of tests/vllm_engine.py is a process; all start with the first test, unless -k chooses some.
 """
 
 import importlib.util
@@ -62,14 +62,24 @@ def run_engine(name, folder):
 
 
 @pytest.fixture(scope="module")
-def report_of(tmp_path_factory):
-    """A function that waits for the report of a run, and fails where there is none."""
+def report_of(tmp_path_factory, pytestconfig):
+    """A function that waits for the report of a run, and fails where there is none. Where tests are left out (-k), a
+    run starts when it is asked for."""
     folder = tmp_path_factory.mktemp("vllm_engine")
     pool = ThreadPoolExecutor(WORKERS)
-    started = {name: pool.submit(run_engine, name, folder) for name in RUNS}
+    started = {}
+
+    def start(name):
+        if name not in started:
+            started[name] = pool.submit(run_engine, name, folder)
+        return started[name]
+
+    if not pytestconfig.option.keyword:
+        for name in RUNS:
+            start(name)
 
     def report(name):
-        result = started[name].result()
+        result = start(name).result()
         if isinstance(result, str):
             pytest.fail(result, pytrace=False)
         return result
