@@ -138,4 +138,4 @@ def is_small_step(kv_format: str, num_heads: int, batch: int, kv_len: int, num_s
     tiles = batch * -(-kv_len // 64) * -(-num_heads // TILE16_M) / num_sms
     if not kv_format:
         return tiles <= (20 if num_heads <= 32 else 12 if num_heads <= 64 else 6)
-    return tiles <= (32 if num_heads <= 32 else 28)
+    return tiles <= (32 if num_heads <= 32 else 24 if num_heads <= 64 else 20)

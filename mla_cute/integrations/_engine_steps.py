@@ -22,8 +22,8 @@ from ..quant import GROUP_ROW_BYTES, group_rows
 from ..tuned import select
 
 # The length by which the kernel of a graph is chosen, which is replayed with lengths that nobody knows yet. Over an FP8
-# cache, 128 heads of one request then run tile16: 13 us faster than row tiles at 1024 keys, as fast at 30000; those of
-# more requests run row tiles, because tile16 would take twice as long at 65536.
+# cache, 128 heads of one request then run tile16: 12 us faster than row tiles at 1024 keys, 8 at 8192, and 8 us slower
+# at 32768. More requests run row tiles: for 16 tile16 would be 13 us faster at 1024 keys and 56 slower at 8192.
 GRAPH_KV_LEN = 16384
 
 # Over an FP8 cache, 16-bit queries cost what they cost over a 16-bit one as soon as the tensor cores are the limit: a

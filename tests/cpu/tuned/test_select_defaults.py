@@ -38,6 +38,8 @@ def test_another_kernel_comes_with_its_pieces(kv_format, field, other, num_heads
         ({"num_heads": 128, "batch": 1, "kv_len": 8192}, True),
         ({"num_heads": 128, "batch": 16, "kv_len": 1024}, True),
         ({"num_heads": 128, "batch": 4, "kv_len": 8192}, False),
+        ({"num_heads": 128, "batch": 1, "kv_len": 16384}, True),
+        ({"num_heads": 128, "batch": 1, "kv_len": 32768}, False),
         ({"num_heads": 128, "batch": 64, "kv_len": 1024}, False),
         ({"num_heads": 32, "batch": 16, "kv_len": 1024, "kv_format": "", "q_fp8": False}, True),
         ({"num_heads": 32, "batch": 16, "kv_len": 8192, "kv_format": "", "q_fp8": False}, False),
