@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -47,10 +48,21 @@ def paged_cache(rows: torch.Tensor, scale: float = UNSCALED) -> Cache:
 
 
 class Step(NamedTuple):
-    """One step of an engine: which pages and keys its requests have, and the plan over them."""
+    """One step of an engine: which pages and keys its requests have, and the plan over them.
+
+    Attributes:
+        refill: brings the tensors of `pages` up to date, where they are not the engine's own.
+    """
 
     pages: Pages
     plan: Plan
+    refill: Callable[[], None] | None = None
+
+    def update(self) -> None:
+        """Plans again from what the engine's tensors hold now, on the current stream: it may be recorded in a graph."""
+        if self.refill is not None:
+            self.refill()
+        self.plan.update()
 
     def attend(
         self,
@@ -66,6 +78,67 @@ class Step(NamedTuple):
             Call(q_nope, q_pe, cache, self.pages, sm_scale, out, None, "e", q_scale), self.plan, None, False
         )
         return result
+
+
+class Share(NamedTuple):
+    """Which keys of a request a rank of context parallelism has: `interleave` of them in turn.
+
+    Key p of a request is with rank p // interleave % world, as key p // (interleave * world) * interleave +
+    p % interleave of its share.
+    """
+
+    rank: int
+    world: int
+    interleave: int = 1
+
+    def of(self, lengths: torch.Tensor) -> torch.Tensor:
+        """How many of the first `lengths` keys are with the rank."""
+        whole = torch.div(lengths, self.world * self.interleave, rounding_mode="floor") * self.interleave
+        return whole + (lengths - whole * self.world - self.rank * self.interleave).clamp(0, self.interleave)
+
+
+class TokenRequests:
+    """The query tokens of a rank of context parallelism as requests of one token each.
+
+    A query token sees the keys up to its own, of which a rank has every world-th: no causal mask over the rank's keys
+    says so. But their number does, which is the length of a request of that token alone. A row of the block table is
+    repeated for the tokens of its request, and the keys are read for each of them, mostly from L2.
+    """
+
+    def __init__(self, share: Share):
+        self._share = share
+        # (block tables, lengths, 0 1 2 ...), the last one in use; a CUDA graph may hold those before.
+        self._rooms: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def room(self, tokens: int, block_table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(block table [tokens, pages], lengths [tokens], indptr [tokens + 1]) that `filler` fills."""
+        pages, device = block_table.shape[1], block_table.device
+        if not self._rooms or tokens > self._rooms[-1][0].shape[0] or pages != self._rooms[-1][0].shape[1]:
+            table, lengths = (torch.zeros(size, dtype=torch.int32, device=device) for size in ((tokens, pages), tokens))
+            self._rooms.append((table, lengths, torch.arange(tokens + 1, dtype=torch.int32, device=device)))
+        table, lengths, numbers = self._rooms[-1]
+        return table[:tokens], lengths[:tokens], numbers[: tokens + 1]
+
+    def filler(
+        self,
+        room: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        block_table: torch.Tensor,
+        total_lens: torch.Tensor,
+        query_start_loc: torch.Tensor,
+    ) -> Callable[[], None]:
+        """What fills a room from the tensors of the requests: block_table [batch, pages], total_lens [batch] keys on
+        all ranks, query_start_loc [batch + 1]. Tokens past query_start_loc[-1] have no keys."""
+        table, lengths, indptr = room
+        numbers, ends, batch = indptr[:-1], query_start_loc[1:], total_lens.shape[0]
+
+        def fill() -> None:
+            owner = torch.searchsorted(ends, numbers, right=True)
+            own = owner.clamp(max=batch - 1)
+            seen = total_lens[own] - ends[own] + numbers + 1
+            lengths.copy_(torch.where(owner < batch, self._share.of(seen), 0))
+            torch.index_select(block_table, 0, own, out=table)
+
+        return fill
 
 
 class StepPlans:

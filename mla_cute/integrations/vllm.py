@@ -18,8 +18,9 @@ parallelism ran only with the latter.
   vLLM hands over e4m3 ones (q_scale), as it does to its own backends. As 16-bit ones they would cost what they cost
   over a bf16 cache.
 * Every block size; 64 is preferred.
-* Decode context parallelism with natural log-sum-exps; one query token per request then, as vLLM's common builder has
-  it. No prefill context parallelism, no sparse and no non-causal attention. Other layers of a model (those of an EAGLE3
+* Decode context parallelism with natural log-sum-exps. There a token and its drafts are requests of their own, whose
+  lengths are what the rank has of the keys that they see.
+* No prefill context parallelism, no sparse and no non-causal attention. Other layers of a model (those of an EAGLE3
   drafter, linear attention) need backends of their own:
   `--attention-config '{"backend_per_kind": {"mla_attention": "CUSTOM"}}'` instead of `--attention-backend`.
 * CUDA graphs of uniform and of mixed decode batches: the plan of a captured batch keeps its buffers, and the first
@@ -40,11 +41,20 @@ from ..check import DTYPE_NAMES, FP8
 from ..compile.warmup import warmup
 from ..dims import CKV_DIM, KPE_DIM, MAX_HEADS, PART_ROW
 from ..plan import num_sms
-from ._engine_steps import MAX_ROWS_OF_16BIT_QUERIES, Step, StepPlans, most_partial_rows, paged_cache
+from ._engine_steps import (
+    MAX_ROWS_OF_16BIT_QUERIES,
+    Share,
+    Step,
+    StepPlans,
+    TokenRequests,
+    most_partial_rows,
+    paged_cache,
+)
 
 try:
     from vllm import envs
     from vllm.config import get_current_vllm_config
+    from vllm.distributed.parallel_state import get_dcp_world_size_and_rank
     from vllm.model_executor.layers.attention.mla_attention import (
         MLACommonBackend,
         MLACommonDecodeMetadata,
@@ -54,7 +64,7 @@ try:
         QueryLenSupport,
     )
     from vllm.model_executor.warmup.cutedsl_warmup import CuTeDSLCompileUnit, register_cutedsl_warmup_provider
-    from vllm.v1.attention.backend import AttentionCGSupport, AttentionType, MultipleOf
+    from vllm.v1.attention.backend import AttentionCGSupport, AttentionType, MultipleOf, max_decode_query_len
     from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
 except ImportError as error:
     raise ImportError(
@@ -72,9 +82,10 @@ _MAX_DECODE_QUERY_LEN = 128
 
 
 def _takes_e4m3_queries(kv_format: str, num_heads: int, vllm_config: Any) -> bool:
-    speculative = vllm_config.speculative_config
-    num_drafts = 0 if speculative is None else speculative.num_speculative_tokens
-    return kv_format == "tensor" and num_heads * (1 + num_drafts) > MAX_ROWS_OF_16BIT_QUERIES
+    # With decode context parallelism each token of a request is a request of its own.
+    is_shared = vllm_config.parallel_config.decode_context_parallel_size > 1
+    tokens = 1 if is_shared else max_decode_query_len(vllm_config)
+    return kv_format == "tensor" and num_heads * tokens > MAX_ROWS_OF_16BIT_QUERIES
 
 
 def _workspace_for_partials(vllm_config: Any, device: torch.device) -> torch.Tensor | None:
@@ -180,8 +191,12 @@ class MlaCuteMetadataBuilder(MLACommonMetadataBuilder[MlaCuteMetadata]):
     reorder_batch_threshold: int = _MAX_DECODE_QUERY_LEN
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device):
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device, MlaCuteMetadata)
         dcp_size = vllm_config.parallel_config.decode_context_parallel_size
+        if dcp_size > 1:
+            self.reorder_batch_threshold = 1  # which vLLM raises to a token and its drafts
+        super().__init__(
+            kv_cache_spec, layer_names, vllm_config, device, MlaCuteMetadata, supports_dcp_with_varlen=True
+        )
         # the layers gather the query heads of the group
         num_heads = self.num_heads * dcp_size
         # of these layers: kv_cache_dtype_skip_layers keeps some out of an FP8 cache
@@ -197,13 +212,20 @@ class MlaCuteMetadataBuilder(MLACommonMetadataBuilder[MlaCuteMetadata]):
         )
         register_cutedsl_warmup_provider(self)
         self._captures = self._has_prompt = False
+        self._tokens: TokenRequests | None = None
+        if dcp_size > 1:
+            _, rank = get_dcp_world_size_and_rank()
+            interleave = vllm_config.parallel_config.cp_kv_cache_interleave_size
+            self._tokens = TokenRequests(Share(rank, dcp_size, interleave))
         # The lengths of a rank's share are not advanced between the steps of a draft.
         self.supports_draft_decode_metadata_update = dcp_size == 1
 
     @classmethod
     def get_varlen_cudagraph_max_query_len(cls, vllm_config: Any, kv_cache_spec: Any) -> int | None:
         """The prefill kernels read each request's query tokens from query_start_loc on the GPU."""
-        return 1 if vllm_config.parallel_config.decode_context_parallel_size > 1 else _MAX_DECODE_QUERY_LEN
+        if vllm_config.parallel_config.decode_context_parallel_size > 1:
+            return max_decode_query_len(vllm_config)
+        return _MAX_DECODE_QUERY_LEN
 
     def get_cutedsl_warmup_compile_units(self) -> list[Any]:
         """What vLLM compiles before it serves: every kernel that a step may run. Ranks of one machine take turns."""
@@ -247,17 +269,25 @@ class MlaCuteMetadataBuilder(MLACommonMetadataBuilder[MlaCuteMetadata]):
             max_query_len = int(query_start_loc_cpu.diff().max())
         is_decode = max_query_len == 1 and num_decode_tokens == seq_lens_device.shape[0] and not self._batch_invariant
         queries = (None, 0) if is_decode else (query_start_loc_device, num_decode_tokens)
-        step = self._plans.step(
-            block_table_tensor, seq_lens_device, *queries, max_kv_len=max_seq_len, keep=self._captures
-        )
+        if self._tokens is not None and max_query_len > 1:
+            assert dcp_tot_seq_lens_device is not None
+            is_decode = not self._batch_invariant
+            room = self._tokens.room(num_decode_tokens, block_table_tensor)
+            queries = (None, 0) if is_decode else (room[2], num_decode_tokens)
+            tables, is_padded = room[:2], False
+            refill = self._tokens.filler(room, block_table_tensor, dcp_tot_seq_lens_device, query_start_loc_device)
+        else:
+            tables, refill = (block_table_tensor, seq_lens_device), None
+            is_padded = not is_decode and (self._captures or int(query_start_loc_cpu[-1]) < num_decode_tokens)
+        step = self._plans.step(*tables, *queries, max_kv_len=max_seq_len, keep=self._captures)
         output = None
-        if not is_decode and (self._captures or int(query_start_loc_cpu[-1]) < num_decode_tokens):
+        if is_padded:
             output = self._plans.padded_output(num_decode_tokens, self.model_config.dtype, seq_lens_device.device)
         return MlaCuteDecodeMetadata(
             block_table=block_table_tensor,
             seq_lens=seq_lens_device,
             dcp_tot_seq_lens=dcp_tot_seq_lens_device,
-            step=step,
+            step=step._replace(refill=refill),
             output_dtype=self.model_config.dtype,
             output=output,
         )
@@ -351,7 +381,7 @@ class MlaCuteImpl(MLACommonImpl[MlaCuteMetadata]):
         if decode.first_layer is None:
             decode.first_layer = layer.layer_name
         if decode.first_layer == layer.layer_name:
-            decode.step.plan.update()
+            decode.step.update()
         cache = paged_cache(kv_c_and_k_pe_cache, scale)
         out, lse = decode.step.attend(q_nope, q_pe, cache, self.scale, out=out, **options)
         return out, lse if self.need_to_return_lse_for_decode else None

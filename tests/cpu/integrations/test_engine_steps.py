@@ -125,3 +125,27 @@ def test_queries_in_e4m3(dtype):
     nope, pe = to_e4m3(q_nope, q_pe)
     assert nope[0, 0, :4].float().nan_to_num(7.0).tolist() == [448.0, -448.0, 7.0, 448.0]
     assert nope.stride() == pe.stride() == (3 * 576, 576, 1)
+
+
+@pytest.mark.parametrize("interleave", [1, 2, 16])
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_the_share_of_a_rank(world, interleave):
+    lengths = torch.arange(100, dtype=torch.int32)
+    for rank in range(world):
+        held = torch.tensor([p // interleave % world == rank for p in range(100)])
+        expected = [int(held[:n].sum()) for n in range(100)]
+        assert _engine_steps.Share(rank, world, interleave).of(lengths).tolist() == expected
+
+
+def test_rooms_of_tokens_grow_and_stay():
+    """A graph holds the addresses of earlier ones, which are not filled again."""
+    tokens = _engine_steps.TokenRequests(_engine_steps.Share(0, 2))
+    table = torch.zeros(3, 5, dtype=torch.int32)
+    first = tokens.room(4, table)
+    assert [tuple(x.shape) for x in first] == [(4, 5), (4,), (5,)]
+    assert tokens.room(2, table)[1].data_ptr() == first[1].data_ptr()
+    larger = tokens.room(9, table)
+    assert larger[1].data_ptr() != first[1].data_ptr()
+    assert tokens.room(9, table)[0].data_ptr() == larger[0].data_ptr()
+    assert tokens.room(1, table[:, :2])[0].shape == (1, 2)
+    assert len(tokens._rooms) == 3

@@ -299,7 +299,7 @@ def test_ranks_of_a_dcp_group_merge_to_the_whole(backend):
         builder = make_builder(backend.MlaCuteMetadataBuilder, config)
         assert builder.reorder_batch_threshold == 1
         assert not builder.supports_draft_decode_metadata_update
-        metadata = builder.build(0, make_metadata(table, lens, case.qo_indptr))
+        metadata = builder.build(0, make_metadata(table, case.kv_len_arr, case.qo_indptr, local_lens=lens))
         impl = make_impl(backend.MlaCuteImpl, config, SM_SCALE)
         impl.need_to_return_lse_for_decode = True
         out, lse = impl.forward_mqa(case.q, case.cache, metadata, make_layer())
@@ -307,9 +307,57 @@ def test_ranks_of_a_dcp_group_merge_to_the_whole(backend):
             assert (out[2] == 0).all()
             assert (lse[2] == -math.inf).all()
         results.append((out.float(), lse))
-    lse = torch.logaddexp(results[0][1], results[1][1])
-    out = sum(out * (part - lse).exp()[..., None] for out, part in results)
-    check(case, (out, lse))
+    check(case, merged(results))
+
+
+def merged(results):
+    """As vLLM merges what the ranks return."""
+    lse = torch.stack([part for _, part in results]).logsumexp(0)
+    return sum(out * (part - lse).exp()[..., None] for out, part in results), lse
+
+
+DRAFTED = [(3, 17), (3, 3), (1, 9), (2, 64), (3, 8)]  # of up to 2 drafts
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+@pytest.mark.parametrize("interleave", [1, 2, 4])
+@pytest.mark.parametrize("world", [2, 3])
+def test_drafts_see_their_own_keys_on_every_rank(backend, monkeypatch, world, interleave, invariant):
+    """Tokens dealt out to the ranks, `interleave` in turn; a captured step of padded tokens is refilled for each."""
+    if backend.is_release:
+        pytest.skip("the release's ranks need process groups")
+    monkeypatch.setattr(backend.envs, "VLLM_BATCH_INVARIANT", invariant, raising=False)
+    case = Case(DRAFTED, page_size=1, num_heads=6, num_pages=256, num_indices=256, spare_q=3)
+    slots, tokens = len(DRAFTED) + 1, len(case.q)
+    results = []
+    for rank in range(world):
+        monkeypatch.setattr(vllm_case, "RANK", [rank])
+        mine = [p for p in range(64) if p // interleave % world == rank]
+        table = torch.full((slots, len(mine)), ABSURD, dtype=torch.int32)
+        for row, owned, n in zip(table, case.block_table, case.kv_lens, strict=False):
+            held = [p for p in mine if p < n]
+            row[: len(held)] = owned[held]
+        config = make_config(heads=6 // world, dcp=world, block_size=1, drafts=2)
+        config.parallel_config.cp_kv_cache_interleave_size = interleave
+        builder = make_builder(backend.MlaCuteMetadataBuilder, config)
+        assert builder.reorder_batch_threshold == 3
+        assert builder.get_varlen_cudagraph_max_query_len(config, None) == 3
+        lens, local = torch.full((slots,), 3, dtype=torch.int32), torch.full((slots,), -7, dtype=torch.int32)
+        indptr = torch.arange(slots + 1, dtype=torch.int32) * 3
+        indptr.clamp_(max=tokens)
+        common = make_metadata(table, lens, indptr, total=tokens, max_query_len=3, local_lens=local)
+        captured = builder.build_for_cudagraph_capture(common)
+        builder._tokens.room(4 * tokens, table)  # a larger step replaces the buffers, not those of the graph
+        lens[: len(DRAFTED)], lens[len(DRAFTED) :] = case.kv_len_arr, 0
+        indptr[: len(case.qo_indptr)], indptr[len(case.qo_indptr) :] = case.qo_indptr, case.qo_indptr[-1]
+        assert type(captured.decode.step.plan) is (PrefillPlan if invariant else DecodePlan)
+        impl = make_impl(backend.MlaCuteImpl, config, SM_SCALE)
+        impl.need_to_return_lse_for_decode = True
+        out, lse = impl.forward_mqa(case.q.nan_to_num(0.5), case.cache, captured, make_layer())
+        assert (out[case.qo_indptr[-1] :] == 0).all()
+        assert (lse[case.qo_indptr[-1] :] == -math.inf).all()
+        results.append((out[: case.qo_indptr[-1]].float(), lse[: case.qo_indptr[-1]]))
+    check(case, merged(results))
 
 
 # ------------------------------------------------------------------------------------------------ FP8
@@ -458,6 +506,7 @@ def test_a_promise_of_longer_queries_decides_the_kernels(backend):
     longest = type(builder).get_varlen_cudagraph_max_query_len
     assert longest(make_config(), None) == builder.reorder_batch_threshold
     assert longest(make_config(dcp=2), None) == 1
+    assert longest(make_config(dcp=2, drafts=3), None) == 4
 
 
 def test_batch_invariance_has_one_kind_of_kernel(backend, monkeypatch):

@@ -35,7 +35,8 @@ def install(monkeypatch) -> bool:
         "vllm", "vllm.model_executor", "vllm.model_executor.layers", "vllm.model_executor.layers.attention", _MLA,
         "vllm.v1", "vllm.v1.attention", "vllm.v1.attention.backend", "vllm.v1.attention.backends",
         "vllm.v1.attention.backends.registry", "vllm.v1.worker", "vllm.v1.worker.workspace",
-        "vllm.model_executor.warmup", "vllm.model_executor.warmup.cutedsl_warmup", "vllm.envs", "vllm.config",
+        "vllm.model_executor.warmup", "vllm.model_executor.warmup.cutedsl_warmup", "vllm.distributed",
+        "vllm.distributed.parallel_state", "vllm.envs", "vllm.config",
     ):  # fmt: skip
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     envs = sys.modules["vllm"].envs = sys.modules["vllm.envs"]
@@ -46,8 +47,9 @@ def install(monkeypatch) -> bool:
         MLACommonImpl,
     ):  # fmt: skip
         setattr(sys.modules[_MLA], cls.__name__, cls)
-    for cls in (AttentionCGSupport, AttentionType, MultipleOf):
-        setattr(sys.modules["vllm.v1.attention.backend"], cls.__name__, cls)
+    for found in (AttentionCGSupport, AttentionType, MultipleOf, max_decode_query_len):
+        setattr(sys.modules["vllm.v1.attention.backend"], found.__name__, found)
+    sys.modules["vllm.distributed.parallel_state"].get_dcp_world_size_and_rank = get_dcp_world_size_and_rank
     warmup = sys.modules["vllm.model_executor.warmup.cutedsl_warmup"]
     warmup.CuTeDSLCompileUnit, warmup.register_cutedsl_warmup_provider = CuTeDSLCompileUnit, PROVIDERS.append
     workspace = sys.modules["vllm.v1.worker.workspace"]
@@ -116,15 +118,15 @@ def make_impl(cls, config, scale, **changed):
         CURRENT.pop()
 
 
-def make_metadata(block_table, seq_lens, query_start_loc, *, total=None, max_query_len=None):
-    """CommonAttentionMetadata; `total` counts padding, `max_query_len` is a promise."""
+def make_metadata(block_table, seq_lens, query_start_loc, *, total=None, max_query_len=None, local_lens=None):
+    """CommonAttentionMetadata; `total` counts padding, `max_query_len` is a promise, `local_lens` are a rank's keys."""
     host = query_start_loc.clone()
     total = int(host[-1]) if total is None else total
     return SimpleNamespace(
         query_start_loc=query_start_loc, query_start_loc_cpu=host, seq_lens=seq_lens, num_reqs=len(seq_lens),
         num_actual_tokens=total, max_query_len=max_query_len or int(host.diff().max()), max_seq_len=64,
         block_table_tensor=block_table, slot_mapping=torch.zeros(total, dtype=torch.int64), causal=True,
-        dcp_local_seq_lens=None, seq_lens_cpu_upper_bound=seq_lens.clone(), is_prefilling=None,
+        dcp_local_seq_lens=local_lens, seq_lens_cpu_upper_bound=seq_lens.clone(), is_prefilling=None,
     )  # fmt: skip
 
 
@@ -178,6 +180,16 @@ class AttentionBackendEnum(enum.Enum):
 
 
 REGISTERED = {}
+RANK = [0]
+
+
+def get_dcp_world_size_and_rank(enabled=True):
+    return 2, RANK[-1]
+
+
+def max_decode_query_len(vllm_config):
+    speculative = vllm_config.speculative_config
+    return 1 if speculative is None else 1 + speculative.num_speculative_tokens
 
 
 def register_backend(backend, class_path=None, is_mamba=False):
@@ -225,7 +237,9 @@ class MLACommonMetadataBuilder(Generic[M]):
         self.metadata_cls, self.device, self.page_size = metadata_cls, device, kv_cache_spec.block_size
         self.model_config = vllm_config.model_config
         self.num_heads = self.model_config.get_num_attention_heads(vllm_config.parallel_config)
-        if vllm_config.parallel_config.decode_context_parallel_size > 1 and not supports_dcp_with_varlen:
+        self.reorder_batch_threshold = max(self.reorder_batch_threshold, max_decode_query_len(vllm_config))
+        self.dcp_world_size = vllm_config.parallel_config.decode_context_parallel_size
+        if self.dcp_world_size > 1 and not supports_dcp_with_varlen:
             self.reorder_batch_threshold = 1
 
     def _build_decode(
@@ -243,15 +257,16 @@ class MLACommonMetadataBuilder(Generic[M]):
         lens = m.query_start_loc_cpu.diff().tolist()
         decodes = len(list(itertools.takewhile(lambda n: n <= threshold, lens)))
         tokens = m.num_actual_tokens if decodes == len(lens) else int(m.query_start_loc_cpu[decodes])
+        is_shared = self.dcp_world_size > 1
         decode = self._build_decode(
             block_table_tensor=m.block_table_tensor[:decodes],
-            seq_lens_device=m.seq_lens[:decodes],
+            seq_lens_device=(m.dcp_local_seq_lens if is_shared else m.seq_lens)[:decodes],
             max_seq_len=m.max_seq_len,
             query_start_loc_cpu=m.query_start_loc_cpu[: decodes + 1],
             query_start_loc_device=m.query_start_loc[: decodes + 1],
             num_decode_tokens=tokens,
             max_query_len=min(m.max_query_len, threshold),
-            dcp_tot_seq_lens_device=None,
+            dcp_tot_seq_lens_device=m.seq_lens[:decodes] if is_shared else None,
         )
         return self.metadata_cls(
             m.num_reqs, m.max_query_len, m.max_seq_len, m.num_actual_tokens, m.query_start_loc, m.slot_mapping,
