@@ -43,7 +43,7 @@ ROOM = 512  # tokens that a request may generate in a cell: twice what windows o
 
 
 def model_changes(heads: int) -> dict[str, Any]:
-    """Of the configuration that tests/vllm_engine.py writes."""
+    """Of the configuration that tests/engine_case.py writes."""
     return {
         "hidden_size": er.HIDDEN, "intermediate_size": er.INTERMEDIATE[heads], "num_hidden_layers": er.MEASURED_LAYERS,
         "num_attention_heads": heads, "num_key_value_heads": heads, "q_lora_rank": 1536,
@@ -107,6 +107,7 @@ class Worker:
     def __init__(self, engine: er.Engine, heads: int, cells: Sequence[er.Cell]):
         sys.path.insert(0, str(ROOT / "tests"))
         sys.path.insert(0, str(ROOT))
+        import engine_case
         import vllm_engine
 
         os.environ.update(vllm_engine.ENVIRONMENT | {"OMP_NUM_THREADS": "1"})
@@ -118,7 +119,7 @@ class Worker:
         DummyModelLoader.load_weights = draw_weights
         compute_prompts_of_mixed_steps()
         with tempfile.TemporaryDirectory() as folder:
-            vllm_engine.write_model(Path(folder), **model_changes(heads))
+            engine_case.write_model(Path(folder), **model_changes(heads))
             self._engine = LLM(**llm_arguments(engine, folder, cells)).llm_engine
         self._torch = torch
         self._rows_of = vllm_engine.rows_of

@@ -4,8 +4,9 @@ The kernels' stand-in is plain torch, so this is about what SGLang hands over: p
 """
 
 import pytest
+from engine_case import check_same
 from sglang_engine import CPU_RUNS, LIMIT_S
-from sglang_engine_case import SPARE_S, check_same, run_engine, why_not
+from sglang_engine_case import SPARE_S, run_engine, why_not
 
 OUTPUT_LIMIT = 5e-3  # of one token's head in the Frobenius norm; the output is rounded to bf16, which is 2e-3
 
@@ -36,8 +37,8 @@ def report_of(tmp_path_factory):
 def test_every_call_is_attention(report_of, name):
     report, run = report_of(name), CPU_RUNS[name]
     assert report["kinds"]["expanded"] == 0
-    assert report["kinds"]["extend"] >= run.model[0]
-    assert report["kinds"]["decode"] >= run.model[0] * (run.tokens - 1)
+    assert report["kinds"]["extend"] >= run.layers
+    assert report["kinds"]["decode"] >= run.layers * (run.tokens - 1)
     assert report["page_size"] == run.engine.get("page_size", 64)
     error, what = report["errors"]
     assert 0 <= error < OUTPUT_LIMIT, f"{error:.2e} in {what}"
