@@ -85,7 +85,9 @@ def make_config(cache_dtype="auto", *, heads=4, dcp=1, block_size=8, dtype=torch
         cache_config=SimpleNamespace(cache_dtype=cache_dtype, block_size=block_size),
         scheduler_config=SimpleNamespace(max_num_seqs=8),
         attention_config=SimpleNamespace(use_prefill_query_quantization=False),
-        speculative_config=SimpleNamespace(num_speculative_tokens=drafts, method="mtp", use_dspark=lambda: False)
+        speculative_config=SimpleNamespace(
+            num_speculative_tokens=drafts, method="mtp", use_dspark=lambda: False, parallel_drafting=False
+        )
         if drafts
         else None,
     )
@@ -180,11 +182,10 @@ class AttentionBackendEnum(enum.Enum):
 
 
 REGISTERED = {}
-RANK = [0]
 
 
 def get_dcp_world_size_and_rank(enabled=True):
-    return 2, RANK[-1]
+    return 1, 0
 
 
 def max_decode_query_len(vllm_config):
