@@ -47,8 +47,8 @@ def require() -> None:
         raise ImportError(f'the report needs matplotlib: pip install "mla_cute[bench]" ({error})') from None
 
 
-def png(figure: Figure) -> bytes:
-    """Draw one figure. Raises ImportError without matplotlib."""
+def png(figure: Figure, about: str = "") -> bytes:
+    """Draw one figure; `about` is kept in the file as its description. Raises ImportError without matplotlib."""
     require()
     if isinstance(figure, Roofline):
         canvas = _roofline(figure)
@@ -57,7 +57,7 @@ def png(figure: Figure) -> bytes:
     else:
         canvas = _bars(figure)
     buffer = io.BytesIO()
-    canvas.savefig(buffer, format="png", dpi=DPI, facecolor="white")
+    canvas.savefig(buffer, format="png", dpi=DPI, facecolor="white", metadata={"Description": about} if about else None)
     return buffer.getvalue()
 
 

@@ -16,7 +16,7 @@ from mla_cute.tuning import command, recipes
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 DOCS = ROOT / "docs"
-PAGES = ("formats", "engines", "libraries", "cuda_graphs", "tuning", "numerics", "troubleshooting")
+PAGES = ("formats", "engines", "libraries", "cuda_graphs", "tuning", "numerics", "troubleshooting", "benchmarks")
 RECORDS = ROOT / "tune" / "measurements" / "NVIDIA_H200"
 # Which errors users meet: those of the calls and of what is made for them.
 SOURCES = (
@@ -125,7 +125,7 @@ def test_page_runs(page, monkeypatch):
 def test_every_block_is_of_a_kind_that_is_tested():
     kinds = {(page, kind) for page in PAGES for kind in re.findall(r"^```(\w+)$", text_of(page), re.MULTILINE)}
     assert kinds == {
-        *((page, "python") for page in PAGES if page not in ("troubleshooting", "engines")),
+        *((page, "python") for page in PAGES if page not in ("benchmarks", "troubleshooting", "engines")),
         ("tuning", "toml"),
     }
 
@@ -347,7 +347,10 @@ def test_links_and_paths_exist(page):
     text = text_of(page)
     targets = [*re.findall(r"\]\(([^)]+)\)", text), *re.findall(r"^\[\w+\]: (\S+)$", text, re.MULTILINE)]
     for target in targets:
-        assert (DOCS / target).is_file(), target
+        path, _, anchor = target.partition("#")
+        assert (DOCS / path).is_file(), target
+        heads = re.findall(r"^#+ (.*)$", (DOCS / path).read_text(encoding="utf-8"), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in {re.sub(r"[^\w-]", "", head.lower().replace(" ", "-")) for head in heads}, target
     for path in re.findall(r"`((?:mla_cute|examples|tune)/[\w./]*\w\.(?:py|toml))`", text):
         assert (ROOT / path).is_file(), path
 

@@ -1,5 +1,6 @@
-"""What the README says was measured is what the record it names holds, and its example runs."""
+"""The README: its numbers are the records', its picture is drawn from one, its examples run."""
 
+import importlib.util
 import json
 import pathlib
 import re
@@ -7,211 +8,131 @@ import statistics
 
 import torch
 
-from mla_cute.bench import report
-from mla_cute.bench.cases import Case
+from mla_cute.bench import figures, report
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
-RECORDS = "tune/measurements/NVIDIA_H200/"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TEXT = re.sub(r"\s+", " ", README)
+RECORDS = ROOT / "tune" / "measurements" / "NVIDIA_H200"
 
 
-def load(name, records=RECORDS):
-    """A record, by the beginning of its name, that the README names."""
-    [path] = {p for p in re.findall(r"\]\((tune/measurements/[^)]+\.json)\)", README) if p.startswith(records + name)}
-    return json.loads((ROOT / path).read_text(encoding="utf-8"))
+def load(name):
+    [path] = RECORDS.glob(f"{name}_????-??-??.json")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
-def best_peer(row):
-    """Microseconds of the fastest peer; it and the kernel are right."""
-    assert row["check"]["ok"], row["case"]
-    _, us = report.best_peer(row)
-    return us
+def rows_of(name, **wanted):
+    rows = [row for row in load(name)["rows"] if wanted.items() <= row["case"].items()]
+    assert all(row["check"]["ok"] for row in rows)
+    return rows
 
 
-def beside_peers(record):
-    """What the README says of all cells of a table."""
-    gains = {best_peer(row) / row["us_amortised"]: row["case"] for row in record["rows"]}
-    assert len(gains) == 30
-    least = gains[min(gains)]
-    slowest = f"({least['num_heads']} heads, {least['batch']} x {least['kv_len']})"
-    faster, mean = sum(gain > 1 for gain in gains), statistics.geometric_mean(gains)
-    return (
-        f"faster in {faster} of 30 cells, by a geometric mean of {mean:.2f}x and at least {min(gains):.3f}x {slowest}"
-    )
+def row_of(name, **wanted):
+    [row] = rows_of(name, **wanted)
+    return row
 
 
-def decode_rows(name):
-    """By heads, batch, tokens and page size: the 16-bit decode cases of a record."""
-    found = {}
-    for row in load(name)["rows"]:
-        case = row["case"]
-        if "kv_len" in case and not case["longest"]:
-            assert row["check"]["ok"], case
-            found[case["num_heads"], case["batch"], case["kv_len"], case["page_size"]] = row
-    return found
+def spec_of(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def prefill_rows():
-    """By heads, requests, query tokens, keys: uniform batches of page size 64."""
-    cases = [(row["case"], row) for row in load("pages_prefill_ragged")["rows"] if "groups" in row["case"]]
-    return {
-        (case["num_heads"], *case["groups"][0]): row
-        for case, row in cases
-        if len(case["groups"]) == 1 and case["page_size"] == 64
-    }
-
-
-def test_decode_table_is_the_records():
-    cell = r" ([\d.]+) \(([\d.]+(?: [\w-]+)?)\) \|"
-    found = re.findall(r"^\| (\d+) \| (\d+) \|" + 3 * cell + "$", README, re.MULTILINE)
-    assert len(found) == 10
-    rows = decode_rows("table")
-    assert len(rows) == 30
-    for heads, batch, *times in found:
-        for kv_len, us, theirs in zip((1024, 8192, 32768), times[::2], times[1::2], strict=True):
-            row = rows[int(heads), int(batch), kv_len, 64]
-            assert us == f"{row['us_amortised']:.1f}", (heads, batch, kv_len)
-            alone = f"{us} ({best_peer(row):.1f})"
-            assert f"{us} ({theirs})" in (alone, report.beside(row)), (heads, batch, kv_len)
-    table = load("table")
-    assert f"{beside_peers(table)}." in TEXT.lower()
-    assert f"{table['ceilings']['empty_graph_us']:.1f} us of each is what a graph with an empty kernel measures" in TEXT
-    peers = table["peers"]
+def test_the_picture_is_of_the_record_that_the_readme_names():
+    picture = spec_of(ROOT / "docs" / "tools" / "picture.py")
+    record = report.load(picture.RECORD)
+    image = picture.PICTURE.relative_to(ROOT).as_posix()
+    [alt] = re.findall(rf"^!\[(.*)\]\({image}\)$", README, re.MULTILINE)
+    assert f"]({picture.RECORD.relative_to(ROOT).as_posix()})" in README
+    figure = picture.figure_of(record)
+    shown = b"tEXtDescription\0" + picture.digest(figure).encode()
+    assert shown in picture.PICTURE.read_bytes(), "draw it again: python docs/tools/picture.py"
+    ratios = figures.values(record["rows"], figures.over_best_peer)
+    assert alt.endswith(f": {min(ratios):.3f}x to {max(ratios):.2f}x in {len(ratios)} shapes")
+    peers = record["peers"]
     assert "as built in vLLM 0.20.2" in peers["flash_mla"]["version"]
-    assert f"FlashInfer {peers['flashinfer']['version']} (fa3)" in README
+    assert f"one of vLLM 0.20.2, FlashInfer {peers['flashinfer']['version']} (fa3), commit 1a0c280" in TEXT
 
 
-def test_the_other_gpu_is_its_records():
-    record = load("table", "tune/measurements/NVIDIA_H100_80GB_HBM3/")
-    assert f"(80 GB HBM3, {record['ceilings']['used']['read_gbps']:.0f} GB/s)" in TEXT
-    assert f"is {beside_peers(record)};" in TEXT
-
-
-def test_prefill_table_is_the_records():
-    found = re.findall(r"^\| (\d+) x (\d+) of (\d+) \| (.*?) ?\| (.*?) ?\|$", README, re.MULTILINE)
-    assert len(found) == 5
-    rows = prefill_rows()
-    cells = 0
-    for count, q_len, kv_len, *texts in found:
-        for heads, text in zip((16, 128), texts, strict=True):
-            if text:
-                row = rows[heads, int(count), int(q_len), int(kv_len)]
-                assert text == f"{row['tflops']:.0f} ({100 * row['cublas_share']:.0f} %)", (heads, count, q_len)
-                cells += 1
-    assert cells == 8
-
-
-def test_fp8_speeds_are_the_records():
-    measured = load("fp8_2026")
-    found = re.findall(
-        r"^\| (\d+) \| (\d+) \|" + r" ([\d.]+(?: \([\d.]+ [\w-]+\))?) \|" * 6 + "$", README, re.MULTILINE
-    )
-    assert len(found) == 9
-    rows = {}
-    for row in measured["rows"]:
-        case = row["case"]
-        assert row["check"]["ok"], case
-        if case.get("kv_len") == 8192:
-            key = (case["num_heads"], case["batch"], case["kv_format"], case["q_fp8"])
-            rows[key] = {f"{row['us_amortised']:.1f}", report.beside(row)}
-    kinds = [(kv_format, q_fp8) for kv_format in ("tensor", "token", "group") for q_fp8 in (False, True)]
-    for heads, batch, *times in found:
-        for text, kind in zip(times, kinds, strict=True):
-            assert text in rows[(int(heads), int(batch), *kind)], (heads, batch, kind)
-    assert measured["gpu"]["uuid"] == load("table")["gpu"]["uuid"], "another card"
-
-
-def test_fp8_errors_are_the_records():
-    measured = load("fp8_check")
-    assert measured["failed"] == 0
-    found = re.findall(r"^\| ([\w ]+) \| (tensor|token|group) \| (\S+) \| (\S+) \| (\S+) \|$", README, re.MULTILINE)
-    assert len(found) == 9
-    rows = {
-        (row["data"], row["kv_format"], row["num_heads"]): row
-        for row in measured["rows"]
-        if row["q"] == "bf16" and row["accuracy"] == "high"
-    }
-    for data, kv_format, few, many, with_format in found:
-        few_row, row = rows[data, kv_format, 16], rows[data, kv_format, 128]
-        assert (few, many) == tuple(f"{r['kernel_error']['rel_err']:.1e}" for r in (few_row, row)), (data, kv_format)
-        assert with_format == f"{row['format_error']['rel_err']:.1e}"
-
-
-def test_sentences_are_the_records():
-    table, more, rows = load("table"), load("pages_prefill_ragged"), decode_rows("table")
-    shares = {round(100 * rows[heads, 128, 8192, 64]["read_share"]) for heads in (16, 64)}
-    assert shares == {99}
-    assert "16 and 64 heads read at 99 % of the read bandwidth measured in the same run (4428 GB/s)" in TEXT
-    assert round(table["ceilings"]["used"]["read_gbps"]) == 4428
-    wide = rows[128, 64, 8192, 64]
-    at_start = wide["tflops"] / table["ceilings"]["start"]["cublas_bf16_tflops"]
+def test_newer_releases_are_the_record():
+    ratios = [(cell["best_over_us"], cell["num_heads"]) for cell in load("newest_peers")["cells"]]
+    behind = [heads for ratio, heads in ratios if ratio < 1]
+    assert (len(ratios), len(behind), behind.count(128)) == (30, 6, 5)
+    assert round(100 * (1 - min(ratios)[0])) == 5
+    mean = statistics.geometric_mean(ratio for ratio, _ in ratios)
     assert (
-        f"run at {wide['tflops']:.0f} TFLOP/s, {100 * wide['cublas_share']:.0f} % of the best that cuBLAS reached in "
-        f"the run and {100 * at_start:.0f} % of what it reached at its start" in TEXT
+        f"the geometric mean was {mean:.2f}x, and 6 of 30 shapes, five of them with 128 heads, were up to 5 % behind"
+        in TEXT
     )
-    start, end = (more["ceilings"][when]["cublas_bf16_tflops"] for when in ("start", "end"))
-    assert f"({start:.0f} TFLOP/s at its start; {end:.0f} at its end)" in TEXT
-    drafts = [prefill_rows()[16, 128, tokens, 8192] for tokens in (2, 4)]
-    assert f"take {drafts[0]['us_amortised']:.1f} and {drafts[1]['us_amortised']:.1f} us" in TEXT
-    assert {round(100 * row["read_share"]) for row in drafts} == {95}
-    assert "us, 95 % of the read bandwidth" in TEXT
-    hosts = [load(name)["host"]["call_us"] for name in ("table", "pages_prefill_ragged", "fp8_2026")]
-    assert f"The host takes {min(hosts):.0f} to {max(hosts):.0f} us for a call with a plan" in TEXT
-    assert f"{load('prefill_bf16')['host']['call_us']:.0f} us on that of [another]" in TEXT
-    pages = decode_rows("pages_prefill_ragged")
-    for page, ratios in ((1, ("1.09x", "1.11x")), (16, ("1.01x", "1.11x"))):
-        for (heads, batch), ratio in zip(((16, 128), (128, 64)), ratios, strict=True):
-            found = pages[heads, batch, 8192, page]["us_amortised"] / pages[heads, batch, 8192, 64]["us_amortised"]
-            assert ratio == f"{found:.2f}x", (heads, page)
-            assert ratio in TEXT
-    errors = [
-        row["check"]["rel_err"] for name in ("table", "grid", "pages_prefill_ragged") for row in load(name)["rows"]
-    ]
-    assert len(load("grid")["rows"]) == 250
+
+
+def test_the_table_is_the_records():
+    few, many = ({"num_heads": heads, "kv_len": 8192, "page_size": 64} for heads in (16, 128))
+    wide, one = row_of("table", **few, batch=128), row_of("table", **few, batch=1)
+    fp8 = row_of("fp8", **few, batch=128, kv_format="tensor", q_fp8=False)
+    tensor_bound = row_of("table", **many, batch=64)
+    prefill = row_of("pages_prefill_ragged", num_heads=16, groups=[[4, 2048, 8192]], page_size=64)
+    host = {name: times["now"] for name, times in load("host_time_nouns")["us"].items()}
+    lines = (
+        f"decode, 16 heads, 128 requests of 8192 tokens | {wide['us_amortised']:.1f} us | "
+        f"{wide['read_share']:.0%} of the read bandwidth",
+        f"the same over an FP8 cache (format tensor) | {fp8['us_amortised']:.1f} us | {fp8['read_share']:.0%}",
+        f"decode, 16 heads, 1 request of 8192 | {one['us_amortised']:.1f} us |",
+        f"decode, 128 heads, 64 requests of 8192 | {tensor_bound['us_amortised']:.1f} us, "
+        f"{tensor_bound['tflops']:.0f} TFLOP/s | {tensor_bound['cublas_share']:.0%} of cuBLAS",
+        f"causal prefill, 4 x 2048 of 8192 tokens, 16 heads | {prefill['tflops']:.0f} TFLOP/s | "
+        f"{prefill['cublas_share']:.0%} of cuBLAS",
+        f"host, a call with a plan / without one | {host['bf16, plan']:.1f} / {host['bf16, no plan']:.1f} us |",
+        f"host, a prefill with a plan / without one | {host['bf16 prefill, plan']:.1f} / "
+        f"{host['bf16 prefill, no plan']:.1f} us |",
+    )
+    for line in lines:
+        assert "| " + line.replace("%", " %") in README, line
+
+
+def test_gains_in_an_engine_are_those_of_the_page():
+    page = (ROOT / "docs" / "engines.md").read_text(encoding="utf-8")
+    lines = [re.findall(r"\*\*([\d.]+)\*\*", line) for line in page.splitlines() if line.startswith("| ")]
+    columns = list(zip(*(map(float, line) for line in lines if line), strict=True))
+    assert [len(column) for column in columns] == [13] * 4
+    behind = page.partition("\nFLASHMLA is ahead in ")[2].split()[0]
+    assert behind == "four"
+    means = [f"{statistics.geometric_mean(column):.2f}x" for column in columns]
+    assert (
+        f"| 48 of 52 cells ahead; geometric mean {means[0]} and {means[1]} (16 heads, bf16 and FP8), {means[2]} and "
+        f"{means[3]} (128) |" in TEXT
+    )
+
+
+def test_errors_are_the_records():
+    rows = [row for row in load("fp8_check")["rows"] if row["data"] == "normal" and row["accuracy"] == "high"]
+    rows = [row for row in rows if row["q"] == "bf16" and row["num_heads"] in (16, 128)]
+    assert len(rows) == 6
+    whole, own = ([row[key]["rel_err"] for row in rows] for key in ("format_error", "kernel_error"))
+    text = (
+        f"{min(whole):.1e} to {max(whole):.1e} of the output on normal data, of which the kernels' own part is "
+        f"{min(own):.1e} to {max(own):.1e}."
+    )
+    assert text.replace("e-0", "e-") in TEXT
+    errors = [row["check"]["rel_err"] for name in ("table", "grid", "pages_prefill_ragged") for row in rows_of(name)]
     assert f"relative errors of {min(errors):.1e} to {max(errors):.1e}".replace("e-0", "e-") in TEXT
 
 
-def test_ragged_batches_cost_what_the_readme_says():
-    uniform = decode_rows("pages_prefill_ragged")
-    ratios = {}
-    for row in load("pages_prefill_ragged")["rows"]:
-        if row["case"].get("longest"):
-            mean = Case(**row["case"]).uniform
-            beside = uniform[mean.num_heads, mean.batch, mean.kv_len, mean.page_size]
-            ratios[mean.num_heads, mean.batch] = row["us_amortised"] / beside["us_amortised"]
-    assert len(ratios) == 9
-    assert f"take {min(ratios.values()):.2f}x to {max(ratios.values()):.2f}x of the uniform batch" in TEXT
-    notes = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8").partition("Ragged batches (")[2]
-    for heads in (16, 64, 128):
-        cells = " | ".join(f"{ratios[heads, batch]:.2f}" for batch in (16, 64, 128))
-        assert f"\n| {heads} | {cells} |\n" in notes
+def test_times_over_fp8_caches_are_those_of_the_benchmarks():
+    page = re.sub(r"\s+", " ", (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8"))
+    spans = re.findall(r"64 heads (\S+)x to (\S+)x with 16-bit queries and (\S+)x to (\S+)x with e4m3 ones;", page)
+    spans += re.findall(r"128 heads (\S+)x to (\S+)x and (\S+)x to (\S+)x;", page)
+    least, most, least_e4m3, most_e4m3 = zip(*spans, strict=True)
+    assert len(spans) == 2
+    assert (
+        f"decode takes {min(least)}x to {max(most)}x of a bf16 cache's time with 16-bit queries and {min(least_e4m3)}x "
+        f"to {max(most_e4m3)}x with e4m3 ones" in TEXT
+    )
 
 
-def test_fp8_shares_of_the_bf16_time_are_the_records():
-    bf16 = decode_rows("grid") | decode_rows("table")
-    prefill = prefill_rows()
-    found = {}
-    for row in load("fp8_2026")["rows"]:
-        case = row["case"]
-        heads = case["num_heads"]
-        if "groups" in case:
-            key = "group" if (case["kv_format"], case["q_fp8"]) == ("group", True) else "prefill"
-            other = prefill[(heads, *case["groups"][0])]
-        else:
-            key = heads
-            other = bf16[heads, case["batch"], case["kv_len"], case["page_size"]]
-        found.setdefault((key, case["q_fp8"]), []).append(row["us_amortised"] / other["us_amortised"])
-
-    def span(*keys):
-        ratios = [ratio for key in keys for ratio in found[key]]
-        return f"{min(ratios):.2f}x to {max(ratios):.2f}x"
-
-    assert f"16 heads take {span((16, False), (16, True))};" in TEXT
-    assert f"64 heads {span((64, False))} with 16-bit queries and {span((64, True))} with e4m3 ones;" in TEXT
-    assert f"128 heads {span((128, False))} and {span((128, True))};" in TEXT
-    group = f"(group {min(found['group', True]):.2f}x)"
-    assert f"prefill {span(('prefill', False))} and {span(('prefill', True))} {group}" in TEXT
+def test_the_readme_stays_short():
+    assert README.count("\n") <= 185
 
 
 def test_the_examples_run_on_cpu_tensors():
