@@ -251,7 +251,7 @@ def case_of(row: dict[str, Any]) -> Case | PrefillCase:
 
 @dataclass(frozen=True)
 class Bar:
-    """A speed to reach. `kind`: "read" and "cublas" are shares of the ceiling, "us" a time."""
+    """A speed to reach. `kind`: "read" and "cublas" are shares of the ceiling, "us" a time on the GPU BARS_GPU."""
 
     case: Case | PrefillCase
     kind: str
@@ -267,6 +267,7 @@ class Mixed:
     apart: tuple[Case | PrefillCase, ...]
 
 
+BARS_GPU = "NVIDIA H200"
 BARS = (
     Bar(Case(16, 128, 8192), "read", 0.94, 0.96),
     Bar(Case(64, 128, 8192), "read", 0.93, 0.95),
@@ -279,7 +280,6 @@ BARS = (
 )
 PAGE_ONE_BAR = (0.90, 0.97)  # speed of page size 1 over that of 64, same shape
 RAGGED_BAR = 1.05  # time of a ragged batch over that of the uniform one with as many tokens
-HOST_BAR = (15.0, 10.0)  # us of one call with a plan
 
 PREFILL_HEADS = (16, 128)
 PREFILL_BARS = (

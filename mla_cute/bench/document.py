@@ -35,7 +35,18 @@ td.good { color: #00694c; font-weight: 600; }
 td.bad { color: #a8380b; font-weight: 700; }
 details { margin: 1rem 0; }
 summary { cursor: pointer; font-weight: 600; }
-@media print { .table { max-height: none; } details { display: block; } }
+@page { size: landscape; margin: 10mm; }
+@media print {
+  body { max-width: none; padding: 0; font-size: 10pt; }
+  nav { display: none; }
+  .table { overflow: visible; width: auto; max-width: none; max-height: none; border: 0; }
+  table { width: 100%; font-size: 6pt; }
+  th, td { white-space: normal; padding: 1pt 2pt; }
+  th { position: static; }
+  tr, figure { break-inside: avoid; }
+  h2, h3, summary { break-after: avoid; }
+  details::details-content { display: block; height: auto; content-visibility: visible; }
+}
 """
 # Nothing is loaded and nothing runs: pictures and style are in the file.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"

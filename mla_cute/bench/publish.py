@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import figures, outputs, plots, report
+from . import figures, outputs, plots, report, targets
 from .cases import PUBLIC_BEST_GPU
 from .document import Block, Heading, Items, Picture, Table, Text, pictures, to_html, to_markdown
 from .figures import Measure, Scale
@@ -132,9 +132,10 @@ def _sections(record: dict[str, Any], baseline: dict[str, Any] | None) -> Iterat
     yield from _host(record)
     yield Table(("figure", "how it is made"), list(record["method"].items()), text_columns=2, title="Method")
     yield from _failures(record)
-    if record["bars"]:
+    if judged := targets.judge(record):
         yield Heading("Speeds to reach")
-        yield Table(("", "what", "measured", "reach", "beyond"), _bars(record), text_columns=2)
+        yield Text(targets.sentence(judged))
+        yield Table(("", "what", "target of", "measured", "reach", "beyond"), _targets(judged), text_columns=3)
     yield Heading("Roofline")
     yield _picture(figures.roofline(record), ROOFLINE_CAPTION)
     yield from _charts(rows, figures.share_of_ceiling, "share", "Share of the ceiling", Scale.SHARE, SHARE_CAPTION)
@@ -194,9 +195,8 @@ def _results(record: dict[str, Any], comparisons: Sequence[Comparison]) -> list[
     lines = [f"{len(rows)} shapes timed and checked against float32, {failed} failed or wrong."]
     if not record["complete"]:
         lines.append("INCOMPLETE: the run was interrupted.")
-    if bars := record["bars"]:
-        missed = sum(not bar["met"] for bar in bars)
-        lines.append(f"{len(bars) - missed} of {len(bars)} speeds to reach are met, {missed} missed.")
+    if judged := targets.judge(record):
+        lines.append(targets.sentence(judged))
     if shares := figures.values(rows, figures.share_of_ceiling):
         median = statistics.median(shares)
         lines.append(
@@ -279,17 +279,18 @@ def _failures(record: dict[str, Any]) -> Iterator[Block]:
         yield Items(lines)
 
 
-def _bars(record: dict[str, Any]) -> list[tuple[str, ...]]:
+def _targets(judged: Sequence[targets.Verdict]) -> list[tuple[str, ...]]:
     """Missed ones first."""
     return [
         (
-            "met" if bar["met"] else "MISSED",
-            bar["what"],
-            f"{bar['measured']:#.3g}" if bar["measured"] < 99.5 else f"{bar['measured']:.0f}",
-            f"{bar['reach']:g}",
-            "-" if bar["beyond"] is None else f"{bar['beyond']:g}",
+            "met" if one.met else "MISSED",
+            one.what,
+            one.gpu or "every GPU",
+            f"{one.measured:#.3g}" if one.measured < 99.5 else f"{one.measured:.0f}",
+            f"{one.reach:g}",
+            "-" if one.beyond is None else f"{one.beyond:g}",
         )
-        for bar in sorted(record["bars"], key=lambda bar: bar["met"])
+        for one in sorted(judged, key=lambda one: one.met)
     ]
 
 

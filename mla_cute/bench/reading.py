@@ -206,9 +206,6 @@ _RECORD: dict[str, Check] = {
     "peers": _values(_peer),
     "complete": _flag,
     "ceilings": _object({"start": _SPEEDS, "end": _or_null(_SPEEDS), "used": _SPEEDS}, {"empty_graph_us": _number}),
-    "bars": _each(
-        _object({"what": _text, "measured": _number, "reach": _number, "beyond": _or_null(_number), "met": _flag})
-    ),
     "failed": _int,
     "seconds": _number,
     "rows": _list,

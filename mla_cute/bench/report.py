@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from . import reading
+from . import reading, targets
 from .cases import Case, PrefillCase, case_of
 from .peers import SHORT_NAMES
 from .runner import row_ok
@@ -146,7 +146,7 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def summary(record: dict[str, Any]) -> list[str]:
-    """What the table does not say: ceilings, host time, bars, absent peers, failures."""
+    """What the table does not say: ceilings, host time, targets, absent peers, failures."""
     gpu, ceilings = record["gpu"], record["ceilings"]
     lines = []
     if gpu is not None:
@@ -180,12 +180,12 @@ def summary(record: dict[str, Any]) -> list[str]:
         lines.append(f"FAILED host time of one call: {host['error']}")
     for name, peer in record["peers"].items():
         lines.append(f"peer {name}: " + (f"{peer['version']}" if peer["present"] else f"absent ({peer['why']})"))
-    for bar in record["bars"]:
-        verdict = "met" if bar["met"] else "MISSED"
-        lines.append(
-            f"{verdict:>6}  {bar['what']}: {bar['measured']:.3g} (reach {bar['reach']:g}"
-            + (")" if bar["beyond"] is None else f", beyond {bar['beyond']:g})")
-        )
+    if judged := targets.judge(record):
+        lines.append(targets.sentence(judged))
+    for one in judged:
+        verdict, of = "met" if one.met else "MISSED", f" on an {one.gpu}" if one.gpu else ""
+        beyond = "" if one.beyond is None else f", beyond {one.beyond:g}"
+        lines.append(f"{verdict:>6}  {one.what}: {one.measured:.3g} (reach {one.reach:g}{beyond}{of})")
     ratios = [row["public_best_ratio"] for row in record["rows"] if "public_best_ratio" in row]
     if ratios:
         mean, slower = statistics.geometric_mean(ratios), sum(ratio < 1 for ratio in ratios)

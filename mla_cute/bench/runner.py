@@ -22,22 +22,7 @@ from .. import gpu as gpu_facts
 from ..compile.jit import replace_file
 from ..config import KernelConfig
 from ..testing.fp8 import E4M3_NOISE
-from .cases import (
-    BARS,
-    FP8_BARS,
-    HOST_BAR,
-    MIXED_BAR,
-    MIXED_STEPS,
-    PAGE_ONE_BAR,
-    PREFILL_BARS,
-    PUBLIC_BEST_GPU,
-    PUBLIC_BEST_US,
-    RAGGED_BAR,
-    ROTATION_BYTES,
-    Case,
-    PrefillCase,
-    case_of,
-)
+from .cases import PUBLIC_BEST_GPU, PUBLIC_BEST_US, ROTATION_BYTES, Case, PrefillCase, case_of
 from .inputs import Inputs, KvPool, filling, make_inputs
 from .peers import Peer, Unsupported
 from .timing import Replay, Timer, cublas_tflops, empty_graph_us, measure_ceilings, occupy
@@ -309,41 +294,6 @@ def apply_ceilings(row: dict[str, Any], ceilings: dict[str, float], gpu_name: st
             row["public_best_ratio"] = best / row["us_amortised"]
 
 
-def judge_bars(rows: Sequence[dict[str, Any]], host: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every bar that these rows measure: {"what", "measured", "reach", "beyond", "met"}."""
-    by_case = {case_of(row): row for row in rows if "error" not in row}
-    judged = []
-
-    def judge(what: str, measured: float, limits: tuple[float, float | None], less_is_better: bool) -> None:
-        reach, beyond = limits
-        met = measured <= reach if less_is_better else measured >= reach
-        judged.append({"what": what, "measured": measured, "reach": reach, "beyond": beyond, "met": met})
-
-    for bar in (*BARS, *PREFILL_BARS, *FP8_BARS):
-        if bar.case in by_case:
-            key, unit = {
-                "read": ("read_share", "share of read bandwidth"),
-                "cublas": ("cublas_share", "share of cuBLAS"),
-            }.get(bar.kind, ("us_amortised", "us"))
-            judge(f"{bar.case.label}, {unit}", by_case[bar.case][key], (bar.reach, bar.beyond), bar.kind == "us")
-    for case, row in by_case.items():
-        twin = by_case.get(dataclasses.replace(case, page_size=64))
-        if case.page_size == 1 and twin is not None:
-            ratio = twin["us_amortised"] / row["us_amortised"]
-            judge(f"{case.label}, speed over that of page 64", ratio, PAGE_ONE_BAR, False)
-        if isinstance(case, Case) and case.longest and case.uniform in by_case:
-            ratio = row["us_amortised"] / by_case[case.uniform]["us_amortised"]
-            judge(f"{case.label}, time over that of {case.uniform.label}", ratio, (RAGGED_BAR, None), True)
-    for step in MIXED_STEPS:
-        if all(case in by_case for case in (step.together, *step.apart)):
-            together, *apart = (by_case[case]["us_amortised"] for case in (step.together, *step.apart))
-            what = f"{step.together.label}, time over that of {' and '.join(case.label for case in step.apart)}"
-            judge(what, together / sum(apart), (MIXED_BAR, None), True)
-    if "call_us" in host:
-        judge("host time of one call with a plan, us", host["call_us"], HOST_BAR, True)
-    return judged
-
-
 def source_digest() -> str:
     """sha256 over the package's source: names the code measured where there is no git."""
     root = pathlib.Path(__file__).resolve().parents[1]
@@ -446,7 +396,6 @@ def run(
         timer.synchronize()
     for row in rows:
         apply_ceilings(row, record["ceilings"]["used"], name)
-    record["bars"] = judge_bars(rows, record.get("host", {}))
     record["failed"] = sum(not row_ok(row) for row in rows) + ("error" in record.get("host", {}))
     record["seconds"] = round(time.monotonic() - begin, 1)
     say(total, total, "done")

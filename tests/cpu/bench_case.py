@@ -104,5 +104,10 @@ def row_of(case, us, read=0.5, cublas=0.5):
     return {"case": vars(case), "us_amortised": us, "read_share": read, "cublas_share": cublas}
 
 
+def record_of(rows, gpu=PUBLIC_BEST_GPU):
+    """As much of a record as its targets are judged by; `gpu` is a name."""
+    return {"rows": rows, "gpu": None if gpu is None else {"name": gpu}}
+
+
 def wrong_page(q_nope, q_pe, ckv_cache, kpe_cache, kv_indptr, kv_indices, sm_scale, **options):
     return decode_reference(q_nope, q_pe, ckv_cache, kpe_cache, kv_indptr, kv_indices.roll(1), sm_scale, **options)

@@ -5,11 +5,11 @@ import itertools
 
 import pytest
 import torch
-from bench_case import FP8_CASES, SMALL, row_of
+from bench_case import FP8_CASES, SMALL, record_of, row_of
 from call_case import check_decode
 
 from mla_cute.bench import cases as cases_module
-from mla_cute.bench import report, runner
+from mla_cute.bench import report, runner, targets
 from mla_cute.bench.cases import BARS, PRESETS, PUBLIC_BEST_US, Case
 from mla_cute.bench.inputs import KvPool, make_inputs
 
@@ -57,7 +57,6 @@ def test_bars_are_the_decode_rows_to_reach():
     got = {(b.case.num_heads, b.case.batch, b.case.kv_len): (b.kind, b.reach, b.beyond) for b in BARS}
     assert got == expected
     assert cases_module.PAGE_ONE_BAR == (0.90, 0.97)
-    assert cases_module.HOST_BAR == (15, 10)
     assert {bar.case for bar in BARS} < set(PRESETS["bars"])
     ones = [case for case in PRESETS["bars"] if case.page_size == 1]
     assert ones
@@ -100,9 +99,9 @@ def test_ragged_lengths_are_log_uniform_and_have_a_uniform_twin():
 def test_ragged_bar():
     rows = [row_of(case, us) for case, us in ((case, 104 if case.longest else 100) for case in PRESETS["ragged"][:4])]
     rows[2]["us_amortised"] = 106
-    judged = runner.judge_bars(rows, {})
-    assert [(bar["measured"], bar["met"]) for bar in judged] == [(1.04, True), (1.06, False)]
-    assert "time over that of H=16 B=16 L=" in judged[0]["what"]
+    judged = targets.judge(record_of(rows, None))
+    assert [(one.measured, one.met) for one in judged] == [(1.04, True), (1.06, False)]
+    assert "time over that of H=16 B=16 L=" in judged[0].what
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -190,7 +189,7 @@ def test_fp8_presets_and_bars():
     assert got == {(h, b, q): ("us", us) for (h, b), us in times.items() for q in (False, True)}
     assert all(bar.case in preset and bar.case.kv_len == 8192 for bar in cases_module.FP8_BARS)
     rows = [row_of(Case(16, 16, 8192, kv_format="tensor", q_fp8=q), us) for q, us in ((False, 27.5), (True, 26.5))]
-    assert [bar["met"] for bar in runner.judge_bars(rows, {})] == [False, True]
+    assert [one.met for one in targets.judge(record_of(rows))] == [False, True]
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ import types
 
 import pytest
 import torch
-from bench_case import CEILINGS, FakeLibrary, FakeTimer, bench
+from bench_case import CEILINGS, FakeLibrary, FakeTimer, bench, record_of
 
 from mla_cute.bench import cases as cases_module
-from mla_cute.bench import command, report, runner
+from mla_cute.bench import command, report, runner, targets
 from mla_cute.bench import peers as peers_module
 from mla_cute.bench.cases import PREFILL_BARS, PRESETS, Case, PrefillCase, case_of
 from mla_cute.bench.inputs import KvPool, make_inputs
@@ -185,7 +185,7 @@ def test_bars_are_judged():
         row_of(chunk, 601),
         row_of(PrefillCase(16, ((64, 1, 8192), (1, 2048, 8192))), 1),  # its calls apart are not there
     ]
-    judged = {bar["what"]: (bar["measured"], bar["met"]) for bar in runner.judge_bars(rows, {})}
+    judged = {one.what: (one.measured, one.met) for one in targets.judge(record_of(rows, None))}
     assert judged == {
         f"{single.label}, share of cuBLAS": (0.85, True),
         f"{long.label}, share of cuBLAS": (0.85, True),
@@ -196,7 +196,7 @@ def test_bars_are_judged():
 
 
 def test_a_bar_without_a_beyond_is_shown(small_rotation, monkeypatch):
-    monkeypatch.setattr(runner, "PREFILL_BARS", (cases_module.Bar(SMALL[0], "read", 0.94),))
+    monkeypatch.setattr(cases_module, "PREFILL_BARS", (cases_module.Bar(SMALL[0], "read", 0.94),))
     summary = report.summary(bench([SMALL[0]]))
     assert any(text.startswith("MISSED") and text.endswith("(reach 0.94)") for text in summary)
 

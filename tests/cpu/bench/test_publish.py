@@ -11,7 +11,7 @@ import pytest
 from bench_case import CEILINGS, H200, SMALL, FakeLibrary, FakeTimer, bench, shrink_rotation, wrong_page
 
 import mla_cute
-from mla_cute.bench import command, document, figures, plots, publish, report, runner
+from mla_cute.bench import command, document, figures, plots, publish, report, runner, targets
 from mla_cute.bench.cases import PRESETS, PUBLIC_BEST_US, Case, PrefillCase, case_of
 
 RECORDS = pathlib.Path(mla_cute.__file__).resolve().parents[1] / "tune" / "measurements" / "NVIDIA_H200"
@@ -286,16 +286,40 @@ def test_page_holds_everything_and_needs_nothing(bf16, tmp_path, matplotlib):
         assert f"]({path.name})" in text
     for row in bf16["rows"]:
         assert all(cell in found.cells for cell in report.cells(row))
-    for bar in bf16["bars"]:
-        assert bar["what"] in found.cells
+    judged = targets.judge(bf16)
+    assert {one.gpu for one in judged} == {None, "NVIDIA H200"}
+    for one in judged:
+        assert one.what in found.cells
     said = "\n".join(found.cells)
     for fact in ("NVIDIA H200", "580.159.04", "torch 2.11.0+cu130", "4350", "739", *bf16["method"].values()):
         assert fact in said
     assert "53 shapes timed and checked against float32, 2 failed or wrong." in found.cells
-    assert "17 of 25 speeds to reach are met, 8 missed." in found.cells
+    assert targets.sentence(judged) in found.cells
     failed = case_of(bf16["rows"][3]).label
     assert f"FAILED {failed}: RuntimeError: out of <memory> & luck" in found.cells
     assert any(cell.startswith(f"WRONG  {case_of(bf16['rows'][4]).label}") for cell in found.cells)
+
+
+@pytest.mark.slow
+def test_another_gpus_record_is_not_measured_against_microseconds(tmp_path, matplotlib):
+    [h100] = (RECORDS.parent / "NVIDIA_H100_80GB_HBM3").glob("table_????-??-??.json")
+    publish.write(tmp_path, {"": report.load(h100)})
+    page = (tmp_path / "report.html").read_text()
+    assert "own targets that are met: 2 of 3 as shares of this run" in page
+    assert "microseconds of" not in page
+    [table] = re.findall(r"<h2[^>]*>Speeds to reach</h2>.*?</table>", page, re.DOTALL)
+    assert re.findall(r'<td class="text">([^<]*)</td><td>', table) == ["every GPU"] * 3
+
+
+def test_print_shows_tables_whole():
+    [rules] = re.findall(r"@media print \{\n(.*?)\n\}\n", document.STYLE, re.DOTALL)
+    of = dict(re.findall(r"^ *([^{}\n]+?) \{([^}]*)\}", rules, re.MULTILINE))
+    # A box that scrolls on the screen shows on paper what fits into it and cuts the rest.
+    scrolling = re.findall(r"^([^{}\n]+?) \{[^}]*overflow: auto", document.STYLE, re.MULTILINE)
+    assert scrolling == [".table"]
+    assert {"overflow: visible", "max-height: none"} <= set(map(str.strip, of[".table"].split(";")))
+    assert "white-space: normal" in of["th, td"]
+    assert "display: block" in of["details::details-content"]
 
 
 @pytest.mark.slow

@@ -8,10 +8,10 @@ import signal
 
 import pytest
 import torch
-from bench_case import CEILINGS, FP8_CASES, H200, SMALL, FakeLibrary, FakeTimer, bench, row_of, wrong_page
+from bench_case import CEILINGS, FP8_CASES, H200, SMALL, FakeLibrary, FakeTimer, bench, record_of, row_of, wrong_page
 
 from mla_cute.bench import cases as cases_module
-from mla_cute.bench import report, runner
+from mla_cute.bench import report, runner, targets
 from mla_cute.bench.cases import PUBLIC_BEST_GPU, Case
 from mla_cute.bench.inputs import KvPool, make_inputs
 from mla_cute.reference import decode_reference
@@ -155,20 +155,35 @@ def test_bars_are_judged_in_their_own_direction():
         row_of(Case(16, 128, 8192, page_size=1), 310),
         {"case": vars(Case(64, 128, 8192)), "error": "broken"},
     ]
-    judged = {bar["what"]: bar for bar in runner.judge_bars(rows, {"call_us": 15.5})}
-    assert len(judged) == 6
-    met = {what.split(",")[0]: bar["met"] for what, bar in judged.items()}
+    judged = {one.what: one for one in targets.judge(record_of(rows))}
+    assert len(judged) == 5
+    met = {what.split(",")[0]: one.met for what, one in judged.items()}
     assert met == {
         "H=16 B=128 L=8192 page 64 bfloat16": True,
         "H=128 B=64 L=8192 page 64 bfloat16": False,
         "H=16 B=1 L=8192 page 64 bfloat16": True,
         "H=16 B=16 L=1024 page 64 bfloat16": False,
         "H=16 B=128 L=8192 page 1 bfloat16": True,
-        "host time of one call with a plan": False,
     }
     one = judged["H=16 B=128 L=8192 page 1 bfloat16, speed over that of page 64"]
-    assert one["measured"] == pytest.approx(300 / 310)
-    assert one["reach"] == 0.90
+    assert one.measured == pytest.approx(300 / 310)
+    assert one.reach == 0.90
+
+
+@pytest.mark.parametrize("gpu", ["NVIDIA H100 80GB HBM3", "NVIDIA H200 NVL", None])
+def test_microseconds_are_targets_of_one_gpu_only(gpu):
+    rows = [row_of(Case(16, 128, 8192), 300, read=0.95), row_of(Case(16, 1, 8192), 30.0)]
+    share, us = targets.judge(record_of(rows))
+    assert (share.gpu, share.met, us.gpu, us.met) == (None, True, "NVIDIA H200", False)
+    assert targets.judge(record_of(rows, gpu)) == [share]
+    ratios = "mla_cute's own targets that are met: 1 of 1 as shares of this run's ceilings or ratios between its shapes"
+    assert targets.sentence([share, us]) == f"{ratios}, 0 of 1 in microseconds of an NVIDIA H200."
+    assert targets.sentence([share]) == f"{ratios}."
+    assert targets.judge(record_of(rows[1:], gpu)) == []
+
+
+def test_a_record_does_not_say_which_targets_were_met(small_rotation):
+    assert "bars" not in bench(SMALL[:1])
 
 
 def writes_nothing(q_nope, *args, **options):
