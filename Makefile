@@ -16,7 +16,8 @@ JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 8 ] && n=8; echo $$
 VENV := .venv
 BIN := $(VENV)/bin
 # What is imported is compiled then. Compiling all of torch and its like at once takes 40 s.
-INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check install --no-compile
+# pip draws a bar for each download in a terminal and prints a line elsewhere: torch with CUDA is gigabytes.
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
 TORCH_STAMP := $(VENV)/.torch-$(shell printf %s '$(TORCH)' | tr -c 'A-Za-z0-9.' _)
 DEMO_STAMP := $(VENV)/.installed-demo
 DEV_STAMP := $(VENV)/.installed-dev

@@ -4,16 +4,22 @@ Nothing here initialises CUDA in a process that has no GPU, and nothing raises: 
 """
 
 import functools
+import json
 import pathlib
 import re
 import subprocess
+import sys
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
 
 import torch
 
+from . import _visible_gpus
+
 HOPPER = (9, 0)
+# The driver's start takes a second or two, more on a machine of many GPUs without persistence mode.
+_ASK_TIMEOUT_S = 120.0
 
 _PACKAGES = {
     "torch": "torch",
@@ -79,12 +85,38 @@ def clocks(gpu: GpuFacts) -> dict[str, int | None]:
     }
 
 
+def visible() -> list[tuple[str, int]]:
+    """Name and number of SMs of each GPU that this process could use, from another process, which initialises the
+    driver and ends. RuntimeError where it cannot say."""
+    command = [sys.executable, "-I", "-S", str(pathlib.Path(_visible_gpus.__file__))]
+    try:
+        asked = subprocess.run(command, check=True, capture_output=True, text=True, timeout=_ASK_TIMEOUT_S)
+        return [(name, sm_count) for name, sm_count in json.loads(asked.stdout)]
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        raise RuntimeError(str(getattr(error, "stderr", None) or error).strip()) from None
+
+
+def why_no_gpu() -> str | None:
+    """None where there may be a GPU, else one sentence that says why there is none; initialises no CUDA here."""
+    if torch.version.cuda is not None:
+        try:
+            if torch.cuda.is_initialized() or visible():
+                return None
+        except RuntimeError:  # whoever uses the GPU gets the driver's own error
+            return None
+    return _no_gpu()
+
+
+def _no_gpu() -> str:
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    return f"torch {torch.__version__} sees no CUDA GPU"
+
+
 def why_not_hopper() -> str | None:
     """None when torch's current GPU is a Hopper one, else one sentence that says what was found instead."""
     if not torch.cuda.is_available():
-        if torch.version.cuda is None:
-            return f"torch {torch.__version__} is built without CUDA"
-        return f"torch {torch.__version__} sees no CUDA GPU"
+        return _no_gpu()
     props = torch.cuda.get_device_properties(torch.cuda.current_device())
     if (props.major, props.minor) != HOPPER:
         return f"{props.name} has compute capability {props.major}.{props.minor}, the kernels need 9.0 (Hopper)"

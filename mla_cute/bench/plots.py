@@ -7,6 +7,7 @@ import io
 import math
 from typing import TYPE_CHECKING, Any
 
+from ..extras import install_command
 from .figures import Bars, Cell, Figure, HeatMaps, Roofline, Scale
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def require() -> None:
     try:
         importlib.import_module("matplotlib.figure")
     except ImportError as error:
-        raise ImportError(f'the report needs matplotlib: pip install "mla_cute[bench]" ({error})') from None
+        raise ImportError(f"the report needs matplotlib: {install_command('matplotlib')} ({error})") from None
 
 
 def png(figure: Figure, about: str = "") -> bytes:

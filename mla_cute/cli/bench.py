@@ -6,7 +6,7 @@ from typing import Any
 from ..bench import command, figures, report
 from ..bench.options import OPTIONS
 from .parameters import takes
-from .screen import print_line, progress, show_table
+from .screen import Wide, print_line, progress, show_table
 
 # The columns of the bench that fit a terminal; the record holds all of them.
 COLUMNS = (
@@ -19,13 +19,16 @@ SHAPE_FOLD = ("B", "L", "dtype")
 
 
 @takes(OPTIONS)
-def bench(**values: Any) -> int:
+def bench(*, wide: Wide = False, **values: Any) -> int:
     """Time a grid of decode shapes, or presets, with the ceilings of this GPU and installed peers in the same run."""
-    return command.bench(values, RichScreen())
+    return command.bench(values, RichScreen(wide))
 
 
 class RichScreen:
-    """A bar while it times, then a table of all rows."""
+    """A bar while it times, then a table of all rows; `wide`: with all columns of the record."""
+
+    def __init__(self, wide: bool) -> None:
+        self._wide = wide
 
     def say(self, text: str) -> None:
         print_line(text)
@@ -33,21 +36,23 @@ class RichScreen:
     def timed(self, time_them: Callable[..., command.Record], peers: Sequence[str]) -> command.Record:
         with progress("timing") as step:
             record = time_them(progress=step)
+        columns = report.COLUMNS if self._wide else COLUMNS
         show_table(
             f"paged MLA on {figures.gpu_name(record)}",
-            (*COLUMNS, *peers),
-            [cells(row, COLUMNS, peers) for row in record["rows"]],
+            (*columns, *peers),
+            [cells(row, columns, peers) for row in record["rows"]],
             text_columns=0,
             drop=(*_DROP, *reversed(peers), "us+plan/61"),
             fold=SHAPE_FOLD,
             elsewhere="the record (--out FILE)",
+            wide=self._wide,
         )
         return record
 
     def comparison(self, rows: Sequence[tuple[str, ...]]) -> None:
         drop = ("a chained", "b chained", "a plan", "b plan")
         options: dict[str, Any] = {"drop": drop, "fold": SHAPE_FOLD, "elsewhere": "one of the records"}
-        show_table("a / b", report.COMPARE_COLUMNS, rows, text_columns=0, **options)
+        show_table("a / b", report.COMPARE_COLUMNS, rows, text_columns=0, wide=self._wide, **options)
 
 
 def cells(row: dict[str, Any], columns: tuple[str, ...], peers: Sequence[str]) -> tuple[str, ...]:

@@ -1,12 +1,14 @@
-"""The correctness sweep behind `mla-cute check` and the CPU half of `mla-cute demo`."""
+"""The correctness sweep behind `mla-cute check` and the CPU half of `mla-cute demo`; needs what the library needs."""
 
+import argparse
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from .. import gpu as gpu_facts
 from ..testing.cases import CaseSpec, DecodeCase, expected_of, run_case, sweep
 from ..testing.fp8 import Fp8Case, Fp8Expected
 from ..testing.runs import plan_of
@@ -26,6 +28,30 @@ COLUMNS = (
 # What goes first in a narrow terminal.
 DROP = ("cases", "in dtype", "worst max err", "worst lse err", "calls")
 _DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+TIMEOUT_S = 180.0
+TIMEOUT_HELP = "seconds one case may take on the GPU before it counts as hung"
+# Cases multiply a seed, and torch's seeds have 64 bits.
+_LARGEST_SEED = 2**40
+_MOST_LINES = 20
+
+
+def check_seed(value: int) -> int:
+    """`value`, a seed. Raises ValueError for one that no case can have."""
+    if not -_LARGEST_SEED <= value <= _LARGEST_SEED:
+        raise ValueError(f"expected at most {_LARGEST_SEED} either way, got {value}")
+    return value
+
+
+def parse_seed(text: str) -> int:
+    """`check_seed` of an option's text, for argparse."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected an integer, got {text!r}") from None
+    try:
+        return check_seed(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 @dataclass
@@ -54,6 +80,64 @@ class Group:
             *map(worst, ("relative_error", "dtype_error", "max_error", "lse_error")),
             f"{self.failures} FAILED" if self.failures else "ok",
         )
+
+
+@dataclass(frozen=True)
+class Run:
+    """A sweep on this machine; `why_cpu` is why no kernel runs here, None where they do."""
+
+    seed: int
+    specs: Sequence[CaseSpec]
+    device: torch.device
+    why_cpu: str | None
+
+    @classmethod
+    def of(cls, quick: bool, seed: int) -> "Run":
+        why = gpu_facts.why_not_hopper()
+        device = torch.device("cpu") if why else torch.device("cuda", torch.cuda.current_device())
+        return cls(seed, specs(quick, seed, on_gpu=not why), device, why)
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.why_cpu is None
+
+    @property
+    def title(self) -> str:
+        return f"{len(self.specs)} cases, seed {self.seed}, on {self.device.type}"
+
+    def introduction(self) -> str:
+        """What is checked, and what not."""
+        if self.on_gpu:
+            return f"Checking the kernels on {torch.cuda.get_device_name(self.device)} against the float32 reference."
+        return (
+            f"Checking the CPU path ({self.why_cpu}): what runs is the float32 reference, judged by an independent "
+            "float64 computation; the kernels are not checked."
+        )
+
+    def check(
+        self, step: Callable[[int, int, str], None], feed: Callable[[str], None]
+    ) -> tuple[list[Group], list[str]]:
+        """The verdicts by page size and dtype, and a line for each call that failed. In front of each case `step` gets
+        (done, total, case) and `feed` the case."""
+        groups: dict[tuple[int, torch.dtype], Group] = {}
+        failures = []
+        for done, spec in enumerate(self.specs):
+            step(done, len(self.specs), str(spec))
+            feed(str(spec))
+            group = groups.setdefault((spec.page_size, spec.dtype), Group(spec.page_size, spec.dtype))
+            group.cases += 1
+            for what, verdict in run_spec(spec, self.device):
+                group.verdicts.append(verdict)
+                failures += [f"FAILED {spec}, {what}: {failure}" for failure in verdict.failures]
+        return list(groups.values()), failures
+
+
+def closing(failures: Sequence[str]) -> list[str]:
+    """The lines under the table."""
+    if not failures:
+        return ["all correct"]
+    more = len(failures) - _MOST_LINES
+    return [*failures[:_MOST_LINES], *([f"... and {more} more"] if more > 0 else [])]
 
 
 def specs(quick: bool, seed: int, on_gpu: bool) -> list[CaseSpec]:

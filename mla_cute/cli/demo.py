@@ -10,12 +10,13 @@ import typer
 from .. import gpu as gpu_facts
 from ..bench import command, report, runner
 from ..bench.cases import Case
-from ..compile import jit
+from ..compile import jit, sass
+from ..extras import install_command
 from ..kernels import registry
 from ..testing.cases import CaseSpec
 from . import bench
 from . import check as checking
-from .screen import print_lines, print_prose, progress, say, show_table
+from .screen import Wide, print_lines, print_prose, progress, say, show_table
 
 # DeepSeek-V3 has 128 heads: 16 per GPU with tensor parallelism over 8, all 128 with data parallelism.
 DEPLOYMENTS = {16: "TP8", 128: "DP"}
@@ -63,15 +64,16 @@ def demo(
     kernels: Annotated[
         int | None, typer.Option(min=0, help="without a Hopper GPU: compile this many kernels at most")
     ] = None,
+    wide: Wide = False,
 ) -> None:
     """Decode DeepSeek-V3 shapes: checked and timed on a Hopper GPU; elsewhere checked on the CPU and compiled."""
     why = gpu_facts.why_not_hopper()
-    failed = _demo_cpu(why, kernels) if why else _demo_gpu()
+    failed = _demo_cpu(why, kernels, wide) if why else _demo_gpu(wide)
     if failed:
         raise typer.Exit(1)
 
 
-def _demo_gpu() -> bool:
+def _demo_gpu(wide: bool) -> bool:
     gpu = gpu_facts.facts()
     assert gpu is not None
     print_prose(
@@ -86,7 +88,8 @@ def _demo_gpu() -> bool:
         rows.append((DEPLOYMENTS[row["case"]["num_heads"]], *bench.cells(row, GPU_COLUMNS, [])))
     columns = ("", *GPU_COLUMNS)
     title = "DeepSeek-V3 decode, bf16: time of one layer's attention"
-    show_table(title, columns, rows, drop=_GPU_DROP, fold=bench.SHAPE_FOLD, elsewhere="`mla-cute bench --out FILE`")
+    options: dict[str, Any] = {"drop": _GPU_DROP, "fold": bench.SHAPE_FOLD, "elsewhere": "`mla-cute bench --out FILE`"}
+    show_table(title, columns, rows, wide=wide, **options)
     used = record["ceilings"]["used"]
     print_prose(
         f"Shares are of what this GPU reached in this run: {used['read_gbps']:.0f} GB/s read, "
@@ -97,7 +100,7 @@ def _demo_gpu() -> bool:
     return bool(record["failed"]) or not record["complete"]
 
 
-def _demo_cpu(why: str, limit: int | None) -> bool:
+def _demo_cpu(why: str, limit: int | None, wide: bool) -> bool:
     print_prose(
         f"No kernel runs here: {why}. Instead, (1) the public call on CPU tensors, which run the float32 reference, "
         "judged by an independent float64 computation; (2) the kernels compiled for sm_90a."
@@ -118,14 +121,16 @@ def _demo_cpu(why: str, limit: int | None) -> bool:
             shape = (str(spec.num_heads), str(spec.page_size), str(spec.dtype).removeprefix("torch."), lengths)
             rows.append((*shape, *figures, result))
     options: dict[str, Any] = {"drop": ("rounding alone", "lse err"), "fold": ("tokens per request",)}
-    show_table("1. mla_paged_decode on CPU tensors", CPU_COLUMNS, rows, text_columns=4, **options)
+    show_table("1. mla_paged_decode on CPU tensors", CPU_COLUMNS, rows, text_columns=4, wide=wide, **options)
     print_lines(failures)
     variants = showcase_variants()[:limit]
     if variants:
         with progress("compiling") as step:
             kernel_rows, spilling = compile_rows(variants, step)
         options = {"drop": KERNEL_DROP, "fold": ("kernel", "of")}
-        show_table("2. kernels compiled for sm_90a", KERNEL_COLUMNS, kernel_rows, text_columns=2, **options)
+        show_table("2. kernels compiled for sm_90a", KERNEL_COLUMNS, kernel_rows, text_columns=2, wide=wide, **options)
+        if sass.find_nvdisasm() is None:
+            say(f"instructions are not counted without nvdisasm: {install_command('nvidia-cuda-nvdisasm')}")
         if spilling:
             print_lines([f"FAILED {spilling} kernels spill registers"])
             failed = True

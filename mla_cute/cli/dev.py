@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from .. import dev
-from .screen import say, show_table, usage_error
+from .screen import Wide, say, show_table, usage_error
 
 app = typer.Typer(help="Machine code of kernel variants, on any machine.", no_args_is_help=True)
 
@@ -24,6 +24,7 @@ def list_variants(patterns: Annotated[list[str] | None, typer.Argument(help=_VAR
 def code(
     patterns: Annotated[list[str], typer.Argument(help=_VARIANTS)],
     sass: Annotated[pathlib.Path | None, typer.Option(help="Folder for the SASS, a file for each variant.")] = None,
+    wide: Wide = False,
 ) -> None:
     """Compile variants for sm_90a: registers, spills, shared memory, counts of what matters."""
     rows = []
@@ -44,7 +45,7 @@ def code(
             (sass / f"{name}.sass").write_text(found.sass)
             most = ", ".join(f"{opcode} {n}" for opcode, n in found.opcodes.most_common(12))
             say(f"{name}: {most}")
-    show_table("code for sm_90a", _COLUMNS, rows, drop=tuple(reversed(_COUNTED)))
+    show_table("code for sm_90a", _COLUMNS, rows, drop=tuple(reversed(_COUNTED)), wide=wide)
 
 
 _COUNTED = ("HGMMA", "QGMMA", "HMMA", "UTMALDG", "LDGSTS", "LDSM", "DEPBAR")

@@ -1,4 +1,4 @@
-"""Facts behind `mla-cute info`."""
+"""Facts behind `mla-cute info`; needs what the library needs."""
 
 import contextlib
 import os
@@ -6,7 +6,7 @@ import pathlib
 from typing import Any
 
 from .. import gpu as gpu_facts
-from ..compile import jit
+from ..compile import disk, jit
 from ..tuned import select
 
 # What changes where kernels and their configurations come from, what is recorded or checked, which GPU is seen.
@@ -41,21 +41,48 @@ def collect() -> dict[str, Any]:
     }
 
 
+def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """What `collect` found, but for the variables: names and texts."""
+    gpu, cache = found["gpu"], found["cache"]
+    told = []
+    if gpu is not None:
+        told += [
+            ("GPU", f"{gpu['name']}, compute capability {gpu['capability'][0]}.{gpu['capability'][1]}"),
+            ("SMs, memory", f"{gpu['sm_count']}, {gpu['memory_bytes'] / 2**30:.1f} GiB"),
+            ("driver", str(gpu["driver"])),
+            ("clocks, at most", f"SM {gpu['max_sm_mhz']} MHz, memory {gpu['max_memory_mhz']} MHz"),
+        ]
+    told.append(("kernels run here", "yes" if found["kernels_run_here"] else f"no: {found['why_not']}"))
+    told += [(name, version or "not installed") for name, version in found["versions"].items() if name != "cuda"]
+    told.append(("CUDA of torch", found["versions"]["cuda"] or "none"))
+    if found["git"] is not None:
+        told.append(("commit", found["git"]["commit"] + (" with changes" if found["git"]["dirty"] else "")))
+    told.append(("kernel cache", cache["directory"] or "none"))
+    if "why" in cache:
+        told.append(("", f"CANNOT BE WRITTEN: {cache['why']}. Kernels that are not there: {disk.ADVICE}"))
+    told.append(("cached kernels", f"{cache['entries']}, {cache['bytes'] / 2**20:.1f} MiB"))
+    told.append(("tuned files", "\n".join(found["tuned"]) or "none, the default configuration is used"))
+    return told
+
+
+def variables(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Of the environment."""
+    return [(name, value if value is not None else "(not set)") for name, value in found["environment"].items()]
+
+
 def cache() -> dict[str, Any]:
-    """Where compiled kernels lie, how many, and the bytes of all files there; "why" where there is no such folder."""
+    """Where compiled kernels lie, how many, and the bytes of all files there; "why" where none can be added."""
     try:
         directory = jit.cache_dir()
     except RuntimeError as error:
         return {"directory": None, "why": str(error), "entries": 0, "bytes": 0}
-    try:
-        paths = list(directory.iterdir()) if directory.exists() else []
-    except OSError as error:  # a file, or a folder of somebody else
-        return {"directory": str(directory), "why": error.strerror or str(error), "entries": 0, "bytes": 0}
-    return {
-        "directory": str(directory),
-        "entries": sum(1 for _ in jit.entries()),
-        "bytes": sum(map(_size, paths)),
-    }
+    found: dict[str, Any] = {"directory": str(directory)}
+    if (why := disk.why_not_writable(directory)) is not None:
+        found["why"] = why
+    paths: list[pathlib.Path] = []
+    with contextlib.suppress(OSError):  # there is none, it is a file, or a folder of somebody else
+        paths = list(directory.iterdir())
+    return {**found, "entries": sum(1 for _ in jit.entries()), "bytes": sum(map(_size, paths))}
 
 
 def _size(path: pathlib.Path) -> int:

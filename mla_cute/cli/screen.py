@@ -5,7 +5,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from rich.cells import cell_len
@@ -21,6 +21,10 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
+
+from .stages import Stages
+
+Wide = Annotated[bool, typer.Option("--wide", help="all columns of the tables, wider than the terminal or not")]
 
 # A pipe or a file has no width of its own, and rich's 80 columns would fold the text.
 _WIDE = 200
@@ -75,27 +79,30 @@ def show_table(
     drop: Sequence[str] = (),
     fold: Sequence[str] = (),
     elsewhere: str = "",
+    wide: bool = False,
     on: Console | None = None,
 ) -> None:
     """Print a table and leave nothing out silently.
 
     Where it is wider than the terminal, headers are broken at spaces and the padding goes; then whole columns are left
     out, and a line under the table names them; then cells of `fold` take several lines. What is too wide even so is
-    printed at its own width, which the terminal wraps. A pipe gets all columns.
+    printed at its own width, which the terminal wraps. With `wide`, and into a pipe, all of it is.
 
     Args:
         text_columns: so many columns at the left are text; the others are numbers and align right.
         drop: names of columns that may be left out, the first one first; one name may be several columns' name.
         fold: names of columns of text that may be folded.
         elsewhere: what else has the columns left out: "the record (--out FILE)".
+        wide: of the option --wide.
         on: the console to print on; None: standard output.
     """
     on = on or console()
     shown = list(range(len(columns)))
     made = _Fitted(columns, rows, text_columns, frozenset(fold))
     left_out: list[str] = []
-    if not _has_width(on):
-        on = Console(file=on.file, width=max(_WIDE, made.width(shown, columns, 1)))
+    if wide or not _has_width(on):
+        _print_at(on, max(_WIDE, made.width(shown, columns, 1)), made.table(title, shown, columns, 1, False))
+        return
     headers: Sequence[str] = columns
     padding, folded = 1, False
     if made.width(shown, headers, padding) > on.width:
@@ -113,11 +120,19 @@ def show_table(
     if folded or made.width(shown, headers, padding) <= on.width:
         on.print(made.table(title, shown, headers, padding, folded))
     else:
-        made_for = Console(file=on.file, width=made.width(shown, headers, padding), no_color=on.no_color)
-        made_for.print(made.table(title, shown, headers, padding, folded), soft_wrap=True)
+        _print_at(on, made.width(shown, headers, padding), made.table(title, shown, headers, padding, folded))
     if left_out:
-        others = f"a wider terminal, a pipe or {elsewhere}" if elsewhere else "a wider terminal or a pipe"
+        others = f"a wider terminal, --wide, a pipe{f' or {elsewhere}' if elsewhere else ''}"
         say(f"left out in {on.width} columns: {', '.join(left_out)}; {others} has them", on=on)
+
+
+def _print_at(on: Console, width: int, table: Table) -> None:
+    """On that console, above its bar if it has one, as if it had `width` columns; the terminal wraps the lines."""
+    before, on.width = on.width, width
+    try:
+        on.print(table, soft_wrap=True)
+    finally:
+        on.width = before
 
 
 class _Fitted:
@@ -180,7 +195,11 @@ def progress_bar(*columns: ProgressColumn) -> Progress:
 
 @contextlib.contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on standard error while the block runs; yields the function to call with (done, total, label)."""
+    """A bar on standard error while the block runs, or lines where that is no terminal; yields the function to call
+    with (done, total, label)."""
+    if not sys.stderr.isatty():
+        yield Stages(what).step
+        return
     with progress_bar() as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total, label: bar.update(task, completed=done, total=total, description=label)

@@ -47,7 +47,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..kernels.keys import KernelRef
-from . import elf, sass, toolchain
+from . import disk, elf, sass, toolchain
 
 log = logging.getLogger("mla_cute.jit")
 
@@ -138,24 +138,17 @@ def cache_dir() -> pathlib.Path:
     return pathlib.Path.home() / ".cache" / "mla_cute"
 
 
-_ENTRY_FILE = re.compile(r"^\.?[\w.]+-[0-9a-f]{24}\.(o|json|lock|[0-9a-f]+\.tmp)$")
-
-
 def clear() -> int:
     """Forget every compiled kernel, in memory and on disk; returns the number of files removed.
 
-    Only files that look like cache entries are removed. Functions that callers hold stay valid.
+    On disk, entries that another process holds locked stay (`disk.remove`). Functions that callers hold stay valid.
     """
     with _lock:
         _memory.clear()
         _by_digest.clear()
-    removed = 0
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        for path in cache_dir().iterdir():
-            if _ENTRY_FILE.match(path.name):
-                path.unlink(missing_ok=True)
-                removed += 1
-    return removed
+    with contextlib.suppress(NotADirectoryError):
+        return disk.remove(cache_dir()).files
+    return 0
 
 
 def entries() -> Iterator[dict[str, Any]]:
@@ -210,11 +203,9 @@ def is_writable() -> bool:
     """Whether entries can be added to the cache directory; creates it."""
     try:
         cache_dir().mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=cache_dir()) as file:
-            file.write(b"x")
+        return disk.why_not_writable(cache_dir()) is None
     except (OSError, RuntimeError):
         return False
-    return True
 
 
 def exported(kernel_cls: Any, key: Any, config: Any) -> tuple[bytes, str]:
@@ -265,8 +256,7 @@ def _degrade(entry: _Entry, error: Exception | str) -> None:
     if not _warned:
         _warned = True
         warnings.warn(
-            f"mla_cute cannot keep compiled kernels in {entry.directory}: {error}. Every process compiles them anew "
-            "(about 10 s each); set MLA_CUTE_CACHE_DIR to a writable directory.",
+            f"mla_cute cannot keep compiled kernels in {entry.directory}: {error}. {disk.ADVICE}",
             RuntimeWarning,
             stacklevel=4,
         )

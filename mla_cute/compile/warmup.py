@@ -10,10 +10,8 @@ where CUDA is initialised (`jit` says why), and a child tells which GPUs there a
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
-import pathlib
 import pickle
 import struct
 import subprocess
@@ -28,7 +26,7 @@ from typing import IO, Any, NamedTuple
 
 import torch
 
-from .. import _visible_gpus
+from .. import gpu as gpu_facts
 from ..expect import expect_int
 from ..kernels import registry
 from ..kernels.registry import planner_variant, step_variant
@@ -44,8 +42,6 @@ Result = tuple[Variant, float | Exception, bool]
 
 # What a server calls: mla_paged_decode and mla_paged_prefill, append_to_cache, merge_states.
 OPS = (*registry.OPS, "append", "merge_states")
-# The driver's start takes a second or two, more on a machine of many GPUs without persistence mode.
-_ASK_TIMEOUT_S = 120.0
 
 
 class Warmed(NamedTuple):
@@ -297,14 +293,10 @@ def _gpus() -> list[tuple[str, int]]:
 
 
 def _ask_for_gpus() -> list[tuple[str, int]]:
-    """From a process of its own, which initialises the driver and ends."""
-    command = [sys.executable, "-I", "-S", str(pathlib.Path(_visible_gpus.__file__))]
     try:
-        asked = subprocess.run(command, check=True, capture_output=True, text=True, timeout=_ASK_TIMEOUT_S)
-        return [(name, sm_count) for name, sm_count in json.loads(asked.stdout)]
-    except (OSError, ValueError, subprocess.SubprocessError) as error:
-        why = getattr(error, "stderr", None) or error
-        log.warning("no kernels of tuned configurations are compiled, the GPU is not known: %s", str(why).strip())
+        return gpu_facts.visible()
+    except RuntimeError as error:
+        log.warning("no kernels of tuned configurations are compiled, the GPU is not known: %s", error)
         return []
 
 

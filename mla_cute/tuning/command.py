@@ -21,6 +21,7 @@ from .. import option
 from ..bench import outputs
 from ..bench.report import text_table
 from ..bench.runner import source_digest
+from ..extras import install_command
 from ..option import UsageError
 from ..tuned import select
 from ..tuned.select import When
@@ -112,6 +113,10 @@ def run(options: Options, screen: Screen) -> int:
     if options.dry_run:
         _describe(whens, screen)
         return 0
+    # The measuring process finds out too, but only once it has loaded torch and the kernels' compiler.
+    if (why := gpu_facts.why_no_gpu()) is not None:
+        raise UsageError(f"nothing to tune on: {why}")
+    screen.step(0, len(whens), "starting the process that measures", None)
     begin = time.monotonic()
     with ChildMeasurer(device.maker(whens, options.dtype), options.timeout_s) as measurer:
         try:
@@ -160,7 +165,7 @@ def show_report(path: pathlib.Path, folder: pathlib.Path | None, screen: Screen)
             raise UsageError(str(error)) from None
         screen.say(f"report: {', '.join(map(str, written))}")
         if made.tuned and len(written) == 1:
-            screen.say('no picture: it needs matplotlib, pip install "mla_cute[tune]"')
+            screen.say(f"no picture: it needs matplotlib, {install_command('matplotlib')}")
     return 0
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 from ..bench.cases import TOKEN_BYTES, Case, PrefillCase
 from ..dims import MAX_HEADS
+from ..extras import install_command
 from ..kernels.registry import OPS
 from ..tuned.select import When, read_shapes
 
@@ -123,7 +124,7 @@ def _toml() -> Any:
     for name in ("tomllib", "tomli"):  # Python 3.10 has the second only, if it is installed
         with contextlib.suppress(ImportError):
             return importlib.import_module(name)
-    raise ImportError('recipes need a TOML parser before Python 3.11: pip install "mla_cute[tune]"')
+    raise ImportError(f"recipes need a TOML parser before Python 3.11: {install_command('tomli')}")
 
 
 def from_log(path: pathlib.Path, kv_lens: Iterable[int]) -> list[When]:

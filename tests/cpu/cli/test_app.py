@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
+import shutil
 import subprocess
 import sys
 
@@ -14,8 +16,8 @@ from limits import PROCESS_S
 from typer.testing import CliRunner
 
 import mla_cute.cli
+from mla_cute import extras, reference
 from mla_cute import gpu as gpu_facts
-from mla_cute import reference
 from mla_cute.bench import command as bench_command
 from mla_cute.bench import runner as bench_runner
 from mla_cute.cli import app as app_module
@@ -57,7 +59,7 @@ def test_help_lists_the_commands():
     done = run_module("--help")
     assert done.returncode == 0, done.stderr
     assert "Usage: mla-cute" in done.stdout
-    assert all(name in done.stdout for name in ("demo", "check", "bench", "info"))
+    assert all(name in done.stdout for name in ("demo", "check", "bench", "info", "cache"))
 
 
 @pytest.mark.parametrize("command", ["demo", "check", "bench", "info"])
@@ -77,20 +79,16 @@ def test_the_script_of_the_package_is_this_command():
     assert callable(mla_cute.cli.main)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("missing", ["typer", "rich"])
-def test_without_typer_or_rich_one_line_says_what_to_install(missing, tmp_path):
-    (tmp_path / f"{missing}.py").write_text(f"raise ModuleNotFoundError('gone', name={missing!r})\n")
-    done = run_module("info", PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]))
-    assert done.returncode == 2
-    assert done.stderr == f"mla-cute: the command line needs {missing}: pip install mla-cute[cli]\n"
-    assert done.stdout == ""
+def test_version():
+    result = run("--version")
+    assert (result.exit_code, result.output) == (0, f"mla-cute {mla_cute.__version__}\n")
 
 
 @pytest.mark.slow
 def test_importing_the_library_needs_neither_typer_nor_rich_nor_cutlass():
     code = (
-        "import mla_cute, mla_cute.bench.__main__, sys; print(sorted({'typer', 'rich', 'cutlass'} & set(sys.modules)))"
+        "import mla_cute, mla_cute.bench.__main__, mla_cute.cli.plain, sys\n"
+        "print(sorted({'typer', 'rich', 'cutlass'} & set(sys.modules)))"
     )
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -132,7 +130,8 @@ def test_info_without_a_home_or_a_cache(monkeypatch, tmp_path):
     monkeypatch.setattr(facts.jit, "cache_dir", homeless)
     result = run("info")
     assert result.exit_code == 0
-    assert "none: no home" in result.output
+    assert "CANNOT BE WRITTEN: no home. Kernels that are not there: Every process compiles them anew" in result.output
+    assert "set MLA_CUTE_CACHE_DIR to a writable directory" in result.output
 
 
 def test_info_with_a_gpu(monkeypatch):
@@ -153,6 +152,28 @@ def test_check_quick_in_a_process_of_its_own():
     assert "the kernels are not checked" in done.stdout
     assert "seed 3" in done.stdout
     assert done.stdout.rstrip().endswith("all correct")
+
+
+def test_check_says_where_it_is_on_standard_error(monkeypatch):
+    specs = [dataclasses.replace(checking.sweep()[0], lengths=(3,), seed=seed) for seed in range(3)]
+    monkeypatch.setattr(checking, "specs", lambda quick, seed, on_gpu: specs)
+    result = run("check")
+    assert result.stderr == "".join(f"checking, {done} of 3 done: {spec}\n" for done, spec in enumerate(specs))
+    assert "checking, " not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tool", "memcheck"], "--tool: expected --sanitize beside it, got 'memcheck' alone"),
+        (["--tool", "x"], "--tool: expected one of memcheck"),
+        (["--sanitize", "--quick"], "--quick: not an option of --sanitize"),
+    ],
+)
+def test_check_usage_errors(arguments, message):
+    result = run("check", *arguments)
+    assert result.exit_code == 2
+    assert message in result.output
 
 
 def test_check_fails_on_a_wrong_result(monkeypatch):
@@ -338,7 +359,7 @@ def test_demo_compiles_and_shows_the_machine_code(monkeypatch):
     monkeypatch.setattr(showing, "showcase_variants", lambda: planner)
     result = run("demo")
     assert result.exit_code == 0, result.output
-    row = next(text for text in result.output.splitlines() if "planner (csr)" in text)
+    row = next(text for text in result.output.splitlines() if text.startswith("│ planner (csr)"))
     cells = [cell.strip() for cell in row.strip("│").split("│")]
     assert cells[1] == "Planner"
     assert 16 <= int(cells[2]) <= 255  # registers
@@ -361,6 +382,34 @@ def test_demo_shows_both_kinds_of_tensor_core_instructions(monkeypatch):
         cells = dict(zip(showing.KERNEL_COLUMNS, row, strict=True))
         assert [cells[name] for name in shown] == wanted
         assert spilling == 1
+
+
+def test_demo_says_what_counts_instructions_where_it_is_missing(monkeypatch):
+    monkeypatch.setattr(showing.jit, "compile_info", lambda *_: INFO | {"spill_bytes": 0})
+    for found, said in ((None, True), ("/usr/bin/nvdisasm", False)):
+        monkeypatch.setattr(showing.sass, "find_nvdisasm", lambda found=found: found)
+        result = run("demo", "--kernels", "1")
+        assert result.exit_code == 0
+        command = extras.install_command("nvidia-cuda-nvdisasm")
+        assert (f"instructions are not counted without nvdisasm: {command}" in result.output) == said
+
+
+def test_nvdisasm_comes_with_the_demo():
+    """`make demo` and README install the extra cli."""
+    text = (ROOT / "pyproject.toml").read_text()
+    [cli] = re.findall(r"^cli = \[(.*)\]$", text, re.MULTILINE)
+    assert '"nvidia-cuda-nvdisasm' in cli
+    assert ".[cli,bench]" in (ROOT / "Makefile").read_text()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_demo_does_not_silence_pip(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "pyproject.toml").touch()
+    done = subprocess.run(["make", "-n", "demo"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    installs = [line for line in done.stdout.splitlines() if "-m pip" in line]
+    assert len(installs) == 2
+    assert not [line for line in installs if re.search(r" (-q+|--quiet|--progress-bar)\b", line)]
 
 
 def test_demo_fails_when_a_kernel_spills(monkeypatch):

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import mla_cute
 from mla_cute.cli import app as app_module
 from mla_cute.cli import tune as cli_tune
+from mla_cute.extras import install_command
 from mla_cute.tuned import select
 from mla_cute.tuned.select import When
 from mla_cute.tuning import command, options, recipes, report, session, space, store
@@ -50,6 +51,7 @@ class FakeChild(FakeMeasurer):
 def fake_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(FakeChild, "made", [])
     monkeypatch.setattr(command, "ChildMeasurer", FakeChild)
+    monkeypatch.setattr(command.gpu_facts, "why_no_gpu", lambda: None)
     monkeypatch.setattr(command, "compile_variants", lambda variants, workers, step: {})
     monkeypatch.setattr(command, "source_digest", lambda: "abc")
     monkeypatch.setenv("MLA_CUTE_CACHE_DIR", str(tmp_path / "cache"))
@@ -157,9 +159,9 @@ def test_what_cannot_be_written_is_said_before_anything_is_timed(fake_gpu, measu
         (("report", measured, "--out", file), "file: expected a folder, got a file"),
     ):
         assert both(*arguments) == (2, 2)
-        error = capsys.readouterr().err
+        *before, error = capsys.readouterr().err.splitlines()
         assert message in error
-        assert error.count("\n") == 1
+        assert before == ([] if arguments[0] == "report" else ["[0/7] starting the process that measures"])
     assert file.read_text() == "mine"
 
 
@@ -170,9 +172,15 @@ def test_an_option_that_does_not_parse_is_named():
         assert f"{arguments[0]}: expected" in done.output
 
 
+def test_without_a_gpu_no_process_is_started(monkeypatch, capsys):
+    monkeypatch.setattr(command, "ChildMeasurer", lambda *args: pytest.fail("it was started"))
+    monkeypatch.setattr(command.gpu_facts, "why_no_gpu", lambda: "there is no GPU in this test")
+    assert both("--recipe", "small") == (2, 2)
+    assert capsys.readouterr().err == "autotune.py: nothing to tune on: there is no GPU in this test\n"
+
+
 @pytest.mark.slow
 def test_without_a_gpu_it_says_so(monkeypatch):
-    """The real process, which finds none."""
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ""}
     done = subprocess.run(
         [sys.executable, str(SCRIPT), "--recipe", "small"],
@@ -287,7 +295,7 @@ def test_options_are_the_same_on_both_command_lines():
     flags = {flag for action in command.parser()._actions for flag in action.option_strings} - {"-h", "--help"}
     helped = CliRunner().invoke(app_module.app, ["tune", "--help"], env={"COLUMNS": "200"}).output
     assert all(flag in helped for flag in flags)
-    parameters = cli_tune.tune.__annotations__.keys() - {"context", "return"}
+    parameters = cli_tune.tune.__annotations__.keys() - {"context", "wide", "return"}
     assert parameters == {action.dest for action in command.parser()._actions} - {"help"}
 
 
@@ -339,7 +347,7 @@ def test_without_matplotlib_the_page_has_no_picture_and_says_what_it_needs(measu
     assert command.main(["report", str(measured), "--out", str(tmp_path / "report")]) == 0
     assert not (tmp_path / "report" / "tuning.png").exists()
     assert "tuning.png" not in (tmp_path / "report" / "tuning.md").read_text()
-    assert 'pip install "mla_cute[tune]"' in capsys.readouterr().out
+    assert f"no picture: it needs matplotlib, {install_command('matplotlib')}" in capsys.readouterr().out
 
 
 def test_a_report_of_nothing_says_so(tmp_path, capsys):
