@@ -21,6 +21,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import mla_cute
+from mla_cute.option import integer
 
 PAGE_SIZE = 64
 LENGTHS = (5000, 1, 64, 129, 0, 777)  # the second has pages on one rank only, the fifth on none
@@ -187,12 +188,18 @@ def spawned(rank: int, options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="decode over a context that is spread over ranks")
-    parser.add_argument("--ranks", type=int, default=2, help="processes to start; torchrun says how many it started")
-    parser.add_argument("--port", type=int, default=29513, help="TCP port where the ranks meet")
+    ranks_help = "processes to start; torchrun says how many it started"
+    parser.add_argument("--ranks", type=integer(1), default=2, help=ranks_help)
+    parser.add_argument("--port", type=integer(1, 65535), default=29513, help="TCP port where the ranks meet")
     parser.add_argument("--fp8", action="store_true", help="an e4m3 cache")
-    parser.add_argument("--time", type=int, metavar="TOKENS", help="time a step over one request of so many, on GPUs")
-    parser.add_argument("--heads", type=int, default=NUM_HEADS, help="with --time")
+    time_help = "time a step over one request of so many, on GPUs"
+    parser.add_argument("--time", type=integer(1), metavar="TOKENS", help=time_help)
+    parser.add_argument("--heads", type=integer(1, 128), default=NUM_HEADS, help="with --time")
     options = parser.parse_args()
+    num_ranks = int(os.environ.get("WORLD_SIZE", options.ranks))
+    if options.time and torch.cuda.device_count() < num_ranks:
+        found = torch.cuda.device_count()
+        parser.error(f"argument --time: expected a GPU for each of {num_ranks} ranks, got {found}")
     if "RANK" in os.environ:
         run(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), options)
     else:

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 import mla_cute
+from mla_cute.option import integer
 
 PAGE_SIZE = 64
 
@@ -324,19 +325,32 @@ def errors(
     return found
 
 
+def device_of(text: str) -> torch.device:
+    """Of an option's text the device, for argparse, where this torch and this machine have it."""
+    try:
+        device = torch.device(text)
+        torch.empty(1, device=device)
+    except (AssertionError, RuntimeError) as error:  # torch asserts that it is built with CUDA
+        why = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(
+            f"expected cpu or a cuda device of this machine, got {text!r}: {why}"
+        ) from None
+    return device
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="DeepSeek-V3's attention over a paged latent cache, checked")
     parser.add_argument("--formats", nargs="+", choices=LIMITS, default=list(LIMITS), metavar="FORMAT")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--heads", type=int, default=Config.num_heads)
-    parser.add_argument("--layers", type=int, default=Config.num_layers)
-    parser.add_argument("--prompts", type=int, nargs="+", default=[300, 64, 1, 130], metavar="TOKENS")
-    parser.add_argument("--chunk", type=int, default=128, help="tokens of a prompt per prefill step")
-    parser.add_argument("--decode-steps", type=int, default=4)
+    parser.add_argument("--device", type=device_of, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--heads", type=integer(1, 128), default=Config.num_heads)
+    parser.add_argument("--layers", type=integer(1), default=Config.num_layers)
+    parser.add_argument("--prompts", type=integer(1), nargs="+", default=[300, 64, 1, 130], metavar="TOKENS")
+    parser.add_argument("--chunk", type=integer(1), default=128, help="tokens of a prompt per prefill step")
+    parser.add_argument("--decode-steps", type=integer(0), default=4)
     options = parser.parse_args(argv)
 
     config = Config(num_heads=options.heads, num_layers=options.layers)
-    device, generator = torch.device(options.device), torch.Generator().manual_seed(0)
+    device, generator = options.device, torch.Generator().manual_seed(0)
     layers = [Layer.random(config, generator, device) for _ in range(config.num_layers)]
     x = [
         torch.randn(n + options.decode_steps, config.hidden_size, generator=generator).to(device, torch.bfloat16)

@@ -114,6 +114,19 @@ def numbers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"expected integers separated by commas, got {text!r}") from None
 
 
+def integer(least: int, most: int | None = None) -> Callable[[str], int]:
+    """What makes an integer of that range of an option's text: "16" -> 16."""
+
+    def parse(text: str) -> int:
+        value = int(text) if text.removeprefix("-").isdecimal() else None
+        if value is None or value < least or (most is not None and value > most):
+            wanted = f"at least {least}" if most is None else f"{least} to {most}"
+            raise argparse.ArgumentTypeError(f"expected an integer, {wanted}, got {text!r}")
+        return value
+
+    return parse
+
+
 def words(text: str) -> list[str]:
     """ "decode,prefill" -> ["decode", "prefill"]."""
     return text.split(",")

@@ -48,6 +48,29 @@ def test_three_ranks_get_the_unsharded_answer(options):
         assert float(lse_error) <= 1e-4
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ranks", "0"], "argument --ranks: expected an integer, at least 1, got '0'"),
+        (["--ranks", "two"], "argument --ranks: expected an integer, at least 1, got 'two'"),
+        (["--port", "65536"], "argument --port: expected an integer, 1 to 65535, got '65536'"),
+        (["--heads", "0"], "argument --heads: expected an integer, 1 to 128, got '0'"),
+        (["--time", "0"], "argument --time: expected an integer, at least 1, got '0'"),
+        (["--ranks", "3", "--time", "64"], "argument --time: expected a GPU for each of 3 ranks, got 2"),
+    ],
+)
+def test_sizes_that_cannot_be_are_named(example, arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["context_parallel.py", *arguments])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(example.mp, "spawn", lambda *args, **options: pytest.fail("it ran"))
+    with pytest.raises(SystemExit) as stopped:
+        example.main()
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 7])
 @pytest.mark.parametrize("page_size", [1, 4])
 def test_shards_partition_the_tokens(example, num_ranks, page_size):

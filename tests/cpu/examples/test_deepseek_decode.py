@@ -38,6 +38,31 @@ def test_within_limits_in_every_format(example, capsys):
     assert lines[-1] == "ok"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--chunk", "0"], "argument --chunk: expected an integer, at least 1, got '0'"),
+        (["--chunk", "many"], "argument --chunk: expected an integer, at least 1, got 'many'"),
+        (["--layers", "0"], "argument --layers: expected an integer, at least 1, got '0'"),
+        (["--heads", "129"], "argument --heads: expected an integer, 1 to 128, got '129'"),
+        (["--prompts", "3", "0"], "argument --prompts: expected an integer, at least 1, got '0'"),
+        (["--decode-steps", "-1"], "argument --decode-steps: expected an integer, at least 0, got '-1'"),
+        (["--device", "gpu"], "argument --device: expected cpu or a device of this machine, got 'gpu'"),
+        (["--device", "cuda:99"], "argument --device: expected cpu or a device of this machine, got 'cuda:99'"),
+    ],
+)
+def test_sizes_that_cannot_be_are_named(example, arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        example.main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_no_decode_steps_is_a_size(example, capsys):
+    assert example.main([*SMALL, "--formats", "bf16", "--decode-steps", "0"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 2 + 2
+
+
 def refused(example, capsys):
     status = example.main([*SMALL, "--formats", "bf16"])
     return status == 1 and capsys.readouterr().out.splitlines()[-1] == "WRONG: bf16"
