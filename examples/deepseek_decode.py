@@ -332,9 +332,7 @@ def device_of(text: str) -> torch.device:
         torch.empty(1, device=device)
     except (AssertionError, RuntimeError) as error:  # torch asserts that it is built with CUDA
         why = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(
-            f"expected cpu or a cuda device of this machine, got {text!r}: {why}"
-        ) from None
+        raise argparse.ArgumentTypeError(f"expected cpu or a device of this machine, got {text!r}: {why}") from None
     return device
 
 

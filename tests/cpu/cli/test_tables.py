@@ -32,6 +32,7 @@ from mla_cute.cli import sanitize as sanitizing
 from mla_cute.cli import screen
 from mla_cute.testing.cases import CaseSpec
 from mla_cute.tuning import recipes
+from mla_cute.tuning import report as tune_report
 
 ROOT = pathlib.Path(mla_cute.__file__).resolve().parents[1]
 RECORDS = ROOT / "tune" / "measurements" / "NVIDIA_H200"
@@ -225,6 +226,38 @@ def test_demo_says_under_the_table_what_is_wrong(monkeypatch):
     _, [line] = check_table(done.text, 60, ("H", "page", "result"), showing.CPU_COLUMNS)
     assert line[-1] == "FAILED"
     assert re.search(r"^FAILED h4-page1.*: output: expected \[x\] and found y ", done.text, re.M)
+
+
+def test_wide_has_all_columns_of_the_record(recorded):
+    record = report.load(TABLE)
+    peers = recorded(record)
+    text = run(60, "bench", "table", "--wide").text
+    (names, lines), *_ = tables(text)
+    assert names == [*report.COLUMNS, *peers]
+    assert lines == [list(report.cells(row, peers)) for row in record["rows"]]
+    assert not columns_left_out(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "columns"),
+    [
+        (("bench", "--compare", TABLE, TABLE), report.COMPARE_COLUMNS),
+        (("demo", "--kernels", "1"), showing.CPU_COLUMNS),
+        (("demo", "--kernels", "1"), showing.KERNEL_COLUMNS),
+        (("check", "--quick"), checking.COLUMNS),
+        (("tune", "report", TUNED), tune_report.GROUP_COLUMNS),
+    ],
+)
+def test_wide_has_all_columns(arguments, columns, monkeypatch):
+    small = CaseSpec(4, 1, torch.float16, (1, 70))
+    monkeypatch.setattr(showing, "CPU_SPECS", (small,))
+    monkeypatch.setattr(showing.jit, "compile_info", lambda *_: INFO)
+    monkeypatch.setattr(checking, "specs", lambda quick, seed, on_gpu: [small])
+    narrow, wide = run(40, *arguments).text, run(40, *arguments, "--wide").text
+    assert "; a wider terminal, --wide, a pipe" in narrow
+    assert "left out" not in wide
+    assert list(columns) not in [names for names, _ in tables(narrow)]
+    assert list(columns) in [names for names, _ in tables(wide)]
 
 
 @pytest.mark.parametrize("width", WIDTHS)
