@@ -59,7 +59,7 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         told.append(("commit", found["git"]["commit"] + (" with changes" if found["git"]["dirty"] else "")))
     told.append(("kernel cache", cache["directory"] or "none"))
     if "why" in cache:
-        told.append(("", f"CANNOT BE WRITTEN: {cache['why']}. Kernels that are not there: {disk.ADVICE}"))
+        told.append(("", f"CANNOT BE WRITTEN: {cache['why']}. New kernels are not kept. {disk.ADVICE}"))
     told.append(("cached kernels", f"{cache['entries']}, {cache['bytes'] / 2**20:.1f} MiB"))
     told.append(("tuned files", "\n".join(found["tuned"]) or "none, the default configuration is used"))
     return told

@@ -16,10 +16,10 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     SpinnerColumn,
-    TextColumn,
+    Task,
     TimeElapsedColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from .stages import Stages
@@ -122,7 +122,7 @@ def show_table(
     else:
         _print_at(on, made.width(shown, headers, padding), made.table(title, shown, headers, padding, folded))
     if left_out:
-        others = f"a wider terminal, --wide, a pipe{f' or {elsewhere}' if elsewhere else ''}"
+        others = f"a wider terminal, --wide{f', a pipe or {elsewhere}' if elsewhere else ' or a pipe'}"
         say(f"left out in {on.width} columns: {', '.join(left_out)}; {others} has them", on=on)
 
 
@@ -177,15 +177,23 @@ def _widest(text: str) -> int:
     return max(map(cell_len, text.split("\n")))
 
 
+class _Label(ProgressColumn):
+    """What is being done, on one line."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.description, no_wrap=True, overflow="ellipsis")
+
+
 def progress_bar(*columns: ProgressColumn) -> Progress:
     """On standard error, if that is a terminal; `columns` stand before the description."""
+    whole = Column(no_wrap=True)  # a label that is too long is cut, and not the numbers before it
     bar = Progress(
-        SpinnerColumn(),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
+        SpinnerColumn(table_column=whole),
+        BarColumn(bar_width=30, table_column=Column(max_width=30)),
+        MofNCompleteColumn(table_column=whole),
+        TimeElapsedColumn(table_column=whole),
         *columns,
-        TextColumn("{task.description}", markup=False),
+        _Label(),
         console=console(stderr=True),
         transient=True,
     )

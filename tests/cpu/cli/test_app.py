@@ -130,7 +130,7 @@ def test_info_without_a_home_or_a_cache(monkeypatch, tmp_path):
     monkeypatch.setattr(facts.jit, "cache_dir", homeless)
     result = run("info")
     assert result.exit_code == 0
-    assert "CANNOT BE WRITTEN: no home. Kernels that are not there: Every process compiles them anew" in result.output
+    assert "CANNOT BE WRITTEN: no home. New kernels are not kept. Every process compiles them anew" in result.output
     assert "set MLA_CUTE_CACHE_DIR to a writable directory" in result.output
 
 

@@ -247,6 +247,7 @@ def test_a_run_with_named_files(fake_gpu, tmp_path, capsys):
     done = typer_run(*arguments)
     assert done.exit_code == 0, done.output
     assert "0 shapes tuned, 7 were done before, 0 failed" in done.output
+    assert done.stderr.startswith("[0/7] starting the process that measures\n")  # no terminal, so no bar
 
 
 def test_the_default_files_are_the_users(fake_gpu, tmp_path):
