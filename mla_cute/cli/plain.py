@@ -42,6 +42,9 @@ def main(argv: Sequence[str]) -> int:
     options, others = made.parse_known_args(argv)
     if others:
         return _missing(f"{options.command or ''} {others[0]}".strip())
+    if options.command is None:  # "--" alone
+        made.print_help()
+        return 2
     if options.command == "info":
         return _info(options.json)
     return _check(options.quick, options.seed, options.timeout)

@@ -133,7 +133,7 @@ def test_version_and_help(capsys):
         plain.main(["--version"])
     assert stopped.value.code == 0
     assert capsys.readouterr().out == f"mla-cute {mla_cute.__version__}\n"
-    assert plain.main([]) == 2
+    assert plain.main(["--"]) == plain.main([]) == 2
     assert "python -m mla_cute.bench" in " ".join(capsys.readouterr().out.split())
 
 
