@@ -44,7 +44,7 @@ summary { cursor: pointer; font-weight: 600; }
   th, td { white-space: normal; padding: 1pt 2pt; }
   th { position: static; }
   tr, figure { break-inside: avoid; }
-  h2, h3, summary { break-after: avoid; }
+  h2, h3, h2 + p, h3 + p, summary { break-after: avoid; }
   details::details-content { display: block; height: auto; content-visibility: visible; }
 }
 """

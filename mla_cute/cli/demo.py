@@ -78,7 +78,7 @@ def _demo_gpu(wide: bool) -> bool:
     assert gpu is not None
     print_prose(
         f"Running on the GPU: {gpu.name} ({gpu.sm_count} SMs), a Hopper one. Kernels that are not in the cache are "
-        "compiled first, about 10 s each."
+        "compiled first, each in up to 15 s of a core."
     )
     with progress("timing") as step:
         library = runner.Library.installed()

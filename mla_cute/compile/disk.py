@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 #: What follows from a directory that cannot be written, and what helps.
-ADVICE = "Every process compiles them anew (about 10 s each); set MLA_CUTE_CACHE_DIR to a writable directory."
+ADVICE = "Every process compiles them anew (up to 15 s of a core each); set MLA_CUTE_CACHE_DIR to a writable directory."
 
 _FILE = re.compile(r"^\.?(?P<stem>[\w.]+-[0-9a-f]{24})\.(?P<kind>o|json|lock|[0-9a-f]+\.tmp)$")
 
