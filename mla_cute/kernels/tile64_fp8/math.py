@@ -151,7 +151,7 @@ class PairMath(Variant):
 
     # -------------------------------------------------------------------- P
 
-    def _exp(self, smem: Smem, regs: Fragments, slot: Int32, valid: Int32, last: bool) -> list[Float32]:
+    def _exp(self, smem: Smem, regs: Fragments, slot: Int32, valid: Int32) -> list[Float32]:
         """P = 2^S as float16 in rP, times the token's scale in units in format "token"; returns this thread's share of
         the sums of its two rows, without the scales."""
         totals = [Float32(0.0), Float32(0.0)]
@@ -161,7 +161,7 @@ class PairMath(Variant):
             scales = []
             if self.kv_format == "token":
                 scales = [x * inverse for x in self._column_scales(smem, regs, slot, 0, j)]
-            if scales and last:
+            if scales:
                 token = 8 * j + regs.lane % 4 * 2
                 scales = [cutlass.select_(token + i < valid, scales[i], Float32(0.0)) for i in range(2)]
             for r in range(2):
@@ -213,14 +213,14 @@ class PairMath(Variant):
                 words[at] = low
                 words[at + 1] = high
 
-    def _v_scales(self, smem: Smem, regs: Fragments, slot: Int32, valid: Int32, group: int, last: bool) -> list[Uint32]:
+    def _v_scales(self, smem: Smem, regs: Fragments, slot: Int32, valid: Int32, group: int) -> list[Uint32]:
         """Scales of this thread's two tokens of every eight for a channel group, in units, as pairs of float16."""
         inverse = cute.arch.rcp_approx(regs.rUnit[0])
         at = self._scale_address(smem, regs, slot, group)
         pairs = []
         for j in range(8):
             x = [v * inverse for v in ptx.load_shared_f32x2(at, 32 * j)]
-            if last:
+            if True:
                 token = 8 * j + regs.lane % 4 * 2
                 x = [cutlass.select_(token + i < valid, x[i], Float32(0.0)) for i in range(2)]
             pairs.append(ptx.to_f16x2(*x))

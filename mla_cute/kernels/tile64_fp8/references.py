@@ -50,13 +50,13 @@ class References(PairMath):
             smem.sRaise[pair.tile // 2 % 2] = pair.tile + 1
 
     @cute.jit
-    def _raise_if_asked(self, smem: Smem, regs: Fragments, pair: Pair, sums, wg: Constexpr, last: Constexpr):
+    def _raise_if_asked(self, smem: Smem, regs: Fragments, pair: Pair, sums, wg: Constexpr):
         """Behind Bar.P; `sums` as in `_raise_references`."""
         if smem.sRaise[pair.tile // 2 % 2] == pair.tile + 1:
-            self._raise_references(smem, regs, pair, sums, self._is_first(smem, pair), wg, last)
+            self._raise_references(smem, regs, pair, sums, self._is_first(smem, pair), wg)
 
     @cute.jit
-    def _raise_references(self, smem: Smem, regs: Fragments, pair: Pair, sums, first, wg: Constexpr, last: Constexpr):
+    def _raise_references(self, smem: Smem, regs: Fragments, pair: Pair, sums, first, wg: Constexpr):
         """Both consumers together raise the references of all rows to the largest scores of the pair, and the unit to
         its largest scale. P of the pair and `sums`, this thread's shares of its row sums, are made again; what was
         added up before, O and rL, is multiplied to the new references. In an item's first pair nothing was added up and
@@ -84,7 +84,7 @@ class References(PairMath):
             regs.rL[r] = regs.rL[r] * factor
             for n in cutlass.range_constexpr(16):
                 regs.S[r, n] = regs.S[r, n] - up
-        again = self._exp(smem, regs, pair.slots[wg], pair.valid[wg], last)
+        again = self._exp(smem, regs, pair.slots[wg], pair.valid[wg])
         for r in cutlass.range_constexpr(2):
             sums[r] = again[r]
         self._put_p(regs, wg)

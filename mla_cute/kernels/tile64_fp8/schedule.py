@@ -95,7 +95,6 @@ class Consumer(QueryLoad, References, Epilogue):
         item_slot: Int32,
         gap: Int32,
         wg: int,
-        last: bool,
     ) -> None:
         """The pair whose tile 0 is `tile` among all that the CTA runs; `left`: tokens of the item from it on."""
         slots = tuple(self._slot(tile + i) for i in range(2))
@@ -105,42 +104,42 @@ class Consumer(QueryLoad, References, Epilogue):
             self._start_nope(params, smem, regs, tile + own, 0)
         cute.arch.mbarrier_wait(smem.mbar + self.mbars.full + pair.slots[other], self._phase(tile + other))
         self._scores(params, smem, regs, tile + own)
-        if last or not self.rows.header_is_item:
-            self.rows.mask(params, smem, regs, item_slot, pair.valid[own], gap)
-        totals = self._exp(smem, regs, pair.slots[own], pair.valid[own], last)
+        self.rows.mask(params, smem, regs, item_slot, pair.valid[own], gap)
+        totals = self._exp(smem, regs, pair.slots[own], pair.valid[own])
         P_FREE[own].sync()
         sums = cute.make_rmem_tensor((2,), Float32)
         for r in range(2):
             sums[r] = totals[r]
         self._put_p(regs, wg)
-        if last:
-            for i in range(2):
-                self._zero_v_tail(smem, pair.slots[i], wg, pair.valid[i])
+        for i in range(2):
+            self._zero_v_tail(smem, pair.slots[i], wg, pair.valid[i])
         if not self.num_scales:
             # V's first fragment is made before the wait for the other's P. With scales no registers are left for it.
             self._v_fragment(smem, regs, pair.slots[0], 0, wg, 0, None)
         self._ask_to_raise(smem, pair, self._out_of_range(smem, regs, pair, totals, own))
         Bar.P.sync()
-        self._raise_if_asked(smem, regs, pair, sums, wg, last)
+        self._raise_if_asked(smem, regs, pair, sums, wg)
         for r in range(2):
             regs.rL[r] = regs.rL[r] + sums[r]
-        self._multiply_v(params, smem, regs, pair, wg, last)
+        self._multiply_v(params, smem, regs, pair, left, wg)
         P_FREE[other].arrive()
 
-    def _multiply_v(self, params: Params, smem: Smem, regs: Fragments, pair: Pair, wg: int, last: bool) -> None:
+    def _multiply_v(self, params: Params, smem: Smem, regs: Fragments, pair: Pair, left: Int32, wg: int) -> None:
         """O^T += V^T P^T of both tiles in steps of 64 channels; without scales the first fragment is there already."""
         # Tile 0 first: its slot is refilled while tile 1 is multiplied.
         steps = [(i, m) for i in range(2) for m in range(4)]
         scales = None
         if self.num_scales:
             if self.kv_format == "group":
-                scales = self._v_scales(smem, regs, pair.slots[0], pair.valid[0], wg * 2, last)
+                scales = self._v_scales(smem, regs, pair.slots[0], pair.valid[0], wg * 2)
             self._v_fragment(smem, regs, pair.slots[0], 0, wg, 0, scales)
         for n, (i, m) in enumerate(steps):
-            if self.ahead and not last and n == 4 * wg:
+            if self.ahead and n == 4 * wg:
                 # This is in no branch and not left in flight over the loop's end: ptxas would then wait behind every
                 # wgmma. wg 1 starts later because it waits for the refill of the slot that the last pair released last.
-                self._start_nope(params, smem, regs, pair.tile + 2 + wg, 0)
+                # The last pair starts its own tile's again, which nobody reads: one copy of the code does for all.
+                ahead = cutlass.select_(left > 2 * TILE_N, pair.tile + 2 + wg, pair.tile + wg)
+                self._start_nope(params, smem, regs, ahead, 0)
             warpgroup.fence()
             p = regs.tOrP[None, None, None, i]
             wgmma.issue(params.mma_pv, regs.rO[m], regs.rV[n % 2], p, [(k, k) for k in range(4)], False)
@@ -151,7 +150,7 @@ class Consumer(QueryLoad, References, Epilogue):
                     warpgroup.wait_group(1)
                 i, m = steps[n + 1]
                 if self.kv_format == "group" and m % 2 == 0:
-                    scales = self._v_scales(smem, regs, pair.slots[i], pair.valid[i], wg * 2 + m // 2, last)
+                    scales = self._v_scales(smem, regs, pair.slots[i], pair.valid[i], wg * 2 + m // 2)
                 self._v_fragment(smem, regs, pair.slots[i], m, wg, (n + 1) % 2, scales)
                 if m == 3:
                     # The last of this tile's V is in registers.
@@ -191,13 +190,10 @@ class Consumer(QueryLoad, References, Epilogue):
             gap = self.rows.gap(params, smem, slot)
             if const_expr(self.ahead):
                 self._start_nope(params, smem, regs, tile + wg, 0)
-            # The last pair is apart from the others: only there are tails, and is there nothing to start ahead.
-            while left > 2 * TILE_N:
-                self._pair(params, smem, regs, tile, left, it % ITEM_SLOTS, gap, wg, False)
+            while left > 0:
+                self._pair(params, smem, regs, tile, left, it % ITEM_SLOTS, gap, wg)
                 tile += 2
                 left -= 2 * TILE_N
-            self._pair(params, smem, regs, tile, left, it % ITEM_SLOTS, gap, wg, True)
-            tile += 2
             self._epilogue(params, smem, regs, it % ITEM_SLOTS, smem.sLoop[LOOP_HEAD0], wg)
             it += 1
 
