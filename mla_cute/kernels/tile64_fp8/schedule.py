@@ -94,37 +94,40 @@ class Consumer(QueryLoad, References, Epilogue):
         left: Int32,
         item_slot: Int32,
         gap: Int32,
-        wg: int,
+        wg: Int32,
     ) -> None:
         """The pair whose tile 0 is `tile` among all that the CTA runs; `left`: tokens of the item from it on."""
         slots = tuple(self._slot(tile + i) for i in range(2))
         pair = Pair(tile=tile, slots=slots, valid=(left, left - TILE_N), item_slot=item_slot)
         own, other = wg, 1 - wg
+        own_slot = cutlass.select_(own == 0, slots[0], slots[1])
+        other_slot = cutlass.select_(own == 0, slots[1], slots[0])
+        own_valid = left - own * TILE_N
         if not self.ahead:
-            self._start_nope(params, smem, regs, tile + own, 0)
-        cute.arch.mbarrier_wait(smem.mbar + self.mbars.full + pair.slots[other], self._phase(tile + other))
-        self._scores(params, smem, regs, tile + own)
-        self.rows.mask(params, smem, regs, item_slot, pair.valid[own], gap)
-        totals = self._exp(smem, regs, pair.slots[own], pair.valid[own])
-        P_FREE[own].sync()
+            self._start_nope(params, smem, regs, tile + Uint32(own), 0)
+        cute.arch.mbarrier_wait(smem.mbar + self.mbars.full + other_slot, self._phase(tile + Uint32(other)))
+        self._scores(params, smem, regs, tile + Uint32(own))
+        self.rows.mask(params, smem, regs, item_slot, own_valid, gap)
+        totals = self._exp(smem, regs, own_slot, own_valid)
+        barriers.sync_of(P_FREE, own)
         sums = cute.make_rmem_tensor((2,), Float32)
         for r in range(2):
             sums[r] = totals[r]
-        self._put_p(regs, wg)
+        self._put_p(regs)
         for i in range(2):
             self._zero_v_tail(smem, pair.slots[i], wg, pair.valid[i])
         if not self.num_scales:
             # V's first fragment is made before the wait for the other's P. With scales no registers are left for it.
             self._v_fragment(smem, regs, pair.slots[0], 0, wg, 0, None)
-        self._ask_to_raise(smem, pair, self._out_of_range(smem, regs, pair, totals, own))
+        self._ask_to_raise(smem, pair, self._out_of_range(smem, regs, pair, totals, own_slot, own_valid))
         Bar.P.sync()
-        self._raise_if_asked(smem, regs, pair, sums, wg)
+        self._raise_if_asked(smem, regs, pair, sums, own_slot, own_valid, wg)
         for r in range(2):
             regs.rL[r] = regs.rL[r] + sums[r]
         self._multiply_v(params, smem, regs, pair, left, wg)
-        P_FREE[other].arrive()
+        barriers.arrive_of(P_FREE, other)
 
-    def _multiply_v(self, params: Params, smem: Smem, regs: Fragments, pair: Pair, left: Int32, wg: int) -> None:
+    def _multiply_v(self, params: Params, smem: Smem, regs: Fragments, pair: Pair, left: Int32, wg: Int32) -> None:
         """O^T += V^T P^T of both tiles in steps of 64 channels; without scales the first fragment is there already."""
         # Tile 0 first: its slot is refilled while tile 1 is multiplied.
         steps = [(i, m) for i in range(2) for m in range(4)]
@@ -134,11 +137,11 @@ class Consumer(QueryLoad, References, Epilogue):
                 scales = self._v_scales(smem, regs, pair.slots[0], pair.valid[0], wg * 2)
             self._v_fragment(smem, regs, pair.slots[0], 0, wg, 0, scales)
         for n, (i, m) in enumerate(steps):
-            if self.ahead and n == 4 * wg:
+            if self.ahead and n == 4:
                 # This is in no branch and not left in flight over the loop's end: ptxas would then wait behind every
                 # wgmma. wg 1 starts later because it waits for the refill of the slot that the last pair released last.
                 # The last pair starts its own tile's again, which nobody reads: one copy of the code does for all.
-                ahead = cutlass.select_(left > 2 * TILE_N, pair.tile + 2 + wg, pair.tile + wg)
+                ahead = pair.tile + Uint32(wg) + cutlass.select_(left > 2 * TILE_N, Uint32(2), Uint32(0))
                 self._start_nope(params, smem, regs, ahead, 0)
             warpgroup.fence()
             p = regs.tOrP[None, None, None, i]
@@ -159,7 +162,7 @@ class Consumer(QueryLoad, References, Epilogue):
 
     # ------------------------------------------------------------------- items
 
-    def _consume(self, params: Params, smem: Smem, part: Int32, head0: Int32, t: Int32, wg: int) -> None:
+    def _consume(self, params: Params, smem: Smem, part: Int32, head0: Int32, t: Int32, wg: Int32) -> None:
         """All items of `part`, for the heads from `head0` on; `t`: thread of the warpgroup."""
         # What the loop over items needs waits in shared memory: every thread writes and reads it for itself.
         smem.sLoop[LOOP_NUM_ITEMS] = self.rows.num_items(params, part)
@@ -167,11 +170,11 @@ class Consumer(QueryLoad, References, Epilogue):
         smem.sLoop[LOOP_FIRST_ROW] = first_row
         smem.sLoop[LOOP_HEAD0] = head0
         smem.sLoop[LOOP_PART] = part
-        self._consume_items(params, smem, make_fragments(params, smem, t), wg)
+        self._consume_items(params, smem, make_fragments(params, smem, t, wg), wg)
 
     @cute.jit
-    def _consume_items(self, params: Params, smem: Smem, regs: Fragments, wg: Constexpr):
-        P_FREE[1 - wg].arrive()
+    def _consume_items(self, params: Params, smem: Smem, regs: Fragments, wg):
+        barriers.arrive_of(P_FREE, 1 - wg)
         tile = Uint32(0)  # the number of the pair's tile 0 among all tiles
         it = Int32(0)
         self._fetch_item(params, smem, regs, it, wg)
@@ -189,7 +192,7 @@ class Consumer(QueryLoad, References, Epilogue):
             left = smem.sItem[slot, Word.KV_END] - smem.sItem[slot, Word.KV_BEGIN]
             gap = self.rows.gap(params, smem, slot)
             if const_expr(self.ahead):
-                self._start_nope(params, smem, regs, tile + wg, 0)
+                self._start_nope(params, smem, regs, tile + Uint32(wg), 0)
             while left > 0:
                 self._pair(params, smem, regs, tile, left, it % ITEM_SLOTS, gap, wg)
                 tile += 2
@@ -198,9 +201,9 @@ class Consumer(QueryLoad, References, Epilogue):
             it += 1
 
     @cute.jit
-    def _fetch_item(self, params: Params, smem: Smem, regs: Fragments, it, wg: Constexpr):
+    def _fetch_item(self, params: Params, smem: Smem, regs: Fragments, it, wg):
         """Start the copy of item `it`, if there is one, to its slot of smem.sItem; `_await_item` ends it."""
-        if const_expr(wg == 0):
+        if wg == 0:
             if (regs.t < 2) & (it < smem.sLoop[LOOP_NUM_ITEMS]):
                 table_row = self.rows.item_row(params, smem.sLoop[LOOP_PART], smem.sLoop[LOOP_FIRST_ROW], it)
                 if const_expr(self.rows.header_is_item):
@@ -212,9 +215,9 @@ class Consumer(QueryLoad, References, Epilogue):
                 ptx.cp_async_small(dst, src, 16, 1)
 
     @cute.jit
-    def _await_item(self, regs: Fragments, wg: Constexpr):
+    def _await_item(self, regs: Fragments, wg):
         """Wait for the copy that `_fetch_item` started; the other threads wait at Bar.EPI."""
-        if const_expr(wg == 0):
+        if wg == 0:
             if regs.t < 2:
                 cute.arch.cp_async_commit_group()
                 cute.arch.cp_async_wait_group(0)
