@@ -2,7 +2,7 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Float16, Float32, Int32, Int64, Uint32
+from cutlass import Float16, Float32, Int32, Int64, Uint32
 from cutlass.cute.nvgpu import warp, warpgroup
 
 from ...dims import CKV_DIM, KPE_DIM, TILE_M
