@@ -220,8 +220,7 @@ class PairMath(Variant):
         pairs = []
         for j in range(8):
             x = [v * inverse for v in ptx.load_shared_f32x2(at, 32 * j)]
-            if True:
-                token = 8 * j + regs.lane % 4 * 2
-                x = [cutlass.select_(token + i < valid, x[i], Float32(0.0)) for i in range(2)]
+            token = 8 * j + regs.lane % 4 * 2
+            x = [cutlass.select_(token + i < valid, x[i], Float32(0.0)) for i in range(2)]
             pairs.append(ptx.to_f16x2(*x))
         return pairs
