@@ -7,6 +7,7 @@ table from which their initialisation is made.
 import enum
 
 import cutlass.cute as cute
+from cutlass import Int32
 
 from .ptx import asm
 
@@ -58,6 +59,18 @@ def sync(barrier: int, num_threads: int) -> None:
     compute-sanitizer's synccheck calls the aligned form divergent. It costs nothing.
     """
     asm(None, 0, [], f"barrier.cta.sync {barrier}, {num_threads};", "~{memory}", True)
+
+
+def sync_of(first: NamedBarrier, i) -> None:
+    """`sync` at the barrier `i` behind `first`, which a warp knows at run time."""
+    number = Int32(first.number) + i
+    asm(None, 0, [number], f"barrier.cta.sync $0, {first.threads};", "r,~{memory}", True)
+
+
+def arrive_of(first: NamedBarrier, i) -> None:
+    """`arrive`, likewise."""
+    number = Int32(first.number) + i
+    asm(None, 0, [number], f"barrier.cta.arrive $0, {first.threads};", "r,~{memory}", True)
 
 
 def arrive(barrier: int, num_threads: int) -> None:

@@ -8,7 +8,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int64, const_expr
 
-from ..lib import partials, ptx, scalars, softmax
+from ..lib import barriers, partials, ptx, scalars, softmax
 from .math import put_rows
 from .params import FILL, Bar, Fragments, Params, Smem, Variant
 
@@ -17,7 +17,7 @@ class Epilogue(Variant):
     """The end of an item: a method of Tile64Fp8."""
 
     @cute.jit
-    def _epilogue(self, params: Params, smem: Smem, regs: Fragments, slot, head0, wg: Constexpr):
+    def _epilogue(self, params: Params, smem: Smem, regs: Fragments, slot, head0, wg):
         """O^T / l to the output, or as 16-bit integers under a scale to the partial rows (dims.py); lse beside them.
 
         `slot`: where the item's record lies in smem.sItem."""
@@ -27,14 +27,14 @@ class Epilogue(Variant):
         for r in cutlass.range_constexpr(2):
             regs.rL[r] = softmax.quad_sum(regs.rL[r])
         put_rows(regs, smem.sL[wg, None], [regs.rL[0], regs.rL[1]])
-        if const_expr(wg == 0):
+        if wg == 0:
             put_rows(regs, smem.sMax[0, None], [regs.rRef[0], regs.rRef[1]])
         else:
             if regs.t < rows:
                 token, head = self.rows.token_and_head(params, smem, slot, head0, regs.t)
                 put_addresses(params, smem, regs, part_row, partial, token, head)
         Bar.EPI.sync()
-        if const_expr(wg == 0):
+        if wg == 0:
             if regs.t < rows:
                 v = cute.math.log2(smem.sL[0, regs.t] + smem.sL[1, regs.t]) + smem.sMax[0, regs.t]
                 if partial:
@@ -74,13 +74,13 @@ def _fmax_abs(largest, *values):
     return largest
 
 
-def _first_word(regs: Fragments, wg: int):
+def _first_word(regs: Fragments, wg):
     """Where this thread's word of block 0 begins in a row of 512 16-bit values, in bytes."""
     return Int64((wg * 256 + regs.t // 32 * 16 + regs.lane // 4 * 2) * 2)
 
 
 @cute.jit
-def store_output(smem: Smem, regs: Fragments, rows, scale, dtype: Constexpr, wg: Constexpr):
+def store_output(smem: Smem, regs: Fragments, rows, scale, dtype: Constexpr, wg):
     """Store O, times `scale`, to the rows at smem.sAddress."""
     for j in cutlass.range_constexpr(8):
         for e in cutlass.range_constexpr(2):
@@ -94,7 +94,7 @@ def store_output(smem: Smem, regs: Fragments, rows, scale, dtype: Constexpr, wg:
 
 
 @cute.jit
-def store_partial(params: Params, smem: Smem, regs: Fragments, part_row, rows, scale, wg: Constexpr):
+def store_partial(params: Params, smem: Smem, regs: Fragments, part_row, rows, scale, wg):
     """Store O to the rows at smem.sAddress as biased 16-bit integers, and what an integer is worth, times `scale`
     (lib/partials.py)."""
     for j in cutlass.range_constexpr(8):
@@ -106,7 +106,7 @@ def store_partial(params: Params, smem: Smem, regs: Fragments, part_row, rows, s
                 largest = cute.arch.fmax(largest, cute.arch.shuffle_sync_bfly(largest, offset=4 << i), nan=True)
             if regs.lane < 4:
                 smem.scratch[_row(regs, j, e), regs.t // 32, wg] = largest
-    FILL[wg].sync()
+    barriers.sync_of(FILL, wg)
     for j in cutlass.range_constexpr(8):
         for e in cutlass.range_constexpr(2):
             row = _row(regs, j, e)

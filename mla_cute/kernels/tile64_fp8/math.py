@@ -2,7 +2,7 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Float16, Float32, Int32, Int64, Uint32
+from cutlass import Float16, Float32, Int32, Int64, Uint32
 from cutlass.cute.nvgpu import warp, warpgroup
 
 from ...dims import CKV_DIM, KPE_DIM, TILE_M
@@ -14,7 +14,7 @@ from .params import FILL, WARPGROUP, Fragments, Params, Smem, Variant
 NOPE_STEPS = CKV_DIM // 32
 
 
-def make_fragments(params: Params, smem: Smem, t: Int32) -> Fragments:
+def make_fragments(params: Params, smem: Smem, t: Int32, wg: Int32) -> Fragments:
     """Descriptors and registers of consumer thread `t` of its warpgroup."""
     thr_nope, thr_rope, thr_pv = (m.get_slice(0) for m in (params.mma_nope, params.mma_rope, params.mma_pv))
     acc = thr_nope.partition_shape_C((TILE_M, TILE_N))
@@ -45,7 +45,7 @@ def make_fragments(params: Params, smem: Smem, t: Int32) -> Fragments:
         T=wgmma.row_col_view(rT, 8),
         stm=stm,
         tPr=stm.retile(rPc),
-        tPs=tuple(stm.partition_D(smem.sP[None, None, i]) for i in range(2)),
+        tPs=stm.partition_D(smem.sP[None, None, wg]),
     )
 
 
@@ -151,7 +151,7 @@ class PairMath(Variant):
 
     # -------------------------------------------------------------------- P
 
-    def _exp(self, smem: Smem, regs: Fragments, slot: Int32, valid: Int32, last: bool) -> list[Float32]:
+    def _exp(self, smem: Smem, regs: Fragments, slot: Int32, valid: Int32) -> list[Float32]:
         """P = 2^S as float16 in rP, times the token's scale in units in format "token"; returns this thread's share of
         the sums of its two rows, without the scales."""
         totals = [Float32(0.0), Float32(0.0)]
@@ -161,7 +161,7 @@ class PairMath(Variant):
             scales = []
             if self.kv_format == "token":
                 scales = [x * inverse for x in self._column_scales(smem, regs, slot, 0, j)]
-            if scales and last:
+            if scales:
                 token = 8 * j + regs.lane % 4 * 2
                 scales = [cutlass.select_(token + i < valid, scales[i], Float32(0.0)) for i in range(2)]
             for r in range(2):
@@ -170,15 +170,15 @@ class PairMath(Variant):
                 words[2 * j + r] = ptx.to_f16x2(*([e[i] * scales[i] for i in range(2)] if scales else e))
         return totals
 
-    def _put_p(self, regs: Fragments, wg: int) -> None:
+    def _put_p(self, regs: Fragments) -> None:
         """P from rP to shared memory, for wgmma of both consumers to read once they have met."""
-        cute.copy(regs.stm, regs.tPr, regs.tPs[wg])
+        cute.copy(regs.stm, regs.tPr, regs.tPs)
         barriers.fence_smem_writes()
 
     # -------------------------------------------------------------------- V
 
     @cute.jit
-    def _zero_v_tail(self, smem: Smem, slot, wg: Constexpr, valid):
+    def _zero_v_tail(self, smem: Smem, slot, wg, valid):
         """Zero V rows >= valid of this warpgroup's half: 0 * NaN is NaN, and rows past kv_end may hold anything."""
         if valid < TILE_N:
             t = ptx.thread_index() % WARPGROUP
@@ -188,10 +188,10 @@ class PairMath(Variant):
             for row in cutlass.range(first, TILE_N, 4, unroll=1):
                 smem.k_words[base + row * 16] = Int64(0)
             barriers.fence_smem_writes()
-            FILL[wg].sync()
+            barriers.sync_of(FILL, wg)
 
     def _v_fragment(
-        self, smem: Smem, regs: Fragments, slot: Int32, m: int, wg: int, buffer: int, scales: list | None
+        self, smem: Smem, regs: Fragments, slot: Int32, m: int, wg: Int32, buffer: int, scales: list | None
     ) -> None:
         """A operand of O^T += V^T P^T: channels 64 m .. of this warpgroup's half, 64 tokens, as float16 in rV[buffer].
 
@@ -200,10 +200,10 @@ class PairMath(Variant):
         """
         words = cute.recast_tensor(regs.rV[buffer], Uint32)
         chunk = (m % 2) * 4 + regs.t // 32
-        address = Int32(smem.sK.iterator.toint()) + slot * (4 * SUB_BYTES)
+        address = Int32(smem.sK.iterator.toint()) + (slot * 2 + wg) * (2 * SUB_BYTES)
         address = address + regs.lane * 128 + (chunk ^ (regs.lane % 8)) * 16
         for half in range(2):
-            x = ptx.ldmatrix_x4(address, (wg * 2 + m // 2) * SUB_BYTES + half * (SUB_BYTES // 2), True)
+            x = ptx.ldmatrix_x4(address, m // 2 * SUB_BYTES + half * (SUB_BYTES // 2), True)
             for j in range(4):
                 low, high = e4m3.e4m3x4_to_f16(e4m3.transpose_pairs(x[j]))
                 if scales:
@@ -213,15 +213,14 @@ class PairMath(Variant):
                 words[at] = low
                 words[at + 1] = high
 
-    def _v_scales(self, smem: Smem, regs: Fragments, slot: Int32, valid: Int32, group: int, last: bool) -> list[Uint32]:
+    def _v_scales(self, smem: Smem, regs: Fragments, slot: Int32, valid: Int32, group: int) -> list[Uint32]:
         """Scales of this thread's two tokens of every eight for a channel group, in units, as pairs of float16."""
         inverse = cute.arch.rcp_approx(regs.rUnit[0])
         at = self._scale_address(smem, regs, slot, group)
         pairs = []
         for j in range(8):
             x = [v * inverse for v in ptx.load_shared_f32x2(at, 32 * j)]
-            if last:
-                token = 8 * j + regs.lane % 4 * 2
-                x = [cutlass.select_(token + i < valid, x[i], Float32(0.0)) for i in range(2)]
+            token = 8 * j + regs.lane % 4 * 2
+            x = [cutlass.select_(token + i < valid, x[i], Float32(0.0)) for i in range(2)]
             pairs.append(ptx.to_f16x2(*x))
         return pairs

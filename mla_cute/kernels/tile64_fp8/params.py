@@ -40,9 +40,9 @@ class Bar(NamedBarrier):
     P_FREE1 = 8, NUM_CONSUMERS  # likewise consumer 0 -> consumer 1
 
 
-# By consumer.
-FILL = (Bar.FILL0, Bar.FILL1)
-P_FREE = (Bar.P_FREE0, Bar.P_FREE1)
+# By consumer: the ids of these and of the ones behind them.
+FILL = Bar.FILL0
+P_FREE = Bar.P_FREE0
 
 
 class Variant(RingProducer):
@@ -183,9 +183,9 @@ class Fragments:
     rUnit: cute.Tensor  # the unit: P V counts channel scales as multiples of it, and O is multiplied by it at its end
     S: cute.Tensor  # views (row 0..1, column 0..15) of rS and rT
     T: cute.Tensor
-    stm: cute.TiledCopy  # stores P: rP is tPr, its places in sP are tPs, one for each tile
+    stm: cute.TiledCopy  # stores P: rP is tPr, its place in sP, of the own tile, is tPs
     tPr: cute.Tensor
-    tPs: tuple
+    tPs: cute.Tensor
 
 
 @dataclasses.dataclass(frozen=True)

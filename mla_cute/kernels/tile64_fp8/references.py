@@ -8,7 +8,7 @@ anyway, both read the word that was asked with: either both raise or none does.
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Float32, const_expr
+from cutlass import Float32, Int32, const_expr
 
 from ..lib import e4m3, softmax
 from ..lib.paged import TILE_N
@@ -21,14 +21,14 @@ from .params import Bar, Fragments, Pair, Smem
 class References(PairMath):
     """Asking for new references, and raising them: methods of Tile64Fp8. `pair` is the pair at hand."""
 
-    def _out_of_range(self, smem: Smem, regs: Fragments, pair: Pair, totals: list, own: int):
+    def _out_of_range(self, smem: Smem, regs: Fragments, pair: Pair, totals: list, slot: Int32, valid: Int32):
         """This thread asks for new references: a P or a scale of its own tile would leave float16's range, or the pair
         is its item's first, whose references are not chosen yet. `totals` are its shares of P's row sums, which
         no P exceeds."""
         most = MAX_SCALED_P if self.kv_format == "token" else MAX_P
         asks = (totals[0] > most) | (totals[1] > most) | self._is_first(smem, pair)
         if self.num_scales > 0:
-            asks = asks | self._scale_out_of_range(smem, regs, pair.slots[own], pair.valid[own])
+            asks = asks | self._scale_out_of_range(smem, regs, slot, valid)
         return asks
 
     def _is_first(self, smem: Smem, pair: Pair):
@@ -50,13 +50,13 @@ class References(PairMath):
             smem.sRaise[pair.tile // 2 % 2] = pair.tile + 1
 
     @cute.jit
-    def _raise_if_asked(self, smem: Smem, regs: Fragments, pair: Pair, sums, wg: Constexpr, last: Constexpr):
+    def _raise_if_asked(self, smem: Smem, regs: Fragments, pair: Pair, sums, slot, valid, wg):
         """Behind Bar.P; `sums` as in `_raise_references`."""
         if smem.sRaise[pair.tile // 2 % 2] == pair.tile + 1:
-            self._raise_references(smem, regs, pair, sums, self._is_first(smem, pair), wg, last)
+            self._raise_references(smem, regs, pair, sums, self._is_first(smem, pair), slot, valid, wg)
 
     @cute.jit
-    def _raise_references(self, smem: Smem, regs: Fragments, pair: Pair, sums, first, wg: Constexpr, last: Constexpr):
+    def _raise_references(self, smem: Smem, regs: Fragments, pair: Pair, sums, first, slot, valid, wg):
         """Both consumers together raise the references of all rows to the largest scores of the pair, and the unit to
         its largest scale. P of the pair and `sums`, this thread's shares of its row sums, are made again; what was
         added up before, O and rL, is multiplied to the new references. In an item's first pair nothing was added up and
@@ -79,15 +79,15 @@ class References(PairMath):
             regs.rRef[r] = regs.rRef[r] + up
             # At most 1: where the reference falls, O and the sums are 0, which an infinite factor would make NaN.
             factor = softmax.exp2(cutlass.min(-up, Float32(0.0)))
-            if const_expr(wg == 0):
+            if wg == 0:
                 put_row(regs, smem.sFactor, rows[r], factor * unit_factor)
             regs.rL[r] = regs.rL[r] * factor
             for n in cutlass.range_constexpr(16):
                 regs.S[r, n] = regs.S[r, n] - up
-        again = self._exp(smem, regs, pair.slots[wg], pair.valid[wg], last)
+        again = self._exp(smem, regs, slot, valid)
         for r in cutlass.range_constexpr(2):
             sums[r] = again[r]
-        self._put_p(regs, wg)
+        self._put_p(regs)
         Bar.P.sync()
         for j in cutlass.range_constexpr(8):
             for e in cutlass.range_constexpr(2):

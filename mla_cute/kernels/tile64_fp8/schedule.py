@@ -21,7 +21,10 @@ each consumer owns half of the channels of O^T.
 
 The named barriers are params.py's Bar.
 
-Order in a pair (`_pair`), the same in both consumers but for where they start ahead:
+Both consumers run the same code, and every pair of an item does: 70 KB instead of the 153 of copies for each consumer
+and for an item's last pair. In a model the weights of a layer put the code out of L2, and it costs 11 to 17 us then.
+
+Order in a pair (`_pair`):
 
     1. Q K^T of the own tile, which was started in the pair before (`ahead`) or is started now; wait for the other tile,
        finish S, mask it
@@ -31,7 +34,8 @@ Order in a pair (`_pair`), the same in both consumers but for where they start a
     4. if either has asked, both raise the references: P again, O to the new ones (references.py)
     5. O^T += V^T P^T in eight wgmma steps, two tiles x four blocks of 64 channels. V of a step becomes a fragment
        while the step before is multiplied; a tile's slot is released when the last fragment of it is made. `ahead`:
-       Q K^T of the next pair's own tile goes first, in wg 1 before the fifth step
+       Q K^T of the next pair's own tile is started before the fifth step; an item's last pair starts that of its
+       tile 1, which nobody reads, and whose slot it still has
     6. let the other consumer write its next P (P_FREE)
 
 The reference of a row is what its scores are relative to in the exponent. It is chosen in an item's first pair and then
@@ -43,15 +47,14 @@ raised together with the references when a scale exceeds 64 units.
 Shared memory: Q 64 (e4m3: 32) KiB + its rope 8 or less, P 16, three (e4m3 Q: four) tiles of 36 to 41 KiB.
 
 Arguments that recur:
-    wg, own, other   0 or 1, constants: this consumer, which is also its own tile in a pair, and the other
-    last             a constant: the pair is its item's last, whose tiles may go past the item's end
+    wg, own, other   0 or 1: this consumer, which is also its own tile in a pair, and the other
     item_slot        where the item's record lies in smem.sItem
     gap              how many of the item's last keys the tile's first row does not see (lib/row_map.py, RowMap.gap)
 """
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr
+from cutlass import Float32, Int32, Int64, Uint32, const_expr
 from cutlass.cute.nvgpu import warpgroup
 
 from ..lib import barriers, ptx, wgmma
@@ -94,53 +97,54 @@ class Consumer(QueryLoad, References, Epilogue):
         left: Int32,
         item_slot: Int32,
         gap: Int32,
-        wg: int,
-        last: bool,
+        wg: Int32,
     ) -> None:
         """The pair whose tile 0 is `tile` among all that the CTA runs; `left`: tokens of the item from it on."""
         slots = tuple(self._slot(tile + i) for i in range(2))
         pair = Pair(tile=tile, slots=slots, valid=(left, left - TILE_N), item_slot=item_slot)
         own, other = wg, 1 - wg
+        own_slot = cutlass.select_(own == 0, slots[0], slots[1])
+        other_slot = cutlass.select_(own == 0, slots[1], slots[0])
+        own_valid = left - own * TILE_N
         if not self.ahead:
-            self._start_nope(params, smem, regs, tile + own, 0)
-        cute.arch.mbarrier_wait(smem.mbar + self.mbars.full + pair.slots[other], self._phase(tile + other))
-        self._scores(params, smem, regs, tile + own)
-        if last or not self.rows.header_is_item:
-            self.rows.mask(params, smem, regs, item_slot, pair.valid[own], gap)
-        totals = self._exp(smem, regs, pair.slots[own], pair.valid[own], last)
-        P_FREE[own].sync()
+            self._start_nope(params, smem, regs, tile + Uint32(own), 0)
+        cute.arch.mbarrier_wait(smem.mbar + self.mbars.full + other_slot, self._phase(tile + Uint32(other)))
+        self._scores(params, smem, regs, tile + Uint32(own))
+        self.rows.mask(params, smem, regs, item_slot, own_valid, gap)
+        totals = self._exp(smem, regs, own_slot, own_valid)
+        barriers.sync_of(P_FREE, own)
         sums = cute.make_rmem_tensor((2,), Float32)
         for r in range(2):
             sums[r] = totals[r]
-        self._put_p(regs, wg)
-        if last:
-            for i in range(2):
-                self._zero_v_tail(smem, pair.slots[i], wg, pair.valid[i])
+        self._put_p(regs)
+        for i in range(2):
+            self._zero_v_tail(smem, pair.slots[i], wg, pair.valid[i])
         if not self.num_scales:
             # V's first fragment is made before the wait for the other's P. With scales no registers are left for it.
             self._v_fragment(smem, regs, pair.slots[0], 0, wg, 0, None)
-        self._ask_to_raise(smem, pair, self._out_of_range(smem, regs, pair, totals, own))
+        self._ask_to_raise(smem, pair, self._out_of_range(smem, regs, pair, totals, own_slot, own_valid))
         Bar.P.sync()
-        self._raise_if_asked(smem, regs, pair, sums, wg, last)
+        self._raise_if_asked(smem, regs, pair, sums, own_slot, own_valid, wg)
         for r in range(2):
             regs.rL[r] = regs.rL[r] + sums[r]
-        self._multiply_v(params, smem, regs, pair, wg, last)
-        P_FREE[other].arrive()
+        self._multiply_v(params, smem, regs, pair, left, wg)
+        barriers.arrive_of(P_FREE, other)
 
-    def _multiply_v(self, params: Params, smem: Smem, regs: Fragments, pair: Pair, wg: int, last: bool) -> None:
+    def _multiply_v(self, params: Params, smem: Smem, regs: Fragments, pair: Pair, left: Int32, wg: Int32) -> None:
         """O^T += V^T P^T of both tiles in steps of 64 channels; without scales the first fragment is there already."""
         # Tile 0 first: its slot is refilled while tile 1 is multiplied.
         steps = [(i, m) for i in range(2) for m in range(4)]
         scales = None
         if self.num_scales:
             if self.kv_format == "group":
-                scales = self._v_scales(smem, regs, pair.slots[0], pair.valid[0], wg * 2, last)
+                scales = self._v_scales(smem, regs, pair.slots[0], pair.valid[0], wg * 2)
             self._v_fragment(smem, regs, pair.slots[0], 0, wg, 0, scales)
         for n, (i, m) in enumerate(steps):
-            if self.ahead and not last and n == 4 * wg:
+            if self.ahead and n == 4:
                 # This is in no branch and not left in flight over the loop's end: ptxas would then wait behind every
-                # wgmma. wg 1 starts later because it waits for the refill of the slot that the last pair released last.
-                self._start_nope(params, smem, regs, pair.tile + 2 + wg, 0)
+                # wgmma. Not earlier, because wg 1 waits for the refill of the slot that the last pair released last.
+                ahead = pair.tile + cutlass.select_(left > 2 * TILE_N, Uint32(wg) + 2, Uint32(1))
+                self._start_nope(params, smem, regs, ahead, 0)
             warpgroup.fence()
             p = regs.tOrP[None, None, None, i]
             wgmma.issue(params.mma_pv, regs.rO[m], regs.rV[n % 2], p, [(k, k) for k in range(4)], False)
@@ -151,7 +155,7 @@ class Consumer(QueryLoad, References, Epilogue):
                     warpgroup.wait_group(1)
                 i, m = steps[n + 1]
                 if self.kv_format == "group" and m % 2 == 0:
-                    scales = self._v_scales(smem, regs, pair.slots[i], pair.valid[i], wg * 2 + m // 2, last)
+                    scales = self._v_scales(smem, regs, pair.slots[i], pair.valid[i], wg * 2 + m // 2)
                 self._v_fragment(smem, regs, pair.slots[i], m, wg, (n + 1) % 2, scales)
                 if m == 3:
                     # The last of this tile's V is in registers.
@@ -160,7 +164,7 @@ class Consumer(QueryLoad, References, Epilogue):
 
     # ------------------------------------------------------------------- items
 
-    def _consume(self, params: Params, smem: Smem, part: Int32, head0: Int32, t: Int32, wg: int) -> None:
+    def _consume(self, params: Params, smem: Smem, part: Int32, head0: Int32, t: Int32, wg: Int32) -> None:
         """All items of `part`, for the heads from `head0` on; `t`: thread of the warpgroup."""
         # What the loop over items needs waits in shared memory: every thread writes and reads it for itself.
         smem.sLoop[LOOP_NUM_ITEMS] = self.rows.num_items(params, part)
@@ -168,11 +172,11 @@ class Consumer(QueryLoad, References, Epilogue):
         smem.sLoop[LOOP_FIRST_ROW] = first_row
         smem.sLoop[LOOP_HEAD0] = head0
         smem.sLoop[LOOP_PART] = part
-        self._consume_items(params, smem, make_fragments(params, smem, t), wg)
+        self._consume_items(params, smem, make_fragments(params, smem, t, wg), wg)
 
     @cute.jit
-    def _consume_items(self, params: Params, smem: Smem, regs: Fragments, wg: Constexpr):
-        P_FREE[1 - wg].arrive()
+    def _consume_items(self, params: Params, smem: Smem, regs: Fragments, wg):
+        barriers.arrive_of(P_FREE, 1 - wg)
         tile = Uint32(0)  # the number of the pair's tile 0 among all tiles
         it = Int32(0)
         self._fetch_item(params, smem, regs, it, wg)
@@ -190,21 +194,18 @@ class Consumer(QueryLoad, References, Epilogue):
             left = smem.sItem[slot, Word.KV_END] - smem.sItem[slot, Word.KV_BEGIN]
             gap = self.rows.gap(params, smem, slot)
             if const_expr(self.ahead):
-                self._start_nope(params, smem, regs, tile + wg, 0)
-            # The last pair is apart from the others: only there are tails, and is there nothing to start ahead.
-            while left > 2 * TILE_N:
-                self._pair(params, smem, regs, tile, left, it % ITEM_SLOTS, gap, wg, False)
+                self._start_nope(params, smem, regs, tile + Uint32(wg), 0)
+            while left > 0:
+                self._pair(params, smem, regs, tile, left, it % ITEM_SLOTS, gap, wg)
                 tile += 2
                 left -= 2 * TILE_N
-            self._pair(params, smem, regs, tile, left, it % ITEM_SLOTS, gap, wg, True)
-            tile += 2
             self._epilogue(params, smem, regs, it % ITEM_SLOTS, smem.sLoop[LOOP_HEAD0], wg)
             it += 1
 
     @cute.jit
-    def _fetch_item(self, params: Params, smem: Smem, regs: Fragments, it, wg: Constexpr):
+    def _fetch_item(self, params: Params, smem: Smem, regs: Fragments, it, wg):
         """Start the copy of item `it`, if there is one, to its slot of smem.sItem; `_await_item` ends it."""
-        if const_expr(wg == 0):
+        if wg == 0:
             if (regs.t < 2) & (it < smem.sLoop[LOOP_NUM_ITEMS]):
                 table_row = self.rows.item_row(params, smem.sLoop[LOOP_PART], smem.sLoop[LOOP_FIRST_ROW], it)
                 if const_expr(self.rows.header_is_item):
@@ -216,9 +217,9 @@ class Consumer(QueryLoad, References, Epilogue):
                 ptx.cp_async_small(dst, src, 16, 1)
 
     @cute.jit
-    def _await_item(self, regs: Fragments, wg: Constexpr):
+    def _await_item(self, regs: Fragments, wg):
         """Wait for the copy that `_fetch_item` started; the other threads wait at Bar.EPI."""
-        if const_expr(wg == 0):
+        if wg == 0:
             if regs.t < 2:
                 cute.arch.cp_async_commit_group()
                 cute.arch.cp_async_wait_group(0)

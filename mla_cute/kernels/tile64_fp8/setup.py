@@ -171,10 +171,7 @@ class Tile64Fp8(Consumer):
             self._produce(params, smem, part, warp_idx - FIRST_PRODUCER_WARP, cute.arch.lane_idx())
         else:
             cute.arch.setmaxregister_increase(self.regs_consumer)
-            if wg == 0:
-                self._consume(params, smem, part, head0, tidx % WARPGROUP, 0)
-            else:
-                self._consume(params, smem, part, head0, tidx % WARPGROUP, 1)
+            self._consume(params, smem, part, head0, tidx % WARPGROUP, wg)
 
 
 def decode(key: Fp8Key, config: LaunchConfig) -> Step:
