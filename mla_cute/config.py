@@ -127,15 +127,23 @@ def with_kernel(config: KernelConfig, kv_format: str, kernel: str) -> KernelConf
     return dataclasses.replace(config, fp8_kernel=kernel) if kv_format else dataclasses.replace(config, kernel=kernel)
 
 
-def is_small_step(kv_format: str, num_heads: int, batch: int, kv_len: int, num_sms: int) -> bool:
+# For up to 32, for up to 64 and for more heads: tiles per SM up to which a step is small. See `is_small_step`.
+_SMALL_STEP_TILES = {
+    "16-bit cache": (20, 12, 6),
+    "FP8 cache, 16-bit queries": (36, 18, 16),
+    "FP8 cache, e4m3 queries": (20, 10, 8),
+}
+
+
+def is_small_step(kv_format: str, q_fp8: bool, num_heads: int, batch: int, kv_len: int, num_sms: int) -> bool:
     """Whether a decode step of more than 16 heads is so small that tile16 is the faster kernel.
 
-    By tiles of 16 heads x 64 tokens per SM, as measured on an H200 with L2 emptied before each call, as the weights of
-    a layer empty it in an engine (docs/performance.md). The kernels' own code then comes from memory: 48 KB of tile16,
-    85 of row tiles, over an FP8 cache 150 and more, which costs 2 to 4, 2 to 5 and 11 to 17 us. A tile costs tile16
-    more: as many times as its heads take tiles, the keys come from L2 again.
+    By tiles of 16 heads x 64 tokens per SM, as measured on an H200 with the keys' L2 emptied before each call, as the
+    weights of a layer empty it in an engine, and without (docs/performance.md). A tile costs tile16 more: as many times
+    as its heads take tiles, the keys come from L2 again. A row-tile step costs more to begin, most of all where 16-bit
+    queries are converted for an FP8 cache.
     """
     tiles = batch * -(-kv_len // 64) * -(-num_heads // TILE16_M) / num_sms
-    if not kv_format:
-        return tiles <= (20 if num_heads <= 32 else 12 if num_heads <= 64 else 6)
-    return tiles <= (32 if num_heads <= 32 else 24 if num_heads <= 64 else 20)
+    queries = "e4m3" if q_fp8 else "16-bit"
+    most = _SMALL_STEP_TILES[f"FP8 cache, {queries} queries" if kv_format else "16-bit cache"]
+    return tiles <= most[0 if num_heads <= 32 else 1 if num_heads <= 64 else 2]
