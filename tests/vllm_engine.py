@@ -1,4 +1,5 @@
-"""One run of a vLLM engine over the backend of mla_cute, in a process of its own (tests/gpu/test_vllm_engine.py).
+"""One run of a vLLM engine over the backend of mla_cute, in a process of its own (tests/gpu/test_vllm_engine.py, and
+of two GPUs test_vllm_two_gpus.py).
 
     python tests/vllm_engine.py RUN REPORT.json
 
@@ -45,6 +46,8 @@ class Run:
         graphs: decode steps in full CUDA graphs, and no check.
         drafts: tokens a step that a layer for multi-token prediction drafts.
         alone: requests that are generated once more, each by itself.
+        ranks: of tensor parallelism, each a process with a GPU of its own, where calls are not seen.
+        cold: with a cache of kernels of its own, which is empty.
         llm, env: further arguments of vllm.LLM, environment variables.
     """
 
@@ -56,12 +59,14 @@ class Run:
     graphs: bool = False
     drafts: int = 0
     alone: tuple[int, ...] = ()
+    ranks: int = 1
+    cold: bool = False
     llm: dict[str, Any] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
 
     @property
     def checks(self) -> bool:
-        return self.backend == "CUSTOM" and not self.graphs
+        return self.backend == "CUSTOM" and not self.graphs and self.ranks == 1
 
 
 RUNS = {
@@ -85,6 +90,24 @@ RUNS = {
     # TRITON_MLA decodes no prompt that is longer: those are prefill, in other arithmetic.
     "one_token": Run(prompts=(1,) * 8),
     "one_token_triton": Run(prompts=(1,) * 8, backend="TRITON_MLA"),
+}
+
+DCP = {"decode_context_parallel_size": 2}
+RUNS_OF_TWO = {
+    "tp2": Run(ranks=2, graphs=True, cold=True),
+    "tp2_fp8": Run(ranks=2, kv_cache_dtype="fp8"),
+    "tp2_flash_attn": Run(ranks=2, backend="FLASH_ATTN_MLA"),
+    "dcp2": Run(ranks=2, graphs=True, llm=DCP),
+    "dcp2_fp8": Run(ranks=2, kv_cache_dtype="fp8", llm=DCP),
+    "dcp2_drafts": Run(ranks=2, drafts=2, llm=DCP),
+    "dcp2_drafts_graphs": Run(ranks=2, drafts=2, graphs=True, llm=DCP),
+    "dcp2_flash_attn": Run(ranks=2, backend="FLASH_ATTN_MLA", llm=DCP),
+}
+# One process per rank, forked from a parent that has not touched the GPU, so that what is set up here holds there.
+ENVIRONMENT_OF_RANKS = {
+    "VLLM_WORKER_MULTIPROC_METHOD": "fork",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # for `collective_rpc` of a function
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
 }
 
 
@@ -186,6 +209,10 @@ def make_engine(run: Run, model: str) -> Any:
         }  # fmt: skip
     else:
         arguments["enforce_eager"] = True
+    if run.ranks > 1:
+        arguments |= {
+            "tensor_parallel_size": run.ranks, "distributed_executor_backend": "mp", "disable_custom_all_reduce": True,
+        }  # fmt: skip
     if run.drafts:
         arguments["speculative_config"] = {"method": "mtp", "num_speculative_tokens": run.drafts}
     return LLM(**arguments | run.llm)
@@ -235,6 +262,14 @@ def generate(llm: Any, prompts: list[list[int]]) -> list[dict[str, Any]]:
     ]
 
 
+def counters_of(worker: Any) -> dict[str, int]:
+    """How often kernels were compiled and loaded in a rank's process."""
+    del worker
+    from mla_cute.compile import jit
+
+    return jit.counters()
+
+
 def register_backend() -> None:
     """Names the backend where mla_cute is on PYTHONPATH and not installed, so that vLLM finds no entry point."""
     from mla_cute.integrations import _vllm_plugin
@@ -245,9 +280,11 @@ def register_backend() -> None:
 
 
 def main(name: str, path: str) -> None:
-    run = RUNS[name]
+    run = (RUNS | RUNS_OF_TWO)[name]
     faulthandler.dump_traceback_later(LIMIT_S, exit=True)
-    os.environ.update(ENVIRONMENT | run.env)
+    os.environ.update(ENVIRONMENT | (ENVIRONMENT_OF_RANKS if run.ranks > 1 else {}) | run.env)
+    if run.cold:
+        os.environ["MLA_CUTE_CACHE_DIR"] = f"{path}.kernels"
 
     from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
     from vllm.utils import jit_monitor
@@ -257,7 +294,7 @@ def main(name: str, path: str) -> None:
 
     register_backend()
     DummyModelLoader.load_weights = lambda loader, model, model_config: draw_weights(model)
-    calls = Calls(check=run.checks)
+    calls = Calls(check=run.checks) if run.ranks == 1 else None
     noted = note_compilations()
     replays = count_calls(torch.cuda.CUDAGraph, "replay")
     with tempfile.TemporaryDirectory() as folder:
@@ -266,10 +303,11 @@ def main(name: str, path: str) -> None:
     report = {
         "backend": AttentionBackendEnum[run.backend].get_path(),
         "cudagraph_mode": str(llm.llm_engine.vllm_config.compilation_config.cudagraph_mode),
-        "calls_before": calls.layers.total(),
         "kernels_before": jit.counters(),
     }
-    calls.layers.clear()
+    if calls is not None:
+        report["calls_before"] = calls.layers.total()
+        calls.layers.clear()
     replays.clear()
     steps = count_calls(llm.llm_engine, "step")
     prompts = draw_prompts(run.prompts, run.shared)
@@ -277,14 +315,15 @@ def main(name: str, path: str) -> None:
         "rounds": [generate(llm, prompts) for _ in range(run.rounds)],
         "steps": steps.total(),
         "replays": replays.total(),
-        "python_steps": calls.layers[FIRST_LAYER],
         "alone": {i: generate(llm, [prompts[i]])[0] for i in run.alone},
         "kernels": jit.counters(),
         "monitored": jit_monitor.is_active(),
         "compiled_by": noted,
-        "kinds": calls.kinds,
-        "errors": calls.errors,
     }
+    if calls is not None:
+        report |= {"python_steps": calls.layers[FIRST_LAYER], "kinds": calls.kinds, "errors": calls.errors}
+    if run.ranks > 1:
+        report["kernels_of_ranks"] = llm.collective_rpc(counters_of)
     Path(path).write_text(json.dumps(report))
     sys.stdout.flush()
     sys.stderr.flush()

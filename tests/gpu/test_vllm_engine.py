@@ -4,85 +4,27 @@ graphs, drafts, cached prefixes, in other batches and by vLLM's own backend.
 Each run of tests/vllm_engine.py is a process; all start with the first test, unless -k chooses some.
 """
 
-import importlib.util
-import json
-import os
-import pathlib
-import runpy
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
-import vllm_engine
 from engine_case import TOKENS, check_same
-from vllm_engine import LIMIT_S, RUNS
-
-RELEASE = "0.33.0"
-WORKERS = max(1, min(len(RUNS), os.cpu_count() or 1))
-SPARE_S = 30  # for a process to start and to end
+from vllm_engine import RUNS
+from vllm_runs import limit_of, reports_of, why_not
 
 # Of one token's head in the Frobenius norm, 2e-3 of which is the output's rounding to bf16; absolute.
 OUTPUT_LIMIT, LSE_LIMIT = 2e-2, 2e-2
 
-
-def why_not():
-    """Why there is nothing to test, or None. vLLM itself is not imported, which would take the GPU and seconds."""
-    spec = importlib.util.find_spec("vllm")
-    if spec is None or spec.origin is None:
-        return f'vLLM is not installed: pip install "vllm=={RELEASE}", then mla_cute'
-    file = pathlib.Path(spec.origin).with_name("_version.py")
-    version = runpy.run_path(str(file))["__version__"] if file.is_file() else "of no known release"
-    return None if version.split("+")[0] == RELEASE else f"the backend is written for vLLM {RELEASE}, not {version}"
-
-
 WHY_NOT = why_not()
 pytestmark = [
     pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT)),
-    pytest.mark.timeout((LIMIT_S + SPARE_S) * -(-len(RUNS) // WORKERS) + SPARE_S),
+    pytest.mark.timeout(limit_of(RUNS)),
 ]
-
-
-def run_engine(name, folder):
-    """The report of a run."""
-    report, log = folder / f"{name}.json", folder / f"{name}.log"
-    command = [sys.executable, vllm_engine.__file__, name, str(report)]
-    with log.open("w") as file:
-        try:
-            ended = subprocess.call(command, stdout=file, stderr=subprocess.STDOUT, timeout=LIMIT_S + SPARE_S)
-        except subprocess.TimeoutExpired:
-            ended = "none in time"
-    if ended != 0:
-        tail = "\n".join(line[:300] for line in log.read_text(errors="replace").splitlines()[-40:])
-        return f"{name}: exit status {ended}, {log} ends with\n{tail}"
-    return json.loads(report.read_text())
 
 
 @pytest.fixture(scope="module")
 def report_of(tmp_path_factory, pytestconfig):
-    """A function that waits for the report of a run, and fails where there is none. Where tests are left out (-k), a
-    run starts when it is asked for."""
-    folder = tmp_path_factory.mktemp("vllm_engine")
-    pool = ThreadPoolExecutor(WORKERS)
-    started = {}
-
-    def start(name):
-        if name not in started:
-            started[name] = pool.submit(run_engine, name, folder)
-        return started[name]
-
-    if not pytestconfig.option.keyword:
-        for name in RUNS:
-            start(name)
-
-    def report(name):
-        result = start(name).result()
-        if isinstance(result, str):
-            pytest.fail(result, pytrace=False)
-        return result
-
-    yield report
-    pool.shutdown(cancel_futures=True)
+    """The report of a run by its name. Where tests are left out (-k), a run starts when it is asked for."""
+    at_once = not pytestconfig.option.keyword
+    with reports_of(RUNS, tmp_path_factory.mktemp("vllm_engine"), at_once) as report:
+        yield report
 
 
 @pytest.mark.parametrize(
