@@ -94,7 +94,8 @@ RUNS = {
 
 DCP = {"decode_context_parallel_size": 2}
 RUNS_OF_TWO = {
-    "tp2": Run(ranks=2, graphs=True, cold=True),
+    "tp2": Run(ranks=2, graphs=True),
+    "tp2_cold": Run(ranks=2, cold=True),
     "tp2_fp8": Run(ranks=2, kv_cache_dtype="fp8"),
     "tp2_flash_attn": Run(ranks=2, backend="FLASH_ATTN_MLA"),
     "dcp2": Run(ranks=2, graphs=True, llm=DCP),
@@ -262,12 +263,16 @@ def generate(llm: Any, prompts: list[list[int]]) -> list[dict[str, Any]]:
     ]
 
 
-def counters_of(worker: Any) -> dict[str, int]:
-    """How often kernels were compiled and loaded in a rank's process."""
+def facts_of(worker: Any) -> dict[str, Any]:
+    """Of a rank's process: how often kernels were compiled and loaded, and whether vLLM's own NCCL calls work there.
+    Where they do not, because NCCL is older than vLLM wants, its reduce_scatter says nothing and returns what lay in
+    memory."""
     del worker
+    from vllm.distributed.parallel_state import get_tp_group
+
     from mla_cute.compile import jit
 
-    return jit.counters()
+    return jit.counters() | {"pynccl": not get_tp_group().device_communicator.pynccl_comm.disabled}
 
 
 def register_backend() -> None:
@@ -323,7 +328,7 @@ def main(name: str, path: str) -> None:
     if calls is not None:
         report |= {"python_steps": calls.layers[FIRST_LAYER], "kinds": calls.kinds, "errors": calls.errors}
     if run.ranks > 1:
-        report["kernels_of_ranks"] = llm.collective_rpc(counters_of)
+        report["ranks"] = llm.collective_rpc(facts_of)
     Path(path).write_text(json.dumps(report))
     sys.stdout.flush()
     sys.stderr.flush()

@@ -10,7 +10,7 @@ import pathlib
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -57,12 +57,19 @@ def run_engine(name: str, folder: pathlib.Path) -> dict[str, Any] | str:
     return json.loads(report.read_text())
 
 
+def asked_for(request: pytest.FixtureRequest, runs: Mapping[str, Run]) -> list[str]:
+    """The runs that tests of the requesting module name among their parameters, if these tests were chosen to run."""
+    items = [item for item in request.session.items if item.path == request.path]
+    named = {str(value) for item in items if hasattr(item, "callspec") for value in item.callspec.params.values()}
+    return [name for name in runs if name in named]
+
+
 @contextlib.contextmanager
 def reports_of(
-    runs: Mapping[str, Run], folder: pathlib.Path, at_once: bool
+    runs: Mapping[str, Run], folder: pathlib.Path, first: Iterable[str]
 ) -> Iterator[Callable[[str], dict[str, Any]]]:
-    """A function that waits for the report of a run, and fails where there is none. `at_once`: all runs start now, else
-    each when it is asked for."""
+    """A function that waits for the report of a run, and fails where there is none. Runs of `first` start now, others
+    when they are asked for."""
     pool = ThreadPoolExecutor(workers_of(runs))
     started: dict[str, Any] = {}
 
@@ -71,7 +78,7 @@ def reports_of(
             started[name] = pool.submit(run_engine, name, folder)
         return started[name]
 
-    for name in runs if at_once else ():
+    for name in first:
         start(name)
 
     def report(name: str) -> dict[str, Any]:

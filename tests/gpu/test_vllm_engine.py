@@ -22,8 +22,8 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def report_of(tmp_path_factory, pytestconfig):
     """The report of a run by its name. Where tests are left out (-k), a run starts when it is asked for."""
-    at_once = not pytestconfig.option.keyword
-    with reports_of(RUNS, tmp_path_factory.mktemp("vllm_engine"), at_once) as report:
+    first = () if pytestconfig.option.keyword else RUNS
+    with reports_of(RUNS, tmp_path_factory.mktemp("vllm_engine"), first) as report:
         yield report
 
 
