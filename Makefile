@@ -3,6 +3,8 @@
 # make quick     lint, types, and the CPU tests but for the compiles and other slow ones: under two minutes
 # make bench     the benchmark grid, with a JSON record
 # make docs      the documentation as a site, in site/; needs neither torch nor a GPU
+# make wheel     the source distribution and the wheel, in dist/, as twine wants them; needs no torch either
+# make check-wheel   that wheel in an environment of its own: its files, calls on CPU tensors, the commands
 #
 # Each needs only Python >= 3.10 and makes its own .venv. TORCH=torch==X.Y.Z chooses the torch installed first,
 # PYTHON=python3.12 the interpreter, BENCH_ARGS="..." what `mla-cute bench` is given.
@@ -22,8 +24,11 @@ TORCH_STAMP := $(VENV)/.torch-$(shell printf %s '$(TORCH)' | tr -c 'A-Za-z0-9.' 
 DEMO_STAMP := $(VENV)/.installed-demo
 DEV_STAMP := $(VENV)/.installed-dev
 DOCS_STAMP := $(VENV)/.installed-docs
+WHEEL_STAMP := $(VENV)/.installed-wheel
+# What is installed there is the wheel and what it asks for.
+WHEEL_VENV := .venv-wheel
 
-.PHONY: demo test quick lint format bench docs clean
+.PHONY: demo test quick lint format bench docs wheel check-wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(DEMO_STAMP)
@@ -51,8 +56,22 @@ format: $(DEV_STAMP)
 docs: $(DOCS_STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# The wheel is built from the source distribution, which shows that nothing is missing there.
+wheel: $(WHEEL_STAMP)
+	rm -rf build dist
+	$(BIN)/pyproject-build
+	$(BIN)/twine check --strict dist/*
+
+check-wheel: wheel
+	rm -rf $(WHEEL_VENV)
+	$(BIN)/python -m venv $(WHEEL_VENV)
+	$(INSTALL:$(BIN)/%=$(WHEEL_VENV)/bin/%) '$(TORCH)'
+	$(INSTALL:$(BIN)/%=$(WHEEL_VENV)/bin/%) "$$(ls "$$PWD"/dist/*.whl)[cli]"
+	$(WHEEL_VENV)/bin/mla-cute info
+	$(WHEEL_VENV)/bin/python tests/installed_wheel.py $(WHEEL_VENV)
+
 clean:
-	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(WHEEL_VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find mla_cute tests tune -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(BIN)/python:
@@ -84,4 +103,10 @@ $(DOCS_STAMP): pyproject.toml | $(BIN)/python
 	@echo "installing what builds the documentation into $(VENV)"
 	@$(INSTALL) --upgrade 'pip>=25.1'
 	@$(INSTALL) --group docs
+	@touch $@
+
+$(WHEEL_STAMP): pyproject.toml | $(BIN)/python
+	@echo "installing what builds the wheel into $(VENV)"
+	@$(INSTALL) --upgrade 'pip>=25.1'
+	@$(INSTALL) --group wheel
 	@touch $@
