@@ -1,6 +1,7 @@
 """What a kernel's place in the cache depends on: the files its module imports, read without importing anything."""
 
 import ast
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -264,6 +265,23 @@ def test_digests_are_cheap():
 def test_compile_options_are_part_of_every_entry(monkeypatch):
     plain = toolchain.environment.__wrapped__()
     monkeypatch.setattr(toolchain, "COMPILE_OPTIONS", f"{toolchain.COMPILE_OPTIONS} --opt-level 2")
+    assert toolchain.environment.__wrapped__() != plain
+
+
+@pytest.mark.parametrize("package", ["nvidia-cutlass-dsl", "nvidia-cutlass-dsl-libs-base", "apache-tvm-ffi"])
+def test_another_version_of_the_compiler_finds_none_of_the_entries(monkeypatch, package):
+    """Two releases of the DSL are allowed, and a folder of kernels outlives what was installed when it was filled."""
+    plain, installed = toolchain.environment.__wrapped__(), toolchain.version
+    assert importlib.metadata.version(package) in plain
+    monkeypatch.setattr(toolchain, "version", lambda name: "0.0.1" if name == package else installed(name))
+    assert toolchain.environment.__wrapped__() != plain
+
+
+def test_the_toolkit_of_the_compiler_is_part_of_every_entry(monkeypatch, tmp_path):
+    """The DSL's libraries for CUDA 12 and 13 bring a compiler each, and may both be installed."""
+    plain = toolchain.environment.__wrapped__()
+    library = tmp_path / "cu99" / "lib" / "libcute_dsl_runtime.so"
+    monkeypatch.setattr(toolchain, "runtime_library", lambda: str(library))
     assert toolchain.environment.__wrapped__() != plain
 
 
