@@ -3,9 +3,8 @@
     python -m sglang.launch_server --model deepseek-ai/DeepSeek-V3 --attention-backend mla_cute
 
 Written for SGLang 0.5.23. With both packages installed SGLang finds it by itself (entry point `sglang.srt.plugins`).
-That release pins nvidia-cutlass-dsl 4.8.0 and this library 4.8.1: pip cannot install both in one command. Install
-SGLang first and this library after it; pip replaces 4.8.0 and reports the conflict. Its own DSL kernels on 4.8.1 are
-untried.
+That release pins nvidia-cutlass-dsl[cu13] 4.8.0 and apache-tvm-ffi 0.1.11, which this library takes too;
+docs/engines.md says how far 4.8.0 and the compiler that [cu13] brings are verified.
 
 * Everything absorbed is this library's: decode, verification and drafting of chains (topk 1), draft extension, prompts
   and chunks over a prefix.

@@ -3,8 +3,8 @@
     vllm serve deepseek-ai/DeepSeek-V3 --attention-backend CUSTOM
 
 Written for vLLM 0.33.0. With both packages installed vLLM finds it by itself (entry point `vllm.general_plugins`).
-That release pins nvidia-cutlass-dsl 4.8.0 and this library 4.8.1: pip cannot install both in one command. Install vLLM
-first and this library after it; pip replaces 4.8.0 and reports the conflict. Its own DSL kernels on 4.8.1 are untried.
+That release pins nvidia-cutlass-dsl[cu13] 4.8.0 and apache-tvm-ffi 0.1.11, which this library takes too;
+docs/engines.md says how far 4.8.0 and the compiler that [cu13] brings are verified.
 
 What has run: engines of vLLM 0.33.0 on an H200, small models with random weights (tests/gpu/test_vllm_engine.py; torch
 2.11 instead of the release's 2.14, inductor off), and the backend with stand-ins on CPU tensors. Decode context
