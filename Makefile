@@ -1,10 +1,10 @@
-# make demo      check and time decode on this GPU (without one: the reference, and the kernels compiled)
-# make test      lint, types, CPU tests, and the GPU tests where there is a Hopper GPU
-# make quick     lint, types, and the CPU tests but for the compiles and other slow ones: under two minutes
-# make bench     the benchmark grid, with a JSON record
-# make docs      the documentation as a site, in site/; needs neither torch nor a GPU
-# make wheel     the source distribution and the wheel, in dist/, as twine wants them; needs no torch either
-# make check-wheel   that wheel in an environment of its own: its files, calls on CPU tensors, the commands
+# make demo         check and time decode on this GPU (without one: the reference, and the kernels compiled)
+# make test         lint, types, CPU tests, and the GPU tests where there is a Hopper GPU
+# make quick        lint, types, and the CPU tests but for the compiles and other slow ones: under two minutes
+# make bench        the benchmark grid, with a JSON record
+# make docs         the documentation as a site, in site/; needs neither torch nor a GPU
+# make wheel        the source distribution and the wheel, in dist/, as twine wants them; needs no torch either
+# make check-wheel  that wheel in an environment of its own: its files, calls on CPU tensors, the commands
 #
 # Each needs only Python >= 3.10 and makes its own .venv. TORCH=torch==X.Y.Z chooses the torch installed first,
 # PYTHON=python3.12 the interpreter, BENCH_ARGS="..." what `mla-cute bench` is given.

@@ -124,8 +124,12 @@ def why_not_hopper() -> str | None:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of mla_cute and of what its kernels are built and launched with; None for what is not installed."""
+    """Versions of mla_cute and of what its kernels are built and launched with; None for what is not installed.
+
+    `cutlass_dsl_toolkit` is the compiler of the DSL that makes the code, "cu12" or "cu13".
+    """
     from . import __version__
+    from .compile import toolchain
 
     out: dict[str, str | None] = {"mla_cute": __version__}
     for key, package in _PACKAGES.items():
@@ -133,6 +137,7 @@ def versions() -> dict[str, str | None]:
             out[key] = metadata.version(package)
         except metadata.PackageNotFoundError:
             out[key] = None
+    out["cutlass_dsl_toolkit"] = toolchain.toolkit()
     # The metadata leaves out the local part (+cu130) that tells which build this is.
     out["torch"] = str(torch.__version__)
     out["cuda"] = torch.version.cuda

@@ -389,6 +389,7 @@ def _compile(entry: _Entry) -> tuple[bytes, dict[str, Any]]:
         "made_with": {
             "mla_cute": toolchain.version("mla-cute"),
             "nvidia-cutlass-dsl": toolchain.version("nvidia-cutlass-dsl"),
+            "toolkit": toolchain.toolkit(),
             "apache-tvm-ffi": toolchain.version("apache-tvm-ffi"),
         },
         "arch": toolchain.ARCH,

@@ -208,16 +208,20 @@ def runtime_library() -> str | None:
     return by_toolkit[max(by_toolkit)] if by_toolkit else None
 
 
+def toolkit() -> str:
+    """Which of the DSL's compilers makes the code, "cu12" or "cu13"; "unknown" if `runtime_library` is in doubt."""
+    library = runtime_library()
+    return pathlib.Path(library).parent.parent.name if library else "unknown"
+
+
 @functools.cache
 def environment() -> str:
     """What every entry depends on beside its own kernel, key and config."""
-    library = runtime_library()
-    toolkit = pathlib.Path(library).parent.parent.name if library else "unknown"
     settings = [f"{s}={os.environ[f'CUTE_DSL_{s}']}" for s in _DSL_SETTINGS if f"CUTE_DSL_{s}" in os.environ]
     return "\n".join(
         [
             f"options {COMPILE_OPTIONS}",
-            f"dsl {version('nvidia-cutlass-dsl')} {version('nvidia-cutlass-dsl-libs-base')} {toolkit}",
+            f"dsl {version('nvidia-cutlass-dsl')} {version('nvidia-cutlass-dsl-libs-base')} {toolkit()}",
             f"tvm-ffi {version('apache-tvm-ffi')}",
             f"host {host_isa()}",
             f"e4m3 arguments {dlpack.exports_e4m3()}",

@@ -240,6 +240,7 @@ def test_sidecar_is_readable(cache):
     assert sidecar["config"] == "ToyConfig(num_threads=128, fail='')"
     assert sidecar["arch"] == "sm_90a"
     assert sidecar["made_with"]["nvidia-cutlass-dsl"] == importlib.metadata.version("nvidia-cutlass-dsl")
+    assert sidecar["made_with"]["toolkit"] == toolchain.toolkit() != "unknown"
     assert sidecar["facts"]["threads"] == 128
     assert sidecar["facts"]["dynamic_smem_bytes"] == 128 * 4
     assert sidecar["facts"]["static_smem_bytes"] == 0
