@@ -22,7 +22,7 @@ NAMES = tuple(RECORD["definitions"])
 OP_TYPE = "mla_paged"
 SM_SCALE = 0.1352337747812271  # DeepSeek-V3's with YaRN, of the dataset's workloads
 SMALL = ((3, 70), (1, 64), (5, 5), (2, 129), (1, 1))
-WHY_MISSING = 'flashinfer-bench is not installed: pip install "mla_cute[test-integrations]"'
+WHY_MISSING = 'flashinfer-bench is not installed: pip install ".[test-integrations]"'
 
 _REFERENCE = """\
 import math

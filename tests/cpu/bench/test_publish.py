@@ -23,7 +23,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 @pytest.fixture
 def matplotlib():
-    return pytest.importorskip("matplotlib", reason='pictures need matplotlib, pip install "mla_cute[bench]"')
+    return pytest.importorskip("matplotlib", reason='pictures need matplotlib, pip install ".[bench]"')
 
 
 @pytest.fixture

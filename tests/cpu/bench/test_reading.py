@@ -162,7 +162,7 @@ def test_a_damaged_record_is_refused_with_the_place(record, spoil, message, tmp_
 
 @pytest.mark.parametrize("spoil", [row(us_amortised=None), lambda r: r["rows"].insert(3, None)])
 def test_the_commands_refuse_a_damaged_record_with_status_2(record, spoil, tmp_path, capsys):
-    pytest.importorskip("matplotlib", reason='pictures need matplotlib, pip install "mla_cute[bench]"')
+    pytest.importorskip("matplotlib", reason='pictures need matplotlib, pip install ".[bench]"')
     cli = pytest.importorskip("mla_cute.cli.app", reason="needs the extra cli")
     from typer.testing import CliRunner
 
@@ -189,7 +189,7 @@ def test_the_commands_refuse_a_damaged_record_with_status_2(record, spoil, tmp_p
 
 @pytest.mark.slow
 def test_a_report_that_cannot_be_written_is_a_usage_error(tmp_path, capsys):
-    pytest.importorskip("matplotlib", reason='pictures need matplotlib, pip install "mla_cute[bench]"')
+    pytest.importorskip("matplotlib", reason='pictures need matplotlib, pip install ".[bench]"')
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder" / "report.html").mkdir(parents=True)
     for name, message in (("file", "expected a folder, got a file"), ("folder", "Is a directory")):
