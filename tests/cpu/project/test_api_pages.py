@@ -74,4 +74,7 @@ def test_ops_of_the_page_are_the_modules():
 def test_the_site_has_every_page():
     config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     pages = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
-    assert pages | {"README.md", "CONTRIBUTING.md", "CHANGELOG.md"} == set(re.findall(r": (\S+\.md)$", config, re.M))
+    beside = {"README.md", "CONTRIBUTING.md", "CHANGELOG.md"}
+    for path in DOCS.glob("*.md"):
+        beside |= set(re.findall(r"\]\(\.\./([^)#]+\.md)", path.read_text(encoding="utf-8")))
+    assert pages | beside == set(re.findall(r": (\S+\.md)$", config, re.M))
