@@ -250,6 +250,32 @@ def test_times_of_queries_are_the_records():
     assert f"but e4m3 ones do not: there they {ranges[True, False]}." in text
 
 
+def times_of(rows, size, **facts):
+    """Microseconds of a case with L2 as it is and emptied, as the page shows them."""
+    wanted = facts | dict(zip(("num_heads", "batch", "kv_len"), map(int, size.split(", ")), strict=True))
+    found = [row for row in rows if wanted.items() <= row.items()]
+    return [f"{row['us_hot']}, {row['us_cold']}" for row in found]
+
+
+def test_times_with_l2_emptied_are_the_records():
+    bf16, fp8 = record("cold_code")["rows"], record("cold_code_one_copy")
+    page = tables("performance")
+    [head] = [i for i, row in enumerate(page) if row[1:] == ["copies", "one copy", "copies again"]]
+    runs = "before", "after", "before_again"
+    for size, *cells in page[head + 2 : head + 2 + len(fp8["before"])]:
+        q_fp8 = not size.endswith(", bf16 q")
+        wanted = [times_of(fp8[run], size.removesuffix(", bf16 q"), q_fp8=q_fp8) for run in runs]
+        assert [[cell] for cell in cells] == wanted, size
+    [head] = [i for i, row in enumerate(page) if row[1:2] == ["tiles per SM"]]
+    assert len(page[head + 2 : head + 22]) == 20
+    for size, _, *cells in page[head + 2 : head + 22]:
+        wanted = [times_of(bf16, size, kv_format="", kernel=kernel) for kernel in ("tile64", "tile16")]
+        for q_fp8 in (True, False):
+            for kernel in ("tile64", "tile16"):
+                wanted.append(times_of(fp8["both_kernels_after"], size, q_fp8=q_fp8, kernel=kernel))
+        assert [[cell] if cell else [] for cell in cells] == wanted, size
+
+
 # ------------------------------------------------------------------------------------------------ messages
 
 
