@@ -24,7 +24,8 @@ from ..tuned import select
 
 # The length by which the kernel of a graph is chosen, which is replayed with lengths that nobody knows yet. 128 heads
 # of one request run row tiles then, over an FP8 cache 2 us slower than tile16 at 1024 keys, 1 at 8192 and 13 us faster
-# at 32768; 16 heads of any batch, and few requests of 32 or 64 heads, run tile16.
+# at 32768; 16 heads of any batch, few requests of 32 or 64 heads, and one of 128 with 16-bit queries over an FP8 cache
+# run tile16.
 GRAPH_KV_LEN = 16384
 
 # Over an FP8 cache, 16-bit queries cost what they cost over a 16-bit one as soon as the tensor cores are the limit: a

@@ -22,7 +22,7 @@ each consumer owns half of the channels of O^T.
 The named barriers are params.py's Bar.
 
 Both consumers run the same code, and every pair of an item does: 70 KB instead of the 153 of copies for each consumer
-and for an item's last pair. In a model the weights of a layer put the code out of L2, and it costs 11 to 17 us then.
+and for an item's last pair. In a model the weights of a layer put the code out of L2, which cost copies 11 to 17 us.
 
 Order in a pair (`_pair`):
 
