@@ -7,8 +7,10 @@ That release pins nvidia-cutlass-dsl[cu13] 4.8.0 and apache-tvm-ffi 0.1.11, whic
 docs/engines.md says how far 4.8.0 and the compiler that [cu13] brings are verified.
 
 What has run: engines of vLLM 0.33.0 on an H200, small models with random weights (tests/gpu/test_vllm_engine.py; torch
-2.11 instead of the release's 2.14, inductor off), and the backend with stand-ins on CPU tensors. Decode context
-parallelism ran only with the latter.
+2.11 instead of the release's 2.14, inductor off), and the backend with stand-ins on CPU tensors. On two H200s, with
+bf16 caches, tensor and decode context parallelism of 2 generated what FLASH_ATTN_MLA does (test_vllm_two_gpus.py).
+Decode context parallelism with drafts or FP8 caches is not verified there; docs/engines.md says what is known of it,
+and which NCCL vLLM needs.
 
 * `forward_mqa` is this library's; prompts (`forward_mha`) stay vLLM's. Requests of up to 128 new tokens come to
   `forward_mqa`, in batches of mixed lengths: absorbed attention of q tokens over L keys takes q L H 2176 FLOP, vLLM's
