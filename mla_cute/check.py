@@ -65,7 +65,7 @@ _ALIGN_ELEMENTS = 8
 class Problem:
     """Sizes, dtype and device of a call whose arguments passed the checks."""
 
-    op: str  # "decode" or "prefill"
+    op: str  # "decode", "prefill" or "sparse"
     batch: int
     total_q: int  # query tokens; decode: one per request
     num_heads: int
@@ -141,8 +141,10 @@ def _usual(call: Call) -> Problem | None:
     if q_nope.is_cuda:
         if not (_is_aligned(q_nope) and _is_aligned(q_pe) and _is_aligned(ckv_cache) and _is_aligned(kpe_cache)):
             return None
-        if page_size % 8 and not (rows_fit_32_bits(ckv_cache) and rows_fit_32_bits(kpe_cache)):
-            return None
+        sparse = pages.form.op == "sparse"
+        if sparse or page_size % 8:
+            if not (rows_fit_32_bits(ckv_cache, sparse) and rows_fit_32_bits(kpe_cache, sparse)):
+                return None
     elif not q_nope.is_cpu:
         return None
     if out is not None and not (
@@ -338,8 +340,9 @@ def _expect_operands(call: Call, rows: str) -> Problem:
         expect_dtype("kpe_cache", kpe_cache, "q_pe", q_pe.dtype, "" if q_pe.dtype is FP8 else f" or {FP8}")
     shape = f"[num_pages, page_size, {KPE_DIM}]"
     expect_operand("kpe_cache", kpe_cache, (num_pages, page_size, KPE_DIM), shape, device)
-    expect_rows_fit_32_bits("ckv_cache", ckv_cache)
-    expect_rows_fit_32_bits("kpe_cache", kpe_cache)
+    sparse = pages.form.op == "sparse"
+    expect_rows_fit_32_bits("ckv_cache", ckv_cache, sparse)
+    expect_rows_fit_32_bits("kpe_cache", kpe_cache, sparse)
 
     kv_format = expect_format(cache_is_16bit, cache, device)
     dtype = q_pe.dtype
@@ -379,6 +382,10 @@ def expect_format(cache_is_16bit: bool, cache: Cache, device: torch.device) -> s
 
 
 def expect_pages(pages: Pages, batch: int, device: torch.device) -> None:
+    if pages.form.op == "sparse":
+        expect_metadata("indices", pages.ids, (batch, None), "[total_q, topk]", device)
+        expect_metadata("topk_lens", pages.lengths, (batch,), "[total_q]", device)
+        return
     if pages.form.by_table:
         expect_metadata("block_table", pages.ids, (batch, None), "[batch, max_pages]", device)
         expect_metadata("seq_lens", pages.lengths, (batch,), "[batch]", device)

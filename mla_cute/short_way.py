@@ -162,7 +162,8 @@ def _usual(problem: Problem, plan: Plan, no_scales: Any) -> Callable[[CallFields
     page_size, device_index = problem.page_size, device.index
     takes_array, packs_rows, grid = kv_format in ("token", "group"), plan.packs_rows, plan.grid
     # TMA looks at strides of dimensions of size 1, which the launcher lets pass.
-    gathers = page_size % 8 != 0
+    sparse = problem.op == "sparse"
+    gathers = sparse or page_size % 8 != 0
     odd_queries = problem.total_q == 1 or problem.num_heads == 1
     # out=None means bfloat16 where all queries are e4m3.
     allocates = not (problem.q_fp8 and kv_format == "tensor") or problem.dtype is DTYPES[0]
@@ -201,7 +202,7 @@ def _usual(problem: Problem, plan: Plan, no_scales: Any) -> Callable[[CallFields
             return None
         if odd_queries and not (_has_tma_strides(q_nope) and _has_tma_strides(q_pe)):
             return None
-        if gathers and not (rows_fit_32_bits(ckv_cache) and rows_fit_32_bits(kpe_cache)):
+        if gathers and not (rows_fit_32_bits(ckv_cache, sparse) and rows_fit_32_bits(kpe_cache, sparse)):
             return None
         if (num_pages == 1 or tokens == 1) and not (_has_tma_strides(ckv_cache) and _has_tma_strides(kpe_cache)):
             return None

@@ -103,6 +103,7 @@ class Smem:
     sFlags: cute.Tensor  # (warp, parity): not 0: what a warp has of the tile asks for other references
     sMax: cute.Tensor  # (row, warp): the warps' row maxima; in the epilogue their row sums, then their largest outputs
     sMaxScale: cute.Tensor  # (warp,): the largest scale of a warp's tokens
+    sChosen: Any  # (producer warp, slot): which of its 16 rows hold tokens; None where it is not sparse
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,6 +42,8 @@ class Bar(NamedBarrier):
 
 def make_mbarriers(loader: TmaLoader | GatherLoader) -> Mbarriers:
     """The kernel's mbarriers, each with what completes it."""
+    # [stage]: the four producer warps, each when it has told which of its 16 rows hold tokens.
+    of_sparse = {"chosen": (2, 4)} if loader.sparse else {}
     return Mbarriers(
         # [stage][sub-tile]: one arrival with the bytes to expect by TMA, the producer's 128 threads by cp.async.
         full=(2 * NUM_SUB, loader.full_arrivals),
@@ -49,6 +51,7 @@ def make_mbarriers(loader: TmaLoader | GatherLoader) -> Mbarriers:
         q_full=(1, 4),  # the four producer warps, each with the bytes that it copies
         q_empty=(1, 8),  # the eight consumer warps
         rope_empty=(1, 8),  # the eight consumer warps
+        **of_sparse,
     )
 
 
@@ -136,6 +139,7 @@ class Smem:
     sScale1: cute.Tensor
     sL: cute.Tensor  # (2 x 64,) row sums of each consumer, in the epilogue
     sItem: cute.Tensor  # (slot, word): lib/row_map.py's Word
+    sChosen: Any  # (producer warp, stage): which of its 16 rows hold tokens; None where it is not sparse
     k_words: cute.Tensor  # K as 64-bit words
 
 

@@ -67,7 +67,7 @@ class Variant(RingProducer):
         self.dtype = CUTLASS_DTYPES[key.dtype]
         self.rows = rows
         self.q_fp8 = key.q_fp8
-        self._set_cache(key.box_rows, config.evict_first, key.kv_format)
+        self._set_cache(key.box_rows, config.evict_first, key.kv_format, key.sparse)
         self.rope_dtype = Float8E4M3FN if self.rope_fp8 else self.dtype
         self.q_terms = 1 if self.q_fp8 else 2
         self.rope_terms = self.q_terms if self.rope_fp8 else 1
@@ -153,6 +153,7 @@ class Smem:
     sProduce: cute.Tensor  # (word, producer warp), see lib/ring.py
     sLoop: cute.Tensor  # LOOP_NUM_ITEMS and so on
     sRaise: cute.Tensor  # of even and odd pairs: 1 + the first tile of the last one that asked to raise references
+    sChosen: Any  # (producer warp, slot): which of its 16 rows hold tokens; None where it is not sparse
     k_words: cute.Tensor  # sK in 8-byte words without the swizzle
 
 

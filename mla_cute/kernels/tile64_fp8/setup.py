@@ -91,6 +91,8 @@ class Tile64Fp8(Consumer):
             sLoop: cute.struct.MemRange[Int32, 4]
             sRaise: cute.struct.MemRange[Uint32, 2]
             sItem: cute.struct.Align[cute.struct.MemRange[Int32, 8 * ITEM_SLOTS], 16]
+            if self.loader.sparse:
+                sChosen: cute.struct.Align[cute.struct.MemRange[Int32, 4 * self.num_stages], 16]
             sScales: cute.struct.Align[
                 cute.struct.MemRange[Float32, max(1, self.num_scales) * TILE_N * self.num_stages], 16
             ]
@@ -132,6 +134,7 @@ class Tile64Fp8(Consumer):
                 cute.recast_ptr(st.sP.data_ptr(), dtype=Float32), cute.make_layout((TILE_M, 4, 2))
             ),
             sItem=st.sItem.get_tensor(cute.make_layout((ITEM_SLOTS, 8), stride=(8, 1))),
+            sChosen=st.sChosen.get_tensor(cute.make_layout((4, self.num_stages))) if self.loader.sparse else None,
             sProduce=plain(st.sProduce, 8, 4),
             sLoop=plain(st.sLoop, 4),
             sRaise=plain(st.sRaise, 2),
