@@ -106,6 +106,7 @@ class Call(NamedTuple):
     lse: torch.Tensor | None = None
     lse_base: int | str = 2
     q_scale: Scale = UNSCALED
+    sink: torch.Tensor | None = None  # of SPARSE
 
 
 # A Call, or a tuple of its fields with tuples in the place of its Cache and Pages.
@@ -137,12 +138,12 @@ METADATA = {
 
 def arguments_of(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The positional arguments and the keywords of the public call of its form."""
-    q_nope, q_pe, (ckv, kpe, ckv_scale, kpe_scale, scale_arr), pages, sm_scale, out, lse, lse_base, q_scale = call
+    q_nope, q_pe, (ckv, kpe, ckv_scale, kpe_scale, scale_arr), pages, sm_scale, out, lse, lse_base, q_scale, sink = call
     metadata = (pages.ids, pages.lengths) if pages.form.by_table else (pages.lengths, pages.ids)
     options: dict[str, Any] = {"out": out, "lse": lse, "lse_base": lse_base, "ckv_scale_arr": scale_arr}
     options |= {"ckv_scale": ckv_scale, "kpe_scale": kpe_scale, "q_scale": q_scale}
     if pages.form.op == "sparse":
-        return (q_nope, q_pe, ckv, kpe, pages.ids, sm_scale), options | {"topk_lens": pages.lengths}
+        return (q_nope, q_pe, ckv, kpe, pages.ids, sm_scale), options | {"topk_lens": pages.lengths, "sink": sink}
     if not pages.form.by_table:
         options["kv_last_page_len"] = pages.last_len
     if pages.form.op == "prefill":
@@ -177,7 +178,7 @@ def call_of(form: Form, *args: Any, **options: Any) -> Call:
         pages = Pages(form, take("kv_indptr"), take("kv_indices"), take("kv_last_page_len", None), queries, causal)
     call = Call(
         take("q_nope"), take("q_pe"), cache, pages, take("sm_scale"), take("out", None), take("lse", None),
-        take("lse_base", 2), take("q_scale", UNSCALED),
+        take("lse_base", 2), take("q_scale", UNSCALED), take("sink", None) if form is SPARSE else None,
     )  # fmt: skip
     if given:
         raise TypeError(f"{name} got an unexpected keyword argument {min(given)!r}")

@@ -101,7 +101,7 @@ def check(call: Call) -> Problem:
 
 def _usual(call: Call) -> Problem | None:
     """The problem, or None when anything is unusual (which need not be wrong)."""
-    q_nope, q_pe, cache, pages, sm_scale, out, lse, lse_base, q_scale = call
+    q_nope, q_pe, cache, pages, sm_scale, out, lse, lse_base, q_scale, sink = call
     ckv_cache, kpe_cache, ckv_scale, kpe_scale, ckv_scale_arr = cache
     total_q, num_heads, ckv_dim = q_nope.shape
     num_pages, page_size, cache_dim = ckv_cache.shape
@@ -163,6 +163,8 @@ def _usual(call: Call) -> Problem | None:
         and lse.is_contiguous()
     ):
         return None
+    if sink is not None and not is_usual_sink(sink, num_heads, device):
+        return None
     batch = total_q
     if pages.form.op == "prefill":
         (bounds,) = pages.queries.shape  # type: ignore[union-attr]
@@ -172,6 +174,10 @@ def _usual(call: Call) -> Problem | None:
     return _problem(
         pages.form.op, batch, total_q, num_heads, page_size, num_pages, pages.causal, dtype, device, kv_format, q_fp8
     )
+
+
+def is_usual_sink(sink: torch.Tensor, num_heads: int, device: torch.device) -> bool:
+    return sink.shape == (num_heads,) and sink.dtype is torch.float32 and sink.device == device and sink.is_contiguous()
 
 
 def _are_one(*scales: Scale) -> bool:
@@ -184,7 +190,7 @@ def _usual_fp8(call: Call) -> tuple[torch.dtype, str, bool] | None:
 
     `_usual` looks at what both kinds of cache have in common.
     """
-    q_nope, q_pe, cache, _, sm_scale, out, _, _, q_scale = call
+    q_nope, q_pe, cache, _, sm_scale, out, _, _, q_scale, _ = call
     ckv_cache, kpe_cache, ckv_scale, kpe_scale, ckv_scale_arr = cache
     if not type(ckv_scale) is type(kpe_scale) is type(q_scale) is float:
         return None
@@ -290,7 +296,7 @@ def _first_wrong(call: Call) -> Problem:
 
 
 def _expect_operands(call: Call, rows: str) -> Problem:
-    q_nope, q_pe, cache, pages, _, out, _, _, _ = call
+    q_nope, q_pe, cache, pages, _, out, _, _, _, _ = call
     ckv_cache, kpe_cache = cache[:2]
     expect_tensor("q_nope", q_nope)
     # what is no 16-bit cache is an FP8 one or refused below
@@ -397,7 +403,7 @@ def expect_pages(pages: Pages, batch: int, device: torch.device) -> None:
 
 
 def _expect_rest(call: Call, problem: Problem, rows: str) -> None:
-    q_nope, q_pe, _, _, sm_scale, out, lse, lse_base, _ = call
+    q_nope, q_pe, _, _, sm_scale, out, lse, lse_base, _, sink = call
     total_q, num_heads, device = problem.total_q, problem.num_heads, problem.device
     expect_scale("sm_scale", sm_scale)
     expect_lse_base(lse_base)
@@ -421,6 +427,14 @@ def _expect_rest(call: Call, problem: Problem, rows: str) -> None:
         expect_device("lse", lse, device)
         if not lse.is_contiguous():
             raise ValueError(f"lse: expected a contiguous tensor, got strides {list(lse.stride())}")
+    if sink is not None:
+        expect_tensor("sink", sink)
+        if sink.dtype is not torch.float32:
+            raise TypeError(f"sink: expected dtype torch.float32, got {sink.dtype}")
+        expect_shape("sink", sink, (num_heads,), "[H]")
+        expect_device("sink", sink, device)
+        if not sink.is_contiguous():
+            raise ValueError(f"sink: expected a contiguous tensor, got strides {list(sink.stride())}")
 
 
 def _expect_scales(call: Call, problem: Problem) -> None:

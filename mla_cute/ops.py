@@ -95,7 +95,7 @@ def _define_attention(call: F, form: Form) -> F:
     if not form.by_table:
         options = f"Tensor? kv_last_page_len=None, {options}"
     if form is SPARSE:
-        options = f"Tensor? topk_lens=None, {options}"
+        options = f"Tensor? topk_lens=None, Tensor? sink=None, {options}"
     if form.op == "prefill":
         options = f"bool causal=True, {options}"
     fake = functools.partial(_fake_attention, form=form)
@@ -172,13 +172,13 @@ def _new_outputs(q_nope: torch.Tensor, q_pe: torch.Tensor) -> tuple[torch.Tensor
 
 
 # Options of the ops that shapes follow from or are held to.
-_SHAPED = ("kv_last_page_len", "topk_lens", "ckv_scale_arr", "out", "lse")
+_SHAPED = ("kv_last_page_len", "topk_lens", "sink", "ckv_scale_arr", "out", "lse")
 
 
 def _fake_attention(*args: Any, form: Form, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """The checks of check.py, without what reads addresses or keeps sizes: those of a graph may be symbols."""
     call = call_of(form, *args, **{name: options[name] for name in _SHAPED if name in options})
-    q_nope, q_pe, (ckv_cache, kpe_cache, _, _, ckv_scale_arr), pages, _, out, lse, _, _ = call
+    q_nope, q_pe, (ckv_cache, kpe_cache, _, _, ckv_scale_arr), pages, _, out, lse, _, _, sink = call
     expect_shape("q_nope", q_nope, (None, None, CKV_DIM), f"[tokens, H, {CKV_DIM}]")
     tokens, num_heads, _ = q_nope.shape
     device = q_nope.device
@@ -193,6 +193,9 @@ def _fake_attention(*args: Any, form: Form, **options: Any) -> tuple[torch.Tenso
         expect_shape("ckv_scale_arr", ckv_scale_arr, sizes, f"[num_pages, page_size, 1 or {CKV_DIM // GROUP_DIM}]")
     batch = expect_indptr("qo_indptr", pages.queries, device) if form.op == "prefill" else tokens
     expect_pages(pages, batch, device)
+    if sink is not None:
+        expect_shape("sink", sink, (num_heads,), "[H]")
+        expect_device("sink", sink, device)
     if out is not None and lse is not None:
         expect_shape("out", out, (tokens, num_heads, CKV_DIM), "")
         expect_shape("lse", lse, (tokens, num_heads), "")

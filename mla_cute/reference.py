@@ -92,7 +92,7 @@ def attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(output, lse) of a call. For tests: `p_dtype` rounds P before P ckv, as a kernel that multiplies in that dtype
     does; `requests` are page ids and lengths in the place of `requests_of`'s."""
-    q_nope, q_pe, cache, pages, sm_scale, out, lse, lse_base, q_scale = call
+    q_nope, q_pe, cache, pages, sm_scale, out, lse, lse_base, q_scale, sink = call
     # scales may be tensors of one element
     cache = cache._replace(ckv_scale=float(cache.ckv_scale), kpe_scale=float(cache.kpe_scale))
     q_scale, causal = float(q_scale), pages.causal
@@ -129,7 +129,11 @@ def attention(
                 else:
                     ids = own_ids[: -(-num_keys // page_size)]
                     rows_out, rows_lse = _attend(q, cache, ids, num_keys, p_dtype, visible)
-                out[start:stop] = rows_out.view(-1, num_heads, ckv_dim)
+                rows_out = rows_out.view(-1, num_heads, ckv_dim)
+                if sink is not None:
+                    # e^lse / (e^lse + e^sink) of it is left
+                    rows_out = rows_out * torch.sigmoid(rows_lse.view(-1, num_heads) - sink)[..., None]
+                out[start:stop] = rows_out
                 lse[start:stop] = rows_lse.view(-1, num_heads) * per_base
     return out, lse
 

@@ -20,11 +20,20 @@ import torch
 from . import dlpack
 from .allocate import current_device, empty_maker
 from .call import UNSCALED, CallFields
-from .check import DTYPES, Problem
+from .check import DTYPES, Problem, is_usual_sink
 from .config import KernelConfig
 from .dims import CKV_DIM
 from .expect import MAX_SCALE, MIN_SCALE, Scale, rows_fit_32_bits
-from .launch import LN_2, LOG2_E, flat_table, memory_of_table, number_and_address, rows_are_even, score_scales
+from .launch import (
+    LN_2,
+    LOG2_E,
+    flat_table,
+    memory_of_table,
+    number_and_address,
+    rows_are_even,
+    score_scales,
+    sink_address,
+)
 from .plan import Plan, check_enabled, planner_reads
 from .tuned import select, shape_log
 
@@ -132,7 +141,7 @@ def _key(call: CallFields, config: KernelConfig | None, batch_invariant: bool) -
     where every call goes the long way."""
     if shape_log.recorder is not None or check_enabled():
         return None
-    q_nope, q_pe, (ckv_cache, kpe_cache, _, _, scale_arr), pages, _, out, _, _, _ = call
+    q_nope, q_pe, (ckv_cache, kpe_cache, _, _, scale_arr), pages, _, out, _, _, _, _ = call
     form, lengths, page_ids, last_len, queries, causal = pages
     try:
         room = None
@@ -172,7 +181,7 @@ def _usual(problem: Problem, plan: Plan, no_scales: Any) -> Callable[[CallFields
 
     def usual(call: CallFields) -> _ForLaunch | None:
         nonlocal kept
-        q_nope, q_pe, cache, pages, sm_scale, out, lse, lse_base, q_scale = call
+        q_nope, q_pe, cache, pages, sm_scale, out, lse, lse_base, q_scale, sink = call
         ckv_cache, kpe_cache, ckv_scale, kpe_scale, scale_arr = cache
         num_pages, tokens, _ = ckv_cache.shape
         if (
@@ -198,6 +207,10 @@ def _usual(problem: Problem, plan: Plan, no_scales: Any) -> Callable[[CallFields
             numbers = (*grid, *found)
             if type(ckv_scale) is type(kpe_scale) is type(q_scale) is float:  # the address of a tensor may change
                 kept = (sm_scale, lse_base, ckv_scale, kpe_scale, q_scale), numbers
+        if sparse:
+            if sink is not None and not is_usual_sink(sink, q_shape[1], device):
+                return None
+            numbers = (*numbers, sink_address(sink))
         if packs_rows and not (rows_are_even(q_nope) and rows_are_even(q_pe)):
             return None
         if odd_queries and not (_has_tma_strides(q_nope) and _has_tma_strides(q_pe)):

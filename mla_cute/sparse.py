@@ -96,6 +96,7 @@ def mla_sparse(
     kpe_scale: Scale = ...,
     ckv_scale_arr: torch.Tensor | None = ...,
     q_scale: Scale = ...,
+    sink: torch.Tensor | None = ...,
     plan: SparsePlan | None = ...,
     config: KernelConfig | None = ...,
     batch_invariant: bool = ...,
@@ -120,6 +121,7 @@ def mla_sparse(
     kpe_scale: Scale = ...,
     ckv_scale_arr: torch.Tensor | None = ...,
     q_scale: Scale = ...,
+    sink: torch.Tensor | None = ...,
     plan: SparsePlan | None = ...,
     config: KernelConfig | None = ...,
     batch_invariant: bool = ...,
@@ -143,6 +145,7 @@ def mla_sparse(
     kpe_scale: Scale = UNSCALED,
     ckv_scale_arr: torch.Tensor | None = None,
     q_scale: Scale = UNSCALED,
+    sink: torch.Tensor | None = None,
     plan: SparsePlan | None = None,
     config: KernelConfig | None = None,
     batch_invariant: bool = False,
@@ -162,6 +165,9 @@ def mla_sparse(
             any place: no token. One that is named twice counts twice.
         topk_lens: [total_q] int32, 0..topk: only so many columns of a row count; what lies behind is never read. None:
             all.
+        sink: [H] float32, contiguous: a score in units of ln that each row of the head divides by, too, and that no
+            token has: output_t is e^lse / (e^lse + e^sink) of what it is without. lse knows nothing of it. None, and
+            -inf: there is none.
         plan: from :func:`plan_sparse`, shared by the layers of a step; None plans in the call.
 
     Returns:
@@ -174,8 +180,9 @@ def mla_sparse(
     lengths = _lengths(indices, plan) if topk_lens is None else topk_lens
     pages = (SPARSE, lengths, indices, None, None, False)
     return attend(
-        (q_nope, q_pe, cache, pages, sm_scale, out, lse, lse_base, q_scale), plan, config, batch_invariant, return_lse
-    )
+        (q_nope, q_pe, cache, pages, sm_scale, out, lse, lse_base, q_scale, sink), plan, config, batch_invariant,
+        return_lse,
+    )  # fmt: skip
 
 
 def _lengths(indices: torch.Tensor, plan: Plan | None) -> torch.Tensor | None:

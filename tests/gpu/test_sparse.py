@@ -117,7 +117,8 @@ def test_a_token_that_is_named_twice_counts_twice(num_heads):
 @pytest.mark.parametrize("layout", ["", "group656"])
 def test_graphs_replay_with_other_lists(num_heads, layout):
     def make(lengths, seed):
-        case = make_case(lengths, num_heads=num_heads, page_size=64, num_pages=60, seed=seed, device="cuda")
+        room = {"num_pages": 60, "num_indices": 60, "max_pages": 60}
+        case = make_case(lengths, num_heads=num_heads, page_size=64, seed=seed, device="cuda", **room)
         return make_fp8(case, layout) if layout else case
 
     def plain(x):

@@ -71,6 +71,7 @@ class Params:
     kpe_scale_at: Int64
     q_scale_at: Int64
     lse_scale: Float32
+    sink_at: Int64 | None  # sparse: see step.py
     lay_sub: cute.ComposedLayout  # of all sub-tiles of ckv in the ring
     lay_r: cute.ComposedLayout  # of all rope tiles in the ring
 

@@ -78,6 +78,7 @@ class Tile16(RingProducer):
             kpe_scale_at=args.kpe_scale_at,
             q_scale_at=args.q_scale_at,
             lse_scale=args.lse_scale,
+            sink_at=args.sink_at,
             lay_r=smem_layout(rope_kind, rope_dtype, (TILE_N, KPE_DIM, self.num_stages)),
         )
         self.kernel(params).launch(
@@ -172,9 +173,9 @@ class Tile16Fp8(Tile16):
 
 def decode(key: DecodeKey, config: LaunchConfig) -> Step:
     tiles = SixteenBitTiles(CUTLASS_DTYPES[key.dtype], key.sparse, by_tma=key.box_rows > 0)
-    return Step(Tile16(tiles, key.box_rows, config, key.sparse), key.dtype, False, config)
+    return Step(Tile16(tiles, key.box_rows, config, key.sparse), key.dtype, False, config, key.sparse)
 
 
 def decode_fp8(key: Fp8Key, config: LaunchConfig) -> Step:
     tiles = Fp8Tiles(CUTLASS_DTYPES[key.dtype], key.sparse, key.kv_format, key.q_fp8)
-    return Step(Tile16Fp8(tiles, key.box_rows, config, key.sparse), key.dtype, False, config)
+    return Step(Tile16Fp8(tiles, key.box_rows, config, key.sparse), key.dtype, False, config, key.sparse)

@@ -10,7 +10,7 @@ import dataclasses
 from typing import Any
 
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Float32, Int32, Int64
 
 from ..lib.barriers import Mbarriers, NamedBarrier
 from ..lib.paged import NUM_SUB, GatherLoader, TmaLoader
@@ -112,6 +112,7 @@ class Params:
     kpe_row_units: Int32
     scale_log2: Float32  # what Q K^T is worth in log2 units
     lse_scale: Float32  # 1 for base 2, ln 2 for base e
+    sink_at: Int64 | None  # sparse: see step.py
     lay_q: cute.ComposedLayout  # (64, 576)
     lay_k: cute.ComposedLayout  # (64, 512, stage)
     lay_vt: cute.ComposedLayout  # (512, 64, stage) of the same bytes

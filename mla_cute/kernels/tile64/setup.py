@@ -84,6 +84,7 @@ class Tile64(Producer, Consumer):
             item_row0=args.item_row0,
             scale_log2=args.nope_scale_log2,
             lse_scale=args.lse_scale,
+            sink_at=args.sink_at,
             lay_q=cute.tile_to_shape(atom, (TILE_M, CKV_DIM + KPE_DIM), order=(0, 1)),
             lay_k=lay_k,
             lay_vt=lay_vt,
@@ -225,7 +226,7 @@ class Tile64(Producer, Consumer):
 
 
 def decode(key: DecodeKey, config: LaunchConfig) -> Step:
-    return Step(Tile64(key.dtype, key.box_rows, HeadRows(), config, key.sparse), key.dtype, False, config)
+    return Step(Tile64(key.dtype, key.box_rows, HeadRows(), config, key.sparse), key.dtype, False, config, key.sparse)
 
 
 def prefill(key: PrefillKey, config: LaunchConfig) -> Step:

@@ -122,6 +122,7 @@ class Params:
     kpe_scale_at: Int64
     q_scale_at: Int64
     lse_scale: Float32  # 1 for base 2, ln 2 for base e
+    sink_at: Int64 | None  # sparse: see step.py
     lay_q: cute.ComposedLayout
     lay_qr: cute.ComposedLayout
     lay_k: cute.ComposedLayout

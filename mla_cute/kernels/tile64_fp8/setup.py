@@ -60,6 +60,7 @@ class Tile64Fp8(Consumer):
             kpe_scale_at=args.kpe_scale_at,
             q_scale_at=args.q_scale_at,
             lse_scale=args.lse_scale,
+            sink_at=args.sink_at,
             lay_q=smem_layout(Kind.K_SW128, Float8E4M3FN, (TILE_M, CKV_DIM, self.q_terms)),
             lay_qr=smem_layout(rope_kind, self.rope_dtype, (TILE_M, KPE_DIM, self.rope_terms)),
             lay_k=smem_layout(Kind.K_SW128, Float8E4M3FN, (TILE_N, CKV_DIM, self.num_stages)),
@@ -179,7 +180,7 @@ class Tile64Fp8(Consumer):
 
 def decode(key: Fp8Key, config: LaunchConfig) -> Step:
     """A decode step: a row tile is 64 heads of one token."""
-    return Step(Tile64Fp8(key, HeadRows(), config), key.dtype, False, config)
+    return Step(Tile64Fp8(key, HeadRows(), config), key.dtype, False, config, key.sparse)
 
 
 def prefill(key: Fp8Key, config: LaunchConfig) -> Step:
