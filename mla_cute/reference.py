@@ -131,8 +131,9 @@ def attention(
                     rows_out, rows_lse = _attend(q, cache, ids, num_keys, p_dtype, visible)
                 rows_out = rows_out.view(-1, num_heads, ckv_dim)
                 if sink is not None:
-                    # e^lse / (e^lse + e^sink) of it is left
-                    rows_out = rows_out * torch.sigmoid(rows_lse.view(-1, num_heads) - sink)[..., None]
+                    # e^lse / (e^lse + e^sink) of it is left; both may be -inf
+                    left = torch.sigmoid(rows_lse.view(-1, num_heads) - sink).nan_to_num(0.0)
+                    rows_out = rows_out * left[..., None]
                 out[start:stop] = rows_out
                 lse[start:stop] = rows_lse.view(-1, num_heads) * per_base
     return out, lse

@@ -7,6 +7,7 @@ result of the decode call, whose reference knows nothing of lists.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -84,21 +85,40 @@ def expected_sparse(case: DecodeCase | Fp8Case, *, lse_base: int | str = 2) -> E
     return expected_fp8(case, lse_base=lse_base) if isinstance(case, Fp8Case) else expected_of(case, lse_base=lse_base)
 
 
+def sinks_of(case: DecodeCase | Fp8Case, seed: int = 0) -> torch.Tensor:
+    """A sink for each head, from those that take nothing to one that takes all."""
+    plain = case.case if isinstance(case, Fp8Case) else case
+    sinks = torch.randn(plain.num_heads, generator=torch.Generator().manual_seed(seed)) * 8
+    some = torch.tensor([5.0, -math.inf, 1000.0, -1000.0])[: plain.num_heads]
+    sinks[: len(some)] = some
+    return sinks.to(plain.q_nope.device)
+
+
+def with_sink(expected: Expected, sink: torch.Tensor, lse_base: int | str = 2) -> Expected:
+    """Of each output e^lse / (e^lse + e^sink) is left."""
+    natural = expected.lse * (math.log(2) if lse_base == 2 else 1.0)
+    left = torch.sigmoid(natural - sink.to(natural)).nan_to_num(0.0)[..., None]  # -inf - -inf: of an output of 0
+    in_dtype = (expected.in_dtype * left).to(expected.in_dtype.dtype)
+    return dataclasses.replace(expected, output=expected.output * left, in_dtype=in_dtype)
+
+
 def run_sparse(
     case: DecodeCase | Fp8Case,
     lists: Lists,
     *,
     lse_base: int | str = 2,
     expected: Expected | None = None,
+    sink: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> Verdict:
-    """Run the lists of a case through the public call into its guarded outputs and judge what came out; `expected` and
-    `kwargs` as `run_case`'s."""
+    """Run the lists of a case through the public call into its guarded outputs and judge what came out; `expected`,
+    without sinks, and `kwargs` as `run_case`'s."""
     plain = case.case if isinstance(case, Fp8Case) else case
     plain.guarded_out.reset()
     plain.guarded_lse.reset()
-    output, lse = call_sparse(case, lists, out=plain.out, lse=plain.lse, lse_base=lse_base, **kwargs)
-    verdict = judge_sparse(case, expected or expected_sparse(case, lse_base=lse_base))
+    output, lse = call_sparse(case, lists, out=plain.out, lse=plain.lse, lse_base=lse_base, sink=sink, **kwargs)
+    expected = expected or expected_sparse(case, lse_base=lse_base)
+    verdict = judge_sparse(case, expected if sink is None else with_sink(expected, sink, lse_base))
     return dataclasses.replace(verdict, failures=(*not_as_given(plain, output, lse), *verdict.failures))
 
 

@@ -10,7 +10,7 @@ from mla_cute.call import SPARSE
 from mla_cute.kernels import registry
 from mla_cute.testing.cases import CACHE_LAYOUTS, SM_SCALE, expected_of, make_case
 from mla_cute.testing.fp8 import LAYOUTS, make_fp8
-from mla_cute.testing.sparse import call_sparse, lists_of, run_sparse
+from mla_cute.testing.sparse import call_sparse, lists_of, run_sparse, sinks_of
 
 LENGTHS = [0, 1, 63, 64, 65, 200, 7]
 
@@ -27,6 +27,8 @@ def test_a_list_of_a_requests_tokens_is_that_request(page_size, cache_layout):
     accepted(case, lists_of(case))
     accepted(case, lists_of(case, none_share=0.0, topk=200), lse_base="e")
     accepted(case, lists_of(case, first_none=(130, 0, 64, 200)))
+    for lse_base in (2, "e"):
+        accepted(case, lists_of(case), lse_base=lse_base, sink=sinks_of(case))
 
 
 @pytest.mark.parametrize("q_fp8", [False, True], ids=["q16", "q_e4m3"])
@@ -34,6 +36,7 @@ def test_a_list_of_a_requests_tokens_is_that_request(page_size, cache_layout):
 def test_fp8_caches(layout, q_fp8):
     fp8 = make_fp8(make_case(LENGTHS, num_heads=4, page_size=16), layout, q_fp8)
     accepted(fp8, lists_of(fp8.case))
+    accepted(fp8, lists_of(fp8.case), sink=sinks_of(fp8))
 
 
 def independent(q, cache, indices, lens):
@@ -70,6 +73,15 @@ def test_values_by_an_oracle_of_its_own():
     assert torch.allclose(lse.double(), want_lse, atol=1e-4)
     assert not out[[2, 4]].any()
     assert lse[[2, 4]].isneginf().all()
+
+    # A sink is a key of a score of its own whose value is 0.
+    sink = torch.tensor([0.5, -torch.inf, 3.0, -2.0, 40.0])
+    with_sink, same_lse = mla_cute.mla_sparse(*args, indices, SM_SCALE, topk_lens=lens, sink=sink)
+    assert torch.equal(same_lse, lse)
+    sums = torch.exp2(want_lse)
+    left = sums / (sums + sink.double().exp())
+    want = (want * left[..., None]).nan_to_num(0.0)
+    assert (with_sink.double() - want).norm() < 3e-3 * want.norm()
 
 
 def test_all_columns_count_without_topk_lens():
@@ -136,7 +148,9 @@ def arguments(**changed):
     case = make_case([10, 20], num_heads=2, page_size=8)
     lists = lists_of(case)
     given = {"indices": lists.indices, "topk_lens": lists.topk_lens, "case": case} | changed
-    return (*given["case"].tensors, given["indices"], SM_SCALE), {"topk_lens": given["topk_lens"]}
+    return (*given["case"].tensors, given["indices"], SM_SCALE), {
+        "topk_lens": given["topk_lens"], "sink": given.get("sink"),
+    }  # fmt: skip
 
 
 WRONG = [
@@ -148,6 +162,10 @@ WRONG = [
     ({"topk_lens": torch.zeros(2)}, TypeError, "topk_lens: expected dtype torch.int32"),
     ({"topk_lens": 3}, TypeError, "topk_lens: expected a torch.Tensor"),
     ({"topk_lens": torch.tensor([4, -1], dtype=torch.int32)}, ValueError, "topk_lens: expected values in [0,"),
+    ({"sink": 1.0}, TypeError, "sink: expected a torch.Tensor, got float"),
+    ({"sink": torch.zeros(2).half()}, TypeError, "sink: expected dtype torch.float32, got torch.float16"),
+    ({"sink": torch.zeros(3)}, ValueError, "sink: expected shape [2], got [3]"),
+    ({"sink": torch.zeros(4)[::2]}, ValueError, "sink: expected a contiguous tensor, got strides [2]"),
     ({"topk_lens": torch.tensor([4, 999], dtype=torch.int32)}, ValueError, "topk_lens: expected values in [0,"),
 ]
 
@@ -202,7 +220,7 @@ def test_compiled_code_goes_through_the_op():
     torch.library.opcheck(
         torch.ops.mla_cute.mla_sparse.default,
         (*case.tensors, lists.indices, SM_SCALE),
-        {"topk_lens": lists.topk_lens},
+        {"topk_lens": lists.topk_lens, "sink": torch.zeros(2)},
         test_utils=("test_schema", "test_faketensor"),
     )
 

@@ -8,7 +8,7 @@ from hog import beside, compile_hog
 import mla_cute
 from mla_cute.testing.cases import CACHE_LAYOUTS, expected_of, make_case
 from mla_cute.testing.fp8 import LAYOUTS, make_fp8
-from mla_cute.testing.sparse import call_sparse, expected_sparse, judge_sparse, lists_of, run_sparse
+from mla_cute.testing.sparse import call_sparse, expected_sparse, judge_sparse, lists_of, run_sparse, sinks_of
 
 LENGTHS = [0, 1, 63, 64, 65, 127, 129, 1000, 2048, 20000, 17, 128]
 # A tile, a pair and several of them without a token, in front of the others: references are chosen late.
@@ -45,6 +45,8 @@ def test_16_bit_caches(num_heads, dtype, page_size, drift):
     accepted(case, lists, expected=expected, plan=plan_for(lists, num_heads))
     assert same_bits(case.out, out)
     assert same_bits(case.lse, lse)
+    accepted(case, lists, expected=expected, sink=sinks_of(case))
+    accepted(case, lists, expected=expected, batch_invariant=True, sink=sinks_of(case, 1))
     accepted(case, lists, expected=expected, batch_invariant=True)
     accepted(case, lists_of(case, none_share=0.0, shuffled=False, seed=1), expected=expected)
 
@@ -63,6 +65,8 @@ def test_fp8_caches(num_heads, layout, q_fp8, drift):
     accepted(fp8, lists, expected=expected, plan=plan_for(lists, num_heads, kv_format=fp8.kv_format, q_fp8=q_fp8))
     assert same_bits(case.out, out)
     assert same_bits(case.lse, lse)
+    accepted(fp8, lists, expected=expected, sink=sinks_of(fp8))
+    accepted(fp8, lists, expected=expected, batch_invariant=True, sink=sinks_of(fp8, 1))
     accepted(fp8, lists, expected=expected, batch_invariant=True)
 
 
@@ -98,6 +102,9 @@ def test_many_query_tokens(num_heads, topk):
     lists = lists_of(case, none_share=0.0, topk=topk)
     accepted(case, lists, topk_lens=None)
     plan = mla_cute.plan_sparse(lists.indices, num_heads=num_heads)
+    accepted(case, lists, topk_lens=None, plan=plan)
+    for seed in range(3):  # the second call and those after it go the short way
+        accepted(case, lists, topk_lens=None, plan=plan, sink=sinks_of(case, seed))
     accepted(case, lists, topk_lens=None, plan=plan)
 
 
