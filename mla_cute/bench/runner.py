@@ -258,8 +258,6 @@ def run_case(
 
 def _time_peer(peer: Peer, inputs: Inputs, timer: Timer) -> dict[str, Any]:
     try:
-        if isinstance(inputs.case, Case) and inputs.case.sparse:
-            raise Unsupported("lists of tokens")
         calls = peer.calls(inputs)
         calls[0]()
         timer.synchronize()
