@@ -87,7 +87,7 @@ def _answer_flash_mla(q, k_cache, block_table, cache_seqlens, softmax_scale, cau
         assert rest["is_fp8_kvcache"]
         assert block_table is cache_seqlens is None
         assert q.shape[2] in (64, 128)
-        ckv, kpe, scales = group_rows(k_cache.squeeze(2))
+        ckv, scales, kpe = group_rows(k_cache.squeeze(2))
         q = q.squeeze(1)
         out, lse = sparse_reference(
             q[..., :512],
