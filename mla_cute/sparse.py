@@ -15,7 +15,7 @@ from .config import KernelConfig
 from .dims import MAX_HEADS
 from .expect import Scale, expect_bool, expect_int, expect_metadata
 from .launch import table_stride
-from .plan import Plan, Wanted, expect_hints, expect_options, expect_rows, expect_table
+from .plan import Plan, Wanted, expect_hints, expect_options, expect_partials, expect_rows, expect_table
 from .plan_decode import DecodePlan
 
 
@@ -48,6 +48,7 @@ def plan_sparse(
     kv_format: str = "",
     q_fp8: bool = False,
     other_metadata: bool = False,
+    partials: torch.Tensor | None = None,
 ) -> SparsePlan:
     """Plan a step of :func:`mla_sparse`; one plan serves every layer of the step.
 
@@ -57,6 +58,7 @@ def plan_sparse(
         num_heads: query heads, 1..128.
         topk_lens: [total_q] int32, as the calls'; None: every list has topk tokens.
         config, batch_invariant, kv_format, q_fp8, other_metadata: as :func:`plan_decode`.
+        partials: as :func:`plan_decode_block_table`.
 
     Raises:
         TypeError, ValueError: naming the argument. RuntimeError: the device is not Hopper.
@@ -71,9 +73,10 @@ def plan_sparse(
     expect_hints(kv_format, q_fp8, None)
     expect_options(config, batch_invariant)
     expect_bool("other_metadata", other_metadata)
+    expect_partials(partials)
     wanted = Wanted(
         Pages(SPARSE, topk_lens_of(indices, topk_lens)), total_q, total_q, num_heads, 1, topk, stride, topk,
-        kv_format, q_fp8, config, batch_invariant, other_metadata,
+        kv_format, q_fp8, config, batch_invariant, other_metadata, partials=partials,
     )  # fmt: skip
     return SparsePlan(wanted, topk, topk_lens is None)._register().update()
 
