@@ -42,7 +42,7 @@ from ..launch import table_stride
 from ..plan_decode import plan_decode_block_table
 from ..plan_prefill import plan_prefill_block_table
 from ..quant import GROUP_ROW_BYTES, group_rows
-from ..sparse import SparsePlan, mla_sparse, plan_sparse
+from ..sparse import mla_sparse, plan_sparse
 
 __all__ = ["FlashMLASchedMeta", "flash_mla_sparse_fwd", "flash_mla_with_kvcache", "get_mla_metadata"]
 
@@ -62,7 +62,7 @@ class FlashMLASchedMeta:
             values of the cache_seqlens that the first call was given, or of topk_lens.
         qo_indptr: [batch + 1] int32 of dense calls with several query tokens.
         topk_length: what the first sparse call was given.
-        topk_lens: [batch * s_q] int32, topk_length of each query token: itself where s_q is 1; None: there is none.
+        topk_lens: [batch * s_q] int32, what it says of each query token: itself where s_q is 1.
     """
 
     @dataclass
@@ -219,17 +219,18 @@ def flash_mla_with_kvcache(
         pages = _requests(step, q, block_table, cache_seqlens, causal)
     else:
         pages = _lists(step, q, indices, topk_length)
-    sink = _sink(attn_sink, heads, q.device)
+    _expect_sink(attn_sink, heads, q.device)
     sm_scale = _HEAD_DIM**-0.5 if softmax_scale is None else softmax_scale
     out_rows = None if out is None else _rows_of_out(out, (batch, tokens, heads, CKV_DIM))
-    call = Call(rows[..., :CKV_DIM], rows[..., CKV_DIM:], cache, pages, sm_scale, out_rows, None, "e", q_scale)
+    call = Call(
+        rows[..., :CKV_DIM], rows[..., CKV_DIM:], cache, pages, sm_scale, out_rows, None, "e", q_scale, attn_sink
+    )  # fmt: skip
     if not step.have_initialized:
         _initialize(step, config, call, topk_length)
-    if indices is None:
-        result: Any = attend(call, step.plan, None, False)
-    else:
-        result = _attend_to_lists(call, step.plan, sink)
+    result: Any = attend(call, step.plan, None, False)
     output, lse = result
+    if indices is not None:
+        lse = _with_inf(lse)
     return output.view(batch, tokens, heads, CKV_DIM) if out is None else out, lse.view(batch, tokens, heads).transpose(
         1, 2
     )
@@ -289,6 +290,7 @@ def flash_mla_sparse_fwd(
     expect_metadata("indices", indices, (tokens, 1, None), "[s_q, 1, topk]", q.device)
     if topk_length is not None:
         expect_metadata("topk_length", topk_length, (tokens,), "[s_q]", q.device)
+    _expect_sink(attn_sink, heads, q.device)
     lists = indices[:, 0]
     result = mla_sparse(
         q[..., :CKV_DIM], q[..., CKV_DIM:],
@@ -296,7 +298,7 @@ def flash_mla_sparse_fwd(
         kv[..., :CKV_DIM], kv[..., CKV_DIM:],
         lists.where(lists < kv.shape[0], -1),
         sm_scale, topk_lens=topk_length, out=out, lse_base=2 if return_log2_lse else "e",
-        return_lse=return_log2_lse is not False, **_sink(attn_sink, heads, q.device),
+        return_lse=return_log2_lse is not False, sink=attn_sink,
     )  # fmt: skip
     if isinstance(result, torch.Tensor):
         return result, None, None
@@ -323,16 +325,18 @@ def _lists(step: FlashMLASchedMeta, q: torch.Tensor, indices: torch.Tensor, topk
     rows = indices[:, 0] if tokens == 1 else indices.flatten(0, 1)
     if topk_length is not None:
         expect_metadata("topk_length", topk_length, (batch,), "[batch]", q.device)
-    lengths = step.topk_lens
+    lengths: Any = step.topk_lens
     if not step.have_initialized:
-        if topk_length is not None:
-            lengths = topk_length if tokens == 1 else topk_length[:, None].expand(-1, tokens).flatten()
+        if topk_length is not None and tokens != 1:
+            lengths = topk_length[:, None].expand(-1, tokens).flatten()
+        else:
+            lengths = topk_lens_of(rows, topk_length)
     elif not _same_memory(topk_length, step.topk_length):
         raise ValueError(
             "topk_length: expected the tensor, or None, that tile_scheduler_metadata was first used with, got "
             f"{'None' if topk_length is None else 'another'}"
         )
-    return Pages(SPARSE, lengths, rows)  # type: ignore[arg-type]
+    return Pages(SPARSE, lengths, rows)
 
 
 def _same_memory(x: torch.Tensor | None, y: torch.Tensor | None) -> bool:
@@ -344,16 +348,14 @@ def _initialize(
 ) -> None:
     """Checks the call first: one that is refused leaves `step` as it was."""
     pages = call.pages
-    if pages.form is SPARSE:
-        pages = pages._replace(lengths=topk_lens_of(pages.ids, pages.lengths))
-    problem = check(call._replace(pages=pages))
+    problem = check(call)
     sizes: dict[str, Any] = {
         "num_heads": config.h_q, "kv_format": problem.kv_format, "q_fp8": problem.q_fp8,
         "batch_invariant": config.enable_batch_invariant,
     }  # fmt: skip
     if pages.form is SPARSE:
-        step.plan = plan_sparse(pages.ids, topk_lens=call.pages.lengths, **sizes)
-        step.topk_length, step.topk_lens = topk_length, call.pages.lengths
+        step.plan = plan_sparse(pages.ids, topk_lens=pages.lengths, **sizes)
+        step.topk_length, step.topk_lens = topk_length, pages.lengths
     else:
         sizes |= {
             "page_size": config.page_block_size, "max_pages": pages.ids.shape[1],
@@ -368,32 +370,21 @@ def _initialize(
     step.config, step.have_initialized = config, True
 
 
-def _attend_to_lists(call: Call, plan: SparsePlan, sink: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    cache = call.cache
-    result: Any = mla_sparse(
-        call.q_nope, call.q_pe, cache.ckv, cache.kpe, call.pages.ids, call.sm_scale, topk_lens=call.pages.lengths,
-        out=call.out, lse_base="e", ckv_scale=cache.ckv_scale, kpe_scale=cache.kpe_scale,
-        ckv_scale_arr=cache.scale_arr, q_scale=call.q_scale, plan=plan, **sink,
-    )  # fmt: skip
-    output, lse = result
-    return output, _with_inf(lse)
-
-
 def _with_inf(lse: torch.Tensor) -> torch.Tensor:
     """-inf becomes +inf, in place and in one kernel; nan stays."""
     return lse.nan_to_num_(nan=torch.nan, posinf=torch.inf, neginf=torch.inf)
 
 
-def _sink(attn_sink: torch.Tensor | None, heads: int, device: torch.device) -> dict[str, Any]:
-    """The keyword of `mla_sparse`."""
+def _expect_sink(attn_sink: torch.Tensor | None, heads: int, device: torch.device) -> None:
     if attn_sink is None:
-        return {}
+        return
     expect_tensor("attn_sink", attn_sink)
     if attn_sink.dtype is not torch.float32:
         raise TypeError(f"attn_sink: expected dtype torch.float32, got {attn_sink.dtype}")
     expect_shape("attn_sink", attn_sink, (heads,), "[heads]")
     expect_device("attn_sink", attn_sink, device, "q")
-    return {"sink": attn_sink}
+    if not attn_sink.is_contiguous():
+        raise ValueError(f"attn_sink: expected a contiguous tensor, got strides {list(attn_sink.stride())}")
 
 
 def _refuse_extra(**arguments: object) -> None:

@@ -1,6 +1,5 @@
 """FlashMLA's sparse attention on CPU tensors, against attention in plain torch: values, conventions, errors."""
 
-import inspect
 import re
 
 import pytest
@@ -20,9 +19,6 @@ BATCH = 4
 LENS = (40, 17, 0, 1)
 E4M3 = torch.float8_e4m3fn
 OUT_TOLERANCE = {"rtol": 2**-7, "atol": 2**-8}
-needs_sink = pytest.mark.skipif(
-    "sink" not in inspect.signature(mla_cute.mla_sparse).parameters, reason="mla_sparse has no sink"
-)
 SINK = torch.tensor([-torch.inf, 1.5, torch.inf])
 
 
@@ -170,7 +166,6 @@ def test_steps_without_queries(batch, tokens):
     assert lse.shape == (batch, 3, tokens)
 
 
-@needs_sink
 @pytest.mark.parametrize("tokens", [1, 2])
 def test_sink(tokens):
     """-inf changes nothing, +inf leaves nothing of the output; the log-sum-exp is without it."""
@@ -197,6 +192,7 @@ INT = torch.int32
         ({"topk_length": torch.full((4,), 41, dtype=INT)}, ValueError, "topk_lens: expected values in [0, 40]"),
         ({"attn_sink": 1.0}, TypeError, "attn_sink: expected a torch.Tensor"),
         ({"attn_sink": torch.zeros(3).double()}, TypeError, "attn_sink: expected dtype torch.float32"),
+        ({"attn_sink": torch.zeros(6)[::2]}, ValueError, "attn_sink: expected a contiguous tensor, got strides [2]"),
         ({"attn_sink": torch.zeros(2)}, ValueError, "attn_sink: expected shape [3], got [2]"),
         ({"causal": True}, ValueError, "causal: expected False with indices"),
         ({"is_fp8_kvcache": True}, ValueError, "k_cache: expected shape [num_blocks, page_block_size, 1, 656]"),
@@ -288,7 +284,6 @@ def test_rows_of_any_stride():
     check_prompt(case, flash_mla_sparse_fwd(**prompt_of(case, kv=wide[:, :1, :576])))
 
 
-@needs_sink
 def test_sink_of_a_prompt():
     case = make(2)
     check_prompt(case, flash_mla_sparse_fwd(**prompt_of(case, attn_sink=SINK)), sink=SINK)
