@@ -15,6 +15,7 @@ from .config import KernelConfig
 from .merge_states import merge_states
 from .plan_decode import DecodePlan, plan_decode, plan_decode_block_table
 from .plan_prefill import PrefillPlan, plan_prefill, plan_prefill_block_table
+from .sparse import SparsePlan, mla_sparse, plan_sparse
 from .tuned.explain import explain
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __all__ = [
     "DecodePlan",
     "KernelConfig",
     "PrefillPlan",
+    "SparsePlan",
     "append_to_cache",
     "cache_dir",
     "explain",
@@ -30,11 +32,13 @@ __all__ = [
     "mla_paged_decode_block_table",
     "mla_paged_prefill",
     "mla_paged_prefill_block_table",
+    "mla_sparse",
     "ops",
     "plan_decode",
     "plan_decode_block_table",
     "plan_prefill",
     "plan_prefill_block_table",
+    "plan_sparse",
     "quant",
     "warmup",
 ]

@@ -177,8 +177,9 @@ def mla_paged_decode(
     cache = (ckv_cache, kpe_cache, ckv_scale, kpe_scale, ckv_scale_arr)
     pages = (DECODE, kv_indptr, kv_indices, kv_last_page_len, None, False)
     return attend(
-        (q_nope, q_pe, cache, pages, sm_scale, out, lse, lse_base, q_scale), plan, config, batch_invariant, return_lse
-    )
+        (q_nope, q_pe, cache, pages, sm_scale, out, lse, lse_base, q_scale, None), plan, config, batch_invariant,
+        return_lse,
+    )  # fmt: skip
 
 
 @overload
@@ -288,8 +289,9 @@ def mla_paged_decode_block_table(
     cache = (ckv_cache, kpe_cache, ckv_scale, kpe_scale, ckv_scale_arr)
     pages = (DECODE_TABLE, seq_lens, block_table, None, None, False)
     return attend(
-        (q_nope, q_pe, cache, pages, sm_scale, out, lse, lse_base, q_scale), plan, config, batch_invariant, return_lse
-    )
+        (q_nope, q_pe, cache, pages, sm_scale, out, lse, lse_base, q_scale, None), plan, config, batch_invariant,
+        return_lse,
+    )  # fmt: skip
 
 
 @overload
@@ -438,8 +440,9 @@ def mla_paged_prefill(
     cache = (ckv_cache, kpe_cache, ckv_scale, kpe_scale, ckv_scale_arr)
     pages = (PREFILL, kv_indptr, kv_indices, kv_last_page_len, qo_indptr, causal)
     return attend(
-        (q_nope, q_pe, cache, pages, sm_scale, out, lse, lse_base, q_scale), plan, config, batch_invariant, return_lse
-    )
+        (q_nope, q_pe, cache, pages, sm_scale, out, lse, lse_base, q_scale, None), plan, config, batch_invariant,
+        return_lse,
+    )  # fmt: skip
 
 
 @overload
@@ -557,5 +560,6 @@ def mla_paged_prefill_block_table(
     cache = (ckv_cache, kpe_cache, ckv_scale, kpe_scale, ckv_scale_arr)
     pages = (PREFILL_TABLE, seq_lens, block_table, None, qo_indptr, causal)
     return attend(
-        (q_nope, q_pe, cache, pages, sm_scale, out, lse, lse_base, q_scale), plan, config, batch_invariant, return_lse
-    )
+        (q_nope, q_pe, cache, pages, sm_scale, out, lse, lse_base, q_scale, None), plan, config, batch_invariant,
+        return_lse,
+    )  # fmt: skip

@@ -72,13 +72,13 @@ def _long_way(
 def _plan_for(problem: Problem, pages: Pages, config: KernelConfig | None, batch_invariant: bool) -> Plan:
     """Of a call that was given none."""
     by_table = pages.form.by_table
-    room = pages.ids.shape[by_table] * problem.page_size
+    room = pages.ids.shape[by_table] * (1 if problem.op == "sparse" else problem.page_size)
     wanted = Wanted(
         pages._replace(ids=None), problem.batch, problem.total_q, problem.num_heads, problem.page_size, room,
         table_stride(pages.ids) if by_table else 0, room if by_table else None, problem.kv_format, problem.q_fp8,
         config, batch_invariant, other_metadata=False, verifies=False,
     )  # fmt: skip
-    return (DecodePlan if problem.op == "decode" else PrefillPlan)(wanted).update()
+    return (PrefillPlan if problem.op == "prefill" else DecodePlan)(wanted).update()
 
 
 def _verified(call: Call, problem: Problem, plan: Plan | None) -> Call:

@@ -65,7 +65,7 @@ _ALIGN_ELEMENTS = 8
 class Problem:
     """Sizes, dtype and device of a call whose arguments passed the checks."""
 
-    op: str  # "decode" or "prefill"
+    op: str  # "decode", "prefill" or "sparse"
     batch: int
     total_q: int  # query tokens; decode: one per request
     num_heads: int
@@ -101,7 +101,7 @@ def check(call: Call) -> Problem:
 
 def _usual(call: Call) -> Problem | None:
     """The problem, or None when anything is unusual (which need not be wrong)."""
-    q_nope, q_pe, cache, pages, sm_scale, out, lse, lse_base, q_scale = call
+    q_nope, q_pe, cache, pages, sm_scale, out, lse, lse_base, q_scale, sink = call
     ckv_cache, kpe_cache, ckv_scale, kpe_scale, ckv_scale_arr = cache
     total_q, num_heads, ckv_dim = q_nope.shape
     num_pages, page_size, cache_dim = ckv_cache.shape
@@ -141,8 +141,10 @@ def _usual(call: Call) -> Problem | None:
     if q_nope.is_cuda:
         if not (_is_aligned(q_nope) and _is_aligned(q_pe) and _is_aligned(ckv_cache) and _is_aligned(kpe_cache)):
             return None
-        if page_size % 8 and not (rows_fit_32_bits(ckv_cache) and rows_fit_32_bits(kpe_cache)):
-            return None
+        sparse = pages.form.op == "sparse"
+        if sparse or page_size % 8:
+            if not (rows_fit_32_bits(ckv_cache, sparse) and rows_fit_32_bits(kpe_cache, sparse)):
+                return None
     elif not q_nope.is_cpu:
         return None
     if out is not None and not (
@@ -161,6 +163,8 @@ def _usual(call: Call) -> Problem | None:
         and lse.is_contiguous()
     ):
         return None
+    if sink is not None and not is_usual_sink(sink, num_heads, device):
+        return None
     batch = total_q
     if pages.form.op == "prefill":
         (bounds,) = pages.queries.shape  # type: ignore[union-attr]
@@ -170,6 +174,10 @@ def _usual(call: Call) -> Problem | None:
     return _problem(
         pages.form.op, batch, total_q, num_heads, page_size, num_pages, pages.causal, dtype, device, kv_format, q_fp8
     )
+
+
+def is_usual_sink(sink: torch.Tensor, num_heads: int, device: torch.device) -> bool:
+    return sink.shape == (num_heads,) and sink.dtype is torch.float32 and sink.device == device and sink.is_contiguous()
 
 
 def _are_one(*scales: Scale) -> bool:
@@ -182,7 +190,7 @@ def _usual_fp8(call: Call) -> tuple[torch.dtype, str, bool] | None:
 
     `_usual` looks at what both kinds of cache have in common.
     """
-    q_nope, q_pe, cache, _, sm_scale, out, _, _, q_scale = call
+    q_nope, q_pe, cache, _, sm_scale, out, _, _, q_scale, _ = call
     ckv_cache, kpe_cache, ckv_scale, kpe_scale, ckv_scale_arr = cache
     if not type(ckv_scale) is type(kpe_scale) is type(q_scale) is float:
         return None
@@ -288,7 +296,7 @@ def _first_wrong(call: Call) -> Problem:
 
 
 def _expect_operands(call: Call, rows: str) -> Problem:
-    q_nope, q_pe, cache, pages, _, out, _, _, _ = call
+    q_nope, q_pe, cache, pages, _, out, _, _, _, _ = call
     ckv_cache, kpe_cache = cache[:2]
     expect_tensor("q_nope", q_nope)
     # what is no 16-bit cache is an FP8 one or refused below
@@ -338,8 +346,9 @@ def _expect_operands(call: Call, rows: str) -> Problem:
         expect_dtype("kpe_cache", kpe_cache, "q_pe", q_pe.dtype, "" if q_pe.dtype is FP8 else f" or {FP8}")
     shape = f"[num_pages, page_size, {KPE_DIM}]"
     expect_operand("kpe_cache", kpe_cache, (num_pages, page_size, KPE_DIM), shape, device)
-    expect_rows_fit_32_bits("ckv_cache", ckv_cache)
-    expect_rows_fit_32_bits("kpe_cache", kpe_cache)
+    sparse = pages.form.op == "sparse"
+    expect_rows_fit_32_bits("ckv_cache", ckv_cache, sparse)
+    expect_rows_fit_32_bits("kpe_cache", kpe_cache, sparse)
 
     kv_format = expect_format(cache_is_16bit, cache, device)
     dtype = q_pe.dtype
@@ -379,6 +388,10 @@ def expect_format(cache_is_16bit: bool, cache: Cache, device: torch.device) -> s
 
 
 def expect_pages(pages: Pages, batch: int, device: torch.device) -> None:
+    if pages.form.op == "sparse":
+        expect_metadata("indices", pages.ids, (batch, None), "[total_q, topk]", device)
+        expect_metadata("topk_lens", pages.lengths, (batch,), "[total_q]", device)
+        return
     if pages.form.by_table:
         expect_metadata("block_table", pages.ids, (batch, None), "[batch, max_pages]", device)
         expect_metadata("seq_lens", pages.lengths, (batch,), "[batch]", device)
@@ -390,7 +403,7 @@ def expect_pages(pages: Pages, batch: int, device: torch.device) -> None:
 
 
 def _expect_rest(call: Call, problem: Problem, rows: str) -> None:
-    q_nope, q_pe, _, _, sm_scale, out, lse, lse_base, _ = call
+    q_nope, q_pe, _, _, sm_scale, out, lse, lse_base, _, sink = call
     total_q, num_heads, device = problem.total_q, problem.num_heads, problem.device
     expect_scale("sm_scale", sm_scale)
     expect_lse_base(lse_base)
@@ -414,6 +427,14 @@ def _expect_rest(call: Call, problem: Problem, rows: str) -> None:
         expect_device("lse", lse, device)
         if not lse.is_contiguous():
             raise ValueError(f"lse: expected a contiguous tensor, got strides {list(lse.stride())}")
+    if sink is not None:
+        expect_tensor("sink", sink)
+        if sink.dtype is not torch.float32:
+            raise TypeError(f"sink: expected dtype torch.float32, got {sink.dtype}")
+        expect_shape("sink", sink, (num_heads,), "[H]")
+        expect_device("sink", sink, device)
+        if not sink.is_contiguous():
+            raise ValueError(f"sink: expected a contiguous tensor, got strides {list(sink.stride())}")
 
 
 def _expect_scales(call: Call, problem: Problem) -> None:

@@ -24,6 +24,8 @@ def verify(problem: Problem, pages: Pages, spare_pages: bool = False) -> None:
     * page lists: kv_indptr starts below 0, decreases, or ends beyond kv_indices; kv_last_page_len of a request that has
       pages is not in 1..page_size; a page id in use is not in 0..num_pages - 1. Ids outside
       `kv_indices[kv_indptr[0]:kv_indptr[-1]]` and the last page length of a request without pages are not looked at;
+    * lists of tokens: a length is not in 0..topk, or an index of a row's first `topk_lens` ones is not in
+      -1..num_pages * page_size - 1;
     * block tables: a sequence length is not in 0..max_pages * page_size, or a page id in use is not in
       0..num_pages - 1. The ids past a request's last page are not looked at.
 
@@ -33,7 +35,9 @@ def verify(problem: Problem, pages: Pages, spare_pages: bool = False) -> None:
     """
     form, lengths, ids, last_len, queries, _ = pages
     findings = [] if queries is None else _query_findings(queries, problem.total_q)
-    if form.by_table:
+    if form.op == "sparse":
+        findings += sparse_findings(problem.num_pages * problem.page_size, ids, lengths)
+    elif form.by_table:
         findings += block_table_findings(problem.page_size, problem.num_pages, ids, lengths)
     else:
         findings += csr_findings(problem.page_size, problem.num_pages, lengths, ids, last_len, spare_pages)
@@ -145,6 +149,24 @@ def block_table_findings(
             lambda at, value: (
                 f"block_table: expected page ids in [0, {num_pages}), got {value} "
                 f"at position [{at // max_pages}, {at % max_pages}]"
+            ),
+        ),
+    ]
+
+
+def sparse_findings(num_tokens: int, indices: torch.Tensor, topk_lens: torch.Tensor) -> list[Finding]:
+    topk = indices.shape[1]
+    used = torch.arange(topk, device=indices.device)[None, :] < topk_lens[:, None]
+    return [
+        (
+            first_of((topk_lens < 0) | (topk_lens > topk), topk_lens),
+            lambda at, value: f"topk_lens: expected values in [0, {topk}] (topk), got {value} at position {at}",
+        ),
+        (
+            first_of((used & ((indices < -1) | (indices >= num_tokens))).flatten(), indices.flatten()),
+            lambda at, value: (
+                f"indices: expected -1 or tokens in [0, {num_tokens}) (num_pages * page_size), got {value} "
+                f"at position [{at // topk}, {at % topk}]"
             ),
         ),
     ]

@@ -135,15 +135,22 @@ _SMALL_STEP_TILES = {
 }
 
 
-def is_small_step(kv_format: str, q_fp8: bool, num_heads: int, batch: int, kv_len: int, num_sms: int) -> bool:
+def is_small_step(
+    kv_format: str, q_fp8: bool, num_heads: int, batch: int, kv_len: int, num_sms: int, gathers: bool
+) -> bool:
     """Whether a decode step of more than 16 heads is so small that tile16 is the faster kernel.
 
     By tiles of 16 heads x 64 tokens per SM, as measured on an H200 with the keys' L2 emptied before each call, as the
     weights of a layer empty it in an engine, and without (docs/performance.md). A tile costs tile16 more: as many times
     as its heads take tiles, the keys come from L2 again. A row-tile step costs more to begin, most of all where 16-bit
-    queries are converted for an FP8 cache.
+    queries are converted for an FP8 cache. `gathers`: keys come one by one, for each tile of heads anew, which limits
+    tile16 over every cache as over a 16-bit one: 64 heads over format "group", 16 query tokens of 2048 keys, took it 42
+    us and row tiles less than 34.
     """
     tiles = batch * -(-kv_len // 64) * -(-num_heads // TILE16_M) / num_sms
     queries = "e4m3" if q_fp8 else "16-bit"
-    most = _SMALL_STEP_TILES[f"FP8 cache, {queries} queries" if kv_format else "16-bit cache"]
-    return tiles <= most[0 if num_heads <= 32 else 1 if num_heads <= 64 else 2]
+    of_caches = [f"FP8 cache, {queries} queries" if kv_format else "16-bit cache"]
+    if gathers:
+        of_caches.append("16-bit cache")
+    heads = 0 if num_heads <= 32 else 1 if num_heads <= 64 else 2
+    return all(tiles <= _SMALL_STEP_TILES[cache][heads] for cache in of_caches)

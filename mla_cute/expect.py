@@ -158,23 +158,23 @@ def expect_aligned(name: str, x: torch.Tensor, num_bytes: int = ALIGN_BYTES) -> 
         )
 
 
-def rows_fit_32_bits(cache: torch.Tensor) -> bool:
-    """Whether the gather, which loads pages of a size that is no multiple of 8, can name each row: it counts offsets in
-    32 bits, in units of the greatest common divisor of the strides."""
+def rows_fit_32_bits(cache: torch.Tensor, sparse: bool = False) -> bool:
+    """Whether the gather, which loads single tokens and pages of a size that is no multiple of 8, can name each row: it
+    counts offsets in 32 bits, in units of the greatest common divisor of the strides."""
     num_pages, page_size, _ = cache.shape
     of_page, of_row, _ = cache.stride()
-    if page_size % 8 == 0 or num_pages * of_page * cache.itemsize <= ALIGN_BYTES << 32:
+    if (page_size % 8 == 0 and not sparse) or num_pages * of_page * cache.itemsize <= ALIGN_BYTES << 32:
         return True
     unit = math.gcd(of_page, of_row)
     return ((num_pages - 1) * of_page + (page_size - 1) * of_row) // unit < 1 << 32
 
 
-def expect_rows_fit_32_bits(name: str, cache: torch.Tensor) -> None:
-    if cache.is_cuda and not rows_fit_32_bits(cache):
-        page_size, strides = cache.shape[1], list(cache.stride())
+def expect_rows_fit_32_bits(name: str, cache: torch.Tensor, sparse: bool = False) -> None:
+    if cache.is_cuda and not rows_fit_32_bits(cache, sparse):
+        why = "in a sparse call" if sparse else f"with page_size {cache.shape[1]}, which is no multiple of 8"
         raise ValueError(
-            f"{name}: expected at most 2^32 steps of the greatest common divisor of its strides with page_size "
-            f"{page_size}, which is no multiple of 8, got strides {strides} and {cache.shape[0]} pages"
+            f"{name}: expected at most 2^32 steps of the greatest common divisor of its strides {why}, got strides "
+            f"{list(cache.stride())} and {cache.shape[0]} pages"
         )
 
 

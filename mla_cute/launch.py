@@ -80,14 +80,21 @@ def _of_round(
 
 
 def _numbers(problem: Problem, call: Call) -> tuple[float | int, ...]:
-    lse_scale = 1.0 if call.lse_base == 2 else LN_2
+    last: tuple[float | int, ...] = (1.0 if call.lse_base == 2 else LN_2,)
+    if problem.op == "sparse":
+        last = (*last, sink_address(call.sink))
     if not problem.kv_format:
-        return call.sm_scale * LOG2_E, lse_scale
+        return call.sm_scale * LOG2_E, *last
     ckv, ckv_at = number_and_address(call.cache.ckv_scale)
     kpe, kpe_at = number_and_address(call.cache.kpe_scale)
     q, q_at = number_and_address(call.q_scale)
     nope, rope = score_scales(problem.kv_format, call.sm_scale, ckv, kpe, q)
-    return float(nope * LOG2_E), float(rope * LOG2_E), ckv, ckv_at, kpe_at, q_at, lse_scale
+    return float(nope * LOG2_E), float(rope * LOG2_E), ckv, ckv_at, kpe_at, q_at, *last
+
+
+def sink_address(sink: torch.Tensor | None) -> int:
+    """As the step takes it; 0: there are none."""
+    return 0 if sink is None else sink.data_ptr()
 
 
 def score_scales(kv_format: str, sm_scale: float, ckv: float, kpe: float, q: float) -> tuple[float, float]:

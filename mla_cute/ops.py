@@ -4,7 +4,7 @@
     torch.ops.mla_cute.mla_paged_decode.out(...)    writes its arguments out and lse
     torch.ops.mla_cute.append_to_cache(...)         writes the cache
 
-and likewise mla_paged_decode_block_table, mla_paged_prefill, mla_paged_prefill_block_table and merge_states.
+and likewise mla_paged_decode_block_table, mla_paged_prefill, mla_paged_prefill_block_table, mla_sparse, merge_states.
 
 The functions of this module have the signatures of the public calls and go through the ops, in eager mode too.
 `torch.compile` traces them in place of the public calls, so code that calls `mla_cute.mla_paged_decode` compiles as it
@@ -34,8 +34,8 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from . import api, append, attend
-from .call import DECODE, DECODE_TABLE, METADATA, PREFILL, PREFILL_TABLE, Call, Form, arguments_of, call_of
+from . import api, append, attend, sparse
+from .call import DECODE, DECODE_TABLE, METADATA, PREFILL, PREFILL_TABLE, SPARSE, Call, Form, arguments_of, call_of
 from .check import FP8, expect_pages
 from .config import KernelConfig
 from .dims import CKV_DIM, GROUP_DIM, KPE_DIM
@@ -82,7 +82,7 @@ def _config_of(encoded: str | None) -> KernelConfig | None:
     return None if encoded is None else KernelConfig.from_dict(ast.literal_eval(encoded))
 
 
-# ------------------------------------------------------------------------------------------------ the four attentions
+# ------------------------------------------------------------------------------------------------ the attentions
 
 
 def _define_attention(call: F, form: Form) -> F:
@@ -94,6 +94,8 @@ def _define_attention(call: F, form: Form) -> F:
     options = _OPTIONS
     if not form.by_table:
         options = f"Tensor? kv_last_page_len=None, {options}"
+    if form is SPARSE:
+        options = f"Tensor? topk_lens=None, Tensor? sink=None, {options}"
     if form.op == "prefill":
         options = f"bool causal=True, {options}"
     fake = functools.partial(_fake_attention, form=form)
@@ -170,13 +172,13 @@ def _new_outputs(q_nope: torch.Tensor, q_pe: torch.Tensor) -> tuple[torch.Tensor
 
 
 # Options of the ops that shapes follow from or are held to.
-_SHAPED = ("kv_last_page_len", "ckv_scale_arr", "out", "lse")
+_SHAPED = ("kv_last_page_len", "topk_lens", "sink", "ckv_scale_arr", "out", "lse")
 
 
 def _fake_attention(*args: Any, form: Form, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """The checks of check.py, without what reads addresses or keeps sizes: those of a graph may be symbols."""
     call = call_of(form, *args, **{name: options[name] for name in _SHAPED if name in options})
-    q_nope, q_pe, (ckv_cache, kpe_cache, _, _, ckv_scale_arr), pages, _, out, lse, _, _ = call
+    q_nope, q_pe, (ckv_cache, kpe_cache, _, _, ckv_scale_arr), pages, _, out, lse, _, _, sink = call
     expect_shape("q_nope", q_nope, (None, None, CKV_DIM), f"[tokens, H, {CKV_DIM}]")
     tokens, num_heads, _ = q_nope.shape
     device = q_nope.device
@@ -191,6 +193,9 @@ def _fake_attention(*args: Any, form: Form, **options: Any) -> tuple[torch.Tenso
         expect_shape("ckv_scale_arr", ckv_scale_arr, sizes, f"[num_pages, page_size, 1 or {CKV_DIM // GROUP_DIM}]")
     batch = expect_indptr("qo_indptr", pages.queries, device) if form.op == "prefill" else tokens
     expect_pages(pages, batch, device)
+    if sink is not None:
+        expect_shape("sink", sink, (num_heads,), "[H]")
+        expect_device("sink", sink, device)
     if out is not None and lse is not None:
         expect_shape("out", out, (tokens, num_heads, CKV_DIM), "")
         expect_shape("lse", lse, (tokens, num_heads), "")
@@ -297,12 +302,14 @@ mla_paged_decode = _define_attention(api.mla_paged_decode, DECODE)
 mla_paged_decode_block_table = _define_attention(api.mla_paged_decode_block_table, DECODE_TABLE)
 mla_paged_prefill = _define_attention(api.mla_paged_prefill, PREFILL)
 mla_paged_prefill_block_table = _define_attention(api.mla_paged_prefill_block_table, PREFILL_TABLE)
+mla_sparse = _define_attention(sparse.mla_sparse, SPARSE)
 
 _THROUGH: dict[str, Callable[..., Any]] = {
     "decode": mla_paged_decode,
     "decode_block_table": mla_paged_decode_block_table,
     "prefill": mla_paged_prefill,
     "prefill_block_table": mla_paged_prefill_block_table,
+    "sparse": mla_sparse,
 }
 
 
@@ -322,6 +329,7 @@ for _direct, _compiled in (
     (api.mla_paged_decode_block_table, mla_paged_decode_block_table),
     (api.mla_paged_prefill, mla_paged_prefill),
     (api.mla_paged_prefill_block_table, mla_paged_prefill_block_table),
+    (sparse.mla_sparse, mla_sparse),
     (append.append_to_cache, append_to_cache),
     (_merge_states, merge_states),
     (attend.attend, _attend),

@@ -211,8 +211,10 @@ class Plan:
         sms = num_sms(self.device)
         # A batch of none is one of 1 here.
         batch, q_len, kv_len = self.batch or 1, q_len or 1, 1 if wanted.max_kv_len == 0 else wanted.max_kv_len
-        sizes = (self.num_heads, self.page_size, q_len, batch, kv_len)
-        facts = (self.form.op, wanted.kv_format, wanted.q_fp8, *sizes)
+        op, page_size = self.form.op, self.page_size
+        if op == "sparse":
+            op, page_size = "decode", 1  # what its kernels do: each query token is a request, each token a page
+        facts = (op, wanted.kv_format, wanted.q_fp8, self.num_heads, page_size, q_len, batch, kv_len)
         if shape_log.recorder is not None:
             shape_log.recorder.saw(facts)
         if wanted.config is None:

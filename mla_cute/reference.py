@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from .call import DECODE, DECODE_TABLE, PREFILL, PREFILL_TABLE, Cache, Call, Pages, call_of
+from .call import DECODE, DECODE_TABLE, PREFILL, PREFILL_TABLE, SPARSE, Cache, Call, Pages, call_of
 from .check import FP8
 from .quant import dequantize
 
@@ -66,9 +66,18 @@ def prefill_reference_block_table(*args: Any, **options: Any) -> tuple[torch.Ten
     return attention(call_of(PREFILL_TABLE, *args, **options))
 
 
+def sparse_reference(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `decode_reference`, with the arguments of :func:`mla_cute.mla_sparse`."""
+    return attention(call_of(SPARSE, *args, **options))
+
+
 def requests_of(pages: Pages, page_size: int) -> tuple[list[torch.Tensor], list[int]]:
-    """Page ids and kv_len of each request."""
+    """Page ids and kv_len of each request; of SPARSE the tokens of each query token, and how many they are."""
     _, lengths, ids, last_len, _, _ = pages
+    if pages.form is SPARSE:
+        rows = [ids[b, :n] for b, n in enumerate(lengths.tolist())]
+        chosen = [row[row >= 0] for row in rows]
+        return chosen, [len(row) for row in chosen]
     if pages.form.by_table:
         kv_lens = lengths.tolist()
         return [ids[b, : -(-n // page_size)] for b, n in enumerate(kv_lens)], kv_lens
@@ -83,7 +92,7 @@ def attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(output, lse) of a call. For tests: `p_dtype` rounds P before P ckv, as a kernel that multiplies in that dtype
     does; `requests` are page ids and lengths in the place of `requests_of`'s."""
-    q_nope, q_pe, cache, pages, sm_scale, out, lse, lse_base, q_scale = call
+    q_nope, q_pe, cache, pages, sm_scale, out, lse, lse_base, q_scale, sink = call
     # scales may be tensors of one element
     cache = cache._replace(ckv_scale=float(cache.ckv_scale), kpe_scale=float(cache.kpe_scale))
     q_scale, causal = float(q_scale), pages.causal
@@ -115,9 +124,17 @@ def attention(
                     visible = torch.arange(start + shift, stop + shift, device=q_nope.device)
                     visible = visible.repeat_interleave(num_heads)[:, None]
                 q = _queries(q_nope[start:stop], q_pe[start:stop], dtype, q_scale).flatten(0, 1) * sm_scale
-                ids = own_ids[: -(-num_keys // page_size)]
-                rows_out, rows_lse = _attend(q, cache, ids, num_keys, p_dtype, visible)
-                out[start:stop] = rows_out.view(-1, num_heads, ckv_dim)
+                if pages.form is SPARSE:
+                    rows_out, rows_lse = _attend(q, *_gathered(cache, own_ids), num_keys, p_dtype, visible)
+                else:
+                    ids = own_ids[: -(-num_keys // page_size)]
+                    rows_out, rows_lse = _attend(q, cache, ids, num_keys, p_dtype, visible)
+                rows_out = rows_out.view(-1, num_heads, ckv_dim)
+                if sink is not None:
+                    # e^lse / (e^lse + e^sink) of it is left; both may be -inf
+                    left = torch.sigmoid(rows_lse.view(-1, num_heads) - sink).nan_to_num(0.0)
+                    rows_out = rows_out * left[..., None]
+                out[start:stop] = rows_out
                 lse[start:stop] = rows_lse.view(-1, num_heads) * per_base
     return out, lse
 
@@ -163,6 +180,19 @@ def _attend(
         acc = acc * rescale + p @ ckv
         row_max = new_max
     return acc / row_sum, (row_max + row_sum.log()).squeeze(-1)
+
+
+def _gathered(cache: Cache, tokens: torch.Tensor) -> tuple[Cache, torch.Tensor]:
+    """A cache whose pages are the tokens of a list, one each, and their page ids."""
+    page, row = tokens // cache.ckv.shape[1], tokens % cache.ckv.shape[1]
+
+    def gathered(x: torch.Tensor) -> torch.Tensor:
+        elements = x.view(torch.uint8) if x.dtype is FP8 else x
+        return elements[page, row].unsqueeze(1).view(x.dtype)
+
+    arr = None if cache.scale_arr is None else gathered(cache.scale_arr)
+    pages = torch.arange(len(tokens), device=tokens.device)
+    return cache._replace(ckv=gathered(cache.ckv), kpe=gathered(cache.kpe), scale_arr=arr), pages
 
 
 def _rows(cache: torch.Tensor, page_ids: torch.Tensor, num_tokens: int) -> torch.Tensor:

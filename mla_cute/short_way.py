@@ -20,11 +20,20 @@ import torch
 from . import dlpack
 from .allocate import current_device, empty_maker
 from .call import UNSCALED, CallFields
-from .check import DTYPES, Problem
+from .check import DTYPES, Problem, is_usual_sink
 from .config import KernelConfig
 from .dims import CKV_DIM
 from .expect import MAX_SCALE, MIN_SCALE, Scale, rows_fit_32_bits
-from .launch import LN_2, LOG2_E, flat_table, memory_of_table, number_and_address, rows_are_even, score_scales
+from .launch import (
+    LN_2,
+    LOG2_E,
+    flat_table,
+    memory_of_table,
+    number_and_address,
+    rows_are_even,
+    score_scales,
+    sink_address,
+)
 from .plan import Plan, check_enabled, planner_reads
 from .tuned import select, shape_log
 
@@ -132,7 +141,7 @@ def _key(call: CallFields, config: KernelConfig | None, batch_invariant: bool) -
     where every call goes the long way."""
     if shape_log.recorder is not None or check_enabled():
         return None
-    q_nope, q_pe, (ckv_cache, kpe_cache, _, _, scale_arr), pages, _, out, _, _, _ = call
+    q_nope, q_pe, (ckv_cache, kpe_cache, _, _, scale_arr), pages, _, out, _, _, _, _ = call
     form, lengths, page_ids, last_len, queries, causal = pages
     try:
         room = None
@@ -162,7 +171,8 @@ def _usual(problem: Problem, plan: Plan, no_scales: Any) -> Callable[[CallFields
     page_size, device_index = problem.page_size, device.index
     takes_array, packs_rows, grid = kv_format in ("token", "group"), plan.packs_rows, plan.grid
     # TMA looks at strides of dimensions of size 1, which the launcher lets pass.
-    gathers = page_size % 8 != 0
+    sparse = problem.op == "sparse"
+    gathers = sparse or page_size % 8 != 0
     odd_queries = problem.total_q == 1 or problem.num_heads == 1
     # out=None means bfloat16 where all queries are e4m3.
     allocates = not (problem.q_fp8 and kv_format == "tensor") or problem.dtype is DTYPES[0]
@@ -171,7 +181,7 @@ def _usual(problem: Problem, plan: Plan, no_scales: Any) -> Callable[[CallFields
 
     def usual(call: CallFields) -> _ForLaunch | None:
         nonlocal kept
-        q_nope, q_pe, cache, pages, sm_scale, out, lse, lse_base, q_scale = call
+        q_nope, q_pe, cache, pages, sm_scale, out, lse, lse_base, q_scale, sink = call
         ckv_cache, kpe_cache, ckv_scale, kpe_scale, scale_arr = cache
         num_pages, tokens, _ = ckv_cache.shape
         if (
@@ -197,11 +207,15 @@ def _usual(problem: Problem, plan: Plan, no_scales: Any) -> Callable[[CallFields
             numbers = (*grid, *found)
             if type(ckv_scale) is type(kpe_scale) is type(q_scale) is float:  # the address of a tensor may change
                 kept = (sm_scale, lse_base, ckv_scale, kpe_scale, q_scale), numbers
+        if sparse:
+            if sink is not None and not is_usual_sink(sink, q_shape[1], device):
+                return None
+            numbers = (*numbers, sink_address(sink))
         if packs_rows and not (rows_are_even(q_nope) and rows_are_even(q_pe)):
             return None
         if odd_queries and not (_has_tma_strides(q_nope) and _has_tma_strides(q_pe)):
             return None
-        if gathers and not (rows_fit_32_bits(ckv_cache) and rows_fit_32_bits(kpe_cache)):
+        if gathers and not (rows_fit_32_bits(ckv_cache, sparse) and rows_fit_32_bits(kpe_cache, sparse)):
             return None
         if (num_pages == 1 or tokens == 1) and not (_has_tma_strides(ckv_cache) and _has_tma_strides(kpe_cache)):
             return None

@@ -19,7 +19,6 @@ from mla_cute.integrations import flashinfer_bench
 
 RECORD = load("flashinfer_bench_0.1.2.json")
 NAMES = tuple(RECORD["definitions"])
-OP_TYPE = "mla_paged"
 SM_SCALE = 0.1352337747812271  # DeepSeek-V3's with YaRN, of the dataset's workloads
 SMALL = ((3, 70), (1, 64), (5, 5), (2, 129), (1, 1))
 WHY_MISSING = 'flashinfer-bench is not installed: pip install ".[test-integrations]"'
@@ -47,6 +46,24 @@ def run({arguments}):
 """
 
 
+_SPARSE_REFERENCE = """\
+import math
+
+import torch
+
+
+def run({arguments}):
+    q, cache = torch.cat((q_nope, q_pe), -1).float(), torch.cat((ckv_cache, kpe_cache), -1).flatten(0, 1)
+    output, lse = torch.zeros_like(q_nope), torch.full(q_nope.shape[:2], -torch.inf, device=q.device)
+    for t, tokens in enumerate(sparse_indices.long()):
+        keys = cache[tokens[tokens != -1]].float()
+        scores = q[t] @ keys.T * sm_scale
+        output[t] = (scores.softmax(-1) @ keys[:, :512]).to(output.dtype)
+        lse[t] = scores.logsumexp(-1) / math.log(2.0)
+    return output, lse
+"""
+
+
 def dataset() -> pathlib.Path | None:
     """The copy of flashinfer-trace that the environment names."""
     path = os.environ.get("FIB_DATASET_PATH")
@@ -56,7 +73,7 @@ def dataset() -> pathlib.Path | None:
 def dataset_definition(name: str) -> dict[str, Any] | None:
     """The definition as the dataset has it, reference included; None where there is no dataset."""
     root = dataset()
-    return json.loads((root / "definitions" / OP_TYPE / f"{name}.json").read_text()) if root else None
+    return json.loads((root / "definitions" / op_type(name) / f"{name}.json").read_text()) if root else None
 
 
 def definition(name: str) -> dict[str, Any]:
@@ -65,8 +82,14 @@ def definition(name: str) -> dict[str, Any]:
     return RECORD["definitions"][name] | {"reference": real["reference"] if real else reference(name)}
 
 
+def op_type(name: str) -> str:
+    return RECORD["definitions"][name]["op_type"]
+
+
 def reference(name: str) -> str:
     inputs = RECORD["definitions"][name]["inputs"]
+    if "sparse_indices" in inputs:
+        return _SPARSE_REFERENCE.format(arguments=", ".join(inputs))
     return _REFERENCE.format(
         arguments=", ".join(inputs),
         queries="qo_indptr" if "qo_indptr" in inputs else "range(len(kv_indptr))",
@@ -75,7 +98,8 @@ def reference(name: str) -> str:
 
 
 def tensors(name: str, requests: Sequence[tuple[int, int]] = SMALL, seed: int = 0) -> dict[str, torch.Tensor]:
-    """The inputs that are tensors. `requests` are (query tokens, keys); decode has one query token whatever they say.
+    """The inputs that are tensors. `requests` are (query tokens, keys); decode has one query token whatever they say,
+    and sparse attention lists that long (or as long as there are columns), with -1 among their tokens.
 
     Pages that no request owns and rows past a request's keys are NaN.
     """
@@ -101,7 +125,23 @@ def tensors(name: str, requests: Sequence[tuple[int, int]] = SMALL, seed: int = 
         "kv_indices": order[: kv_indptr[-1]].clone(),
         "kv_last_page_len": _int32([(n - 1) % page_size + 1 for n in kv_lens]),
     }  # fmt: skip
+    if "sparse_indices" in spec["inputs"]:
+        columns = spec["axes"]["topk"]["value"]
+        own = itertools.starmap(slice, itertools.pairwise(kv_indptr))
+        found["sparse_indices"] = _lists([order[ids] for ids in own], kv_lens, page_size, columns, generator)
     return {key: found[key] for key in spec["inputs"] if key != "sm_scale"}
+
+
+def _lists(
+    pages: Sequence[torch.Tensor], kv_lens: Sequence[int], page_size: int, columns: int, generator: torch.Generator
+) -> torch.Tensor:
+    """[len(pages), columns]: the tokens of each request in a random order, at random places."""
+    lists = torch.full((len(pages), columns), -1, dtype=torch.int32)
+    for row, ids, kv_len in zip(lists, pages, kv_lens, strict=True):
+        tokens = (ids[:, None] * page_size + torch.arange(page_size)).flatten()[:kv_len]
+        tokens = tokens[torch.randperm(kv_len, generator=generator)][:columns]
+        row[torch.randperm(columns, generator=generator)[: len(tokens)]] = tokens.to(torch.int32)
+    return lists
 
 
 def make_trace_set(root: pathlib.Path, requests: Sequence[tuple[int, int]] = SMALL) -> Any:
@@ -114,15 +154,15 @@ def make_trace_set(root: pathlib.Path, requests: Sequence[tuple[int, int]] = SMA
 
     for name in NAMES:
         spec, values = definition(name), tensors(name, requests)
-        blob = pathlib.PurePosixPath("blob", "workloads", OP_TYPE, name, "inputs.safetensors")
+        blob = pathlib.PurePosixPath("blob", "workloads", op_type(name), name, "inputs.safetensors")
         inputs: dict[str, Any] = {"sm_scale": {"type": "scalar", "value": SM_SCALE}}
         for key in values:
             stored = {"type": "safetensors", "path": str(blob), "tensor_key": key}
             inputs[key] = {"type": "random"} if key in ("q_nope", "q_pe") else stored
         workload = {"uuid": f"synthetic-{name}", "axes": _axes(spec, values), "inputs": inputs}
         trace = {"definition": name, "workload": workload, "solution": None, "evaluation": None}
-        _write(root / "definitions" / OP_TYPE / f"{name}.json", json.dumps(spec))
-        _write(root / "workloads" / OP_TYPE / f"{name}.jsonl", json.dumps(trace) + "\n")
+        _write(root / "definitions" / op_type(name) / f"{name}.json", json.dumps(spec))
+        _write(root / "workloads" / op_type(name) / f"{name}.jsonl", json.dumps(trace) + "\n")
         (root / blob).parent.mkdir(parents=True)
         save_file({key: x for key, x in values.items() if inputs[key]["type"] == "safetensors"}, root / blob)
     flashinfer_bench.export(root / "solutions")

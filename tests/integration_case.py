@@ -104,6 +104,62 @@ def _attention(q: torch.Tensor, keys: torch.Tensor, causal: bool, sm_scale: floa
     return torch.einsum("qhk,kd->qhd", scores.softmax(-1).nan_to_num(0.0), keys[:, :512]), lse
 
 
+class ListCase:
+    """Query tokens that each attend to a list of tokens of a cache. Rows in no list are NaN; in each list there are -1,
+    behind its length absurd numbers; tokens are named in any order, some twice.
+
+    Attributes:
+        q: [total_q, H, 576]. cache: [num_pages, page_size, 576].
+        indices: [total_q, topk] int32. topk_lens: [total_q] int32.
+    """
+
+    def __init__(
+        self,
+        topk_lens: Sequence[int],
+        *,
+        topk: int = 40,
+        num_heads: int = 3,
+        page_size: int = 8,
+        num_pages: int = 16,
+        dtype: torch.dtype = torch.bfloat16,
+        device: str = "cpu",
+        seed: int = 0,
+    ):
+        generator = torch.Generator().manual_seed(seed)
+        self.page_size = page_size
+        self.q = torch.randn(len(topk_lens), num_heads, 576, generator=generator).to(dtype)
+        absurd = torch.tensor([ABSURD, -ABSURD], dtype=torch.int32)
+        self.indices = absurd.repeat(len(topk_lens), topk // 2 + 1)[:, :topk].contiguous()
+        rows = torch.full((num_pages * page_size, 576), torch.nan)
+        for row, n in zip(self.indices, topk_lens, strict=True):
+            chosen = torch.randint(len(rows) // 2, (n,), generator=generator) * 2  # every other row is in no list
+            rows[chosen] = torch.randn(n, 576, generator=generator)
+            row[:n] = chosen.masked_fill(torch.rand(n, generator=generator) < 0.2, -1)
+        self.cache = rows.view(num_pages, page_size, 576).to(dtype)
+        self.topk_lens = _int32(topk_lens)
+        for name, x in list(vars(self).items()):
+            if isinstance(x, torch.Tensor):
+                setattr(self, name, x.to(device))
+
+    def expected(
+        self, sm_scale: float = SM_SCALE, cache: torch.Tensor | None = None, sink: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(output [total_q, H, 512], natural log-sum-exp [total_q, H]) in float32; 0 and -inf of an empty list. `cache`
+        as `Case.expected`'s; `sink` [H] is one more key of that score whose value is 0, and is not in the
+        log-sum-exp."""
+        rows = (self.cache if cache is None else cache).float().cpu().flatten(0, 1)
+        results = []
+        for q, ids, n in zip(self.q.float().cpu(), self.indices.tolist(), self.topk_lens.tolist(), strict=True):
+            keys = rows[[i for i in ids[:n] if i >= 0]]
+            scores = q @ keys.T * sm_scale
+            lse = scores.logsumexp(-1)
+            total = lse if sink is None else torch.logaddexp(lse, sink.float().cpu())
+            p = (scores - total[:, None]).exp() if len(keys) else scores
+            results.append((p @ keys[:, :512], lse))
+        out, lse = zip(*results, strict=True)
+        return torch.stack(out), torch.stack(lse)
+
+
 def spare_ids(case: Case) -> None:
     """Page ids that no kernel may read: the largest int32, and -1."""
     (spare,) = (case.kv_indices == ABSURD).nonzero(as_tuple=True)
@@ -111,7 +167,7 @@ def spare_ids(case: Case) -> None:
     case.kv_indices[spare[1::2]] = -1
 
 
-def rows_of_656(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+def rows_of_656(case: Case | ListCase) -> tuple[torch.Tensor, torch.Tensor]:
     """The cache in the format "group": a pool of 656-byte rows, and what it holds in float32."""
     pool = torch.zeros(*case.cache.shape[:2], quant.GROUP_ROW_BYTES, dtype=torch.uint8, device=case.cache.device)
     ckv, array = quant.quantize_group(case.cache[..., :512])

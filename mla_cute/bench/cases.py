@@ -148,7 +148,10 @@ class Shape(abc.ABC):
 
 @dataclass(frozen=True)
 class Case(Shape):
-    """One decode shape: every request has `kv_len` tokens, or with `longest` between `kv_len` and that many."""
+    """One decode shape: every request has `kv_len` tokens, or with `longest` between `kv_len` and that many.
+
+    Sparse, `batch` query tokens have a list of `kv_len` tokens each: others than all others have, or with `longest`
+    chosen from so many that they share."""
 
     num_heads: int
     batch: int
@@ -159,6 +162,7 @@ class Case(Shape):
     kv_format: str = ""  # "": 16-bit; with an FP8 format, dtype is that of the output and of the parts that are 16-bit
     q_fp8: bool = False
     longest: int = 0  # tokens of the longest request of a ragged batch; 0: every request has kv_len
+    sparse: bool = False
 
     def __post_init__(self) -> None:
         self._check()
@@ -171,12 +175,27 @@ class Case(Shape):
     @property
     def requests(self) -> Sequence[tuple[int, int]]:
         """Lengths of a ragged batch: the middles of `batch` equal parts of the log-uniform distribution, shuffled."""
-        if not self.longest:
+        if not self.longest or self.sparse:
             return [(1, self.kv_len)] * self.batch
         ratio = self.longest / self.kv_len
         lengths = [round(self.kv_len * ratio ** ((i + 0.5) / self.batch)) for i in range(self.batch)]
         random.Random(0).shuffle(lengths)
         return [(1, n) for n in lengths]
+
+    @property
+    def distinct_tokens(self) -> int:
+        """Of one slot, that are read at least once."""
+        return min(self.longest or self.visible_pairs, self.visible_pairs) if self.sparse else self.visible_pairs
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.distinct_tokens * TOKEN_BYTES[self.kv_format]
+
+    @property
+    def pool_tokens(self) -> int:
+        if not self.sparse:
+            return super().pool_tokens
+        return self.num_slots * (self.longest or self.visible_pairs) + self.page_size  # the pool is whole pages
 
     @property
     def uniform(self) -> "Case":
@@ -189,10 +208,13 @@ class Case(Shape):
 
     @property
     def turnover(self) -> int:
-        return self.kv_bytes
+        return self.bytes_moved if self.sparse else self.kv_bytes
 
     @property
     def label(self) -> str:
+        if self.sparse:
+            of = f" of {self.longest}" if self.longest else ""
+            return f"sparse H={self.num_heads} B={self.batch} topk={self.kv_len}{of} {self.tail}"
         to = f"..{self.longest}" if self.longest else ""
         return f"H={self.num_heads} B={self.batch} L={self.kv_len}{to} {self.tail}"
 
@@ -316,6 +338,27 @@ GRID_HEADS, GRID_BATCHES = (8, 16, 32, 64, 128), (1, 4, 16, 64, 128)
 GRID_LENGTHS = (1024, 4096, 8192, 32768, 131072)
 RAGGED = tuple(Case(h, b, 1024, longest=32768) for h in (16, 64, 128) for b in (16, 64, 128))
 
+
+def _sparse(num_heads: int, tokens: int, context: int = 0, **options: Any) -> Case:
+    """DeepSeek-V3.2's lists."""
+    return Case(num_heads, tokens, 2048, longest=context, sparse=True, **options)
+
+
+# Decode at every batch, beside dense decode over as many tokens in pages of one; then prompts over a long context,
+# whose query tokens share most of what they choose.
+SPARSE_DECODE = tuple((h, b) for h in (16, 64, 128) for b in (1, 16, 64, 128))
+SPARSE_PREFILL = tuple((h, n) for h in (16, 64, 128) for n in (512, 4096))
+SPARSE = (
+    *(case for h, b in SPARSE_DECODE for case in (_sparse(h, b), Case(h, b, 2048, page_size=1))),
+    *(
+        _sparse(h, b, kv_format="group", q_fp8=q_fp8, layout="fused")
+        for h, b in SPARSE_DECODE
+        for q_fp8 in (False, True)
+    ),
+    *(_sparse(h, n, 65536) for h, n in SPARSE_PREFILL),
+    *(_sparse(h, n, 65536, kv_format="group", q_fp8=True, layout="fused") for h, n in SPARSE_PREFILL),
+)
+
 PRESETS: dict[str, tuple[Case | PrefillCase, ...]] = {
     "table": tuple(Case(h, b, length) for h, b, length in PUBLIC_BEST_US),
     "bars": (*(bar.case for bar in BARS), Case(16, 128, 8192, page_size=1), Case(128, 64, 8192, page_size=1)),
@@ -338,6 +381,7 @@ PRESETS: dict[str, tuple[Case | PrefillCase, ...]] = {
     "grid": tuple(
         Case(h, b, n, page_size=p) for p in (64, 1) for h in GRID_HEADS for b in GRID_BATCHES for n in GRID_LENGTHS
     ),
+    "sparse": SPARSE,
     "ragged": tuple(case for ragged in RAGGED for case in (ragged, ragged.uniform)),
     "quick": (Case(16, 1, 8192), Case(16, 16, 8192), Case(16, 128, 8192), Case(128, 64, 8192), Case(16, 16, 8192, 1)),
 }

@@ -99,6 +99,8 @@ def format_of(case: Case | PrefillCase) -> str:
             parts.append(f"out {dtype}")
     if case.layout != "separate":
         parts.append(case.layout)
+    if isinstance(case, Case) and case.sparse:
+        parts.append("sparse")
     return ", ".join(parts)
 
 

@@ -104,7 +104,8 @@ class KvPool:
 
 @dataclass
 class Inputs:
-    """Tensors of one case; the first dimension of q_*, kv_indices, out and lse is the rotation slot."""
+    """Tensors of one case; the first dimension of q_*, kv_indices, out and lse is the rotation slot. Of a sparse case
+    kv_indices [slots, batch, topk] are tokens."""
 
     case: Case | PrefillCase
     q_nope: torch.Tensor
@@ -127,6 +128,21 @@ class Inputs:
         return self.kv_indices.shape[0]
 
 
+def _lists(case: Case, pool_tokens: int, generator: torch.Generator) -> torch.Tensor:
+    """[slots, batch, topk] tokens in random order; of a slot each in one list, or with `longest` drawn anew for each
+    list from the slot's own, which lie anywhere in the pool."""
+    device, slots = generator.device, case.num_slots
+    tokens = torch.randperm(pool_tokens, generator=generator, device=device, dtype=torch.int32)
+    if not case.longest:
+        return tokens[: slots * case.visible_pairs].view(slots, case.batch, case.kv_len)
+    contexts = tokens[: slots * case.longest].view(slots, case.longest)
+    drawn = torch.empty(slots, case.batch, case.kv_len, dtype=torch.int32, device=device)
+    for slot, context in enumerate(contexts):
+        for row in drawn[slot]:
+            row.copy_(context[torch.randperm(case.longest, generator=generator, device=device)[: case.kv_len]])
+    return drawn
+
+
 def make_inputs(case: Case | PrefillCase, pool: KvPool, device: torch.device, seed: int = 0) -> Inputs:
     generator = torch.Generator(device=device).manual_seed(seed)
     dtype = DTYPES[case.dtype]
@@ -135,7 +151,11 @@ def make_inputs(case: Case | PrefillCase, pool: KvPool, device: torch.device, se
     if case.q_fp8:
         scales = scales | {"q_scale": FP8_SCALE}
     pages, size = case.pages, case.page_size
-    order = torch.randperm(ckv.shape[0], generator=generator, device=device)[: slots * sum(pages)]
+    if isinstance(case, Case) and case.sparse:
+        indices = _lists(case, ckv.shape[0] * size, generator)
+    else:
+        order = torch.randperm(ckv.shape[0], generator=generator, device=device)[: slots * sum(pages)]
+        indices = order.to(torch.int32).view(slots, sum(pages))
     last = [kv - (n - 1) * size for (_, kv), n in zip(case.requests, pages, strict=True)]
 
     def int32(values: Iterable[int]) -> torch.Tensor:
@@ -159,7 +179,7 @@ def make_inputs(case: Case | PrefillCase, pool: KvPool, device: torch.device, se
         qo_indptr=int32(itertools.accumulate((q for q, _ in case.requests), initial=0)),
         kv_lens=int32(kv for _, kv in case.requests),
         kv_indptr=int32(itertools.accumulate(pages, initial=0)),
-        kv_indices=order.to(torch.int32).view(slots, sum(pages)),
+        kv_indices=indices,
         kv_last_page_len=None if all(n == size for n in last) else int32(last),
         out=torch.full((*rows, HEAD_DIM_CKV), float("nan"), dtype=dtype, device=device),
         lse=torch.full(rows, float("nan"), dtype=torch.float32, device=device),

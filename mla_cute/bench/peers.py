@@ -86,6 +86,10 @@ def _packed_queries(inputs: "Inputs", slot: int) -> torch.Tensor:
     return torch.cat([part.view(torch.uint8) for part in parts], dim=-1).view(parts[0].dtype)
 
 
+def _is_sparse(case: Case | PrefillCase) -> bool:
+    return isinstance(case, Case) and case.sparse
+
+
 def _is_causal(case: Case | PrefillCase) -> bool:
     return isinstance(case, PrefillCase) and case.causal
 
@@ -100,6 +104,8 @@ class FlashInfer(Peer):
 
     def calls(self, inputs: "Inputs") -> list[Callable[[], Any]]:
         case = inputs.case
+        if _is_sparse(case):
+            raise Unsupported("lists of tokens: FlashInfer has them as pages of one token")
         if case.q_fp8:
             raise Unsupported("e4m3 queries: FlashInfer's kernels for Hopper take 16-bit ones only")
         if case.kv_format and not (case.rope_is_fp8 and case.dtype == "bfloat16"):
@@ -143,7 +149,8 @@ class FlashMLA(Peer):
 
     It has fused caches only, so it always reads the pool as one 576-wide buffer: the same bytes, other values. Dense
     FP8 (e4m3 queries, a cache that is e4m3 throughout, one scale for each) is not in FlashMLA itself, but vLLM has
-    functions for it beside its copy.
+    functions for it beside its copy. Lists of tokens: 16-bit rows by flash_mla_sparse_fwd, rows of 656 bytes by
+    flash_mla_with_kvcache, which has kernels for 64 and 128 heads only, so that fewer are filled up before it is timed.
     """
 
     name, short = "flash_mla", "FlashMLA"
@@ -155,6 +162,8 @@ class FlashMLA(Peer):
         return "the flash_mla that is installed is sgl-flash-mla" if _is_sgl(module) else None
 
     def caches(self, inputs: "Inputs") -> tuple[torch.Tensor, torch.Tensor]:
+        if inputs.case.kv_format == "group":
+            return inputs.ckv_cache, inputs.kpe_cache
         cache = self._cache(inputs)
         return cache[..., :512], cache[..., 512:]
 
@@ -165,6 +174,8 @@ class FlashMLA(Peer):
 
     def calls(self, inputs: "Inputs") -> list[Callable[[], Any]]:
         case = inputs.case
+        if _is_sparse(case):
+            return self._sparse_calls(inputs)
         if case.page_size != 64:
             raise Unsupported(f"page size {case.page_size}: FlashMLA has 64 only")
         q_lens = {q for q, _ in case.requests}
@@ -189,6 +200,45 @@ class FlashMLA(Peer):
             return call
 
         return [make(slot) for slot in range(inputs.num_slots)]
+
+    def _sparse_calls(self, inputs: "Inputs") -> list[Callable[[], Any]]:
+        case = inputs.case
+        if case.dtype != "bfloat16" or case.q_fp8:
+            raise Unsupported("queries that are not bfloat16: FlashMLA's sparse kernels have no others")
+        if case.kv_format and not (case.kv_format == "group" and case.layout == "fused" and case.page_size == 64):
+            raise Unsupported("this FP8 cache: FlashMLA's sparse kernels have rows of 656 bytes in pages of 64 only")
+        attend = self._sparse_fp8(inputs) if case.kv_format else self._sparse(inputs)
+        heads = next(n for n in ((64, 128) if case.kv_format else (8, 16, 32, 64, 128)) if n >= case.num_heads)
+        self.outputs = {}
+
+        def make(slot: int) -> Callable[[], Any]:
+            q = torch.nn.functional.pad(_packed_queries(inputs, slot), (0, 0, 0, heads - case.num_heads))
+            indices = inputs.kv_indices[slot].unsqueeze(1)
+
+            def call() -> None:
+                self.outputs[slot] = attend(q, indices)[:, : case.num_heads]
+
+            return call
+
+        return [make(slot) for slot in range(inputs.num_slots)]
+
+    def _sparse(self, inputs: "Inputs") -> Callable[..., torch.Tensor]:
+        """Attention of (q [tokens, H, 576], indices [tokens, 1, topk]) over a 16-bit cache."""
+        rows = self._cache(inputs).flatten(0, 1).unsqueeze(1)
+        return lambda q, indices: self._package.flash_mla_sparse_fwd(q, rows, indices, inputs.sm_scale)[0]
+
+    def _sparse_fp8(self, inputs: "Inputs") -> Callable[..., torch.Tensor]:
+        """The same over rows of 656 bytes."""
+        package, rows = self._package, inputs.fused_cache.unsqueeze(2)
+        metadata, num_splits = package.get_mla_metadata()
+
+        def attend(q: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+            out, _ = package.flash_mla_with_kvcache(
+                q.unsqueeze(1), rows, None, None, 512, metadata, num_splits, inputs.sm_scale, False, True, indices
+            )
+            return out.squeeze(1)
+
+        return attend
 
     def _dense(self, inputs: "Inputs", q_len: int) -> Callable[..., torch.Tensor]:
         """Attention of (q, cache, block_table) over 16-bit caches."""
@@ -247,6 +297,9 @@ class SglFlashMLA(FlashMLA):
 
     name, short, modules = "sgl_flash_mla", "sgl-flash-mla", ("flash_mla",)
 
+    def _sparse_calls(self, inputs: "Inputs") -> list[Callable[[], Any]]:
+        raise Unsupported("lists of tokens: asked of FlashMLA as in vLLM")
+
     @classmethod
     def why_not(cls, name: str, module: Any) -> str | None:
         return None if _is_sgl(module) else "the flash_mla that is installed is not sgl-flash-mla"
@@ -297,6 +350,8 @@ class FlashAttention3(Peer):
 
     def calls(self, inputs: "Inputs") -> list[Callable[[], Any]]:
         case, package = inputs.case, self._package
+        if _is_sparse(case):
+            raise Unsupported("lists of tokens: FlashAttention-3 has them as pages of one token")
         if case.kv_format:
             raise Unsupported("an FP8 cache: FlashAttention-3 has q_v with 16-bit caches only")
         if not package.is_fa_version_supported(3):

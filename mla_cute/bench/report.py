@@ -54,7 +54,8 @@ def _types(case: Case | PrefillCase) -> str:
     if case.kv_format:
         queries = dtype if not case.q_fp8 else "e4m3" if case.dtype == "bfloat16" else f"e4m3/{dtype}"
         dtype = f"{case.kv_format}/{queries}"
-    return dtype + ("" if case.layout == "separate" else "/fused")
+    sparse = "/sparse" if isinstance(case, Case) and case.sparse else ""
+    return dtype + ("" if case.layout == "separate" else "/fused") + sparse
 
 
 def _batch_and_length(case: Case | PrefillCase) -> tuple[str, str]:

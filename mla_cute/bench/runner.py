@@ -77,17 +77,29 @@ class Library:
     plan: Callable[..., Any]
     prefill: Callable[..., Any]
     plan_prefill: Callable[..., Any]
+    sparse: Callable[..., Any]
+    plan_sparse: Callable[..., Any]
     config: KernelConfig | None = None
     batch_invariant: bool = False
 
     @classmethod
     def installed(cls, config: KernelConfig | None = None, batch_invariant: bool = False) -> "Library":
-        from .. import mla_paged_decode, mla_paged_prefill, plan_decode, plan_prefill
+        from .. import mla_paged_decode, mla_paged_prefill, mla_sparse, plan_decode, plan_prefill, plan_sparse
 
-        return cls(mla_paged_decode, plan_decode, mla_paged_prefill, plan_prefill, config, batch_invariant)
+        calls = mla_paged_decode, plan_decode, mla_paged_prefill, plan_prefill, mla_sparse, plan_sparse
+        return cls(*calls, config, batch_invariant)
 
     def make_plan(self, inputs: Inputs) -> Any:
         case = inputs.case
+        if isinstance(case, Case) and case.sparse:
+            return self.plan_sparse(
+                inputs.kv_indices[0],
+                num_heads=case.num_heads,
+                config=self.config,
+                batch_invariant=self.batch_invariant,
+                kv_format=case.kv_format,
+                q_fp8=case.q_fp8,
+            )
         options = {
             "num_heads": case.num_heads,
             "page_size": case.page_size,
@@ -107,7 +119,8 @@ class Library:
     def calls(self, inputs: Inputs, plan: Any) -> list[Replay]:
         case = inputs.case
         prefill = isinstance(case, PrefillCase)
-        function = self.prefill if prefill else self.decode
+        sparse = isinstance(case, Case) and case.sparse
+        function = self.prefill if prefill else self.sparse if sparse else self.decode
 
         def make(slot: int) -> Replay:
             args = (
@@ -116,13 +129,13 @@ class Library:
                 inputs.ckv_cache,
                 inputs.kpe_cache,
                 *((inputs.qo_indptr,) if prefill else ()),
-                inputs.kv_indptr,
+                *(() if sparse else (inputs.kv_indptr,)),
                 inputs.kv_indices[slot],
                 inputs.sm_scale,
             )
             options = {
                 **({"causal": case.causal} if isinstance(case, PrefillCase) else {}),
-                "kv_last_page_len": inputs.kv_last_page_len,
+                **({} if sparse else {"kv_last_page_len": inputs.kv_last_page_len}),
                 "out": inputs.out[slot],
                 "lse": inputs.lse[slot],
                 "plan": plan,
@@ -143,7 +156,7 @@ def spot_check(
     fp8_limits: dict[str, float] = FP8_REL_ERR_LIMIT,
 ) -> dict[str, Any]:
     """Three requests in three slots against the reference: {"ok", "rel_err", "lse_err", "limit", "requests"}."""
-    from ..reference import prefill_reference
+    from ..reference import prefill_reference, sparse_reference
 
     case, batch = inputs.case, len(inputs.case.requests)
     picks = {(0, 0), (inputs.num_slots // 2, batch // 2), (inputs.num_slots - 1, batch - 1)}
@@ -151,18 +164,21 @@ def spot_check(
     rel_errs, lse_errs, lse_ok = [], [0.0], True
     for slot, b in sorted(picks):
         tokens = slice(queries[b], queries[b + 1])
-        want, want_lse = prefill_reference(
-            inputs.q_nope[slot, tokens],
-            inputs.q_pe[slot, tokens],
-            *caches,
-            inputs.qo_indptr[b : b + 2] - queries[b],
-            inputs.kv_indptr[b : b + 2] - pages[b],
-            inputs.kv_indices[slot, pages[b] : pages[b + 1]],
-            inputs.sm_scale,
-            causal=not isinstance(case, PrefillCase) or case.causal,
-            kv_last_page_len=None if inputs.kv_last_page_len is None else inputs.kv_last_page_len[b : b + 1],
-            **inputs.scales,
-        )
+        queried = (inputs.q_nope[slot, tokens], inputs.q_pe[slot, tokens], *caches)
+        if isinstance(case, Case) and case.sparse:
+            lists = inputs.kv_indices[slot, b : b + 1]
+            want, want_lse = sparse_reference(*queried, lists, inputs.sm_scale, **inputs.scales)
+        else:
+            want, want_lse = prefill_reference(
+                *queried,
+                inputs.qo_indptr[b : b + 2] - queries[b],
+                inputs.kv_indptr[b : b + 2] - pages[b],
+                inputs.kv_indices[slot, pages[b] : pages[b + 1]],
+                inputs.sm_scale,
+                causal=not isinstance(case, PrefillCase) or case.causal,
+                kv_last_page_len=None if inputs.kv_last_page_len is None else inputs.kv_last_page_len[b : b + 1],
+                **inputs.scales,
+            )
         want, got = want.float(), out(slot)[tokens].float()
         rel_errs.append(((got - want).norm() / want.norm()).item())
         if lse is not None:

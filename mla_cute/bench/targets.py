@@ -48,7 +48,7 @@ def judge(record: dict[str, Any]) -> list[Verdict]:
         if case.page_size == 1 and twin is not None:
             ratio = twin["us_amortised"] / row["us_amortised"]
             add(f"{case.label}, speed over that of page 64", ratio, PAGE_ONE_BAR, False, False)
-        if isinstance(case, Case) and case.longest and case.uniform in by_case:
+        if isinstance(case, Case) and case.longest and not case.sparse and case.uniform in by_case:
             ratio = row["us_amortised"] / by_case[case.uniform]["us_amortised"]
             add(f"{case.label}, time over that of {case.uniform.label}", ratio, (RAGGED_BAR, None), True, False)
     for step in MIXED_STEPS:

@@ -19,7 +19,8 @@ def export_solution(
     """Write solutions for flashinfer-bench: JSON whose source calls this library. Prints the paths.
 
     Definitions: mla_paged_decode_h16_ckv512_kpe64_ps1, mla_paged_decode_h16_ckv512_kpe64_ps64,
-    mla_paged_prefill_causal_h16_ckv512_kpe64_ps1, mla_paged_prefill_causal_h16_ckv512_kpe64_ps64.
+    mla_paged_prefill_causal_h16_ckv512_kpe64_ps1, mla_paged_prefill_causal_h16_ckv512_kpe64_ps64,
+    dsa_sparse_attention_h16_ckv512_kpe64_topk2048_ps1, dsa_sparse_attention_h16_ckv512_kpe64_topk2048_ps64.
     """
     try:
         paths = flashinfer_bench.export(out, definitions or flashinfer_bench.DEFINITIONS, force=force)

@@ -25,6 +25,7 @@ def variants() -> dict:
 
     found = [
         *registry.variants(kv_formats=("", *registry.KV_FORMATS)),
+        *(registry.sparse_variants() if hasattr(registry, "sparse_variants") else []),
         *registry.append_variants(),
         *registry.merge_states_variants(),
     ]
@@ -43,8 +44,10 @@ _OLD_NAMES = {
 
 
 def name_of(kernel: Any, key: Any) -> str:
+    facts = dict(vars(key))
+    sparse = ["sparse"] if facts.pop("sparse", False) else []
     return "-".join(
-        [_OLD_NAMES.get(kernel.name, kernel.name), *(str(value) or "16bit" for value in vars(key).values())]
+        [_OLD_NAMES.get(kernel.name, kernel.name), *(str(value) or "16bit" for value in facts.values()), *sparse]
     )
 
 

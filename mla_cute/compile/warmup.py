@@ -40,8 +40,9 @@ Variant = tuple[Any, Any, Any]
 # The seconds, or the exception that it met, and whether another process compiled it.
 Result = tuple[Variant, float | Exception, bool]
 
-# What a server calls: mla_paged_decode and mla_paged_prefill, append_to_cache, merge_states.
-OPS = (*registry.OPS, "append", "merge_states")
+# What a server calls: mla_paged_decode and mla_paged_prefill, mla_sparse, append_to_cache, merge_states.
+OPS = (*registry.OPS, "sparse", "append", "merge_states")
+_DEFAULT_OPS = tuple(op for op in OPS if op != "sparse")
 
 
 class Warmed(NamedTuple):
@@ -256,6 +257,8 @@ def selected(
     kv_formats = registry.known_names("kv_formats", kv_formats, ("", *registry.KV_FORMATS))
     attention = [op for op in ops if op in registry.OPS]
     variants: list[Variant] = [*registry.variants(dtypes, page_sizes, ops=attention, kv_formats=kv_formats)]
+    if "sparse" in ops:
+        variants += registry.sparse_variants(dtypes, kv_formats)
     if "append" in ops:
         variants += registry.append_variants(dtypes, kv_formats)
     if "merge_states" in ops and dtypes:
@@ -313,7 +316,7 @@ def warmup(
     dtypes: Iterable[str | torch.dtype] = ("bfloat16",),
     page_sizes: Iterable[int] = (1, 64),
     *,
-    ops: Iterable[str] = OPS,
+    ops: Iterable[str] = _DEFAULT_OPS,
     kv_formats: Iterable[str] = ("",),
     variants: Iterable[Variant] | None = None,
     num_workers: int | None = None,
@@ -334,8 +337,8 @@ def warmup(
     Args:
         dtypes: 16-bit types of queries, outputs and new tokens: `"bfloat16"`, `"float16"`, or torch's dtypes.
         page_sizes: tokens per page; sizes that share a kernel are compiled once.
-        ops: the calls a server makes, `"decode"`, `"prefill"`, `"append"` (`append_to_cache`), `"merge_states"` (in
-            the given dtypes and float32).
+        ops: the calls a server makes, `"decode"`, `"prefill"`, `"sparse"` (`mla_sparse`), `"append"`
+            (`append_to_cache`), `"merge_states"` (in the given dtypes and float32); by default all but `"sparse"`.
         kv_formats: its caches: `""` for 16 bits, `"tensor"`, `"token"`, `"group"` for FP8 (each for 16-bit and for e4m3
             queries).
         variants: (kernel, key, config) triples to compile instead of what the arguments above select.

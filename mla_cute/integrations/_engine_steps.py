@@ -10,16 +10,17 @@ from typing import Any, NamedTuple
 import torch
 
 from ..attend import attend
-from ..call import DECODE_TABLE, PREFILL_TABLE, UNSCALED, Cache, Call, Pages
+from ..call import DECODE_TABLE, PREFILL_TABLE, SPARSE, UNSCALED, Cache, Call, Pages
 from ..check import FP8
 from ..dims import CKV_DIM, TILE_M
 from ..kernels.keys import TAIL_ITEMS_PER_PART
-from ..kernels.registry import Variant, planner_variant, step_variant
+from ..kernels.registry import Variant, planner_variant, sparse_variants, step_variant
 from ..launch import table_stride
 from ..plan import Plan
 from ..plan_decode import plan_decode_block_table
 from ..plan_prefill import plan_prefill_block_table
 from ..quant import GROUP_ROW_BYTES, group_rows
+from ..sparse import SparsePlan, plan_sparse
 from ..tuned import select
 
 # The length by which the kernel of a graph is chosen, which is replayed with lengths that nobody knows yet. 128 heads
@@ -78,6 +79,37 @@ class Step(NamedTuple):
         result: Any = attend(
             Call(q_nope, q_pe, cache, self.pages, sm_scale, out, None, "e", q_scale), self.plan, None, False
         )
+        return result
+
+
+class ListStep(NamedTuple):
+    """One step of an engine whose query tokens each attend to a list of tokens (`mla_sparse`).
+
+    Attributes:
+        topk_lens: [tokens] int32, of this library, from which the plan is made.
+    """
+
+    topk_lens: torch.Tensor
+    plan: SparsePlan
+
+    def update(self, counts: torch.Tensor) -> None:
+        """Plans again for lists of `counts` [tokens] tokens, on the current stream: it may be recorded in a graph."""
+        self.topk_lens.copy_(counts)
+        self.plan.update()
+
+    def attend(
+        self,
+        q_nope: torch.Tensor,
+        q_pe: torch.Tensor,
+        cache: Cache,
+        indices: torch.Tensor,
+        sm_scale: float,
+        out: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(output [tokens, H, 512], natural log-sum-exp [tokens, H]) of the lists `indices` [tokens, topk], which may
+        differ from layer to layer; what stands in them behind topk_lens is not read."""
+        pages = Pages(SPARSE, self.topk_lens, indices)
+        result: Any = attend(Call(q_nope, q_pe, cache, pages, sm_scale, out, None, "e"), self.plan, None, False)
         return result
 
 
@@ -204,10 +236,26 @@ class StepPlans:
         bound = None if max_kv_len is None else 1 << max(0, max_kv_len - 1).bit_length()
         bound = GRAPH_KV_LEN if keep else bound
         key = (*block_table.shape, table_stride(block_table), seq_lens.data_ptr(), queries)
-        bounded = (*key, bound)
-        plan = self._kept.get(key) or self._recent.get(bounded)
-        if plan is None:
-            plan = self._make(pages, total_q, bound)
+        return Step(pages, self._found(key, (*key, bound), keep, lambda: self._make(pages, total_q, bound)))
+
+    def list_step(self, tokens: int, topk: int, device: torch.device, *, keep: bool = False) -> ListStep:
+        """The step of `tokens` query tokens over lists of `topk` columns, rows one behind the other; to be updated with
+        their lengths. Its pages are single tokens, whatever `page_size` is. `keep` as in `step`."""
+
+        def make() -> Plan:
+            facts = {name: self._facts[name] for name in ("num_heads", "kv_format", "q_fp8", "batch_invariant")}
+            lens = torch.zeros(tokens, dtype=torch.int32, device=device)
+            lists = torch.empty((tokens, topk), dtype=torch.int32, device=device)  # for its sizes
+            plan = plan_sparse(lists, topk_lens=lens, partials=self._partials, **facts)
+            return self._shared(plan)
+
+        key = ("lists", tokens, topk, device)
+        plan: Any = self._found(key, key, keep, make)
+        return ListStep(plan._pages.lengths, plan)
+
+    def _found(self, key: tuple[Any, ...], bounded: tuple[Any, ...], keep: bool, make: Callable[[], Plan]) -> Plan:
+        """The plan that stays under `key`, or the recent one under `bounded`, or what `make` makes."""
+        plan = self._kept.get(key) or self._recent.get(bounded) or make()
         if keep:
             self._kept[key] = plan
         elif key not in self._kept:
@@ -215,7 +263,7 @@ class StepPlans:
             self._recent.move_to_end(bounded)
             if len(self._recent) > self.RECENT:
                 self._recent.popitem(last=False)
-        return Step(pages, plan)
+        return plan
 
     def _make(self, pages: Pages, total_q: int, max_kv_len: int | None) -> Plan:
         table = {"max_pages": pages.ids.shape[1], "table_stride": table_stride(pages.ids)}
@@ -225,6 +273,10 @@ class StepPlans:
             plan = plan_decode_block_table(pages.lengths, **facts)
         else:
             plan = plan_prefill_block_table(pages.queries, pages.lengths, total_q=total_q, **facts)
+        return self._shared(plan)
+
+    def _shared(self, plan: Plan) -> Plan:
+        """`plan`, whose partial outputs the next plan has too."""
         if plan.device.type == "cuda":
             self._partials = plan.part
         return plan
@@ -251,6 +303,11 @@ class StepPlans:
             found[step_variant(op, kv_format, q_fp8, num_heads, page_size, dtype, config)] = None
             found[planner_variant(op, "seq_lens", config, invariant)] = None
         return list(found)
+
+    def list_variants(self, dtype: str) -> list[Variant]:
+        """The kernels of `list_step`s over 16-bit queries of `dtype`."""
+        found = sparse_variants([dtype], [self._facts["kv_format"]])
+        return [variant for variant in found if not getattr(variant[1], "q_fp8", False)]
 
 
 _BATCHES = tuple(1 << n for n in range(12))

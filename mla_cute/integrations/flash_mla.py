@@ -1,14 +1,17 @@
-"""FlashMLA's `get_mla_metadata` and `flash_mla_with_kvcache` over the kernels of this library.
+"""FlashMLA's `get_mla_metadata`, `flash_mla_with_kvcache` and `flash_mla_sparse_fwd` over the kernels of this library.
 
-    from mla_cute.integrations.flash_mla import flash_mla_with_kvcache, get_mla_metadata
+    from mla_cute.integrations.flash_mla import flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_metadata
 
 Signatures are those of FlashMLA at commit 9241ae3ef9bac614dd25e45e507e089f888280e0 (2026-04-29,
 flash_mla/flash_mla_interface.py); FlashMLA need not be installed. What vLLM's copy (0.33.0, vllm.third_party.flashmla)
 and sgl-flash-mla 1.0.0 add to them is taken by keyword: in the two it stands in different places. What differs:
 
-* Dense attention only: `indices`, `topk_length`, `attn_sink` and the `extra_*` arguments raise NotImplementedError.
-* Any page size and 1 to 128 heads; FP8 caches in dense attention (`flash_mla_with_kvcache` has the layouts).
-* A query that sees no key gives output 0 and log-sum-exp -inf, where FlashMLA gives +inf.
+* 1 to 128 heads without padding, any page size, any number of tokens in a list; every cache that
+  `flash_mla_with_kvcache` names, in dense and in sparse attention.
+* DeepSeek-V4's rows, whose head_dim is 512, are not read, and the `extra_*` arguments raise NotImplementedError.
+* A query that sees no key gives output 0. Its log-sum-exp is +inf in sparse attention, as FlashMLA's, and -inf, which
+  merging states needs, in dense attention.
+* `flash_mla_sparse_fwd` returns None for max_logits: these kernels write no exact row maximum.
 * The log-sum-exp of several query tokens is a transposed view: [batch, heads, tokens] in the memory order of
   [batch, tokens, heads].
 """
@@ -21,18 +24,31 @@ from typing import Any
 import torch
 
 from ..attend import attend
-from ..call import DECODE_TABLE, PREFILL_TABLE, UNSCALED, Cache, Call, Pages
-from ..check import FP8, check
+from ..call import DECODE_TABLE, PREFILL_TABLE, SPARSE, UNSCALED, Cache, Call, Pages, topk_lens_of
+from ..check import DTYPES, FP8, check
 from ..dims import CKV_DIM, KPE_DIM, MAX_HEADS
-from ..expect import Scale, describe, expect_bool, expect_metadata, expect_shape, expect_tensor, expect_tensor_scale
+from ..expect import (
+    Scale,
+    describe,
+    expect_bool,
+    expect_device,
+    expect_dtype,
+    expect_metadata,
+    expect_shape,
+    expect_tensor,
+    expect_tensor_scale,
+)
 from ..launch import table_stride
 from ..plan_decode import plan_decode_block_table
 from ..plan_prefill import plan_prefill_block_table
 from ..quant import GROUP_ROW_BYTES, group_rows
+from ..sparse import mla_sparse, plan_sparse
 
-__all__ = ["FlashMLASchedMeta", "flash_mla_with_kvcache", "get_mla_metadata"]
+__all__ = ["FlashMLASchedMeta", "flash_mla_sparse_fwd", "flash_mla_with_kvcache", "get_mla_metadata"]
 
 _HEAD_DIM = CKV_DIM + KPE_DIM
+# What sgl-flash-mla calls rows of 656 bytes.
+_V32 = "V32"
 
 
 @dataclass
@@ -42,9 +58,11 @@ class FlashMLASchedMeta:
     Attributes:
         have_initialized, config: FlashMLA's.
         tile_scheduler_metadata, num_splits: FlashMLA's, always None here.
-        plan: a DecodePlan or PrefillPlan of this library; `plan.update()` plans again from the present values of the
-            cache_seqlens that the first call was given.
-        qo_indptr: [batch + 1] int32 of calls with several query tokens.
+        plan: a DecodePlan, PrefillPlan or SparsePlan of this library; `plan.update()` plans again from the present
+            values of the cache_seqlens that the first call was given, or of topk_lens.
+        qo_indptr: [batch + 1] int32 of dense calls with several query tokens.
+        topk_length: what the first sparse call was given.
+        topk_lens: [batch * s_q] int32, what it says of each query token: itself where s_q is 1.
     """
 
     @dataclass
@@ -70,6 +88,8 @@ class FlashMLASchedMeta:
     num_splits: torch.Tensor | None = None
     plan: Any = None
     qo_indptr: torch.Tensor | None = None
+    topk_length: torch.Tensor | None = None
+    topk_lens: torch.Tensor | None = None
 
 
 def get_mla_metadata(*args: Any, **kwargs: Any) -> tuple[FlashMLASchedMeta, None]:
@@ -87,7 +107,7 @@ def flash_mla_with_kvcache(
     num_splits: None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
-    is_fp8_kvcache: bool = False,
+    is_fp8_kvcache: bool | None = False,
     indices: torch.Tensor | None = None,
     attn_sink: torch.Tensor | None = None,
     extra_k_cache: torch.Tensor | None = None,
@@ -98,11 +118,12 @@ def flash_mla_with_kvcache(
     out: torch.Tensor | None = None,
     enable_batch_invariant: bool = False,
     use_legacy: bool = False,
-    kv_format: None = None,
+    kv_format: str | None = None,
     descale_q: Scale | None = None,
     descale_k: Scale | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """MLA attention of `s_q` query tokens per request over a paged latent cache.
+    """MLA attention of `s_q` query tokens per request over a paged latent cache: to all tokens of the request, or with
+    `indices` to those in a list of each query token's own.
 
     Args:
         q: [batch, s_q, heads, 576] bfloat16 or float16, with a k_cache of the format "tensor" also float8_e4m3fn; 512
@@ -111,40 +132,46 @@ def flash_mla_with_kvcache(
             format "tensor", [.., 1, 576] float8_e4m3fn with descale_k, whatever is_fp8_kvcache is;
             format "group", [.., 1, 656] of one-byte elements with is_fp8_kvcache=True and a bfloat16 q: 512 e4m3, 4
             float32 scales, 64 bfloat16, the row of DeepSeek-V3.2.
-        block_table: [batch, max_num_blocks] int32; entries past a request's last page are not read.
-        cache_seqlens: [batch] int32, keys of each request, those of its query tokens included.
+        block_table: [batch, max_num_blocks] int32; entries past a request's last page are not read. Not looked at with
+            indices, which say it all.
+        cache_seqlens: [batch] int32, keys of each request, those of its query tokens included. Not looked at with
+            indices.
         head_dim_v: 512.
         tile_scheduler_metadata: from `get_mla_metadata`, one per step: calls that share it have the same shapes and
-            the same values in cache_seqlens, and run on one stream.
+            are given the same cache_seqlens or topk_length, and run on one stream.
         num_splits: None.
         softmax_scale: factor of the scores, > 0; None: 1 / sqrt(576).
-        causal: query i of s_q sees keys 0 .. cache_seqlens - s_q + i.
-        is_fp8_kvcache: True for the format "group".
+        causal: query i of s_q sees keys 0 .. cache_seqlens - s_q + i. False with indices.
+        is_fp8_kvcache: True for the format "group"; with indices rows of 656 bytes are known as they are. (None, of
+            sgl-flash-mla: False.)
+        indices: [batch, s_q, topk] int32, tokens as block * page_block_size + row in any order; -1 at any place: no
+            token. One that is named twice counts twice. None: dense attention.
+        attn_sink: [heads] float32, with indices: the output is multiplied by exp(lse) / (exp(lse) + exp(attn_sink)).
+            lse is without it. None: no sink.
+        topk_length: [batch] int32, 0..topk, with indices: only so many columns of the request's lists count; what lies
+            behind is never read. None: all.
         out: [batch, s_q, heads, 512], contiguous, in the dtype of the result, which is written to it. (Of vLLM.)
         enable_batch_invariant: a request's result has the same bits whatever else is in the batch. (Of vLLM and
             sgl-flash-mla.)
         use_legacy: True or False, changes nothing: sgl-flash-mla has two sets of kernels.
+        kv_format: None, or "V32" with rows of 656 bytes and indices. (Of sgl-flash-mla.)
         descale_q, descale_k: what multiplies an e4m3 q and a k_cache of the format "tensor": a number, or a float32
             tensor of one element on the device of q, which the kernels read; None: 1. (Of sgl-flash-mla.)
         (the rest): None.
 
     Returns:
         (out [batch, s_q, heads, 512] in the dtype of q, bfloat16 if that is e4m3;
-        lse [batch, heads, s_q] float32, natural log)
+        lse [batch, heads, s_q] float32, natural log; of a query token that sees no key -inf, with indices +inf)
 
     Raises:
         TypeError, ValueError: an argument is wrong, or not what earlier calls with the same tile_scheduler_metadata
-            had; the message names it. NotImplementedError: sparse attention, attention sinks.
+            had; the message names it. NotImplementedError: extra tokens in a second cache.
         RuntimeError: a CUDA device that is not Hopper.
     """
-    _refuse_sparse(
-        indices=indices,
-        attn_sink=attn_sink,
+    _refuse_extra(
         extra_k_cache=extra_k_cache,
         extra_indices_in_kvcache=extra_indices_in_kvcache,
-        topk_length=topk_length,
         extra_topk_length=extra_topk_length,
-        kv_format=kv_format,
     )
     if not isinstance(tile_scheduler_metadata, FlashMLASchedMeta):
         raise TypeError(
@@ -156,6 +183,7 @@ def flash_mla_with_kvcache(
     if head_dim_v != CKV_DIM:
         raise ValueError(f"head_dim_v: expected {CKV_DIM}, got {head_dim_v}")
     expect_bool("causal", causal)
+    is_fp8_kvcache = False if is_fp8_kvcache is None else is_fp8_kvcache
     expect_bool("is_fp8_kvcache", is_fp8_kvcache)
     expect_bool("enable_batch_invariant", enable_batch_invariant)
     expect_bool("use_legacy", use_legacy)
@@ -164,65 +192,220 @@ def flash_mla_with_kvcache(
     batch, tokens, heads, _ = q.shape
     if not 1 <= heads <= MAX_HEADS:
         raise ValueError(f"q: expected 1 to {MAX_HEADS} heads (dimension 2), got {heads}")
+    expect_tensor("k_cache", k_cache)
+    if indices is not None and k_cache.shape[-1:] == (GROUP_ROW_BYTES,):
+        is_fp8_kvcache = True
     cache = _cache(k_cache, is_fp8_kvcache, descale_k, q.device)
     q_scale: Scale = UNSCALED
     if q.dtype is FP8:
         q_scale = _scale("descale_q", descale_q, q.device)
     elif descale_q is not None:
         raise ValueError(f"descale_q: expected None with q of {q.dtype}, got {describe(descale_q)}")
-    page_size = k_cache.shape[1]
-    table: Any = block_table
-    expect_metadata("block_table", table, (batch, None), "[batch, max_num_blocks]", q.device)
-    lengths: Any = cache_seqlens
-    expect_metadata("cache_seqlens", lengths, (batch,), "[batch]", q.device)
+    if indices is None:
+        _expect_dense(attn_sink=attn_sink, topk_length=topk_length, kv_format=kv_format)
+    else:
+        expect_metadata("indices", indices, (batch, tokens, None), "[batch, s_q, topk]", q.device)
+        _expect_sparse(causal, kv_format, cache)
 
     step = tile_scheduler_metadata
+    topk = None if indices is None else indices.shape[-1]
     config = FlashMLASchedMeta.Config(
-        batch, tokens, heads, page_size, 1, causal, is_fp8_kvcache, None, None, None, enable_batch_invariant
+        batch, tokens, heads, k_cache.shape[1], 1, causal, is_fp8_kvcache, topk, None, None, enable_batch_invariant
     )  # fmt: skip
     if step.config is not None and step.config != config:
         raise ValueError(f"tile_scheduler_metadata: expected one for {config}, got one that was used for {step.config}")
     rows = q[:, 0] if tokens == 1 else q.flatten(0, 1)
-    pages = Pages(DECODE_TABLE, lengths, table)
-    if tokens != 1:
-        pages = Pages(PREFILL_TABLE, lengths, table, None, step.qo_indptr, causal)
-        if not step.have_initialized:
-            pages = pages._replace(queries=torch.arange(batch + 1, dtype=torch.int32, device=lengths.device) * tokens)
+    if indices is None:
+        pages = _requests(step, q, block_table, cache_seqlens, causal)
+    else:
+        pages = _lists(step, q, indices, topk_length)
+    _expect_sink(attn_sink, heads, q.device)
     sm_scale = _HEAD_DIM**-0.5 if softmax_scale is None else softmax_scale
     out_rows = None if out is None else _rows_of_out(out, (batch, tokens, heads, CKV_DIM))
-    call = Call(rows[..., :CKV_DIM], rows[..., CKV_DIM:], cache, pages, sm_scale, out_rows, None, "e", q_scale)
+    call = Call(
+        rows[..., :CKV_DIM], rows[..., CKV_DIM:], cache, pages, sm_scale, out_rows, None, "e", q_scale, attn_sink
+    )  # fmt: skip
     if not step.have_initialized:
-        _initialize(step, config, call)
+        _initialize(step, config, call, topk_length)
     result: Any = attend(call, step.plan, None, False)
     output, lse = result
+    if indices is not None:
+        lse = _with_inf(lse)
     return output.view(batch, tokens, heads, CKV_DIM) if out is None else out, lse.view(batch, tokens, heads).transpose(
         1, 2
     )
 
 
-def _initialize(step: FlashMLASchedMeta, config: FlashMLASchedMeta.Config, call: Call) -> None:
+def flash_mla_sparse_fwd(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    sm_scale: float,
+    d_v: int = 512,
+    attn_sink: torch.Tensor | None = None,
+    topk_length: torch.Tensor | None = None,
+    *,
+    out: torch.Tensor | None = None,
+    use_legacy: bool = False,
+    return_log2_lse: bool | None = None,
+) -> tuple[torch.Tensor, None, torch.Tensor | None]:
+    """MLA attention of query tokens that each attend to a list of tokens of a 16-bit latent cache without pages. Plans
+    in the call.
+
+    Args:
+        q: [s_q, heads, 576] bfloat16 or float16, 1 to 128 heads.
+        kv: [s_kv, 1, 576] in the dtype of q, rows at any stride.
+        indices: [s_q, 1, topk] int32, rows of kv in any order; -1, or s_kv and more, at any place: no token.
+        sm_scale: factor of the scores, > 0.
+        d_v: 512.
+        attn_sink: [heads] float32: the output is multiplied by exp(lse) / (exp(lse) + exp(attn_sink)). lse is without
+            it. None: no sink.
+        topk_length: [s_q] int32, 0..topk: only so many columns of a list count; of tokens named behind it none is read.
+            None: all.
+        out: [s_q, heads, 512] in the dtype of q, which is written to it: as `mla_sparse` takes it. (Of vLLM.)
+        use_legacy: True or False, changes nothing. (Of sgl-flash-mla.)
+        return_log2_lse: True: lse in base 2; False: None for lse. (Of sgl-flash-mla.)
+
+    Returns:
+        (out [s_q, heads, 512] in the dtype of q; None, in the place of max_logits, which these kernels do not have;
+        lse [s_q, heads] float32, natural log, +inf of a query token that sees no key)
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it. RuntimeError: a CUDA device that is not
+            Hopper.
+    """
+    if d_v != CKV_DIM:
+        raise ValueError(f"d_v: expected {CKV_DIM}, got {d_v}")
+    expect_bool("use_legacy", use_legacy)
+    if return_log2_lse is not None:
+        expect_bool("return_log2_lse", return_log2_lse)
+    expect_tensor("q", q)
+    expect_shape("q", q, (None, None, _HEAD_DIM), f"[s_q, heads, {_HEAD_DIM}]")
+    tokens, heads, _ = q.shape
+    if q.dtype not in DTYPES:
+        raise TypeError(f"q: expected dtype {' or '.join(map(str, DTYPES))}, got {q.dtype}")
+    expect_tensor("kv", kv)
+    expect_shape("kv", kv, (None, 1, _HEAD_DIM), f"[s_kv, 1, {_HEAD_DIM}]")
+    expect_dtype("kv", kv, "q", q.dtype)
+    expect_metadata("indices", indices, (tokens, 1, None), "[s_q, 1, topk]", q.device)
+    if topk_length is not None:
+        expect_metadata("topk_length", topk_length, (tokens,), "[s_q]", q.device)
+    _expect_sink(attn_sink, heads, q.device)
+    lists = indices[:, 0]
+    result = mla_sparse(
+        q[..., :CKV_DIM], q[..., CKV_DIM:],
+        # Rows are pages of one token.
+        kv[..., :CKV_DIM], kv[..., CKV_DIM:],
+        lists.where(lists < kv.shape[0], -1),
+        sm_scale, topk_lens=topk_length, out=out, lse_base=2 if return_log2_lse else "e",
+        return_lse=return_log2_lse is not False, sink=attn_sink,
+    )  # fmt: skip
+    if isinstance(result, torch.Tensor):
+        return result, None, None
+    output, lse = result
+    return output, None, _with_inf(lse)
+
+
+def _requests(step: FlashMLASchedMeta, q: torch.Tensor, block_table: Any, cache_seqlens: Any, causal: bool) -> Pages:
+    """Of dense attention."""
+    batch, tokens, _, _ = q.shape
+    expect_metadata("block_table", block_table, (batch, None), "[batch, max_num_blocks]", q.device)
+    expect_metadata("cache_seqlens", cache_seqlens, (batch,), "[batch]", q.device)
+    if tokens == 1:
+        return Pages(DECODE_TABLE, cache_seqlens, block_table)
+    queries = step.qo_indptr
+    if queries is None:
+        queries = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * tokens
+    return Pages(PREFILL_TABLE, cache_seqlens, block_table, None, queries, causal)
+
+
+def _lists(step: FlashMLASchedMeta, q: torch.Tensor, indices: torch.Tensor, topk_length: torch.Tensor | None) -> Pages:
+    """Of sparse attention: a list for each query token."""
+    batch, tokens, _, _ = q.shape
+    rows = indices[:, 0] if tokens == 1 else indices.flatten(0, 1)
+    if topk_length is not None:
+        expect_metadata("topk_length", topk_length, (batch,), "[batch]", q.device)
+    lengths: Any = step.topk_lens
+    if not step.have_initialized:
+        if topk_length is not None and tokens != 1:
+            lengths = topk_length[:, None].expand(-1, tokens).flatten()
+        else:
+            lengths = topk_lens_of(rows, topk_length)
+    elif not _same_memory(topk_length, step.topk_length):
+        raise ValueError(
+            "topk_length: expected the tensor, or None, that tile_scheduler_metadata was first used with, got "
+            f"{'None' if topk_length is None else 'another'}"
+        )
+    return Pages(SPARSE, lengths, rows)
+
+
+def _same_memory(x: torch.Tensor | None, y: torch.Tensor | None) -> bool:
+    return x is y or (x is not None and y is not None and x.data_ptr() == y.data_ptr())
+
+
+def _initialize(
+    step: FlashMLASchedMeta, config: FlashMLASchedMeta.Config, call: Call, topk_length: torch.Tensor | None
+) -> None:
     """Checks the call first: one that is refused leaves `step` as it was."""
     pages = call.pages
     problem = check(call)
     sizes: dict[str, Any] = {
-        "num_heads": config.h_q, "page_size": config.page_block_size,
-        "max_pages": pages.ids.shape[1], "table_stride": table_stride(pages.ids),
-        "kv_format": problem.kv_format, "q_fp8": problem.q_fp8, "batch_invariant": config.enable_batch_invariant,
+        "num_heads": config.h_q, "kv_format": problem.kv_format, "q_fp8": problem.q_fp8,
+        "batch_invariant": config.enable_batch_invariant,
     }  # fmt: skip
-    if pages.queries is None:
-        step.plan = plan_decode_block_table(pages.lengths, **sizes)
+    if pages.form is SPARSE:
+        step.plan = plan_sparse(pages.ids, topk_lens=pages.lengths, **sizes)
+        step.topk_length, step.topk_lens = topk_length, pages.lengths
     else:
-        sizes |= {"total_q": problem.total_q, "causal": config.causal}
-        step.plan = plan_prefill_block_table(pages.queries, pages.lengths, **sizes)
-        step.qo_indptr = pages.queries
+        sizes |= {
+            "page_size": config.page_block_size, "max_pages": pages.ids.shape[1],
+            "table_stride": table_stride(pages.ids),
+        }  # fmt: skip
+        if pages.queries is None:
+            step.plan = plan_decode_block_table(pages.lengths, **sizes)
+        else:
+            sizes |= {"total_q": problem.total_q, "causal": config.causal}
+            step.plan = plan_prefill_block_table(pages.queries, pages.lengths, **sizes)
+            step.qo_indptr = pages.queries
     step.config, step.have_initialized = config, True
 
 
-def _refuse_sparse(**arguments: object) -> None:
+def _with_inf(lse: torch.Tensor) -> torch.Tensor:
+    """-inf becomes +inf, in place and in one kernel; nan stays."""
+    return lse.nan_to_num_(nan=torch.nan, posinf=torch.inf, neginf=torch.inf)
+
+
+def _expect_sink(attn_sink: torch.Tensor | None, heads: int, device: torch.device) -> None:
+    if attn_sink is None:
+        return
+    expect_tensor("attn_sink", attn_sink)
+    if attn_sink.dtype is not torch.float32:
+        raise TypeError(f"attn_sink: expected dtype torch.float32, got {attn_sink.dtype}")
+    expect_shape("attn_sink", attn_sink, (heads,), "[heads]")
+    expect_device("attn_sink", attn_sink, device, "q")
+    if not attn_sink.is_contiguous():
+        raise ValueError(f"attn_sink: expected a contiguous tensor, got strides {list(attn_sink.stride())}")
+
+
+def _refuse_extra(**arguments: object) -> None:
     for name, value in arguments.items():
         if value is not None:
-            what = "attention sinks are" if name == "attn_sink" else "sparse attention is"
-            raise NotImplementedError(f"{name}: expected None, {what} not supported, got {describe(value)}")
+            raise NotImplementedError(f"{name}: expected None, a second cache is not supported, got {describe(value)}")
+
+
+def _expect_dense(**arguments: object) -> None:
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(f"{name}: expected None without indices, got {describe(value)}")
+
+
+def _expect_sparse(causal: bool, kv_format: str | None, cache: Cache) -> None:
+    if causal:
+        raise ValueError("causal: expected False with indices, got True")
+    if kv_format is not None and (kv_format != _V32 or cache.scale_arr is None):
+        rows = "rows of 656 bytes" if cache.scale_arr is not None else "this k_cache"
+        expected = f"None or {_V32!r}" if cache.scale_arr is not None else "None"
+        raise ValueError(f"kv_format: expected {expected} with {rows}, got {kv_format!r}")
 
 
 def _rows_of_out(out: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -236,7 +419,6 @@ def _rows_of_out(out: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 
 def _cache(k_cache: torch.Tensor, is_fp8_kvcache: bool, descale_k: Scale | None, device: torch.device) -> Cache:
     """Views of k_cache."""
-    expect_tensor("k_cache", k_cache)
     # With is_fp8_kvcache=True sgl-flash-mla's dense attention has e4m3 rows without scales.
     has_groups = is_fp8_kvcache and not (k_cache.dtype is FP8 and k_cache.shape[-1:] == (_HEAD_DIM,))
     width = GROUP_ROW_BYTES if has_groups else _HEAD_DIM

@@ -10,6 +10,7 @@ installed where the benchmark runs. What the definitions mean by lengths:
 * page size 1: kv_indptr counts tokens.
 * page size 64: kv_indptr counts pages; kv_last_page_len [batch_size] int32 says how many tokens a last page holds.
 * prefill: query i of a request's n sees keys 0 .. kv_len - n + i, as `mla_paged_prefill` with causal=True.
+* dsa_sparse_attention: sparse_indices are those of `mla_sparse`, page * page_size + row and -1 for none.
 
 A request or query without keys gives lse -inf here and in the definitions' references; flashinfer-bench 0.1.2 counts an
 infinity in a solution's output as wrong whatever the reference gives.
@@ -28,7 +29,6 @@ from .. import __version__
 __all__ = ["DEFINITIONS", "export", "path_of", "solution", "to_json"]
 
 AUTHOR = "mla_cute"
-OP_TYPE = "mla_paged"
 HARDWARE = ("NVIDIA_H100", "NVIDIA_H200", "NVIDIA_H800", "NVIDIA_H20")
 
 _DECODE = """\
@@ -73,19 +73,30 @@ def run(q_nope, q_pe, ckv_cache, kpe_cache, qo_indptr, kv_indptr, kv_indices, kv
     )
 """
 
-_SOURCES = {
-    "mla_paged_decode_h16_ckv512_kpe64_ps1": _DECODE,
-    "mla_paged_decode_h16_ckv512_kpe64_ps64": _DECODE_PAGES,
-    "mla_paged_prefill_causal_h16_ckv512_kpe64_ps1": _PREFILL,
-    "mla_paged_prefill_causal_h16_ckv512_kpe64_ps64": _PREFILL_PAGES,
+_SPARSE = """\
+import mla_cute
+
+
+def run(q_nope, q_pe, ckv_cache, kpe_cache, sparse_indices, sm_scale, output, lse):
+    mla_cute.mla_sparse(q_nope, q_pe, ckv_cache, kpe_cache, sparse_indices, sm_scale, out=output, lse=lse)
+"""
+
+# op_type of the definition, and the source of its solution
+_SOLUTIONS = {
+    "mla_paged_decode_h16_ckv512_kpe64_ps1": ("mla_paged", _DECODE),
+    "mla_paged_decode_h16_ckv512_kpe64_ps64": ("mla_paged", _DECODE_PAGES),
+    "mla_paged_prefill_causal_h16_ckv512_kpe64_ps1": ("mla_paged", _PREFILL),
+    "mla_paged_prefill_causal_h16_ckv512_kpe64_ps64": ("mla_paged", _PREFILL_PAGES),
+    "dsa_sparse_attention_h16_ckv512_kpe64_topk2048_ps1": ("dsa_paged", _SPARSE),
+    "dsa_sparse_attention_h16_ckv512_kpe64_topk2048_ps64": ("dsa_paged", _SPARSE),
 }
 
-DEFINITIONS = tuple(_SOURCES)
+DEFINITIONS = tuple(_SOLUTIONS)
 
 
 def solution(definition: str) -> dict[str, Any]:
     """The solution of one of DEFINITIONS in flashinfer-bench's Solution schema. ValueError: another definition."""
-    if definition not in _SOURCES:
+    if definition not in _SOLUTIONS:
         raise ValueError(f"definition: expected one of {', '.join(DEFINITIONS)}, got {definition!r}")
     return {
         # A dataset holds a solution's name once, over all definitions, and keeps results under it.
@@ -100,7 +111,7 @@ def solution(definition: str) -> dict[str, Any]:
             "dependencies": [f"mla-cute=={__version__}"],
             "destination_passing_style": True,
         },
-        "sources": [{"path": "main.py", "content": _SOURCES[definition]}],
+        "sources": [{"path": "main.py", "content": _SOLUTIONS[definition][1]}],
     }
 
 
@@ -111,13 +122,14 @@ def to_json(value: dict[str, Any]) -> str:
 
 def path_of(definition: str) -> pathlib.PurePosixPath:
     """Where a dataset keeps the solution under its folder `solutions`. ValueError: not one of DEFINITIONS."""
-    return pathlib.PurePosixPath(AUTHOR, OP_TYPE, definition, f"{solution(definition)['name']}.json")
+    name = solution(definition)["name"]
+    return pathlib.PurePosixPath(AUTHOR, _SOLUTIONS[definition][0], definition, f"{name}.json")
 
 
 def export(
     out: str | os.PathLike[str], definitions: Sequence[str] = DEFINITIONS, *, force: bool = False
 ) -> list[pathlib.Path]:
-    """Write the solutions of `definitions` to `out/mla_cute/mla_paged/<definition>/<name>.json`.
+    """Write the solutions of `definitions` to `out/mla_cute/<op_type>/<definition>/<name>.json`.
 
     Args:
         out: a folder, made if it is not there; a dataset's `solutions`, or any other.

@@ -18,6 +18,8 @@ docs/engines.md says how far 4.8.0 and the compiler that [cu13] brings are verif
 * CUDA graphs: block tables, lengths and the plan are made in the graph, from the runner's buffers.
 * `--enable-deterministic-inference`: requests are cut by their own lengths alone, and prompts run absorbed.
 * Neither context parallelism, ragged verification, draft trees nor the unified memory pool.
+* Models that attend to lists of tokens (DeepSeek-V3.2) are refused: SGLang's indexer makes no lists for a backend but
+  its own "dsa" (docs/engines.md), and attention to all tokens is another model.
 """
 
 from __future__ import annotations
@@ -395,6 +397,9 @@ def _check(model_runner: Any) -> None:
     dims = (model.kv_lora_rank, model.qk_rope_head_dim)
     if dims != (CKV_DIM, KPE_DIM):
         raise ValueError(f"kv_lora_rank, qk_rope_head_dim: expected {CKV_DIM}, {KPE_DIM}, got {dims[0]}, {dims[1]}")
+    topk = getattr(model.hf_config, "index_topk", None)
+    if topk is not None:
+        raise NotImplementedError(f"index_topk: expected none, this model attends to lists of {topk} tokens")
     page_size = model_runner.page_size
     if page_size & (page_size - 1):
         raise ValueError(f"page_size: expected a power of two, got {page_size}")

@@ -22,7 +22,8 @@ and which NCCL vLLM needs.
 * Every block size; 64 is preferred.
 * Decode context parallelism with natural log-sum-exps. There a token and its drafts are requests of their own, whose
   lengths are what the rank has of the keys that they see.
-* No prefill context parallelism, no sparse and no non-causal attention. Other layers of a model (those of an EAGLE3
+* Models that attend to lists of tokens (DeepSeek-V3.2) have a backend of their own under the same name: vllm_sparse.py.
+* No prefill context parallelism and no non-causal attention. Other layers of a model (those of an EAGLE3
   drafter, linear attention) need backends of their own:
   `--attention-config '{"backend_per_kind": {"mla_attention": "CUSTOM"}}'` instead of `--attention-backend`.
 * CUDA graphs of uniform and of mixed decode batches: the plan of a captured batch keeps its buffers, and the first
@@ -90,7 +91,32 @@ def _takes_e4m3_queries(kv_format: str, num_heads: int, vllm_config: Any) -> boo
     return kv_format == "tensor" and num_heads * tokens > MAX_ROWS_OF_16BIT_QUERIES
 
 
-def _workspace_for_partials(vllm_config: Any, device: torch.device) -> torch.Tensor | None:
+def expect_layer(
+    impl: Any,
+    alibi_slopes: list[float] | None,
+    sliding_window: int | None,
+    logits_soft_cap: float | None,
+    attn_type: str,
+    cache_dtypes: list[str],
+) -> None:
+    """Raises where an implementation, as its class in vLLM has set it up, is for a layer that is not supported:
+    NotImplementedError of what MLA does not have, ValueError of sizes and cache dtypes."""
+    unsupported = {
+        "alibi_slopes": alibi_slopes, "sliding_window": sliding_window, "logits_soft_cap": logits_soft_cap,
+    }  # fmt: skip
+    for name, value in unsupported.items():
+        if value:
+            raise NotImplementedError(f"{name}: expected None, not supported, got {value}")
+    if attn_type != AttentionType.DECODER:
+        raise NotImplementedError(f"attn_type: expected 'decoder', others are not supported, got {attn_type!r}")
+    if impl.kv_cache_dtype not in cache_dtypes:
+        raise ValueError(f"kv_cache_dtype: expected one of {', '.join(cache_dtypes)}, got {impl.kv_cache_dtype!r}")
+    dims = (impl.kv_lora_rank, impl.qk_rope_head_dim)
+    if dims != (CKV_DIM, KPE_DIM):
+        raise ValueError(f"kv_lora_rank, qk_rope_head_dim: expected {CKV_DIM}, {KPE_DIM}, got {dims[0]}, {dims[1]}")
+
+
+def workspace_for_partials(vllm_config: Any, device: torch.device) -> torch.Tensor | None:
     """Where all plans write partial outputs, in vLLM's workspace: claimed while it profiles memory, found again by
     builders of metadata. None: plans have buffers of their own, because steps may overlap (micro-batches, drafts of
     DSpark) or because batch invariance needs larger ones."""
@@ -210,7 +236,7 @@ class MlaCuteMetadataBuilder(MLACommonMetadataBuilder[MlaCuteMetadata]):
             kv_format=kv_format,
             q_fp8=_takes_e4m3_queries(kv_format, num_heads, vllm_config),
             batch_invariant=self._batch_invariant,
-            partials=_workspace_for_partials(vllm_config, device),
+            partials=workspace_for_partials(vllm_config, device),
         )
         register_cutedsl_warmup_provider(self)
         self._captures = self._has_prompt = False
@@ -327,19 +353,7 @@ class MlaCuteImpl(MLACommonImpl[MlaCuteMetadata]):
             num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, kv_cache_dtype, logits_soft_cap,
             attn_type, kv_sharing_target_layer_name, **mla_args,
         )  # fmt: skip
-        unsupported = {
-            "alibi_slopes": alibi_slopes, "sliding_window": sliding_window, "logits_soft_cap": logits_soft_cap,
-        }  # fmt: skip
-        for name, value in unsupported.items():
-            if value:
-                raise NotImplementedError(f"{name}: expected None, not supported, got {value}")
-        if attn_type != AttentionType.DECODER:
-            raise NotImplementedError(f"attn_type: expected 'decoder', others are not supported, got {attn_type!r}")
-        if kv_cache_dtype not in _FORMATS:
-            raise ValueError(f"kv_cache_dtype: expected one of {', '.join(_FORMATS)}, got {kv_cache_dtype!r}")
-        dims = (self.kv_lora_rank, self.qk_rope_head_dim)
-        if dims != (CKV_DIM, KPE_DIM):
-            raise ValueError(f"kv_lora_rank, qk_rope_head_dim: expected {CKV_DIM}, {KPE_DIM}, got {dims[0]}, {dims[1]}")
+        expect_layer(self, alibi_slopes, sliding_window, logits_soft_cap, attn_type, list(_FORMATS))
         gathered_heads = num_heads * self.dcp_world_size
         if gathered_heads > MAX_HEADS:
             raise ValueError(f"num_heads: expected 1 to {MAX_HEADS} on all ranks of a DCP group, got {gathered_heads}")
@@ -348,7 +362,7 @@ class MlaCuteImpl(MLACommonImpl[MlaCuteMetadata]):
 
     def reserve_workspace(self) -> None:
         """Claims what plans will need; vLLM calls it while it profiles memory."""
-        _workspace_for_partials(self._vllm_config, torch.device("cuda", torch.cuda.current_device()))
+        workspace_for_partials(self._vllm_config, torch.device("cuda", torch.cuda.current_device()))
 
     def forward_mqa(
         self,

@@ -51,10 +51,12 @@ class KernelRef:
 
 @dataclasses.dataclass(frozen=True)
 class DecodeKey:
-    """Static facts of the decode step: element type of q, caches and output; rows of a TMA box (0: gather)."""
+    """Static facts of the decode step: element type of q, caches and output; rows of a TMA box (0: gather); whether
+    each query token has a list of tokens in the place of its request's pages, which are gathered."""
 
     dtype: str
     box_rows: int
+    sparse: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,12 +89,14 @@ class Fp8Key:
 
     dtype      16-bit type of the output, and of the queries and the rope cache where those are not e4m3
     q_fp8      the queries are e4m3: q_nope always, q_pe where kpe_cache is (format "tensor")
+    sparse     as `DecodeKey`'s
     """
 
     dtype: str
     box_rows: int
     kv_format: str
     q_fp8: bool
+    sparse: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ share the entry's tasks. A step without splits costs one wave of CTAs that read 
                A warp's pieces are dealt to 1, 2 or 4 groups of lanes: at most IN_FLIGHT each, all in one trip to memory
     order      of the additions: a function of n alone, so the bits are the same whatever the batch and the grid
 
+A sink (sparse) adds to the sum that divides, not to lse.
 n = 0: rows that see no key, zeros and -inf.  n = 1: not listed, the main kernel has written the output.
 
 The plan is read before griddepcontrol.wait: the main kernel triggers this one only after its own wait, so the planner
@@ -23,6 +24,7 @@ from cutlass.cutlass_dsl import T
 
 from ..dims import INT16_BIAS, PART_LSE, PART_ROW
 from .keys import MAX_PARTS, LaunchConfig
+from .lib import scalars
 from .lib.dtypes import CUTLASS_DTYPES
 from .lib.ptx import asm
 from .lib.softmax import LOWEST, exp2
@@ -45,6 +47,11 @@ class MergeParams:
     lse: cute.Tensor  # (tokens, H) float32
     num_parts: Int32
     lse_scale: Float32  # 1 for base 2, ln 2 for base e
+    sink_at: Int64 | None  # sparse: see step.py
+
+    @property
+    def num_heads(self) -> Int32:
+        return Int32(cute.size(self.out, mode=[1]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,15 +88,16 @@ def _warp_max(x):
 
 
 class Merge:
-    def __init__(self, dtype: str, packed: bool, config: LaunchConfig):
+    def __init__(self, dtype: str, packed: bool, config: LaunchConfig, sparse: bool):
         """packed: entries name rows (token * H + head) as in prefill; else a token, and mean its H heads."""
         self.dtype = CUTLASS_DTYPES[dtype]
         self.packed = packed
+        self.sparse = sparse
         self.use_pdl = config.use_pdl
 
     def launch(self, args) -> None:
         """`args`: the step's (step.py)."""
-        params = MergeParams(args.table, args.part, args.out, args.lse, args.num_parts, args.lse_scale)
+        params = MergeParams(args.table, args.part, args.out, args.lse, args.num_parts, args.lse_scale, args.sink_at)
         self.kernel(params).launch(
             grid=[args.merge_x, args.merge_y, 1],
             block=[32 * NUM_WARPS, 1, 1],
@@ -136,15 +144,14 @@ class Merge:
 
     def _read(self, p, at):
         """(row0, first, n, rows) of the list entry in table row `at`."""
-        rows = p.table[at, 3] if self.packed else Int32(cute.size(p.out, mode=[1]))
+        rows = p.table[at, 3] if self.packed else p.num_heads
         return p.table[at, 0], p.table[at, 1], p.table[at, 2], rows
 
     def _token_and_head(self, p, entry, row):
         if not self.packed:
             return entry.row0, row
-        num_heads = Int32(cute.size(p.out, mode=[1]))
-        token = (entry.row0 + row) // num_heads
-        return token, entry.row0 + row - token * num_heads
+        token = (entry.row0 + row) // p.num_heads
+        return token, entry.row0 + row - token * p.num_heads
 
     def _from_int16(self, pair, half: int):
         """Integer `half` of a pair as float32: its bits under the exponent of 2^23, less the bias."""
@@ -204,7 +211,7 @@ class Merge:
         if warp_log > 0:
             self._join(p, s_sums, acc, m, total, lane_log, (segment, token, head), warp, lane)
         elif (group == 0) & (task < entry.tasks):
-            inverse = self._inverse(total)
+            inverse = self._inverse(p, head, m, total)
             half = cute.make_rmem_tensor(8, self.dtype)
             for k in cutlass.range_constexpr(8):
                 half[k] = (acc[k] * inverse).to(self.dtype)
@@ -213,10 +220,12 @@ class Merge:
                 self._put_lse(p, token, head, m, total)
 
     @cute.jit
-    def _inverse(self, total):
-        """Every score of a row may be -inf: 0 and -inf then, not NaN."""
+    def _inverse(self, p, head, m, total):
+        """Every score of a row may be -inf: 0 and -inf then, not NaN. `total` is relative to m."""
         inverse = Float32(0.0)
         if total > 0.0:
+            if const_expr(self.sparse):
+                total = total + scalars.sink_weight(p, head, m)
             inverse = 1.0 / total
         return inverse
 
@@ -260,7 +269,7 @@ class Merge:
         total_all = weight * s_sums[SUM_WEIGHTS, lane % NUM_WARPS]
         for offset in cutlass.range_constexpr(NUM_WARPS_LOG):
             total_all = total_all + cute.arch.shuffle_sync_bfly(total_all, offset=1 << offset)
-        weight = weight * self._inverse(total_all)
+        weight = weight * self._inverse(p, head, m_all, total_all)
         column = warp * 32 + lane
         if column < columns:
             x = Float32(0.0)

@@ -60,18 +60,19 @@ def step_variant(
     op: str, kv_format: str, q_fp8: bool, num_heads: int, page_size: int, dtype: str, config: KernelConfig
 ) -> Variant:
     """The step of a call: main kernel and merge. `dtype` is that of its output, "bfloat16" or "float16"."""
-    box_rows = box_rows_of(page_size)
+    sparse = op == "sparse"
+    box_rows = 0 if sparse else box_rows_of(page_size)
     key: object
     if kv_format:
-        key = Fp8Key(dtype, box_rows, kv_format, q_fp8)
+        key = Fp8Key(dtype, box_rows, kv_format, q_fp8, sparse)
     else:
-        key = (DecodeKey if op == "decode" else PrefillKey)(dtype, box_rows)
+        key = PrefillKey(dtype, box_rows) if op == "prefill" else DecodeKey(dtype, box_rows, sparse)
     return step_of(op, kv_format, num_heads, config), key, config.launch()
 
 
 def planner_variant(op: str, lengths: str, config: KernelConfig, batch_invariant: bool = False) -> Variant:
     """The planner for one of `registry.LENGTHS`."""
-    if op == "decode":
+    if op != "prefill":
         return PLANNER, PlannerKey(lengths, batch_invariant), config.planner_launch()
     return PREFILL_PLANNER, PrefillPlannerKey(lengths, batch_invariant), config.planner_launch()
 
@@ -144,6 +145,34 @@ def variants(
                 for invariant in (False, True)
             ]
     return found
+
+
+def sparse_variants(
+    dtypes: Iterable[str] | None = None, kv_formats: Iterable[str] | None = None, config: KernelConfig | None = None
+) -> list[Variant]:
+    """(kernel, key, launch config) of what `mla_sparse` needs for `dtypes` and `kv_formats`; None means all. It runs
+    decode's kernels, each query token as a request of its own, and gathers from pages of every size alike.
+
+    Raises ValueError on an unknown dtype or format.
+    """
+    formats = ("", *KV_FORMATS)
+    dtypes = DTYPES if dtypes is None else known_names("dtypes", dtypes, DTYPES)
+    kv_formats = formats if kv_formats is None else known_names("kv_formats", kv_formats, formats)
+    config = config or KernelConfig()
+    found: list[Variant] = []
+    for dtype in dtypes:
+        if "" in kv_formats:
+            key = DecodeKey(dtype, 0, sparse=True)
+            found += [(kernel, key, config.launch()) for kernel in (DECODE, DECODE_TILE16)]
+        found += [
+            (kernel, Fp8Key(dtype, 0, kv_format, q_fp8, sparse=True), config.launch())
+            for kernel in (DECODE_FP8, DECODE_TILE16_FP8)
+            for kv_format in KV_FORMATS
+            if kv_format in kv_formats
+            for q_fp8 in (False, True)
+        ]
+    planners = (PlannerKey("seq_lens", invariant) for invariant in (False, True))
+    return found + [(PLANNER, key, config.planner_launch()) for key in planners]
 
 
 def append_variants(

@@ -44,6 +44,7 @@ class StepArgs:
     kpe_scale_at: Int64 | None
     q_scale_at: Int64 | None
     lse_scale: Float32  # 1 for base 2, ln 2 for base e
+    sink_at: Int64 | None  # sparse: address of H float32 in units of ln, 0: there are none
     stream: Any
 
     @property
@@ -63,12 +64,14 @@ class Step:
         main: the main kernel. It has `dtype`, that of the output; `kv_format`, "" over a 16-bit cache, and then
             `q_fp8`; and `launch(args: StepArgs)`.
         packed: rows are (token, head) pairs, as in prefill; else the heads of one token.
+        sparse: each query token attends to a list of tokens, and there may be sinks.
     """
 
-    def __init__(self, main: Any, dtype: str, packed: bool, config: LaunchConfig):
+    def __init__(self, main: Any, dtype: str, packed: bool, config: LaunchConfig, sparse: bool = False):
         self.main = main
         self.packed = packed
-        self.merge = Merge(dtype, packed, config)
+        self.sparse = sparse
+        self.merge = Merge(dtype, packed, config, sparse)
 
     @cute.jit
     def __call__(self, *args):
@@ -84,11 +87,13 @@ class Step:
         else:
             given |= {"scales": None, "rope_scale_log2": given["nope_scale_log2"], "out_scale": Float32(1.0)}
             given |= {"ckv_scale_at": None, "kpe_scale_at": None, "q_scale_at": None}
-        return StepArgs(**{"max_tiles": None} | given)
+        return StepArgs(**{"max_tiles": None, "sink_at": None} | given)
 
     def _taken(self) -> list[str]:
         """The fields of StepArgs that the launcher takes."""
         left_out = set() if self.packed else {"max_tiles"}
+        if not self.sparse:
+            left_out.add("sink_at")
         if not self.main.kv_format:
             left_out |= {"scales", "rope_scale_log2", "out_scale", "ckv_scale_at", "kpe_scale_at", "q_scale_at"}
         return [field.name for field in dataclasses.fields(StepArgs) if field.name not in left_out]
@@ -98,7 +103,7 @@ class Step:
         args = self._fake_tensors()
         args |= dict.fromkeys(("num_parts", "max_tiles", "merge_x", "merge_y"), Int32(1))
         args |= dict.fromkeys(("nope_scale_log2", "rope_scale_log2", "out_scale", "lse_scale"), Float32(1.0))
-        args |= dict.fromkeys(("ckv_scale_at", "kpe_scale_at", "q_scale_at"), Int64(0))
+        args |= dict.fromkeys(("ckv_scale_at", "kpe_scale_at", "q_scale_at", "sink_at"), Int64(0))
         args["stream"] = make_fake_stream(use_tvm_ffi_env_stream=True)
         return tuple(args[name] for name in self._taken())
 

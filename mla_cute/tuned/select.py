@@ -138,7 +138,8 @@ def default_for(when: When, sm_count: int, batch_invariant: bool = False) -> Ker
     # Another kernel is other bits: not by what else is in the batch, where a request's bits are its own.
     may_change = when.op == "decode" and when.num_heads > TILE16_M and not batch_invariant
     if may_change and sm_count and when.kv_len is not None:
-        if is_small_step(when.kv_format, when.q_fp8, when.num_heads, when.batch, when.kv_len, sm_count):
+        gathers = box_rows_of(when.page_size) == 0
+        if is_small_step(when.kv_format, when.q_fp8, when.num_heads, when.batch, when.kv_len, sm_count, gathers):
             config = with_kernel(config, when.kv_format, "tile16")
     return config
 

@@ -6,7 +6,7 @@ from mla_cute.bench import cases as cases_module
 from mla_cute.bench import runner, timing
 from mla_cute.bench.cases import PUBLIC_BEST_GPU, Case
 from mla_cute.gpu import GpuFacts
-from mla_cute.reference import decode_reference, prefill_reference
+from mla_cute.reference import decode_reference, prefill_reference, sparse_reference
 
 CEILINGS = {"read_gbps": 4000.0, "cublas_bf16_tflops": 800.0}
 H200 = GpuFacts(0, PUBLIC_BEST_GPU, (9, 0), 132, 141 << 30, 60 << 20, "580.1", 1980, 3201, None)
@@ -60,7 +60,7 @@ class FakeLibrary(runner.Library):
     """The references behind the library's functions, with a record of what the bench asked of its planners."""
 
     @classmethod
-    def make(cls, decode=decode_reference, prefill=prefill_reference):
+    def make(cls, decode=decode_reference, prefill=prefill_reference, sparse=sparse_reference):
         plans, asked = [], []
 
         def plan(*indptrs, **options):
@@ -77,7 +77,7 @@ class FakeLibrary(runner.Library):
 
             return call
 
-        library = cls(calling(decode), plan, calling(prefill), plan)
+        library = cls(calling(decode), plan, calling(prefill), plan, calling(sparse), plan)
         object.__setattr__(library, "asked", asked)
         return library
 

@@ -7,7 +7,8 @@ import types
 import torch
 from recorded_signatures import load
 
-from mla_cute.reference import prefill_reference, prefill_reference_block_table
+from mla_cute.quant import group_rows
+from mla_cute.reference import prefill_reference, prefill_reference_block_table, sparse_reference
 
 _VLLM = load("peers_vllm_0.33.0.json")["files"]
 FLASH_ATTN = _VLLM["vllm/vllm_flash_attn/flash_attn_interface.py"]
@@ -82,8 +83,33 @@ def _answer_flash_mla(q, k_cache, block_table, cache_seqlens, softmax_scale, cau
     assert isinstance(tile_scheduler_metadata, Metadata)
     assert rest["num_splits"] is None
     assert rest["head_dim_v"] == 512
+    if rest.get("indices") is not None:
+        assert rest["is_fp8_kvcache"]
+        assert block_table is cache_seqlens is None
+        assert q.shape[2] in (64, 128)
+        ckv, scales, kpe = group_rows(k_cache.squeeze(2))
+        q = q.squeeze(1)
+        out, lse = sparse_reference(
+            q[..., :512],
+            q[..., 512:],
+            ckv,
+            kpe,
+            rest["indices"].squeeze(1),
+            softmax_scale,
+            ckv_scale_arr=scales,
+        )
+        return out.unsqueeze(1), lse
     assert not rest["is_fp8_kvcache"]
     return _flash_mla(q, k_cache, block_table, cache_seqlens, softmax_scale, causal)
+
+
+def _answer_flash_mla_sparse(q, kv, indices, sm_scale, **rest):
+    assert q.dtype is kv.dtype is torch.bfloat16
+    assert kv.shape[1:] == (1, 576)
+    assert indices.shape[1] == 1
+    q_nope, q_pe, ckv, kpe = q[..., :512], q[..., 512:], kv[..., :512], kv[..., 512:]
+    out, lse = sparse_reference(q_nope, q_pe, ckv, kpe, indices.squeeze(1), sm_scale)
+    return out, None, lse
 
 
 def _answer_flash_mla_fp8(q, k_cache, block_table, cache_seqlens, softmax_scale, causal, **rest):
@@ -139,6 +165,7 @@ def vllm_modules(calls, flash_attn_3="", flash_mla=True):
         "fa_version_unsupported_reason": lambda fa_version: flash_attn_3 or None,
     }
     mla = {"get_mla_metadata": lambda **ignored: (Metadata(), None), "flash_mla_with_kvcache": _answer_flash_mla}
+    mla["flash_mla_sparse_fwd"] = _answer_flash_mla_sparse
     fp8 = {
         "get_mla_metadata_dense_fp8": lambda **lengths: ("fp8 tiles", "fp8 splits"),
         "flash_mla_with_kvcache_fp8": _answer_flash_mla_fp8,

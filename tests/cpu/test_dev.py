@@ -27,11 +27,13 @@ def test_every_variant_has_a_name_of_its_own():
     found = fingerprint.variants()
     assert len(found) == (
         len(registry.variants(kv_formats=("", *registry.KV_FORMATS)))
+        + len([kernel for kernel, *_ in registry.sparse_variants() if kernel is not registry.PLANNER])
         + len(registry.append_variants())
         + len(registry.merge_states_variants())
     )
     assert found[NAME][0] is registry.MERGE_STATES
     assert "decode_tile64-bfloat16-64" in found
+    assert "decode_tile64-bfloat16-0-sparse" in found
     assert "append-bfloat16-16bit-int32" in found
 
 

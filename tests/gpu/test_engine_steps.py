@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from integration_case import SM_SCALE, Case
+from gpu_helpers import capture
+from integration_case import SM_SCALE, Case, ListCase, rows_of_656
 
 from mla_cute.compile import jit
 from mla_cute.dims import PART_ROW
@@ -50,6 +51,40 @@ def test_plans_share_partials(num_heads):
             expected, expected_lse = case.expected(True)
             torch.testing.assert_close(out.float().cpu(), expected, rtol=2**-7, atol=2**-8)
             torch.testing.assert_close(lse.cpu(), expected_lse, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kv_format", ["", "group"])
+@pytest.mark.parametrize("num_heads", [16, 128])
+def test_steps_over_lists_in_a_graph(num_heads, kv_format):
+    """Two layers with lists of their own; each replay plans from the lengths of its step."""
+    lens = [700, 64, 0, 1, 65, 333]
+    sizes = {"topk": 1024, "num_heads": num_heads, "page_size": 64, "num_pages": 40, "device": "cuda"}
+    first = ListCase(lens, **sizes)
+    plans = StepPlans(num_heads=num_heads, page_size=64, kv_format=kv_format)
+    pool, _ = rows_of_656(first)
+    cache = paged_cache(pool if kv_format else first.cache)
+    indices, counts = first.indices.clone(), first.topk_lens.clone()
+    step = plans.list_step(*indices.shape, indices.device, keep=True)
+
+    def layers():
+        step.update(counts)
+        q = first.q
+        return [step.attend(q[..., :512], q[..., 512:], cache, lists, SM_SCALE) for lists in (first.indices, indices)]
+
+    graph, results = capture(layers)
+    for seed, of_step in enumerate((lens, lens[::-1])):
+        case = ListCase(of_step, seed=seed, **sizes)
+        packed, real = rows_of_656(case)
+        pool.copy_(packed)
+        for name in ("q", "cache", "indices"):
+            getattr(first, name).copy_(getattr(case, name))
+        indices.copy_(case.indices)
+        counts.copy_(case.topk_lens)
+        graph.replay()
+        expected, expected_lse = case.expected(cache=real if kv_format else None)
+        for out, lse in results:
+            assert (out.float().cpu() - expected).norm() < 1e-2 * expected.norm()
+            torch.testing.assert_close(lse.cpu(), expected_lse, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize(("kv_format", "q_fp8"), [("", False), ("tensor", True)])

@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 from gpu_helpers import capture
-from integration_case import SM_SCALE, Case, rows_of_656, spare_ids
+from integration_case import SM_SCALE, Case, ListCase, rows_of_656, spare_ids
 
 from mla_cute import quant
-from mla_cute.integrations.flash_mla import flash_mla_with_kvcache, get_mla_metadata
+from mla_cute.integrations.flash_mla import flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_metadata
 from mla_cute.integrations.flashinfer import BatchMLAPagedAttentionWrapper
 from mla_cute.plan_decode import DecodePlan
 from mla_cute.testing.fp8 import LSE_LIMIT
@@ -253,3 +253,75 @@ def test_flash_mla_graph_plans_in_every_replay(tokens):
             getattr(first, name).copy_(getattr(case, name))
         graph.replay()
         check(*flat(result), case.expected(True), base_e=True)
+
+
+LISTS = [700, 64, 0, 1, 65, 333]
+
+
+def make_lists(tokens=1, lens=LISTS, **kwargs):
+    sizes = {"topk": 1024, "num_heads": 16, "page_size": 64, "num_pages": 40}
+    return ListCase([n for n in lens for _ in range(tokens)], device="cuda", **sizes | kwargs)
+
+
+def sparse_args(case, tokens):
+    return {
+        "q": case.q.view(-1, tokens, *case.q.shape[1:]), "k_cache": case.cache[:, :, None], "block_table": None,
+        "cache_seqlens": None, "head_dim_v": 512, "softmax_scale": SM_SCALE,
+        "indices": case.indices.view(-1, tokens, case.indices.shape[1]),
+        "topk_length": case.topk_lens[::tokens].contiguous(),
+    }  # fmt: skip
+
+
+def expected_of_flash_mla(case, cache=None):
+    out, lse = case.expected(cache=cache)
+    return out, lse.masked_fill(lse == -torch.inf, torch.inf)
+
+
+@pytest.mark.parametrize("heads", [16, 64, 128])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_flash_mla_sparse(tokens, heads):
+    case = make_lists(tokens, num_heads=heads)
+    meta, _ = get_mla_metadata()
+    for _ in range(2):
+        result = flash_mla_with_kvcache(**sparse_args(case, tokens), tile_scheduler_metadata=meta)
+        check(*flat(result), expected_of_flash_mla(case), base_e=True)
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_flash_mla_sparse_rows_of_656_bytes(tokens):
+    case = make_lists(tokens)
+    pool, real = rows_of_656(case)
+    given = sparse_args(case, tokens) | {"k_cache": pool[:, :, None], "is_fp8_kvcache": True}
+    result = flash_mla_with_kvcache(**given, tile_scheduler_metadata=get_mla_metadata()[0])
+    check(*flat(result), expected_of_flash_mla(case, real), base_e=True)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_flash_mla_sparse_graph_plans_in_every_replay(tokens):
+    """Lists and their lengths, which a copy for several query tokens has to follow."""
+    cases = [make_lists(tokens, lens, seed=seed) for seed, lens in enumerate((LISTS, LISTS[::-1]))]
+    first = make_lists(tokens)
+    given = sparse_args(first, tokens)
+
+    def step():
+        meta, _ = get_mla_metadata()
+        flash_mla_with_kvcache(**given, tile_scheduler_metadata=meta)
+        return flash_mla_with_kvcache(**given, tile_scheduler_metadata=meta), meta
+
+    graph, (result, _meta) = capture(step)
+    for case in [*cases, cases[0]]:
+        for name in ("q", "cache", "indices"):
+            getattr(first, name).copy_(getattr(case, name))
+        given["topk_length"].copy_(sparse_args(case, tokens)["topk_length"])
+        graph.replay()
+        check(*flat(result), expected_of_flash_mla(case), base_e=True)
+
+
+@pytest.mark.parametrize("heads", [16, 128])
+def test_flash_mla_sparse_prompt(heads):
+    case = make_lists(30, num_heads=heads)
+    rows = case.cache.view(-1, 1, 576)
+    lists = case.indices[:, None]
+    for indices in (lists, lists.where(lists != -1, len(rows))):
+        result = flash_mla_sparse_fwd(case.q, rows, indices, SM_SCALE, topk_length=case.topk_lens)
+        check(result[0], result[2], expected_of_flash_mla(case), base_e=True)

@@ -8,14 +8,15 @@ half together and it has a full mbarrier per two ckv sub-tiles.
 Page sizes fall into classes by box_rows = gcd(page_size, 64), the rows that are contiguous whatever the block:
   box_rows >= 8   TMA boxes of box_rows x 64 (8-row swizzle atoms stay 1024-byte aligned): `TmaLoader`
   box_rows <  8   cp.async of 16 bytes per lane: `GatherLoader`
-Neither looks up a page id past the request's end. TMA leaves the rows past it as they were in shared memory (whole
+  sparse          cp.async as well, of tokens that each query has a list of: `SparseLoader`
+None looks up an id past the request's end. TMA leaves the rows past it as they were in shared memory (whole
 boxes) or fills them from the page (the last box), cp.async writes zeros: scores of those rows are masked and their V
 rows are zeroed by the consumers.
 
 Of `params`, a main kernel's Params, loaders read `page_size`, `mIndices`, `mCkv` and `mKpe`; `tma_ckv` and `tma_kpe` or
 the six strides in units (`row_unit`). Of `smem` they read `sK_sub`, (64, 64, 8 stage + sub), and `sR`, (64, 64, stage).
 Arguments that recur:
-    index_base   where in mIndices the request's pages begin
+    index_base   where in mIndices the request's pages (sparse: its tokens) begin
     block        of 64 tokens, counted in the request
     kv_end       tokens of the request from here on are not the item's
     half, full   which half of a stage, and the full mbarrier of its first sub-tile
@@ -28,7 +29,7 @@ from cutlass import Int32, Int64, Uint32, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from . import barriers
-from .ptx import cp_async_16
+from .ptx import cp_async_16, cp_async_16_of_bits
 
 TILE_N = 64  # tokens of a K tile
 NUM_SUB = 9  # sub-tiles of a K tile, the last one kpe
@@ -62,6 +63,7 @@ class TmaLoader:
     is in uniform registers before the wait for the release (`lookup`): 280 of 6100 cycles a pair at 128 heads.
     """
 
+    sparse = False
     full_arrivals = 1  # that complete a full mbarrier, beside the bytes
     barrier_subs = tuple(range(NUM_SUB))  # sub-tiles that have a full mbarrier
     generic_proxy = False  # consumers need no fence between their wait and wgmma
@@ -139,9 +141,11 @@ class GatherLoader:
     their wait, before wgmma reads.
     """
 
+    sparse = False
     full_arrivals = 128
     barrier_subs = (0, 2, 4, 6)  # the rope comes with sub-tile 6
     generic_proxy = True
+    copy = staticmethod(cp_async_16)
 
     @cute.jit
     def lookup(self, params, index_base, block, kv_end, w, lane):
@@ -162,13 +166,20 @@ class GatherLoader:
         `lookup` gave each lane."""
         return [cute.arch.shuffle_sync(offset, 4 * i + lane // 8) for i in range(4)]
 
-    def load(self, params, smem, ckv_rows, kpe_rows, num_rows, stage: int, half: int, full, w, lane) -> None:
-        """Issue the copies of a half of a stage. `ckv_rows` and `kpe_rows` are `rows`'s; `num_rows`: tokens before
-        kv_end from the warp's first one on."""
+    def held(self, looked_up, block, kv_end, w):
+        """Which of the warp's 16 rows hold tokens, in the form that `copy` takes: how many. `looked_up`: `lookup`'s."""
+        return rows_of_block(block, kv_end) - w * 16
+
+    def held_from(self, held, row):
+        """The same, counted from row `row`."""
+        return held - row
+
+    def load(self, params, smem, ckv_rows, kpe_rows, held, stage: int, half: int, full, w, lane) -> None:
+        """Issue the copies of a half of a stage. `ckv_rows` and `kpe_rows` are `rows`'s, `held` is `held`'s."""
         chunk, sub_row = lane % 8, lane // 8
         # Swizzle: the 16-byte chunk index is xored with row % 8.
         lane_at = [sub_row * 128 + (chunk ^ (sub_row + 4 * i)) * 16 + w * 2048 for i in range(2)]
-        left = num_rows - sub_row
+        left = self.held_from(held, sub_row)
         dst = Int32(smem.sK_sub.iterator.toint())
         base = params.mCkv.iterator.toint() + Int64(chunk * 16)
         src = [base + Int64(Uint32(row)) * Int64(Uint32(params.ckv_unit)) for row in ckv_rows]
@@ -176,15 +187,64 @@ class GatherLoader:
             for i in range(4):
                 for k in (j, j + 1):
                     at = (stage * 8 + half * 4 + k) * SUB_BYTES + i * 512
-                    cp_async_16(dst + lane_at[i % 2], src[i], left, 4 * i, at, half * 512 + k * 128)
+                    self.copy(dst + lane_at[i % 2], src[i], left, 4 * i, at, half * 512 + k * 128)
             if j == 2 and half == 1:
                 dst = Int32(smem.sR.iterator.toint())
                 base = params.mKpe.iterator.toint() + Int64(chunk * 16)
                 for i, row in enumerate(kpe_rows):
                     at = base + Int64(Uint32(row)) * Int64(Uint32(params.kpe_unit))
-                    cp_async_16(dst + lane_at[i % 2], at, left, 4 * i, stage * SUB_BYTES + i * 512, 0)
+                    self.copy(dst + lane_at[i % 2], at, left, 4 * i, stage * SUB_BYTES + i * 512, 0)
             cute.arch.cp_async_mbarrier_arrive_noinc(full + j)
 
 
-def make_loader(box_rows: int, evict_first: bool) -> TmaLoader | GatherLoader:
+@cute.jit
+def chosen_row(params, index_base, token, kv_end):
+    """(page, row in the page) of the token that stands at `token` of a query's list; page -1 where none does."""
+    page = Int32(-1)
+    row = Int32(0)
+    if token < kv_end:
+        at = params.mIndices[index_base + token]
+        if at >= 0:
+            page = at // params.page_size
+            row = at - page * params.page_size
+    return page, row
+
+
+@cute.jit
+def tell_chosen(smem, stage, w, lane, bits, mbar):
+    """Publish which of the 16 rows of warp `w` hold tokens, bit i for row i, and arrive at `mbar` for the warp."""
+    if lane == 0:
+        smem.sChosen[w, stage] = bits
+        cute.arch.mbarrier_arrive(mbar)
+
+
+class SparseLoader(GatherLoader):
+    """The gather where mIndices holds the tokens that a query sees and no pages: positions page * page_size + row, or
+    -1 for none, at any place. Rows of none are written as zeros, as those past kv_end. Which they are goes to
+    smem.sChosen, (warp, stage), by `tell_chosen`, for the consumers' masks.
+    """
+
+    sparse = True
+    copy = staticmethod(cp_async_16_of_bits)
+
+    @cute.jit
+    def lookup(self, params, index_base, block, kv_end, w, lane):
+        """As `GatherLoader.lookup`, and which of the warp's rows hold tokens, bit i for row i."""
+        page, row = chosen_row(params, index_base, block * TILE_N + w * 16 + lane % 16, kv_end)
+        bits = cute.arch.vote_ballot_sync(page >= 0)
+        page = cutlass.max(page, Int32(0))
+        ckv = page * params.ckv_page_units + row * params.ckv_row_units
+        kpe = page * params.kpe_page_units + row * params.kpe_row_units
+        return ckv, kpe, bits
+
+    def held(self, looked_up, block, kv_end, w):
+        return looked_up[2]
+
+    def held_from(self, held, row):
+        return held >> row
+
+
+def make_loader(box_rows: int, evict_first: bool, sparse: bool) -> TmaLoader | GatherLoader:
+    if sparse:
+        return SparseLoader()
     return TmaLoader(box_rows, evict_first) if box_rows else GatherLoader()

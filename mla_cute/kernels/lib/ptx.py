@@ -61,6 +61,10 @@ def load_shared_16(address: Int32, offset: int = 0) -> list[Uint32]:
     return [Uint32(x) for x in asm(T.i32(), 4, [address], text, "=r,=r,=r,=r,r,~{memory}", True)]
 
 
+def load_shared_word(address: Int32) -> Uint32:
+    return Uint32(asm(T.i32(), 1, [address], "ld.shared.b32 $0, [$1];", "=r,r,~{memory}", True)[0])
+
+
 def load_shared_f32x2(address: Int32, offset: int = 0) -> list[Float32]:
     """Two float32 from an 8-byte aligned address."""
     text = f"ld.shared.v2.f32 {{$0,$1}}, [$2+{offset}];"
@@ -87,6 +91,15 @@ def cp_async_16(smem_addr, gmem_addr, num_rows=1, row: int = 0, smem_offset: int
         f" cp.async.cg.shared.global.L2::256B [$0+{smem_offset}], [$1+{gmem_offset}], 16, p; }}"
     )
     asm(None, 0, [smem_addr, gmem_addr, Int32(num_rows)], text, "r,l,r,~{memory}", True)
+
+
+def cp_async_16_of_bits(smem_addr, gmem_addr, bits, row: int, smem_offset: int = 0, gmem_offset: int = 0) -> None:
+    """As `cp_async_16`, where bit `row` of `bits` says whether there is anything to copy."""
+    text = (
+        f"{{ .reg .pred p; .reg .b32 b; and.b32 b, $2, {1 << row}; setp.eq.s32 p, b, 0;"
+        f" cp.async.cg.shared.global.L2::256B [$0+{smem_offset}], [$1+{gmem_offset}], 16, p; }}"
+    )
+    asm(None, 0, [smem_addr, gmem_addr, bits], text, "r,l,r,~{memory}", True)
 
 
 def cp_async_small(

@@ -19,8 +19,8 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from ...dims import CKV_DIM, NUM_SCALES
 from . import barriers, paged
-from .paged import SUB_BYTES, TILE_N, TmaLoader, rows_of_block
-from .ptx import cp_async_16, cp_async_small
+from .paged import SUB_BYTES, TILE_N, TmaLoader, chosen_row, rows_of_block, tell_chosen
+from .ptx import cp_async_16, cp_async_16_of_bits, cp_async_small
 from .row_map import RowMap, Word, load_item
 
 # A kernel has room for mbarriers of so many slots; the longest ring, tile16's over FP8 caches, has five.
@@ -93,6 +93,7 @@ class RingSmem(Protocol):
     sR_tma: cute.Tensor  # rope of all slots, (64, 64, num_stages), e4m3 as bytes
     sScales: cute.Tensor  # (64, num_scales, num_stages) float32
     sProduce: cute.Tensor  # (8, 4) Int32: NUM_ITEMS and so on of each producer warp
+    sChosen: Any  # sparse: (producer warp, slot) Int32, which of its 16 rows hold tokens
 
 
 def smem_layout(kind: Any, dtype: type[Numeric], shape: tuple) -> cute.ComposedLayout:
@@ -196,7 +197,9 @@ class GatherRingLoader:
 
     # cp.async writes by the generic proxy: consumers fence after their wait, before wgmma reads.
     generic_proxy = True
+    sparse = False
     full_arrivals = 128
+    copy = staticmethod(cp_async_16)
 
     def __init__(self, num_subs: int, rope_row_bytes: int, num_scales: int):
         self.num_subs, self.rope_row_bytes, self.num_scales = num_subs, rope_row_bytes, num_scales
@@ -204,13 +207,33 @@ class GatherRingLoader:
     def look_up(self, params: RingParams, index_base, block, kv_end, warp, lane):
         return token_row(params, index_base, block * TILE_N + warp * 16 + lane % 16, kv_end)
 
+    def held(self, page, block, kv_end, warp):
+        """Which of the warp's 16 rows hold tokens, in the form that `copy` takes: how many."""
+        return rows_of_block(block, kv_end) - warp * 16
+
+    def held_from(self, held, row):
+        """The same, counted from row `row`."""
+        return held - row
+
+    def holds(self, held, row):
+        """Whether row `row` does."""
+        return row < held
+
+    def any_page(self, page):
+        """A page to read from whether or not the row holds a token."""
+        return page
+
+    def tell(self, smem: RingSmem, slot, warp, lane, held) -> None:
+        """Tell the consumers what they cannot know: here nothing, they mask by the item's end."""
+
     @cute.jit
     def fill(self, params: RingParams, smem: RingSmem, page, row, block, kv_end, slot, phase, warp, lane):
         """As `TmaRingLoader.fill`, but one lane's share of the copies."""
         at = warp * 16 + lane % 16
+        held = self.held(page, block, kv_end, warp)
+        page = self.any_page(page)
         ckv = page * params.ckv_page_units + row * params.ckv_row_units
         kpe = page * params.kpe_page_units + row * params.kpe_row_units
-        num_rows = rows_of_block(block, kv_end) - warp * 16
         lanes = self.rope_row_bytes // 16
         rope_rows = 32 // lanes
         sub_row, rope_chunk = lane // lanes, lane % lanes
@@ -227,27 +250,55 @@ class GatherRingLoader:
         for i in cutlass.range_constexpr(16):
             from_row = src + Int64(Uint32(cute.arch.shuffle_sync(ckv, i))) * Int64(Uint32(params.ckv_unit))
             for k in cutlass.range_constexpr(self.num_subs // 4):
-                cp_async_16(dst + (chunk ^ (i % 8)) * 16, from_row, num_rows, i, k * 4 * SUB_BYTES + i * 128, k * 512)
+                self.copy(dst + (chunk ^ (i % 8)) * 16, from_row, held, i, k * 4 * SUB_BYTES + i * 128, k * 512)
         dst = (
             Int32(smem.sR_tma.iterator.toint())
             + slot * (TILE_N * self.rope_row_bytes)
             + warp * 16 * self.rope_row_bytes
         )
         src = params.mKpe.iterator.toint() + Int64(rope_chunk * 16)
-        left = num_rows - sub_row
+        left = self.held_from(held, sub_row)
         for i in cutlass.range_constexpr(16 // rope_rows):
             r = sub_row + i * rope_rows
             mixed = rope_chunk ^ (r % 8) if const_expr(lanes == 8) else rope_chunk ^ (r // 2 % 4)
             own = cute.arch.shuffle_sync(kpe, rope_rows * i + sub_row)
             from_row = src + Int64(Uint32(own)) * Int64(Uint32(params.kpe_unit))
-            cp_async_16(dst + r * self.rope_row_bytes + mixed * 16, from_row, left, i * rope_rows, 0, 0)
+            self.copy(dst + r * self.rope_row_bytes + mixed * 16, from_row, left, i * rope_rows, 0, 0)
         if const_expr(self.num_scales > 0):
             if lane < 16:
                 valid = Int32(0)
-                if lane < num_rows:
+                if self.holds(held, lane):
                     valid = Int32(1)
                 load_scales(params, smem, page, row, at, self.num_scales, valid, slot)
+        self.tell(smem, slot, warp, lane, held)
         cute.arch.cp_async_mbarrier_arrive_noinc(smem.mbar + RingMbarriers.full + slot)
+
+
+class SparseRingLoader(GatherRingLoader):
+    """The gather of single tokens; lib/paged.py's SparseLoader says what mIndices holds then. Each warp tells
+    `sChosen` which of its rows hold tokens."""
+
+    sparse = True
+    full_arrivals = 128 + 4
+    copy = staticmethod(cp_async_16_of_bits)
+
+    def look_up(self, params: RingParams, index_base, block, kv_end, warp, lane):
+        return chosen_row(params, index_base, block * TILE_N + warp * 16 + lane % 16, kv_end)
+
+    def held(self, page, block, kv_end, warp):
+        return cute.arch.vote_ballot_sync(page >= 0)
+
+    def held_from(self, held, row):
+        return held >> row
+
+    def holds(self, held, row):
+        return ((held >> row) & 1) != 0
+
+    def any_page(self, page):
+        return cutlass.max(page, Int32(0))
+
+    def tell(self, smem: RingSmem, slot, warp, lane, held) -> None:
+        tell_chosen(smem, slot, warp, lane, held, smem.mbar + RingMbarriers.full + slot)
 
 
 class RingProducer:
@@ -277,7 +328,7 @@ class RingProducer:
     by_tma: bool
     loader: TmaRingLoader | GatherRingLoader
 
-    def _set_cache(self, box_rows: int, evict_first: bool, kv_format: str) -> None:
+    def _set_cache(self, box_rows: int, evict_first: bool, kv_format: str, sparse: bool) -> None:
         """Set the facts of the cache and what loads it. A cache of format "" is of `self.dtype`."""
         self.kv_format = kv_format
         self.num_scales = NUM_SCALES[kv_format]
@@ -289,7 +340,8 @@ class RingProducer:
         if self.by_tma:
             self.loader = TmaRingLoader(box_rows, evict_first, self.num_subs, rope_row_bytes, self.num_scales)
         else:
-            self.loader = GatherRingLoader(self.num_subs, rope_row_bytes, self.num_scales)
+            loader = SparseRingLoader if sparse else GatherRingLoader
+            self.loader = loader(self.num_subs, rope_row_bytes, self.num_scales)
 
     def _cache_params(self, ckv: cute.Tensor, kpe: cute.Tensor) -> dict[str, Any]:
         """Host side: what the loaders read of the caches, as fields of the kernel's Params (see `RingParams`).

@@ -1,5 +1,7 @@
 """Scales of whole tensors: factors of the scores and of the output. The host knows some, others lie on the device.
 
+Sparse attention has a sink per head beside them, likewise on the device.
+
 The host multiplies the numbers it knows (launch arguments in float32). A scale that lies on the device comes as the
 address of one float32, which is read here once per item and multiplied in; an address of 0 stands for 1. An absent
 scale costs no branch: the load is predicated.
@@ -7,10 +9,13 @@ scale costs no branch: the load is predicated.
 
 from typing import Protocol
 
-from cutlass import Float32, Int64
+from cutlass import Float32, Int32, Int64
 from cutlass.cutlass_dsl import T
 
 from .ptx import asm
+from .softmax import exp2
+
+LOG2_E = 1.4426950408889634
 
 
 class ScalarParams(Protocol):
@@ -46,3 +51,22 @@ def score_factors(params: ScalarParams, rope_is_e4m3: bool) -> tuple[Float32, Fl
 def output_factor(params: ScalarParams) -> Float32:
     """What a stored ckv is worth in the output."""
     return params.out_scale * load_scale(params.ckv_scale_at)
+
+
+class SinkParams(Protocol):
+    """What `sink_weight` reads of a sparse kernel's `Params`."""
+
+    sink_at: Int64  # address of H float32, 0: there are none
+    num_heads: Int32
+
+
+def sink_weight(params: SinkParams, head, reference) -> Float32:
+    """What the sink of `head` adds to a row's sum, whose terms are relative to `reference`, as a power of 2: 0 without
+    sinks and past the last head."""
+    text = (
+        "{ .reg .pred p; setp.ne.s64 p, $1, 0; setp.lt.and.s32 p, $2, $3, p; mov.f32 $0, 0fFF800000;"
+        " @p ld.global.f32 $0, [$4]; }"
+    )
+    at = params.sink_at + Int64(head) * 4
+    sink = Float32(asm(T.f32(), 1, [params.sink_at, head, params.num_heads, at], text, "=f,l,r,r,l", True)[0])
+    return exp2(sink * LOG2_E - reference)

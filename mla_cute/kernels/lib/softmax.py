@@ -7,7 +7,9 @@ reference cancels in O / l and in lse = m + log2(l). Rescaling O (64 FMUL per ro
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32
+from cutlass import Float32, Uint32
+
+from . import ptx
 
 # Running maxima start at the lowest finite float32 rather than at -inf: -inf - -inf would be NaN in a row whose scores
 # are all masked. Any number above it would hide scores below it.
@@ -96,3 +98,15 @@ def mask_columns(s_rc, num_n_tiles: cutlass.Constexpr, valid, lane):
             col = (n // 2) * 8 + (lane % 4) * 2 + n % 2
             for r in cutlass.range_constexpr(2):
                 s_rc[r, n] = s_rc[r, n] if col < valid else -Float32.inf
+
+
+@cute.jit
+def mask_unchosen(s_rc, num_n_tiles: cutlass.Constexpr, chosen_at, lane):
+    """-inf in columns that hold no token. `chosen_at`: address of a word per 16 columns, bit i for column i of them."""
+    words = ptx.load_shared_16(chosen_at)
+    if (words[0] & words[1] & words[2] & words[3] & Uint32(0xFFFF)) != Uint32(0xFFFF):
+        own = [word >> Uint32((lane % 4) * 2) for word in words]
+        for n in cutlass.range_constexpr(2 * num_n_tiles):
+            bit = Uint32(1 << ((n // 2) % 2 * 8 + n % 2))
+            for r in cutlass.range_constexpr(2):
+                s_rc[r, n] = s_rc[r, n] if (own[n // 4] & bit) != Uint32(0) else -Float32.inf

@@ -2,9 +2,9 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Float32, Int64
+from cutlass import Constexpr, Float32, Int64, const_expr
 
-from ..lib import partials, ptx, softmax
+from ..lib import partials, ptx, scalars, softmax
 from .params import NUM_WARPS, Bar, Fragments, Params, Smem
 from .tiles import Tiles
 
@@ -40,6 +40,9 @@ class Epilogue:
             if part_row >= 0:
                 self._store_partial(params, smem, regs, r, part_row, head, inverse, lse)
             else:
+                if const_expr(self.tiles.sparse):
+                    divisor = regs.rL[r] + scalars.sink_weight(params, head, regs.rRef[r])
+                    inverse = scale * cutlass.select_(regs.rL[r] != 0.0, cute.arch.rcp_approx(divisor), Float32(0.0))
                 if head < params.num_heads:
                     at = ptx.row_address(params.mO, request, head)
                     for c in cutlass.range_constexpr(4):

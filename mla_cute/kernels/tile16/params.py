@@ -71,6 +71,7 @@ class Params:
     kpe_scale_at: Int64
     q_scale_at: Int64
     lse_scale: Float32
+    sink_at: Int64 | None  # sparse: see step.py
     lay_sub: cute.ComposedLayout  # of all sub-tiles of ckv in the ring
     lay_r: cute.ComposedLayout  # of all rope tiles in the ring
 
@@ -103,6 +104,7 @@ class Smem:
     sFlags: cute.Tensor  # (warp, parity): not 0: what a warp has of the tile asks for other references
     sMax: cute.Tensor  # (row, warp): the warps' row maxima; in the epilogue their row sums, then their largest outputs
     sMaxScale: cute.Tensor  # (warp,): the largest scale of a warp's tokens
+    sChosen: Any  # (producer warp, slot): which of its 16 rows hold tokens; None where it is not sparse
 
 
 @dataclasses.dataclass(frozen=True)

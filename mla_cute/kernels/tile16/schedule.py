@@ -178,10 +178,13 @@ class Consumer:
                 unit = e4m3.unit_below(largest)
                 keep = regs.rUnit[0] / unit
                 regs.rUnit[0] = unit
+        highest = -Float32.inf
         for r in cutlass.range_constexpr(2):
             mx = smem.sMax[regs.row + 8 * r, 0]
             for w in cutlass.range_constexpr(NUM_WARPS - 1):
                 mx = cute.arch.fmax(mx, smem.sMax[regs.row + 8 * r, w + 1])
+            if const_expr(self.tiles.sparse):
+                highest = cute.arch.fmax(highest, mx)
             ref = cute.arch.fmax(regs.rRef[r], mx)
             if regs.first[0] != 0:
                 # The 0 that an item begins with is nobody's maximum. A row that sees no key of the tile keeps it.
@@ -195,7 +198,12 @@ class Consumer:
             for t in cutlass.range_constexpr(8):
                 for e in cutlass.range_constexpr(2):
                     regs.rO[t * 4 + 2 * r + e] = regs.rO[t * 4 + 2 * r + e] * (factor * keep)
-        regs.first[0] = Int32(0)
+        if const_expr(self.tiles.sparse):
+            # A sparse item's first tile may hold no token; all rows see the same ones.
+            if highest > -Float32.inf:
+                regs.first[0] = Int32(0)
+        else:
+            regs.first[0] = Int32(0)
         self._write_p(smem, regs, slot, parity, left)
         Bar.REFERENCES.sync()
 
@@ -216,8 +224,9 @@ class Consumer:
     @cute.jit
     def _pv(self, smem: Smem, regs: Fragments, slot, parity, left):
         """O += P V in this warp's 64 channels; then the slot is the producers' again."""
-        # Tokens past kv_end have P = 0, but what lies there may be NaN.
-        self.tiles.clear_tail(smem, regs, slot, left)
+        # Tokens past kv_end have P = 0, but what lies there may be NaN. The sparse gather writes zeros there.
+        if const_expr(not self.tiles.sparse):
+            self.tiles.clear_tail(smem, regs, slot, left)
         acc = [[regs.rO[t * 4 + j] for j in range(4)] for t in range(8)]
         self.tiles.multiply_v(smem, regs, slot, parity, acc)
         for t in cutlass.range_constexpr(8):

@@ -42,10 +42,10 @@ class Tile16(RingProducer):
     regs_consumer: int  # registers of a thread
     regs_producer: int
 
-    def __init__(self, tiles: Tiles, box_rows: int, config: LaunchConfig):
+    def __init__(self, tiles: Tiles, box_rows: int, config: LaunchConfig, sparse: bool):
         self.tiles, self.dtype, self.q_fp8, self.num_stages = tiles, tiles.dtype, tiles.q_fp8, tiles.num_stages
         self.rows = HeadRows()
-        self._set_cache(box_rows, config.evict_first, tiles.kv_format)
+        self._set_cache(box_rows, config.evict_first, tiles.kv_format, sparse)
         self.mbars = make_mbarriers(self.num_stages, self.loader.full_arrivals)
         self.consumer = Consumer(tiles, self.rows, self.mbars)
         self.use_pdl = config.use_pdl
@@ -78,6 +78,7 @@ class Tile16(RingProducer):
             kpe_scale_at=args.kpe_scale_at,
             q_scale_at=args.q_scale_at,
             lse_scale=args.lse_scale,
+            sink_at=args.sink_at,
             lay_r=smem_layout(rope_kind, rope_dtype, (TILE_N, KPE_DIM, self.num_stages)),
         )
         self.kernel(params).launch(
@@ -108,6 +109,8 @@ class Tile16(RingProducer):
             sFlags: cute.struct.MemRange[Int32, 2 * NUM_WARPS]
             sMax: cute.struct.MemRange[Float32, TILE16_M * NUM_WARPS]
             sMaxScale: cute.struct.MemRange[Float32, num_max_scales]
+            if self.tiles.sparse:
+                sChosen: cute.struct.MemRange[Int32, NUM_PRODUCER_WARPS * self.num_stages]
             sScales: cute.struct.Align[cute.struct.MemRange[Float32, num_scales], 16]
             sQP: cute.struct.Align[cute.struct.MemRange[Uint8, kept + transient], 16]
             sK: cute.struct.Align[cute.struct.MemRange[self.kv_dtype, self.num_stages * TILE_N * CKV_DIM], 1024]
@@ -132,6 +135,9 @@ class Tile16(RingProducer):
             sFlags=st.sFlags.get_tensor(cute.make_layout((NUM_WARPS, 2))),
             sMax=st.sMax.get_tensor(cute.make_layout((TILE16_M, NUM_WARPS), stride=(NUM_WARPS, 1))),
             sMaxScale=st.sMaxScale.get_tensor(cute.make_layout(num_max_scales)),
+            sChosen=st.sChosen.get_tensor(cute.make_layout((NUM_PRODUCER_WARPS, self.num_stages)))
+            if self.tiles.sparse
+            else None,
         )
 
     @cute.kernel
@@ -166,10 +172,10 @@ class Tile16Fp8(Tile16):
 
 
 def decode(key: DecodeKey, config: LaunchConfig) -> Step:
-    tiles = SixteenBitTiles(CUTLASS_DTYPES[key.dtype], by_tma=key.box_rows > 0)
-    return Step(Tile16(tiles, key.box_rows, config), key.dtype, False, config)
+    tiles = SixteenBitTiles(CUTLASS_DTYPES[key.dtype], key.sparse, by_tma=key.box_rows > 0)
+    return Step(Tile16(tiles, key.box_rows, config, key.sparse), key.dtype, False, config, key.sparse)
 
 
 def decode_fp8(key: Fp8Key, config: LaunchConfig) -> Step:
-    tiles = Fp8Tiles(CUTLASS_DTYPES[key.dtype], key.kv_format, key.q_fp8)
-    return Step(Tile16Fp8(tiles, key.box_rows, config), key.dtype, False, config)
+    tiles = Fp8Tiles(CUTLASS_DTYPES[key.dtype], key.sparse, key.kv_format, key.q_fp8)
+    return Step(Tile16Fp8(tiles, key.box_rows, config, key.sparse), key.dtype, False, config, key.sparse)

@@ -13,8 +13,12 @@ Who owns what is the same for every kind. Consumer warp w (0 to 7), lane l, l4 =
 """
 
 import abc
+from collections.abc import Callable
+
+from cutlass import Int32, Uint32
 
 from ...dims import NUM_SCALES
+from ..lib import ptx
 from .params import Fragments, Params, Smem
 
 
@@ -23,6 +27,7 @@ class Tiles(abc.ABC):
     by all lanes of a warp."""
 
     dtype: type  # cutlass.BFloat16 or cutlass.Float16: of outputs, of queries and rope where they are not e4m3
+    sparse: bool  # each query has a list of tokens, in which there may be none at any place
     kv_format: str  # "" or a name of dims.KV_FORMATS
     q_fp8: bool
     num_scales: int  # float32 scales that a token has
@@ -32,8 +37,8 @@ class Tiles(abc.ABC):
     q_kept_bytes: int  # of shared memory for the other steps of Q, for the whole item
     q_transient_bytes: int  # of shared memory that the first steps pass through; P takes it afterwards
 
-    def __init__(self, dtype: type, kv_format: str, q_fp8: bool):
-        self.dtype, self.kv_format, self.q_fp8 = dtype, kv_format, q_fp8
+    def __init__(self, dtype: type, sparse: bool, kv_format: str, q_fp8: bool):
+        self.dtype, self.sparse, self.kv_format, self.q_fp8 = dtype, sparse, kv_format, q_fp8
         self.num_scales = NUM_SCALES[kv_format]
         self.p_tiles = max(1, self.num_scales)
 
@@ -53,7 +58,19 @@ class Tiles(abc.ABC):
     @abc.abstractmethod
     def scores(self, params: Params, smem: Smem, regs: Fragments, slot, phase, left) -> None:
         """QK: waits for the tile in ring slot `slot` (mbarrier phase `phase`), and puts this thread's scores into
-        regs.rNext, in log2 units; -inf from token `left` on."""
+        regs.rNext, in log2 units; -inf where `sees` says so."""
+
+    def sees(self, smem: Smem, regs: Fragments, slot, left) -> Callable:
+        """From 0 or 1, which of this thread's two tokens, to whether there is one to see in its place."""
+        if self.sparse:
+            # The 16 rows of a producer warp are the tokens of two consumer warps. Warp and lane are made from the
+            # thread index: what follows from `regs` would be kept over all tiles, for which there are no registers.
+            t = ptx.thread_index()
+            word = ptx.load_shared_word(Int32(smem.sChosen.iterator.toint()) + slot * 16 + t // 64 * 4)
+            bits = word >> Uint32(t // 32 % 2 * 8 + t % 4 * 2)
+            return lambda i: (bits & Uint32(1 << i)) != Uint32(0)
+        token = regs.w * 8 + regs.l4 * 2
+        return lambda i: token + i < left
 
     def column_scales(self, smem: Smem, regs: Fragments, slot, group: int) -> list:
         """Scales of this thread's two tokens for channels 128 group .. 128 group + 127. Only with num_scales > 0. From

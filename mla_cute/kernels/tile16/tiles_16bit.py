@@ -25,8 +25,8 @@ class SixteenBitTiles(Tiles):
     q_pass_steps: int  # steps of Q that pass through shared memory at a time, on their way to registers
     mma_dtype: str  # "bf16" or "f16", of all operands
 
-    def __init__(self, dtype: type, by_tma: bool):
-        super().__init__(dtype, kv_format="", q_fp8=False)
+    def __init__(self, dtype: type, sparse: bool, by_tma: bool):
+        super().__init__(dtype, sparse, kv_format="", q_fp8=False)
         self.num_stages = 3
         # By TMA all of q_nope is in registers. The gather's consumers have 232 each, which is two too few for that, so
         # there 64 channels of it stay in shared memory beside the rope.
@@ -97,10 +97,10 @@ class SixteenBitTiles(Tiles):
                 for m in cutlass.range_constexpr(2):
                     a = self._q_fragment(smem, regs, sub * 4 + half * 2 + m)
                     acc[2 * half + m] = ptx.mma_m16n8k16(acc[2 * half + m], a, [x[2 * m], x[2 * m + 1]], self.mma_dtype)
-        token = regs.w * 8 + regs.l4 * 2
+        sees = self.sees(smem, regs, slot, left)
         for j in cutlass.range_constexpr(4):
             score = ((acc[0][j] + acc[1][j]) + (acc[2][j] + acc[3][j])) * params.nope_scale_log2
-            regs.rNext[j] = score if token + j % 2 < left else -Float32.inf
+            regs.rNext[j] = score if sees(j % 2) else -Float32.inf
 
     def _v_address(self, smem: Smem, regs: Fragments, slot):
         """Address of the sub-tile that this warp's channels are."""

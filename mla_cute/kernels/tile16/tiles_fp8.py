@@ -32,8 +32,8 @@ STEP_BYTES = 32 * 4 * 4  # 32 lanes of four words
 class Fp8Tiles(Tiles):
     rope_fp8: bool  # format "tensor": the rope of the cache is e4m3, else it is of `dtype`
 
-    def __init__(self, dtype: type, kv_format: str, q_fp8: bool):
-        super().__init__(dtype, kv_format, q_fp8)
+    def __init__(self, dtype: type, sparse: bool, kv_format: str, q_fp8: bool):
+        super().__init__(dtype, sparse, kv_format, q_fp8)
         self.rope_fp8 = kv_format == "tensor"
         self.q_steps = 8 if kv_format == "group" else 24
         self.num_stages = 4 if kv_format == "group" else 5
@@ -156,11 +156,11 @@ class Fp8Tiles(Tiles):
                 b = x[2 * m], x[2 * m + 1]
                 acc[4] = self._multiply_q(smem, regs, acc[4], 32 + m, b, ptx.ptx_name(self.dtype))
         nope = self._combine(smem, regs, slot, acc)
-        token = regs.w * 8 + regs.l4 * 2
+        sees = self.sees(smem, regs, slot, left)
         for j in cutlass.range_constexpr(4):
             row = regs.row + 8 * (j // 2)
             score = nope[j] * smem.sRow[row, 0] + acc[4][j] * smem.sRow[row, 1]
-            regs.rNext[j] = score if token + j % 2 < left else -Float32.inf
+            regs.rNext[j] = score if sees(j % 2) else -Float32.inf
 
     def _multiply_q(self, smem: Smem, regs: Fragments, acc, step: int, b, dtype: str):
         """acc + Q's step `step` times b, two words of K."""

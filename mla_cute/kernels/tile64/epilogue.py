@@ -5,7 +5,7 @@ import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int64, Uint32, const_expr
 
 from ...dims import PART_ROW, TILE_M
-from ..lib import partials, softmax
+from ..lib import partials, scalars, softmax
 from ..lib.row_map import output_address
 from .math import O_COLS
 from .params import Bar, Fragments, Params, Smem, Variant
@@ -47,21 +47,29 @@ class Epilogue(Variant):
         else:
             at0 = output_address(params, *self.rows.token_and_head(params, smem, slot, head0, regs.row))
             at1 = output_address(params, *self.rows.token_and_head(params, smem, slot, head0, regs.row + 8))
-            pack_output(smem, regs, words, self.dtype)
+            pack_output(smem, regs, words, self.dtype, self._sinks(params, smem, regs, head0))
         store_rows(regs, words, (at0, at1), rows, wg)
 
+    def _sinks(self, params: Params, smem: Smem, regs: Fragments, head0) -> list:
+        """What sinks add to the sums of this thread's two rows; None where there are no sinks."""
+        if not self.loader.sparse:
+            return [None, None]
+        rows = (regs.row, regs.row + 8)
+        return [scalars.sink_weight(params, head0 + row, smem.sM[row]) for row in rows]
 
-def inverse_sum(smem: Smem, regs: Fragments, row: int):
-    """1 / l, and 0 for a row that saw no key: O is 0 there, and has to stay 0."""
+
+def inverse_sum(smem: Smem, regs: Fragments, row: int, sink=None):
+    """1 / (l + sink), and 0 for a row that saw no key: O is 0 there, and has to stay 0."""
     total = smem.sL[regs.row + 8 * row] + smem.sL[regs.row + 8 * row + TILE_M]
-    return cutlass.select_(total != 0.0, cute.arch.rcp_approx(total), Float32(0.0))
+    divisor = total if sink is None else total + sink
+    return cutlass.select_(total != 0.0, cute.arch.rcp_approx(divisor), Float32(0.0))
 
 
-def pack_output(smem: Smem, regs: Fragments, words, dtype) -> None:
+def pack_output(smem: Smem, regs: Fragments, words, dtype, sinks: list) -> None:
     """O, normalised, in the 16-bit dtype, to `words`: (row, pair of columns)."""
     rOh = cute.make_rmem_tensor(2 * O_COLS, dtype)
     for r in range(2):
-        inverse = inverse_sum(smem, regs, r)
+        inverse = inverse_sum(smem, regs, r, sinks[r])
         for n in range(O_COLS):
             regs.O[r, n] = regs.O[r, n] * inverse
     rOh.store(cute.make_tensor(regs.rO.iterator, cute.make_layout(2 * O_COLS)).load().to(dtype))

@@ -10,7 +10,7 @@ import dataclasses
 from typing import Any
 
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Float32, Int32, Int64
 
 from ..lib.barriers import Mbarriers, NamedBarrier
 from ..lib.paged import NUM_SUB, GatherLoader, TmaLoader
@@ -42,6 +42,8 @@ class Bar(NamedBarrier):
 
 def make_mbarriers(loader: TmaLoader | GatherLoader) -> Mbarriers:
     """The kernel's mbarriers, each with what completes it."""
+    # [stage]: the four producer warps, each when it has told which of its 16 rows hold tokens.
+    of_sparse = {"chosen": (2, 4)} if loader.sparse else {}
     return Mbarriers(
         # [stage][sub-tile]: one arrival with the bytes to expect by TMA, the producer's 128 threads by cp.async.
         full=(2 * NUM_SUB, loader.full_arrivals),
@@ -49,6 +51,7 @@ def make_mbarriers(loader: TmaLoader | GatherLoader) -> Mbarriers:
         q_full=(1, 4),  # the four producer warps, each with the bytes that it copies
         q_empty=(1, 8),  # the eight consumer warps
         rope_empty=(1, 8),  # the eight consumer warps
+        **of_sparse,
     )
 
 
@@ -109,6 +112,7 @@ class Params:
     kpe_row_units: Int32
     scale_log2: Float32  # what Q K^T is worth in log2 units
     lse_scale: Float32  # 1 for base 2, ln 2 for base e
+    sink_at: Int64 | None  # sparse: see step.py
     lay_q: cute.ComposedLayout  # (64, 576)
     lay_k: cute.ComposedLayout  # (64, 512, stage)
     lay_vt: cute.ComposedLayout  # (512, 64, stage) of the same bytes
@@ -136,6 +140,7 @@ class Smem:
     sScale1: cute.Tensor
     sL: cute.Tensor  # (2 x 64,) row sums of each consumer, in the epilogue
     sItem: cute.Tensor  # (slot, word): lib/row_map.py's Word
+    sChosen: Any  # (producer warp, stage): which of its 16 rows hold tokens; None where it is not sparse
     k_words: cute.Tensor  # K as 64-bit words
 
 

@@ -90,11 +90,14 @@ class Producer(Variant):
         for block in cutlass.range(first, cute.ceil_div(kv_end, TILE_N), 2, unroll=1):
             rows = [self.loader.lookup(params, index_base, block + stage, kv_end, w, lane) for stage in range(2)]
             for stage, half in RELEASE_ORDER:
-                num_rows = paged.rows_of_block(block + stage, kv_end) - w * 16
-                ckv_rows, kpe_rows = (self.loader.rows(offset, lane) for offset in rows[stage])
+                held = self.loader.held(rows[stage], block + stage, kv_end, w)
+                ckv_rows, kpe_rows = (self.loader.rows(offset, lane) for offset in rows[stage][:2])
                 cute.arch.mbarrier_wait(self.empty(smem, stage, half), phase)
+                if const_expr(self.loader.sparse and stage == half):
+                    # The stage's first half to be free: its consumer has masked the tile that was there.
+                    paged.tell_chosen(smem, stage, w, lane, held, smem.mbar + self.mbars.chosen + stage)
                 full = self.full(smem, stage, half * 4)
-                self.loader.load(params, smem, ckv_rows, kpe_rows, num_rows, stage, half, full, w, lane)
+                self.loader.load(params, smem, ckv_rows, kpe_rows, held, stage, half, full, w, lane)
             phase ^= 1
             if (block == first) & (it > 0):
                 self._load_q_rope(params, smem, item, head0, it, w)

@@ -20,6 +20,8 @@ multiplies its own P from registers and the other's from shared memory.
     q_full               TMA of the nine sub-tiles of Q, and the item's record in sItem / both consumers, per item
     q_empty              both consumers, after the last QK of an item / producer, for sub-tiles 0..7 of the next Q
     rope_empty           both consumers, after the last pair of an item / producer, for the ninth
+    chosen[stage]        sparse: producer warps, which of the stage's rows hold tokens / the consumer of that stage,
+                         before its mask
 
 The named barriers are params.py's Bar.
 
@@ -79,7 +81,7 @@ class Consumer(Epilogue):
     def _pair_wg0(self, params: Params, smem: Smem, regs: Fragments, phase, valid0, valid1, slot, gap) -> None:
         self._qk(params, smem, regs, 0, phase)
         self._release_q(smem, valid0)
-        self.rows.mask(params, smem, regs, slot, valid0, gap)
+        self._mask(params, smem, regs, 0, phase, valid0, slot, gap)
         self._softmax(params, smem, regs, 0)
         math.zero_v_tail(smem, regs, 0, 0, valid0)
         # sP0 is free: this S0 needed (stage 0, half 1), refilled only after wg 1 drained its PV of the last P0.
@@ -103,7 +105,7 @@ class Consumer(Epilogue):
     def _pair_wg1(self, params: Params, smem: Smem, regs: Fragments, phase, valid0, valid1, slot, gap) -> None:
         self._qk(params, smem, regs, 1, phase)
         self._release_q(smem, valid0)
-        self.rows.mask(params, smem, regs, slot, valid1, gap)
+        self._mask(params, smem, regs, 1, phase, valid1, slot, gap)
         self._softmax(params, smem, regs, 1)
         math.put_p(regs, regs.tPs1)
         math.zero_v_tail(smem, regs, 1, 1, valid1)
@@ -172,6 +174,14 @@ class Consumer(Epilogue):
                 wgmma.issue(params.mma_qk, regs.rS, regs.tSrQ, regs.tSrK[None, None, None, wg], ks, n == 0)
             warpgroup.commit_group()
         warpgroup.wait_group(0)
+
+    def _mask(self, params: Params, smem: Smem, regs: Fragments, wg: int, phase, valid, slot, gap) -> None:
+        """-inf where a row of S does not see the token: past the item's end, above the diagonal, no token chosen."""
+        if self.loader.sparse:
+            cute.arch.mbarrier_wait(smem.mbar + self.mbars.chosen + wg, phase)
+            softmax.mask_unchosen(regs.S, 8, Int32(smem.sChosen.iterator.toint()) + wg * 16, regs.lane)
+        else:
+            self.rows.mask(params, smem, regs, slot, valid, gap)
 
     def _softmax(self, params: Params, smem: Smem, regs: Fragments, wg: int) -> None:
         """P of this consumer's tile in registers (regs.rP); publishes row maxima before the exponentials."""

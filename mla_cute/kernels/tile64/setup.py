@@ -32,10 +32,10 @@ class Tile64(Producer, Consumer):
 
     kv_format = ""
 
-    def __init__(self, dtype: str, box_rows: int, rows: RowMap, config: LaunchConfig):
+    def __init__(self, dtype: str, box_rows: int, rows: RowMap, config: LaunchConfig, sparse: bool = False):
         self.dtype = CUTLASS_DTYPES[dtype]
         self.rows = rows
-        self.loader = paged.make_loader(box_rows, config.evict_first)
+        self.loader = paged.make_loader(box_rows, config.evict_first, sparse)
         self.mbars = make_mbarriers(self.loader)
         self.use_pdl = config.use_pdl
         self.by_tma = box_rows > 0
@@ -84,6 +84,7 @@ class Tile64(Producer, Consumer):
             item_row0=args.item_row0,
             scale_log2=args.nope_scale_log2,
             lse_scale=args.lse_scale,
+            sink_at=args.sink_at,
             lay_q=cute.tile_to_shape(atom, (TILE_M, CKV_DIM + KPE_DIM), order=(0, 1)),
             lay_k=lay_k,
             lay_vt=lay_vt,
@@ -147,6 +148,8 @@ class Tile64(Producer, Consumer):
             sScale1: cute.struct.MemRange[Float32, TILE_M]
             sL: cute.struct.MemRange[Float32, 2 * TILE_M]
             sItem: cute.struct.MemRange[Int32, ITEM_SLOTS * ITEM_WORDS]
+            if self.loader.sparse:
+                sChosen: cute.struct.Align[cute.struct.MemRange[Int32, 4 * 2], 16]
             sP0: cute.struct.Align[cute.struct.MemRange[dt, SUB_ELEMS], 1024]
             sQ: cute.struct.Align[cute.struct.MemRange[dt, NUM_SUB * SUB_ELEMS], 1024]
             sK: cute.struct.Align[cute.struct.MemRange[dt, NUM_K_SUBS * SUB_ELEMS], 1024]
@@ -176,6 +179,7 @@ class Tile64(Producer, Consumer):
             sScale1=st.sScale1.get_tensor(cute.make_layout(TILE_M)),
             sL=st.sL.get_tensor(cute.make_layout(2 * TILE_M)),
             sItem=st.sItem.get_tensor(cute.make_layout((ITEM_SLOTS, ITEM_WORDS), stride=(ITEM_WORDS, 1))),
+            sChosen=st.sChosen.get_tensor(cute.make_layout((4, 2))) if self.loader.sparse else None,
             k_words=cute.make_tensor(
                 cute.recast_ptr(st.sK.data_ptr(), dtype=Int64), cute.make_layout(NUM_K_SUBS * SUB_ELEMS // 4)
             ),
@@ -222,7 +226,7 @@ class Tile64(Producer, Consumer):
 
 
 def decode(key: DecodeKey, config: LaunchConfig) -> Step:
-    return Step(Tile64(key.dtype, key.box_rows, HeadRows(), config), key.dtype, False, config)
+    return Step(Tile64(key.dtype, key.box_rows, HeadRows(), config, key.sparse), key.dtype, False, config, key.sparse)
 
 
 def prefill(key: PrefillKey, config: LaunchConfig) -> Step:

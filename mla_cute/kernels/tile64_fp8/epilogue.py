@@ -49,7 +49,8 @@ class Epilogue(Variant):
         if partial:
             store_partial(params, smem, regs, part_row, rows, scale, wg)
         else:
-            store_output(smem, regs, rows, scale, self.dtype, wg)
+            sinks = params if const_expr(self.loader.sparse) else None
+            store_output(smem, regs, rows, scale, self.dtype, wg, sinks, head0)
 
 
 def _row(regs: Fragments, j: int, e: int):
@@ -57,10 +58,11 @@ def _row(regs: Fragments, j: int, e: int):
     return 8 * j + regs.lane % 4 * 2 + e
 
 
-def _inverse_sum(smem: Smem, row):
-    """1 / l, and 0 for a row that saw no key: O is 0 there, and has to stay 0."""
+def _inverse_sum(smem: Smem, row, sink=None):
+    """1 / (l + sink), and 0 for a row that saw no key: O is 0 there, and has to stay 0."""
     total = smem.sL[0, row] + smem.sL[1, row]
-    return cutlass.select_(total != 0.0, cute.arch.rcp_approx(total), Float32(0.0))
+    divisor = total if sink is None else total + sink
+    return cutlass.select_(total != 0.0, cute.arch.rcp_approx(divisor), Float32(0.0))
 
 
 def _channels(regs: Fragments, m: int, j: int, e: int):
@@ -80,12 +82,16 @@ def _first_word(regs: Fragments, wg):
 
 
 @cute.jit
-def store_output(smem: Smem, regs: Fragments, rows, scale, dtype: Constexpr, wg):
-    """Store O, times `scale`, to the rows at smem.sAddress."""
+def store_output(smem: Smem, regs: Fragments, rows, scale, dtype: Constexpr, wg, sinks, head0):
+    """Store O, times `scale`, to the rows at smem.sAddress. `sinks`: the kernel's Params where there may be sinks, of
+    heads from `head0` on, else None."""
     for j in cutlass.range_constexpr(8):
         for e in cutlass.range_constexpr(2):
             row = _row(regs, j, e)
-            inverse = _inverse_sum(smem, row) * scale
+            sink = None
+            if const_expr(sinks is not None):
+                sink = scalars.sink_weight(sinks, head0 + row, smem.sMax[0, row])
+            inverse = _inverse_sum(smem, row, sink) * scale
             words = [ptx.to_16bit_pair(*(x * inverse for x in _channels(regs, m, j, e)), dtype) for m in range(4)]
             if row < rows:
                 at = smem.sAddress[row] + _first_word(regs, wg)

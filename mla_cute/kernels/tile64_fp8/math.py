@@ -74,6 +74,11 @@ class PairMath(Variant):
         """The phase of the slot's full mbarrier that the tile completes."""
         return tile // self.num_stages % 2
 
+    @property
+    def has_tail(self) -> bool:
+        """Whether rows past the item's end may hold anything. The sparse gather writes zeros there, to scales too."""
+        return not self.loader.sparse
+
     # --------------------------------------------------------------- scores
 
     def _start_nope(self, params: Params, smem: Smem, regs: Fragments, tile: Uint32, chunk: int, acc=None) -> None:
@@ -161,7 +166,7 @@ class PairMath(Variant):
             scales = []
             if self.kv_format == "token":
                 scales = [x * inverse for x in self._column_scales(smem, regs, slot, 0, j)]
-            if scales:
+            if scales and self.has_tail:
                 token = 8 * j + regs.lane % 4 * 2
                 scales = [cutlass.select_(token + i < valid, scales[i], Float32(0.0)) for i in range(2)]
             for r in range(2):
@@ -220,7 +225,8 @@ class PairMath(Variant):
         pairs = []
         for j in range(8):
             x = [v * inverse for v in ptx.load_shared_f32x2(at, 32 * j)]
-            token = 8 * j + regs.lane % 4 * 2
-            x = [cutlass.select_(token + i < valid, x[i], Float32(0.0)) for i in range(2)]
+            if self.has_tail:
+                token = 8 * j + regs.lane % 4 * 2
+                x = [cutlass.select_(token + i < valid, x[i], Float32(0.0)) for i in range(2)]
             pairs.append(ptx.to_f16x2(*x))
         return pairs

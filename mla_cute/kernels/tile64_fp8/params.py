@@ -67,7 +67,7 @@ class Variant(RingProducer):
         self.dtype = CUTLASS_DTYPES[key.dtype]
         self.rows = rows
         self.q_fp8 = key.q_fp8
-        self._set_cache(key.box_rows, config.evict_first, key.kv_format)
+        self._set_cache(key.box_rows, config.evict_first, key.kv_format, key.sparse)
         self.rope_dtype = Float8E4M3FN if self.rope_fp8 else self.dtype
         self.q_terms = 1 if self.q_fp8 else 2
         self.rope_terms = self.q_terms if self.rope_fp8 else 1
@@ -122,6 +122,7 @@ class Params:
     kpe_scale_at: Int64
     q_scale_at: Int64
     lse_scale: Float32  # 1 for base 2, ln 2 for base e
+    sink_at: Int64 | None  # sparse: see step.py
     lay_q: cute.ComposedLayout
     lay_qr: cute.ComposedLayout
     lay_k: cute.ComposedLayout
@@ -153,6 +154,7 @@ class Smem:
     sProduce: cute.Tensor  # (word, producer warp), see lib/ring.py
     sLoop: cute.Tensor  # LOOP_NUM_ITEMS and so on
     sRaise: cute.Tensor  # of even and odd pairs: 1 + the first tile of the last one that asked to raise references
+    sChosen: Any  # (producer warp, slot): which of its 16 rows hold tokens; None where it is not sparse
     k_words: cute.Tensor  # sK in 8-byte words without the swizzle
 
 

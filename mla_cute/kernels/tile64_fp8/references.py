@@ -8,7 +8,7 @@ anyway, both read the word that was asked with: either both raise or none does.
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, const_expr
+from cutlass import Float32, Int32, Uint32, const_expr
 
 from ..lib import e4m3, softmax
 from ..lib.paged import TILE_N
@@ -16,6 +16,10 @@ from ..lib.row_map import Word
 from ..lib.softmax import MAX_P, MAX_SCALED_P, MAX_UNITS
 from .math import PairMath, put_row
 from .params import Bar, Fragments, Pair, Smem
+
+# A reference that has not been chosen: it changes no score. Sparse alone; else an item's first pair chooses.
+UNCHOSEN = -0.0
+UNCHOSEN_BITS = Uint32(0x80000000)
 
 
 class References(PairMath):
@@ -26,13 +30,19 @@ class References(PairMath):
         is its item's first, whose references are not chosen yet. `totals` are its shares of P's row sums, which
         no P exceeds."""
         most = MAX_SCALED_P if self.kv_format == "token" else MAX_P
-        asks = (totals[0] > most) | (totals[1] > most) | self._is_first(smem, pair)
+        first = [self._is_first(smem, regs, pair, r) for r in range(2)]
+        asks = (totals[0] > most) | (totals[1] > most) | first[0]
+        if self.loader.sparse:
+            asks = asks | first[1]
         if self.num_scales > 0:
             asks = asks | self._scale_out_of_range(smem, regs, slot, valid)
         return asks
 
-    def _is_first(self, smem: Smem, pair: Pair):
-        """The pair is the first of its item: all of the item's tokens lie from it on."""
+    def _is_first(self, smem: Smem, regs: Fragments, pair: Pair, r: int):
+        """No reference of this thread's row `r` has been chosen. That is so in the first pair of an item: all of the
+        item's tokens lie from it on. A sparse one may hold no token, so there a reference is UNCHOSEN until it is."""
+        if self.loader.sparse:
+            return regs.rRef[r].bitcast(Uint32) == UNCHOSEN_BITS
         return pair.valid[0] == smem.sItem[pair.item_slot, Word.KV_END] - smem.sItem[pair.item_slot, Word.KV_BEGIN]
 
     def _scale_out_of_range(self, smem: Smem, regs: Fragments, slot, valid):
@@ -53,7 +63,8 @@ class References(PairMath):
     def _raise_if_asked(self, smem: Smem, regs: Fragments, pair: Pair, sums, slot, valid, wg):
         """Behind Bar.P; `sums` as in `_raise_references`."""
         if smem.sRaise[pair.tile // 2 % 2] == pair.tile + 1:
-            self._raise_references(smem, regs, pair, sums, self._is_first(smem, pair), slot, valid, wg)
+            first = tuple(self._is_first(smem, regs, pair, r) for r in range(2))
+            self._raise_references(smem, regs, pair, sums, first, slot, valid, wg)
 
     @cute.jit
     def _raise_references(self, smem: Smem, regs: Fragments, pair: Pair, sums, first, slot, valid, wg):
@@ -71,12 +82,16 @@ class References(PairMath):
             # Scores in S are relative to the old reference already, so their maximum is what is added to it.
             both = cute.arch.fmax(largest[r], smem.sMax[1 - wg, rows[r]])
             up = cute.arch.fmax(both, Float32(0.0))
-            if first:
-                # A row that sees no key of the pair keeps 0.
-                up = Float32(0.0)
+            if first[r]:
+                # A row that sees no key of the pair keeps 0, or UNCHOSEN.
+                up = Float32(UNCHOSEN) if const_expr(self.loader.sparse) else Float32(0.0)
                 if both > -Float32.inf:
                     up = both
-            regs.rRef[r] = regs.rRef[r] + up
+            ref = regs.rRef[r] + up
+            if const_expr(self.loader.sparse):
+                if (both > -Float32.inf) & (ref == Float32(0.0)):
+                    ref = Float32(0.0)  # and not -0.0, which is UNCHOSEN
+            regs.rRef[r] = ref
             # At most 1: where the reference falls, O and the sums are 0, which an infinite factor would make NaN.
             factor = softmax.exp2(cutlass.min(-up, Float32(0.0)))
             if wg == 0:

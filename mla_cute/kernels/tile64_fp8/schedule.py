@@ -57,7 +57,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32, const_expr
 from cutlass.cute.nvgpu import warpgroup
 
-from ..lib import barriers, ptx, wgmma
+from ..lib import barriers, ptx, softmax, wgmma
 from ..lib.paged import TILE_N
 from ..lib.row_map import Word
 from .epilogue import Epilogue
@@ -76,7 +76,7 @@ from .params import (
     Smem,
 )
 from .query import QueryLoad
-from .references import References
+from .references import UNCHOSEN, References
 
 # An item's unit before its first pair. 64 of it are less than any scale that matters, so the first pair chooses another
 # unit; the inverse of this one is finite, because the first P of that pair is made with it.
@@ -110,15 +110,19 @@ class Consumer(QueryLoad, References, Epilogue):
             self._start_nope(params, smem, regs, tile + Uint32(own), 0)
         cute.arch.mbarrier_wait(smem.mbar + self.mbars.full + other_slot, self._phase(tile + Uint32(other)))
         self._scores(params, smem, regs, tile + Uint32(own))
-        self.rows.mask(params, smem, regs, item_slot, own_valid, gap)
+        if self.loader.sparse:
+            softmax.mask_unchosen(regs.S, 8, Int32(smem.sChosen.iterator.toint()) + own_slot * 16, regs.lane)
+        else:
+            self.rows.mask(params, smem, regs, item_slot, own_valid, gap)
         totals = self._exp(smem, regs, own_slot, own_valid)
         barriers.sync_of(P_FREE, own)
         sums = cute.make_rmem_tensor((2,), Float32)
         for r in range(2):
             sums[r] = totals[r]
         self._put_p(regs)
-        for i in range(2):
-            self._zero_v_tail(smem, pair.slots[i], wg, pair.valid[i])
+        if self.has_tail:
+            for i in range(2):
+                self._zero_v_tail(smem, pair.slots[i], wg, pair.valid[i])
         if not self.num_scales:
             # V's first fragment is made before the wait for the other's P. With scales no registers are left for it.
             self._v_fragment(smem, regs, pair.slots[0], 0, wg, 0, None)
@@ -189,7 +193,7 @@ class Consumer(QueryLoad, References, Epilogue):
             for m in cutlass.range_constexpr(4):
                 regs.rO[m].fill(0.0)
             regs.rL.fill(0.0)
-            regs.rRef.fill(0.0)
+            regs.rRef.fill(UNCHOSEN if const_expr(self.loader.sparse) else 0.0)
             regs.rUnit[0] = Float32(FIRST_UNIT)
             left = smem.sItem[slot, Word.KV_END] - smem.sItem[slot, Word.KV_BEGIN]
             gap = self.rows.gap(params, smem, slot)

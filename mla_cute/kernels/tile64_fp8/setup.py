@@ -60,6 +60,7 @@ class Tile64Fp8(Consumer):
             kpe_scale_at=args.kpe_scale_at,
             q_scale_at=args.q_scale_at,
             lse_scale=args.lse_scale,
+            sink_at=args.sink_at,
             lay_q=smem_layout(Kind.K_SW128, Float8E4M3FN, (TILE_M, CKV_DIM, self.q_terms)),
             lay_qr=smem_layout(rope_kind, self.rope_dtype, (TILE_M, KPE_DIM, self.rope_terms)),
             lay_k=smem_layout(Kind.K_SW128, Float8E4M3FN, (TILE_N, CKV_DIM, self.num_stages)),
@@ -91,6 +92,8 @@ class Tile64Fp8(Consumer):
             sLoop: cute.struct.MemRange[Int32, 4]
             sRaise: cute.struct.MemRange[Uint32, 2]
             sItem: cute.struct.Align[cute.struct.MemRange[Int32, 8 * ITEM_SLOTS], 16]
+            if self.loader.sparse:
+                sChosen: cute.struct.Align[cute.struct.MemRange[Int32, 4 * self.num_stages], 16]
             sScales: cute.struct.Align[
                 cute.struct.MemRange[Float32, max(1, self.num_scales) * TILE_N * self.num_stages], 16
             ]
@@ -132,6 +135,7 @@ class Tile64Fp8(Consumer):
                 cute.recast_ptr(st.sP.data_ptr(), dtype=Float32), cute.make_layout((TILE_M, 4, 2))
             ),
             sItem=st.sItem.get_tensor(cute.make_layout((ITEM_SLOTS, 8), stride=(8, 1))),
+            sChosen=st.sChosen.get_tensor(cute.make_layout((4, self.num_stages))) if self.loader.sparse else None,
             sProduce=plain(st.sProduce, 8, 4),
             sLoop=plain(st.sLoop, 4),
             sRaise=plain(st.sRaise, 2),
@@ -176,7 +180,7 @@ class Tile64Fp8(Consumer):
 
 def decode(key: Fp8Key, config: LaunchConfig) -> Step:
     """A decode step: a row tile is 64 heads of one token."""
-    return Step(Tile64Fp8(key, HeadRows(), config), key.dtype, False, config)
+    return Step(Tile64Fp8(key, HeadRows(), config), key.dtype, False, config, key.sparse)
 
 
 def prefill(key: Fp8Key, config: LaunchConfig) -> Step:

@@ -151,6 +151,15 @@ def test_what_flash_mla_and_its_fp8_are_passed(calls, small_rotation):
     assert len(set(metadata)) == 1
 
 
+def test_lists_of_tokens_are_what_flash_mla_has(calls, small_rotation):
+    rows = Case(4, 2, 40, sparse=True), Case(4, 2, 40, kv_format="group", layout="fused", sparse=True)
+    for case, found in rows_of(*rows, dataclasses.replace(rows[0], dtype="float16")).items():
+        assert ran(found) == ([] if case.dtype == "float16" else ["flash_mla"])
+        assert "lists of tokens" in found["flashinfer"]["unsupported"]
+    assert calls.of("flash_mla_sparse_fwd")[0]["q"].shape == (2, 8, 576)
+    assert calls.of("flash_mla_with_kvcache")[0]["q"].shape == (2, 1, 64, 576)
+
+
 def test_flash_mla_itself_has_no_dense_fp8_and_a_gpu_may_have_no_flash_attention_3(monkeypatch, small_rotation):
     kept = Calls()
     modules = vllm_modules(kept, flash_attn_3="FA3 is only supported on devices with compute capability 9.x")

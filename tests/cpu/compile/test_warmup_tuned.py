@@ -207,5 +207,5 @@ def test_warmup_compiles_what_is_selected(folders, monkeypatch):
     compiled = []
     monkeypatch.setattr(warmup_module, "_warm", lambda variants, *options: compiled.extend(variants) or [])
     warmup_module.warmup(page_sizes=(64,))
-    assert compiled == warmup_module.selected(**ASKED | {"page_sizes": (64,), "ops": warmup_module.OPS})
+    assert compiled == warmup_module.selected(**ASKED | {"page_sizes": (64,), "ops": warmup_module._DEFAULT_OPS})
     assert (registry.DECODE_TILE16, DecodeKey("bfloat16", 64), NO_PDL.launch()) in compiled

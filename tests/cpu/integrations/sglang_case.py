@@ -255,7 +255,8 @@ def make_runner(case, pool, *, max_requests=8, context_len=80, kv_cache_dtype=No
         slots[max_requests - 1 - row, : len(tokens)] = tokens
     runner = SimpleNamespace(
         model_config=SimpleNamespace(
-            num_attention_heads=2 * case.q.shape[1], context_len=context_len, kv_lora_rank=512, qk_rope_head_dim=64
+            num_attention_heads=2 * case.q.shape[1], context_len=context_len, kv_lora_rank=512, qk_rope_head_dim=64,
+            hf_config=SimpleNamespace(),
         ),
         device="cpu", dtype=case.q.dtype, kv_cache_dtype=kv_cache_dtype or case.q.dtype, page_size=page_size,
         req_to_token_pool=SimpleNamespace(req_to_token=slots, size=max_requests), token_to_kv_pool=pool,

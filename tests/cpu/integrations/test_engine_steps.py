@@ -4,10 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from integration_case import SM_SCALE, ListCase
 
-from mla_cute import KernelConfig, plan_decode_block_table, plan_prefill_block_table
+from mla_cute import KernelConfig, plan_decode_block_table, plan_prefill_block_table, plan_sparse
 from mla_cute.dims import PART_ROW
 from mla_cute.integrations import _engine_steps
+from mla_cute.integrations._engine_steps import paged_cache
 from mla_cute.integrations._queries import to_e4m3
 from mla_cute.kernels import registry
 from mla_cute.plan_decode import _layout as decode_layout
@@ -33,6 +35,26 @@ def test_padded_outputs_grow_and_stay():
     assert output(5).data_ptr() == larger.data_ptr()
     assert output(5, torch.float16).data_ptr() not in (larger.data_ptr(), first.data_ptr())
     assert len(plans._outputs) == 3
+
+
+def test_steps_over_lists(monkeypatch):
+    """Found again by their sizes, those of graphs for good; planned from the lengths that they are updated with."""
+    monkeypatch.setattr(_engine_steps.StepPlans, "RECENT", 1)
+    plans, cpu = _engine_steps.StepPlans(num_heads=2, page_size=64), torch.device("cpu")
+    kept = plans.list_step(3, 8, cpu, keep=True)
+    recent = plans.list_step(4, 8, cpu)
+    assert plans.list_step(4, 8, cpu).plan is recent.plan
+    assert plans.list_step(3, 9, cpu).plan is not kept.plan
+    assert plans.list_step(4, 8, cpu).plan is not recent.plan
+    assert plans.list_step(3, 8, cpu).plan is kept.plan
+
+    case = ListCase([8, 0, 5], topk=8, num_heads=2)
+    kept.update(case.topk_lens)
+    for indices in (case.indices, case.indices.where(case.indices >= 0, -1)):  # the next layer's
+        out, lse = kept.attend(case.q[..., :512], case.q[..., 512:], paged_cache(case.cache), indices, SM_SCALE)
+        expected, expected_lse = case.expected()
+        torch.testing.assert_close(out.float(), expected, rtol=2**-7, atol=2**-8)
+        torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
 
 
 def test_plans_share_one_buffer_of_partials(monkeypatch):
@@ -111,6 +133,8 @@ def test_partials_are_checked(partials, error, message):
     indptr = torch.arange(5, dtype=torch.int32)
     with pytest.raises(error, match=message):
         plan_prefill_block_table(indptr, lens, num_heads=1, page_size=1, total_q=4, max_pages=2, partials=partials)
+    with pytest.raises(error, match=message):
+        plan_sparse(torch.zeros(2, 3, dtype=torch.int32), num_heads=1, partials=partials)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

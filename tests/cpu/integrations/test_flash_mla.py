@@ -1,4 +1,5 @@
-"""The FlashMLA functions on CPU tensors, against attention in plain torch; their signatures against the recorded ones.
+"""FlashMLA's functions on CPU tensors: signatures against the recorded ones, dense attention against plain torch.
+test_flash_mla_sparse.py has sparse attention.
 
 FlashMLA is built with nvcc and cannot be installed where there is no GPU, so its signatures are held against records
 made from sources (tests/recorded_signatures.py): tests/data/flash_mla_9241ae3.json of a commit of FlashMLA, the other
@@ -12,7 +13,12 @@ from recorded_signatures import load, of
 
 from mla_cute import quant
 from mla_cute.integrations import flash_mla
-from mla_cute.integrations.flash_mla import FlashMLASchedMeta, flash_mla_with_kvcache, get_mla_metadata
+from mla_cute.integrations.flash_mla import (
+    FlashMLASchedMeta,
+    flash_mla_sparse_fwd,
+    flash_mla_with_kvcache,
+    get_mla_metadata,
+)
 
 RECORD = load("flash_mla_9241ae3.json")
 (RECORDED,) = RECORD["files"].values()
@@ -20,6 +26,7 @@ COPIES = [load("flash_mla_vllm_0.33.0.json"), load("flash_mla_sgl_1.0.0.json")]
 OURS = {
     "get_mla_metadata": get_mla_metadata, "flash_mla_with_kvcache": flash_mla_with_kvcache,
     "FlashMLASchedMeta": FlashMLASchedMeta, "FlashMLASchedMeta.Config": FlashMLASchedMeta.Config,
+    "flash_mla_sparse_fwd": flash_mla_sparse_fwd,
 }  # fmt: skip
 E4M3 = torch.float8_e4m3fn
 KV_LENS = (17, 64, 0, 3, 8)
@@ -211,10 +218,10 @@ def test_cache_with_one_scale(q_fp8, shape):
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
-        ({"indices": torch.zeros(1)}, NotImplementedError, "indices: .*sparse attention is not supported"),
-        ({"attn_sink": torch.zeros(1)}, NotImplementedError, "attn_sink: .*attention sinks are not supported"),
-        ({"extra_k_cache": torch.zeros(1)}, NotImplementedError, "extra_k_cache"),
-        ({"topk_length": torch.zeros(1)}, NotImplementedError, "topk_length"),
+        ({"attn_sink": torch.zeros(1)}, ValueError, "attn_sink: expected None without indices"),
+        ({"extra_k_cache": torch.zeros(1)}, NotImplementedError, "extra_k_cache: .*a second cache is not supported"),
+        ({"extra_topk_length": torch.zeros(1)}, NotImplementedError, "extra_topk_length: .*a second cache"),
+        ({"topk_length": torch.zeros(1)}, ValueError, "topk_length: expected None without indices"),
         ({"tile_scheduler_metadata": torch.zeros(1)}, TypeError, "tile_scheduler_metadata: expected the FlashMLASch"),
         ({"num_splits": torch.zeros(1)}, ValueError, "num_splits: expected None"),
         ({"head_dim_v": 576}, ValueError, "head_dim_v: expected 512, got 576"),
@@ -231,7 +238,7 @@ def test_cache_with_one_scale(q_fp8, shape):
         ({"softmax_scale": 0.0}, ValueError, "sm_scale"),
         ({"descale_q": 2.0}, ValueError, "descale_q: expected None"),
         ({"descale_k": 2.0}, ValueError, "descale_k: expected None"),
-        ({"kv_format": "V4"}, NotImplementedError, "kv_format: .*sparse attention is not supported"),
+        ({"kv_format": "V32"}, ValueError, "kv_format: expected None without indices"),
         ({"use_legacy": None}, TypeError, "use_legacy: expected True or False"),
         ({"enable_batch_invariant": 1}, TypeError, "enable_batch_invariant: expected True or False"),
         ({"out": 1}, TypeError, "out: expected a torch.Tensor"),

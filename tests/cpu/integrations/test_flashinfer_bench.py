@@ -204,16 +204,17 @@ def changed(name, original, replacement):
 
 @needs_package
 @pytest.mark.parametrize(
-    ("original", "replacement"),
+    ("name", "original", "replacement"),
     [
-        ("sm_scale,\n", "sm_scale * 1.1,\n"),
-        ("lse=lse", "lse=lse, lse_base='e'"),
-        ("kv_last_page_len=kv_last_page_len,", ""),
+        (NAMES[1], "sm_scale,\n", "sm_scale * 1.1,\n"),
+        (NAMES[1], "lse=lse", "lse=lse, lse_base='e'"),
+        (NAMES[1], "kv_last_page_len=kv_last_page_len,", ""),
+        (NAMES[5], "sm_scale, out=", "sm_scale * 1.1, out="),
+        (NAMES[5], "kpe_cache, sparse_indices, sm_scale, out=", "kpe_cache, sparse_indices[:, 1000:], sm_scale, out="),
     ],
-    ids=["sm_scale", "lse", "length"],
+    ids=["sm_scale", "lse", "length", "sparse_sm_scale", "sparse_columns"],
 )
-def test_package_refuses_wrong_results(trace_set, original, replacement):
-    name = NAMES[1]
+def test_package_refuses_wrong_results(trace_set, name, original, replacement):
     _, evaluation = evaluate(trace_set, name, changed(name, original, replacement))
     assert evaluation.status.value == "INCORRECT_NUMERICAL"
 

@@ -512,6 +512,9 @@ def test_refuses_pools_and_models(module):
     with pytest.raises(NotImplementedError, match="unified memory pool"):
         module.MlaCuteAttnBackend(runner)
     runner.kv_index_translator.is_translating = False
+    runner.model_config.hf_config.index_topk = 2048
+    with pytest.raises(NotImplementedError, match="index_topk: expected none, this model attends to lists of 2048"):
+        module.MlaCuteAttnBackend(runner)
     runner.model_config.kv_lora_rank = 256
     with pytest.raises(ValueError, match="kv_lora_rank, qk_rope_head_dim: expected 512, 64, got 256, 64"):
         module.MlaCuteAttnBackend(runner)

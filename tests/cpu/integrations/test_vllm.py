@@ -537,11 +537,11 @@ def test_partials_are_vllms_workspace(backend, monkeypatch, changed, shares):
     make_impl(backend.MlaCuteImpl, config, SM_SCALE).reserve_workspace()
     held = list(workspace.held.values())
     assert [tuple(x.shape) for x in held] == ([(132 * 4 * 64, 288)] if shares else [])
-    found = backend._workspace_for_partials(config, torch.device("cuda", 0))
+    found = backend.workspace_for_partials(config, torch.device("cuda", 0))
     assert (found is held[0]) if shares else found is None
     monkeypatch.setattr(backend.envs, "VLLM_BATCH_INVARIANT", True, raising=False)
-    assert backend._workspace_for_partials(config, torch.device("cuda", 0)) is None
-    assert backend._workspace_for_partials(config, torch.device("cpu")) is None
+    assert backend.workspace_for_partials(config, torch.device("cuda", 0)) is None
+    assert backend.workspace_for_partials(config, torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize("invariant", [False, True])

@@ -50,6 +50,14 @@ COST_S = {
     registry.DECODE_TILE16: 2.5,
 }
 COVERED_FP8 = [v for v in FP8_STEPS if _covers(v)]
+SPARSE = [v for v in registry.sparse_variants() if v[0] is not registry.PLANNER]
+# All over 16-bit caches, and of FP8 ones bfloat16 with one kind of query each.
+COVERED_SPARSE = [
+    (kernel, key, config)
+    for kernel, key, config in SPARSE
+    if isinstance(key, registry.DecodeKey)
+    or (key.dtype == "bfloat16" and key.q_fp8 == (kernel is registry.DECODE_FP8) ^ (key.kv_format == "token"))
+]
 # Accuracy "native" is other code in row tiles, where the format does not ask for parts of the depth.
 NATIVE_FP8 = [
     (kernel, registry.Fp8Key("bfloat16", 64, kv_format, q_fp8), KernelConfig(accuracy="native").launch())
@@ -117,7 +125,7 @@ def test_registry_is_complete():
     assert len({repr(v) for v in VARIANTS}) == len(VARIANTS), "keys with equal repr would share a cache entry"
 
 
-@of_variants([*VARIANTS, *APPENDS, *MERGES, *COVERED_FP8, *NATIVE_FP8, *SHIPPED])
+@of_variants([*VARIANTS, *APPENDS, *MERGES, *COVERED_FP8, *COVERED_SPARSE, *NATIVE_FP8, *SHIPPED])
 def test_resources(variant, caplog):
     facts, opcodes = compiled(variant)
     assert facts["spill_bytes"] == 0
@@ -194,6 +202,28 @@ def test_fp8_step_instructions(variant):
     assert mnemonics["LDSM"] > 0, "V^T comes through a transposing ldmatrix"
     assert mnemonics["USETMAXREG"] >= 2
     assert (mnemonics["UTMALDG"] == 0) == (key.box_rows == 0)
+
+
+def test_sparse_is_complete():
+    steps = 2 * 2 * (1 + 3 * 2)  # kernels, dtypes; the 16-bit cache, formats with both kinds of query
+    assert len(SPARSE) == len(set(SPARSE)) == len({repr(key) for _, key, _ in SPARSE}) * 2 == steps
+    assert len(COVERED_SPARSE) == 4 + 6
+    assert {(kernel, key.kv_format) for kernel, key, _ in COVERED_SPARSE if isinstance(key, registry.Fp8Key)} == {
+        (kernel, kv_format)
+        for kernel in (registry.DECODE_FP8, registry.DECODE_TILE16_FP8)
+        for kv_format in registry.KV_FORMATS
+    }
+
+
+@of_variants(COVERED_SPARSE)
+def test_sparse_instructions(variant):
+    """A gather."""
+    kernel = variant[0]
+    _, opcodes = compiled(variant)
+    mnemonics = sass.instruction_counts_of(opcodes)
+    assert mnemonics["LDGSTS"] > 0
+    # Q of tile64 over 16-bit caches comes by TMA, nothing else does
+    assert (mnemonics["UTMALDG"] > 0) == (kernel is registry.DECODE)
 
 
 @of_variants(NATIVE_FP8)

@@ -20,7 +20,7 @@ PAGES = ("formats", "engines", "libraries", "cuda_graphs", "tuning", "numerics",
 RECORDS = ROOT / "tune" / "measurements" / "NVIDIA_H200"
 # Which errors users meet: those of the calls and of what is made for them.
 SOURCES = (
-    "api", "append", "attend", "launch", "merge_states", "ops", "plan", "plan_decode", "plan_prefill",
+    "api", "sparse", "append", "attend", "launch", "merge_states", "ops", "plan", "plan_decode", "plan_prefill",
     "check", "check_device",
     "expect", "quant", "config", "tuned/explain", "compile/warmup",
 )  # fmt: skip
