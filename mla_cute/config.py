@@ -132,6 +132,7 @@ _SMALL_STEP_TILES = {
     "16-bit cache": (20, 12, 6),
     "FP8 cache, 16-bit queries": (36, 18, 16),
     "FP8 cache, e4m3 queries": (20, 10, 8),
+    "FP8 cache, gathered": (20, 6, 6),
 }
 
 
@@ -143,14 +144,10 @@ def is_small_step(
     By tiles of 16 heads x 64 tokens per SM, as measured on an H200 with the keys' L2 emptied before each call, as the
     weights of a layer empty it in an engine, and without (docs/performance.md). A tile costs tile16 more: as many times
     as its heads take tiles, the keys come from L2 again. A row-tile step costs more to begin, most of all where 16-bit
-    queries are converted for an FP8 cache. `gathers`: keys come one by one, for each tile of heads anew, which limits
-    tile16 over every cache as over a 16-bit one: 64 heads over format "group", 16 query tokens of 2048 keys, took it 42
-    us and row tiles less than 34.
+    queries are converted for an FP8 cache. `gathers`: keys come one by one, for each tile of heads anew.
     """
     tiles = batch * -(-kv_len // 64) * -(-num_heads // TILE16_M) / num_sms
-    queries = "e4m3" if q_fp8 else "16-bit"
-    of_caches = [f"FP8 cache, {queries} queries" if kv_format else "16-bit cache"]
-    if gathers:
-        of_caches.append("16-bit cache")
-    heads = 0 if num_heads <= 32 else 1 if num_heads <= 64 else 2
-    return all(tiles <= _SMALL_STEP_TILES[cache][heads] for cache in of_caches)
+    of_cache = "16-bit cache"
+    if kv_format:
+        of_cache = f"FP8 cache, {'gathered' if gathers else 'e4m3 queries' if q_fp8 else '16-bit queries'}"
+    return tiles <= _SMALL_STEP_TILES[of_cache][0 if num_heads <= 32 else 1 if num_heads <= 64 else 2]

@@ -132,7 +132,7 @@ def test_graphs_replay_with_other_lists(num_heads, layout):
         return x.case if layout else x
 
     case = make([1000, 64, 0, 500], 0)
-    lists = lists_of(plain(case), topk=2500)
+    lists = lists_of(plain(case), topk=3000)
     plan = plan_for(lists, num_heads)
 
     def step():
@@ -143,7 +143,7 @@ def test_graphs_replay_with_other_lists(num_heads, layout):
     for seed, lengths in enumerate(([1, 900, 130, 7], [0, 0, 0, 0], [2000, 64, 65, 3], [1000, 64, 0, 500]), 1):
         other = make(lengths, seed)
         case.load(other)
-        lists.load(lists_of(plain(other), topk=2500, first_none=LATE[1:3], seed=seed))
+        lists.load(lists_of(plain(other), topk=3000, first_none=LATE[1:3], seed=seed))
         plain(case).guarded_out.reset()
         plain(case).guarded_lse.reset()
         graph.replay()

@@ -51,7 +51,9 @@ def test_another_kernel_comes_with_its_pieces(kv_format, field, other, num_heads
         ({"num_heads": 64, "batch": 4, "kv_len": 8192, "kv_format": "", "q_fp8": False}, False),
         ({"num_heads": 128, "batch": 4, "kv_len": 1024, "kv_format": "", "q_fp8": False}, True),
         ({"num_heads": 128, "batch": 1, "kv_len": 8192, "kv_format": "", "q_fp8": False}, False),
-        ({"num_heads": 64, "batch": 4, "kv_len": 8192, "q_fp8": False, "page_size": 1}, False),
+        ({"num_heads": 64, "batch": 4, "kv_len": 2048, "kv_format": "group", "q_fp8": False, "page_size": 1}, True),
+        ({"num_heads": 64, "batch": 8, "kv_len": 2048, "kv_format": "group", "q_fp8": False, "page_size": 1}, False),
+        ({"num_heads": 128, "batch": 4, "kv_len": 2048, "kv_format": "group", "q_fp8": False, "page_size": 1}, False),
         ({"num_heads": 128, "batch": 1, "kv_len": 1024, "page_size": 1}, True),
         # What is not known or not decode; up to 16 heads "auto" is tile16.
         ({"num_heads": 64, "batch": 1, "kv_len": None}, False),
