@@ -96,10 +96,11 @@ DCP = {"decode_context_parallel_size": 2}
 RUNS_OF_TWO = {
     "tp2": Run(ranks=2, graphs=True),
     "tp2_cold": Run(ranks=2, cold=True),
-    "tp2_fp8": Run(ranks=2, kv_cache_dtype="fp8"),
+    # Longer prompts would be vLLM's own prefill under one of the two and decode over the FP8 cache under the other.
+    "tp2_fp8": Run(ranks=2, kv_cache_dtype="fp8", prompts=(1,) * 8),
     "tp2_flash_attn": Run(ranks=2, backend="FLASH_ATTN_MLA"),
     "dcp2": Run(ranks=2, graphs=True, llm=DCP),
-    "dcp2_fp8": Run(ranks=2, kv_cache_dtype="fp8", llm=DCP),
+    "dcp2_fp8": Run(ranks=2, kv_cache_dtype="fp8", prompts=(1,) * 8, llm=DCP),
     "dcp2_drafts": Run(ranks=2, drafts=2, llm=DCP),
     "dcp2_drafts_graphs": Run(ranks=2, drafts=2, graphs=True, llm=DCP),
     "dcp2_flash_attn": Run(ranks=2, backend="FLASH_ATTN_MLA", llm=DCP),
