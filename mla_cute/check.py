@@ -33,6 +33,7 @@ from .expect import (
     expect_bool,
     expect_device,
     expect_dtype,
+    expect_float32,
     expect_indptr,
     expect_lse_base,
     expect_metadata,
@@ -420,21 +421,9 @@ def _expect_rest(call: Call, problem: Problem, rows: str) -> None:
         if out.numel() and out.data_ptr() == q_nope.data_ptr():
             raise ValueError("out: expected memory of its own, got the memory of q_nope")
     if lse is not None:
-        expect_tensor("lse", lse)
-        if lse.dtype is not torch.float32:
-            raise TypeError(f"lse: expected dtype torch.float32, got {lse.dtype}")
-        expect_shape("lse", lse, (total_q, num_heads), f"[{rows}, H]")
-        expect_device("lse", lse, device)
-        if not lse.is_contiguous():
-            raise ValueError(f"lse: expected a contiguous tensor, got strides {list(lse.stride())}")
+        expect_float32("lse", lse, (total_q, num_heads), f"[{rows}, H]", device)
     if sink is not None:
-        expect_tensor("sink", sink)
-        if sink.dtype is not torch.float32:
-            raise TypeError(f"sink: expected dtype torch.float32, got {sink.dtype}")
-        expect_shape("sink", sink, (num_heads,), "[H]")
-        expect_device("sink", sink, device)
-        if not sink.is_contiguous():
-            raise ValueError(f"sink: expected a contiguous tensor, got strides {list(sink.stride())}")
+        expect_float32("sink", sink, (num_heads,), "[H]", device)
 
 
 def _expect_scales(call: Call, problem: Problem) -> None:

@@ -139,6 +139,19 @@ def expect_device(name: str, x: torch.Tensor, device: torch.device, like: str = 
         raise ValueError(f"{name}: expected device {device} (that of {like}), got {x.device}")
 
 
+def expect_float32(
+    name: str, x: torch.Tensor, expected: tuple[int, ...], form: str, device: torch.device, like: str = "q_nope"
+) -> None:
+    """A contiguous float32 tensor of shape `expected` on `device`; `form` and `like` as above."""
+    expect_tensor(name, x)
+    if x.dtype is not torch.float32:
+        raise TypeError(f"{name}: expected dtype torch.float32, got {x.dtype}")
+    expect_shape(name, x, expected, form)
+    expect_device(name, x, device, like)
+    if not x.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor, got strides {list(x.stride())}")
+
+
 def expect_aligned(name: str, x: torch.Tensor, num_bytes: int = ALIGN_BYTES) -> None:
     """Strides and base address the kernels can load from in units of `num_bytes`; a CPU tensor may have any."""
     if not x.is_cuda or x.numel() == 0:

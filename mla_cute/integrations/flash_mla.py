@@ -31,8 +31,8 @@ from ..expect import (
     Scale,
     describe,
     expect_bool,
-    expect_device,
     expect_dtype,
+    expect_float32,
     expect_metadata,
     expect_shape,
     expect_tensor,
@@ -376,15 +376,8 @@ def _with_inf(lse: torch.Tensor) -> torch.Tensor:
 
 
 def _expect_sink(attn_sink: torch.Tensor | None, heads: int, device: torch.device) -> None:
-    if attn_sink is None:
-        return
-    expect_tensor("attn_sink", attn_sink)
-    if attn_sink.dtype is not torch.float32:
-        raise TypeError(f"attn_sink: expected dtype torch.float32, got {attn_sink.dtype}")
-    expect_shape("attn_sink", attn_sink, (heads,), "[heads]")
-    expect_device("attn_sink", attn_sink, device, "q")
-    if not attn_sink.is_contiguous():
-        raise ValueError(f"attn_sink: expected a contiguous tensor, got strides {list(attn_sink.stride())}")
+    if attn_sink is not None:
+        expect_float32("attn_sink", attn_sink, (heads,), "[heads]", device, "q")
 
 
 def _refuse_extra(**arguments: object) -> None:

@@ -35,6 +35,7 @@ and which NCCL vLLM needs.
 
 from __future__ import annotations
 
+import abc
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -43,6 +44,7 @@ import torch
 from ..check import DTYPE_NAMES, FP8
 from ..compile.warmup import warmup
 from ..dims import CKV_DIM, KPE_DIM, MAX_HEADS, PART_ROW
+from ..kernels.registry import Variant
 from ..plan import num_sms
 from ._engine_steps import (
     MAX_ROWS_OF_16BIT_QUERIES,
@@ -81,7 +83,8 @@ _FORMATS = {
 }  # fmt: skip
 _CACHE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "fp8_ds_mla": torch.bfloat16}
 _BLOCK_SIZE = 64
-_MAX_DECODE_QUERY_LEN = 128
+# Requests of more new tokens take or may take vLLM's path for prompts.
+MAX_DECODE_QUERY_LEN = 128
 
 
 def _takes_e4m3_queries(kv_format: str, num_heads: int, vllm_config: Any) -> bool:
@@ -126,6 +129,49 @@ def workspace_for_partials(vllm_config: Any, device: torch.device) -> torch.Tens
         return None
     shape = (most_partial_rows(num_sms(device)), PART_ROW)
     return current_workspace_manager().get_persistent("mla_cute: partial outputs", shape, torch.float32)
+
+
+class PlanningBuilder(abc.ABC):
+    """What builders of metadata have in common: the kernels that steps run, and whether a step is captured."""
+
+    _captures = False
+
+    @abc.abstractmethod
+    def variants(self) -> list[Variant]:
+        """Every kernel that a step may run."""
+
+    def get_cutedsl_warmup_compile_units(self) -> list[Any]:
+        """What vLLM compiles before it serves: `variants`. Ranks of one machine take turns."""
+        variants = self.variants()
+
+        def compile_all() -> None:
+            warmup(variants=variants, progress=False)
+
+        return [CuTeDSLCompileUnit("mla_cute", ("mla_cute", tuple(variants)), compile_all)]
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Any:
+        self._captures = True
+        try:
+            return super().build_for_cudagraph_capture(common_attn_metadata)  # type: ignore[misc]
+        finally:
+            self._captures = False
+
+
+class PlannedImpl:
+    """What implementations of layers have in common."""
+
+    _vllm_config: Any
+
+    def reserve_workspace(self) -> None:
+        """Claims what plans will need; vLLM calls it while it profiles memory."""
+        workspace_for_partials(self._vllm_config, torch.device("cuda", torch.cuda.current_device()))
+
+
+def is_first_layer(metadata: Any, layer: Any) -> bool:
+    """Whether `layer` is the one that ran first with `metadata`, the first that asks. Whenever it runs, it plans."""
+    if metadata.first_layer is None:
+        metadata.first_layer = layer.layer_name
+    return metadata.first_layer == layer.layer_name
 
 
 class MlaCuteBackend(MLACommonBackend):
@@ -211,12 +257,12 @@ class MlaCuteMetadata(MLACommonMetadata[MlaCuteDecodeMetadata]):
     pass
 
 
-class MlaCuteMetadataBuilder(MLACommonMetadataBuilder[MlaCuteMetadata]):
+class MlaCuteMetadataBuilder(PlanningBuilder, MLACommonMetadataBuilder[MlaCuteMetadata]):
     """Finds the plan of a step. Launches nothing where there is one."""
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
     query_len_support: ClassVar[QueryLenSupport] = QueryLenSupport.VARLEN
-    reorder_batch_threshold: int = _MAX_DECODE_QUERY_LEN
+    reorder_batch_threshold: int = MAX_DECODE_QUERY_LEN
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device):
         dcp_size = vllm_config.parallel_config.decode_context_parallel_size
@@ -239,7 +285,7 @@ class MlaCuteMetadataBuilder(MLACommonMetadataBuilder[MlaCuteMetadata]):
             partials=workspace_for_partials(vllm_config, device),
         )
         register_cutedsl_warmup_provider(self)
-        self._captures = self._has_prompt = False
+        self._has_prompt = False
         self._tokens: TokenRequests | None = None
         if dcp_size > 1:
             _, rank = get_dcp_world_size_and_rank()
@@ -253,23 +299,10 @@ class MlaCuteMetadataBuilder(MLACommonMetadataBuilder[MlaCuteMetadata]):
         """The prefill kernels read each request's query tokens from query_start_loc on the GPU."""
         if vllm_config.parallel_config.decode_context_parallel_size > 1:
             return max_decode_query_len(vllm_config)
-        return _MAX_DECODE_QUERY_LEN
+        return MAX_DECODE_QUERY_LEN
 
-    def get_cutedsl_warmup_compile_units(self) -> list[Any]:
-        """What vLLM compiles before it serves: every kernel that a step may run. Ranks of one machine take turns."""
-        variants = self._plans.variants(DTYPE_NAMES[self.model_config.dtype], self.device)
-
-        def compile_all() -> None:
-            warmup(variants=variants, progress=False)
-
-        return [CuTeDSLCompileUnit("mla_cute", ("mla_cute", tuple(variants)), compile_all)]
-
-    def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> MlaCuteMetadata:
-        self._captures = True
-        try:
-            return super().build_for_cudagraph_capture(common_attn_metadata)
-        finally:
-            self._captures = False
+    def variants(self) -> list[Variant]:
+        return self._plans.variants(DTYPE_NAMES[self.model_config.dtype], self.device)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> MlaCuteMetadata:
         # No captured graph has a prompt in it, so the decodes of a step with one may be planned by what they are.
@@ -321,7 +354,7 @@ class MlaCuteMetadataBuilder(MLACommonMetadataBuilder[MlaCuteMetadata]):
         )
 
 
-class MlaCuteImpl(MLACommonImpl[MlaCuteMetadata]):
+class MlaCuteImpl(PlannedImpl, MLACommonImpl[MlaCuteMetadata]):
     """Decode attention of one layer.
 
     Raises:
@@ -360,10 +393,6 @@ class MlaCuteImpl(MLACommonImpl[MlaCuteMetadata]):
         self._kv_format, self._vllm_config = _FORMATS[kv_cache_dtype], get_current_vllm_config()
         self.supports_quant_query_input = _takes_e4m3_queries(self._kv_format, gathered_heads, self._vllm_config)
 
-    def reserve_workspace(self) -> None:
-        """Claims what plans will need; vLLM calls it while it profiles memory."""
-        workspace_for_partials(self._vllm_config, torch.device("cuda", torch.cuda.current_device()))
-
     def forward_mqa(
         self,
         q: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
@@ -394,9 +423,7 @@ class MlaCuteImpl(MLACommonImpl[MlaCuteMetadata]):
         out = decode.output
         if out is None:
             out = torch.empty((*q_nope.shape[:2], CKV_DIM), dtype=decode.output_dtype, device=q_nope.device)
-        if decode.first_layer is None:
-            decode.first_layer = layer.layer_name
-        if decode.first_layer == layer.layer_name:
+        if is_first_layer(decode, layer):
             decode.step.update()
         cache = paged_cache(kv_c_and_k_pe_cache, scale)
         out, lse = decode.step.attend(q_nope, q_pe, cache, self.scale, out=out, **options)

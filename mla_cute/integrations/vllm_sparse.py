@@ -25,10 +25,18 @@ from typing import Any, ClassVar
 import torch
 
 from ..check import DTYPE_NAMES
-from ..compile.warmup import warmup
 from ..dims import CKV_DIM, MAX_HEADS
+from ..kernels.registry import Variant
 from ._engine_steps import ListStep, StepPlans, paged_cache
-from .vllm import MlaCuteBackend, expect_layer, workspace_for_partials
+from .vllm import (
+    MAX_DECODE_QUERY_LEN,
+    MlaCuteBackend,
+    PlannedImpl,
+    PlanningBuilder,
+    expect_layer,
+    is_first_layer,
+    workspace_for_partials,
+)
 
 try:
     from vllm.config import get_current_vllm_config
@@ -37,7 +45,7 @@ try:
         SparseMLACommonMetadata,
         SparseMLACommonMetadataBuilder,
     )
-    from vllm.model_executor.warmup.cutedsl_warmup import CuTeDSLCompileUnit, register_cutedsl_warmup_provider
+    from vllm.model_executor.warmup.cutedsl_warmup import register_cutedsl_warmup_provider
     from vllm.v1.attention.backend import AttentionCGSupport
     from vllm.v1.attention.backends.mla.sparse_utils import align_blocks_to_rows, flat_kv_row_view
     from vllm.v1.attention.ops.metadata import compute_token_to_req_indices
@@ -49,8 +57,6 @@ except ImportError as error:
 __all__ = ["MlaCuteSparseBackend", "MlaCuteSparseImpl", "MlaCuteSparseMetadata", "MlaCuteSparseMetadataBuilder"]
 
 _FORMATS = {"auto": "", "float16": "", "bfloat16": "", "fp8_ds_mla": "group"}
-# Requests of more new tokens may take vLLM's path for prompts.
-_MAX_DECODE_QUERY_LEN = 128
 
 
 class MlaCuteSparseBackend(MlaCuteBackend):
@@ -118,7 +124,7 @@ class MlaCuteSparseMetadata(SparseMLACommonMetadata):
     step: ListStep | None = None
 
 
-class MlaCuteSparseMetadataBuilder(SparseMLACommonMetadataBuilder[MlaCuteSparseMetadata]):
+class MlaCuteSparseMetadataBuilder(PlanningBuilder, SparseMLACommonMetadataBuilder[MlaCuteSparseMetadata]):
     """vLLM's, and the plans of steps."""
 
     metadata_cls = MlaCuteSparseMetadata
@@ -126,7 +132,7 @@ class MlaCuteSparseMetadataBuilder(SparseMLACommonMetadataBuilder[MlaCuteSparseM
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._init_reorder_batch_threshold(_MAX_DECODE_QUERY_LEN, supports_spec_as_decode=True)
+        self._init_reorder_batch_threshold(MAX_DECODE_QUERY_LEN, supports_spec_as_decode=True)
         self.supports_draft_decode_metadata_update = True
         kv_format = _FORMATS.get(kv_cache_spec.cache_dtype_str or vllm_config.cache_config.cache_dtype, "")
         self._plans = StepPlans(
@@ -136,23 +142,9 @@ class MlaCuteSparseMetadataBuilder(SparseMLACommonMetadataBuilder[MlaCuteSparseM
             partials=workspace_for_partials(vllm_config, device),
         )
         register_cutedsl_warmup_provider(self)
-        self._captures = False
 
-    def get_cutedsl_warmup_compile_units(self) -> list[Any]:
-        """What vLLM compiles before it serves: every kernel that a step may run. Ranks of one machine take turns."""
-        variants = self._plans.list_variants(DTYPE_NAMES[self.model_config.dtype])
-
-        def compile_all() -> None:
-            warmup(variants=variants, progress=False)
-
-        return [CuTeDSLCompileUnit("mla_cute", ("mla_cute", tuple(variants)), compile_all)]
-
-    def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> MlaCuteSparseMetadata:
-        self._captures = True
-        try:
-            return super().build_for_cudagraph_capture(common_attn_metadata)
-        finally:
-            self._captures = False
+    def variants(self) -> list[Variant]:
+        return self._plans.list_variants(DTYPE_NAMES[self.model_config.dtype])
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
@@ -171,7 +163,7 @@ class MlaCuteSparseMetadataBuilder(SparseMLACommonMetadataBuilder[MlaCuteSparseM
             compute_token_to_req_indices(metadata.query_start_loc, metadata.req_id_per_token, tokens, tokens)
 
 
-class MlaCuteSparseImpl(SparseMLACommonImpl[MlaCuteSparseMetadata]):
+class MlaCuteSparseImpl(PlannedImpl, SparseMLACommonImpl[MlaCuteSparseMetadata]):
     """Sparse attention of one layer.
 
     Raises:
@@ -208,10 +200,6 @@ class MlaCuteSparseImpl(SparseMLACommonImpl[MlaCuteSparseMetadata]):
         self.supports_quant_query_input = False
         self._vllm_config = get_current_vllm_config()
         self._metadata: MlaCuteSparseMetadata | None = None
-
-    def reserve_workspace(self) -> None:
-        """Claims what plans will need; vLLM calls it while it profiles memory."""
-        workspace_for_partials(self._vllm_config, torch.device("cuda", torch.cuda.current_device()))
 
     def forward_mqa(
         self,
@@ -252,9 +240,7 @@ class MlaCuteSparseImpl(SparseMLACommonImpl[MlaCuteSparseMetadata]):
         """
         metadata = self._metadata
         assert metadata is not None
-        if metadata.first_layer is None:
-            metadata.first_layer = layer.layer_name
-        if metadata.first_layer == layer.layer_name:
+        if is_first_layer(metadata, layer):
             assert metadata.plans is not None
             tokens, topk = topk_indices.shape
             metadata.step = metadata.plans.list_step(tokens, topk, topk_indices.device, keep=metadata.keep)

@@ -258,7 +258,8 @@ def test_drafts_find_their_requests_again(backend):
 
 def test_vllm_compiles_what_steps_run(backend, monkeypatch):
     warmed = []
-    monkeypatch.setattr(backend, "warmup", lambda variants, progress: warmed.append(variants))
+    dense = sys.modules[backend.PlanningBuilder.__module__]
+    monkeypatch.setattr(dense, "warmup", lambda variants, progress: warmed.append(variants))
     builder = make_builder(backend.MlaCuteSparseMetadataBuilder, make_sparse_config("fp8_ds_mla"))
     (unit,) = builder.get_cutedsl_warmup_compile_units()
     unit.compile()
