@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from engine_case import LAYERS, LONG, SHORT, TOKENS, TOP, draw_prompts, draw_weights, write_model
 
+RELEASE = "0.5.23"
 LIMIT_S = 300  # of one run; most of it is for kernels that compile first
 ENTRY_POINT = ("sglang.srt.plugins", "mla_cute.integrations._sglang_plugin:register")
 # The model of runs on a CPU, where it differs.

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from engine_case import LONG, SHORT, TOKENS, TOP, draw_prompts, draw_weights, write_model
 
+RELEASE = "0.33.0"
 LIMIT_S = 240  # of one run; most of it is for kernels that compile first
 FIRST_LAYER = "model.layers.0.self_attn.attn"
 ENTRY_POINT = ("vllm.general_plugins", "mla_cute.integrations._vllm_plugin:register")

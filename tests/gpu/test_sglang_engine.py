@@ -5,50 +5,30 @@ Each run of tests/sglang_engine.py is a process with SGLang's own below it; all 
 chooses some.
 """
 
-import os
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
+import sglang_engine
 from engine_case import TOKENS, check_same
-from sglang_engine import LIMIT_S, RUNS
-from sglang_engine_case import SPARE_S, run_engine, why_not
+from engine_runs import limit_of, reports_of, why_not, workers_of
+from sglang_engine import LIMIT_S, RELEASE, RUNS
 
 # An engine is three processes, whose imports and kernels' compilation take cores.
-WORKERS = max(1, min(len(RUNS), (os.cpu_count() or 1) // 2))
+CORES_EACH = 2
 OUTPUT_LIMIT = 2e-2  # of one token's head in the Frobenius norm, 2e-3 of which is the output's rounding to bf16
 
-WHY_NOT = why_not()
+WHY_NOT = why_not("SGLang", RELEASE)
 pytestmark = [
     pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT)),
-    pytest.mark.timeout((LIMIT_S + SPARE_S) * -(-len(RUNS) // WORKERS) + SPARE_S),
+    pytest.mark.timeout(limit_of(RUNS, LIMIT_S, CORES_EACH)),
 ]
 
 
 @pytest.fixture(scope="module")
 def report_of(tmp_path_factory, pytestconfig):
-    """A function that waits for the report of a run, and fails where there is none. Where tests are left out (-k), a
-    run starts when it is asked for."""
+    """The report of a run by its name. Where tests are left out (-k), a run starts when it is asked for."""
+    first = () if pytestconfig.option.keyword else RUNS
     folder = tmp_path_factory.mktemp("sglang_engine")
-    pool = ThreadPoolExecutor(WORKERS)
-    started = {}
-
-    def start(name):
-        if name not in started:
-            started[name] = pool.submit(run_engine, name, folder)
-        return started[name]
-
-    if not pytestconfig.option.keyword:
-        for name in RUNS:
-            start(name)
-
-    def report(name):
-        result = start(name).result()
-        if isinstance(result, str):
-            pytest.fail(result, pytrace=False)
-        return result
-
-    yield report
-    pool.shutdown(cancel_futures=True)
+    with reports_of(sglang_engine.__file__, folder, LIMIT_S, workers_of(RUNS, CORES_EACH), first) as report:
+        yield report
 
 
 DRAFTING = {"extend", "target_verify", "draft model: extend", "draft model: decode", "draft model: draft_extend_v2"}

@@ -5,17 +5,18 @@ Each run of tests/vllm_engine.py is a process; all start with the first test, un
 """
 
 import pytest
+import vllm_engine
 from engine_case import TOKENS, check_same
-from vllm_engine import RUNS
-from vllm_runs import limit_of, reports_of, why_not
+from engine_runs import limit_of, reports_of, why_not, workers_of
+from vllm_engine import LIMIT_S, RELEASE, RUNS
 
 # Of one token's head in the Frobenius norm, 2e-3 of which is the output's rounding to bf16; absolute.
 OUTPUT_LIMIT, LSE_LIMIT = 2e-2, 2e-2
 
-WHY_NOT = why_not()
+WHY_NOT = why_not("vLLM", RELEASE)
 pytestmark = [
     pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT)),
-    pytest.mark.timeout(limit_of(RUNS)),
+    pytest.mark.timeout(limit_of(RUNS, LIMIT_S)),
 ]
 
 
@@ -23,7 +24,8 @@ pytestmark = [
 def report_of(tmp_path_factory, pytestconfig):
     """The report of a run by its name. Where tests are left out (-k), a run starts when it is asked for."""
     first = () if pytestconfig.option.keyword else RUNS
-    with reports_of(RUNS, tmp_path_factory.mktemp("vllm_engine"), first) as report:
+    folder = tmp_path_factory.mktemp("vllm_engine")
+    with reports_of(vllm_engine.__file__, folder, LIMIT_S, workers_of(RUNS), first) as report:
         yield report
 
 

@@ -2,14 +2,16 @@
 
 import pytest
 import torch
+import vllm_engine
 from engine_case import check_same
-from vllm_engine import RUNS_OF_TWO
-from vllm_runs import asked_for, limit_of, reports_of, why_not
+from engine_runs import asked_for, limit_of, reports_of, why_not, workers_of
+from vllm_engine import LIMIT_S, RELEASE, RUNS_OF_TWO
 
-WHY_NOT = "needs two GPUs" if torch.cuda.device_count() < 2 else why_not()
+RANKS = 2
+WHY_NOT = "needs two GPUs" if torch.cuda.device_count() < 2 else why_not("vLLM", RELEASE)
 pytestmark = [
     pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT)),
-    pytest.mark.timeout(limit_of(RUNS_OF_TWO)),
+    pytest.mark.timeout(limit_of(RUNS_OF_TWO, LIMIT_S, RANKS)),
 ]
 
 
@@ -21,7 +23,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def report_of(folder, request):
     """The report of a run by its name."""
-    with reports_of(RUNS_OF_TWO, folder, asked_for(request, RUNS_OF_TWO)) as report:
+    workers, first = workers_of(RUNS_OF_TWO, RANKS), asked_for(request, RUNS_OF_TWO)
+    with reports_of(vllm_engine.__file__, folder, LIMIT_S, workers, first) as report:
         yield report
 
 

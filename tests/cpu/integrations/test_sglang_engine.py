@@ -4,13 +4,14 @@ The kernels' stand-in is plain torch, so this is about what SGLang hands over: p
 """
 
 import pytest
+import sglang_engine
 from engine_case import check_same
-from sglang_engine import CPU_RUNS, LIMIT_S
-from sglang_engine_case import SPARE_S, run_engine, why_not
+from engine_runs import SPARE_S, reports_of, why_not
+from sglang_engine import CPU_RUNS, LIMIT_S, RELEASE
 
 OUTPUT_LIMIT = 5e-3  # of one token's head in the Frobenius norm; the output is rounded to bf16, which is 2e-3
 
-WHY_NOT = why_not()
+WHY_NOT = why_not("SGLang", RELEASE)
 pytestmark = [
     pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT)),
     pytest.mark.slow,
@@ -20,17 +21,9 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def report_of(tmp_path_factory):
-    """A function that returns the report of a run, and fails where there is none."""
-    folder, reports = tmp_path_factory.mktemp("sglang_engine"), {}
-
-    def report(name):
-        if name not in reports:
-            reports[name] = run_engine(name, folder)
-        if isinstance(reports[name], str):
-            pytest.fail(reports[name], pytrace=False)
-        return reports[name]
-
-    return report
+    """The report of a run by its name; one runs at a time."""
+    with reports_of(sglang_engine.__file__, tmp_path_factory.mktemp("sglang_engine"), LIMIT_S, 1) as report:
+        yield report
 
 
 @pytest.mark.parametrize("name", CPU_RUNS)
