@@ -282,8 +282,9 @@ def expected_of_flash_mla(case, cache=None):
 def test_flash_mla_sparse(tokens, heads):
     case = make_lists(tokens, num_heads=heads)
     meta, _ = get_mla_metadata()
+    given = sparse_args(case, tokens)
     for _ in range(2):
-        result = flash_mla_with_kvcache(**sparse_args(case, tokens), tile_scheduler_metadata=meta)
+        result = flash_mla_with_kvcache(**given, tile_scheduler_metadata=meta)
         check(*flat(result), expected_of_flash_mla(case), base_e=True)
 
 

@@ -40,7 +40,7 @@ def report_of(tmp_path_factory, pytestconfig):
 )  # fmt: skip
 def test_every_call_is_attention(report_of, name, kinds):
     report = report_of(name)
-    assert report["backend"] == "mla_cute.integrations.vllm.MlaCuteBackend"
+    assert report["backend"] == BACKEND
     print(report["kinds"], report["errors"])
     assert kinds <= {kind for kind, calls in report["kinds"].items() if calls}
     assert report["python_steps"] >= (TOKENS - 1) / (1 + RUNS[name].drafts)

@@ -41,7 +41,7 @@ def report_of(folder, request):
 )
 def test_both_generate_the_same(report_of, name, same):
     reports = report_of(name), report_of(same)
-    assert reports[0]["backend"] == "mla_cute.integrations.vllm.MlaCuteBackend"
+    assert reports[0]["backend"] == BACKEND
     for report in reports:
         print(report["ranks"])
         assert len(report["ranks"]) == 2
