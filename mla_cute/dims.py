@@ -1,9 +1,26 @@
-"""Sizes and names that host and kernels share, each told once. Imports nothing: kernels' digests cover this file."""
+"""Sizes and names that host and kernels share, each told once. Imports no more than typing: kernels' digests cover this
+file."""
+
+from typing import NamedTuple
 
 # Absorbed MLA as in DeepSeek-V2/V3 and Kimi-K2: kv_lora_rank and qk_rope_head_dim.
 CKV_DIM = 512
 KPE_DIM = 64
 MAX_HEADS = 128
+
+
+class HeadDims(NamedTuple):
+    """Channels of the latent part, which are also those of the output, and of the rope part, 0 where there is none."""
+
+    ckv: int = CKV_DIM
+    kpe: int = KPE_DIM
+
+    def __str__(self) -> str:
+        return f"{self.ckv} + {self.kpe}"
+
+
+# The first are DeepSeek's; 256 + 64 are Mistral Small 4's, 256 + 32 MiniCPM3's.
+HEAD_DIMS = tuple(HeadDims(ckv, kpe) for ckv in (512, 256) for kpe in (64, 32, 0))
 
 # 16-bit types of queries, caches and outputs, by the names that torch and the CLI have for them.
 DTYPES = ("bfloat16", "float16")

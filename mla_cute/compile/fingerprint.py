@@ -45,9 +45,12 @@ _OLD_NAMES = {
 
 def name_of(kernel: Any, key: Any) -> str:
     facts = dict(vars(key))
-    sparse = ["sparse"] if facts.pop("sparse", False) else []
+    last = ["sparse"] if facts.pop("sparse", False) else []
+    dims = facts.pop("dims", None)
+    if dims not in (None, (512, 64)):  # the only ones there were
+        last.append("{}+{}".format(*dims))
     return "-".join(
-        [_OLD_NAMES.get(kernel.name, kernel.name), *(str(value) or "16bit" for value in facts.values()), *sparse]
+        [_OLD_NAMES.get(kernel.name, kernel.name), *(str(value) or "16bit" for value in facts.values()), *last]
     )
 
 

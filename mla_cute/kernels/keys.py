@@ -6,6 +6,8 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+from ..dims import HeadDims
+
 # Rows of a TMA box; 0 is the cp.async gather (lib/paged.py).
 BOX_ROWS = (64, 32, 16, 8, 0)
 LENGTHS = ("csr", "csr_last", "seq_lens")
@@ -52,11 +54,12 @@ class KernelRef:
 @dataclasses.dataclass(frozen=True)
 class DecodeKey:
     """Static facts of the decode step: element type of q, caches and output; rows of a TMA box (0: gather); whether
-    each query token has a list of tokens in the place of its request's pages, which are gathered."""
+    each query token has a list of tokens in the place of its request's pages, which are gathered; head dimensions."""
 
     dtype: str
     box_rows: int
     sparse: bool = False
+    dims: HeadDims = HeadDims()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +76,7 @@ class PrefillKey:
 
     dtype: str
     box_rows: int
+    dims: HeadDims = HeadDims()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +93,7 @@ class Fp8Key:
 
     dtype      16-bit type of the output, and of the queries and the rope cache where those are not e4m3
     q_fp8      the queries are e4m3: q_nope always, q_pe where kpe_cache is (format "tensor")
-    sparse     as `DecodeKey`'s
+    sparse     as `DecodeKey`'s, likewise dims; other ones than 512 + 64 have format "tensor" only
     """
 
     dtype: str
@@ -97,16 +101,18 @@ class Fp8Key:
     kv_format: str
     q_fp8: bool
     sparse: bool = False
+    dims: HeadDims = HeadDims()
 
 
 @dataclasses.dataclass(frozen=True)
 class AppendKey:
-    """Static facts of an append: element type of the tokens and of 16-bit caches, "" or a name from KV_FORMATS, and the
-    element type of slot_mapping ("int32" or "int64")."""
+    """Static facts of an append: element type of the tokens and of 16-bit caches, "" or a name from KV_FORMATS, the
+    element type of slot_mapping ("int32" or "int64"), and head dimensions as of `Fp8Key`."""
 
     dtype: str
     kv_format: str
     slots: str
+    dims: HeadDims = HeadDims()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 
 from ..config import KernelConfig
-from ..dims import BLOCK, DTYPES, KV_FORMATS, TILE16_M, TILE_M
+from ..dims import BLOCK, DTYPES, KV_FORMATS, TILE16_M, TILE_M, HeadDims
 from .keys import (
     APPEND,
     BOX_ROWS,
@@ -57,16 +57,23 @@ def takes_tile16(kv_format: str, num_heads: int, config: KernelConfig) -> bool:
 
 @functools.lru_cache(maxsize=4096)  # a call without a plan asks every time
 def step_variant(
-    op: str, kv_format: str, q_fp8: bool, num_heads: int, page_size: int, dtype: str, config: KernelConfig
+    op: str,
+    kv_format: str,
+    q_fp8: bool,
+    num_heads: int,
+    page_size: int,
+    dtype: str,
+    config: KernelConfig,
+    dims: HeadDims = HeadDims(),
 ) -> Variant:
     """The step of a call: main kernel and merge. `dtype` is that of its output, "bfloat16" or "float16"."""
     sparse = op == "sparse"
     box_rows = 0 if sparse else box_rows_of(page_size)
     key: object
     if kv_format:
-        key = Fp8Key(dtype, box_rows, kv_format, q_fp8, sparse)
+        key = Fp8Key(dtype, box_rows, kv_format, q_fp8, sparse, dims)
     else:
-        key = PrefillKey(dtype, box_rows) if op == "prefill" else DecodeKey(dtype, box_rows, sparse)
+        key = PrefillKey(dtype, box_rows, dims) if op == "prefill" else DecodeKey(dtype, box_rows, sparse, dims)
     return step_of(op, kv_format, num_heads, config), key, config.launch()
 
 
