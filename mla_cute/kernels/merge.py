@@ -5,6 +5,8 @@ Grid (x, y), at most 2 CTAs of 8 warps per SM: row y of the grid walks the list'
 share the entry's tasks. A step without splits costs one wave of CTAs that read a zero.
 
     task       (row, 256, 128 or 64 of its columns), 8 columns per lane, of a warp; from 33 pieces on of all 8 warps.
+               Of outputs of 256 columns 128 or 64, so that no task has columns of both halves, whose integers are
+               worth different things.
                A warp's pieces are dealt to 1, 2 or 4 groups of lanes: at most IN_FLIGHT each, all in one trip to memory
     order      of the additions: a function of n alone, so the bits are the same whatever the batch and the grid
 
@@ -62,12 +64,13 @@ class Entry:
     first: Int32  # first partial row
     n: Int32  # pieces
     rows: Int32
-    lane_log: Int32  # logarithm of the groups of lanes of a warp
+    half_log: Int32  # logarithm of the tasks that share half a row
+    lane_log: Int32  # of the groups of lanes of a warp
     warp_log: Int32  # and of the warps of a task: 0 or 3
 
     @property
     def tasks(self):
-        return self.rows << (self.lane_log + 1)
+        return self.rows << (self.half_log + 1)
 
 
 def _load_in_order(part, row, word) -> list:
@@ -88,9 +91,11 @@ def _warp_max(x):
 
 
 class Merge:
-    def __init__(self, dtype: str, packed: bool, config: LaunchConfig, sparse: bool):
-        """packed: entries name rows (token * H + head) as in prefill; else a token, and mean its H heads."""
+    def __init__(self, dtype: str, packed: bool, config: LaunchConfig, sparse: bool, columns: int):
+        """packed: entries name rows (token * H + head) as in prefill; else a token, and mean its H heads.
+        columns: of the output, 512 or 256."""
         self.dtype = CUTLASS_DTYPES[dtype]
+        self.columns = columns
         self.packed = packed
         self.sparse = sparse
         self.use_pdl = config.use_pdl
@@ -128,12 +133,13 @@ class Merge:
             if n > 4 * IN_FLIGHT:
                 warp_log = Int32(NUM_WARPS_LOG)
             of_warp = (n + (1 << warp_log) - 1) >> warp_log
-            lane_log = Int32(0)
+            lane_log = Int32(0 if self.columns == 512 else 1)
             if of_warp > IN_FLIGHT:
                 lane_log = Int32(1)
             if of_warp > 2 * IN_FLIGHT:
                 lane_log = Int32(2)
-            entry = Entry(row0, first, n, rows, lane_log, warp_log)
+            half_log = lane_log if const_expr(self.columns == 512) else lane_log - 1
+            entry = Entry(row0, first, n, rows, half_log, lane_log, warp_log)
             at_once = NUM_WARPS >> warp_log
             for task0 in cutlass.range(x * at_once, entry.tasks, grid_x * at_once, unroll=1):
                 task = task0 + (warp >> warp_log)
@@ -165,7 +171,11 @@ class Merge:
             half = task % 2
             zero = cute.make_rmem_tensor(8, self.dtype)
             zero.fill(0.0)
-            cute.autovec_copy(zero, cute.local_tile(p.out[token, head, None], (8,), (half * 32 + lane,)))
+            if const_expr(self.columns == 512):
+                cute.autovec_copy(zero, cute.local_tile(p.out[token, head, None], (8,), (half * 32 + lane,)))
+            else:
+                if lane < 16:
+                    cute.autovec_copy(zero, cute.local_tile(p.out[token, head, None], (8,), (half * 16 + lane,)))
             if (lane == 0) & (half == 0):
                 p.lse[token, head] = -Float32.inf
 
@@ -177,8 +187,8 @@ class Merge:
         group = ((warp & ((1 << warp_log) - 1)) << lane_log) + (lane >> width_log)
         # Warps without a task read the last one's, and store nothing.
         own = cutlass.min(task, entry.tasks - 1)
-        row = own >> (lane_log + 1)
-        segment = own & ((2 << lane_log) - 1)
+        row = own >> (entry.half_log + 1)
+        segment = own & ((2 << entry.half_log) - 1)
         unit = (segment << width_log) + (lane & ((1 << width_log) - 1))  # of 8 columns
         words = cute.make_rmem_tensor((4, IN_FLIGHT), Int32)
         # Before the words: weights take longer. Lanes i, i + 8, ... of a group have lse and scales of its piece i.
@@ -188,7 +198,7 @@ class Merge:
         if n > IN_FLIGHT // 2:
             self._load(p, words, entry, row, group, groups, unit, IN_FLIGHT // 2)
         piece_lse, *scales = (x.bitcast(Float32) for x in stats)
-        scale = cutlass.select_(segment >> lane_log == 0, scales[0], scales[1])
+        scale = cutlass.select_(segment >> entry.half_log == 0, scales[0], scales[1])
         if mine >= n:
             piece_lse = -Float32.inf
         m = _warp_max(cute.arch.fmax(piece_lse, Float32(LOWEST)))

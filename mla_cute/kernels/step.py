@@ -13,7 +13,7 @@ from cutlass import Float8E4M3FN, Float32, Int32, Int64, Uint8
 from cutlass.cute.runtime import make_fake_stream
 
 from .. import dlpack
-from ..dims import CKV_DIM, KPE_DIM, NUM_SCALES, PART_ROW
+from ..dims import NUM_SCALES, PART_ROW
 from .keys import LaunchConfig
 from .lib.fake import fake_tensor, sym64
 from .merge import Merge
@@ -21,7 +21,8 @@ from .merge import Merge
 
 @dataclasses.dataclass(frozen=True)
 class StepArgs:
-    """e4m3 tensors are bytes here: the kernels take them as Uint8."""
+    """e4m3 tensors are bytes here: the kernels take them as Uint8. 512 and 64 stand for the key's head dimensions;
+    without a rope q_nope and ckv are handed over in the place of q_pe and kpe, and not read as those."""
 
     q_nope: cute.Tensor  # (tokens, H, 512); decode: one token per request; prefill: stride(0) = H * stride(1)
     q_pe: cute.Tensor  # (tokens, H, 64), likewise
@@ -61,7 +62,7 @@ class Step:
     """A second host call, for the merge, would cost 6 us; it runs under programmatic dependent launch.
 
     Args:
-        main: the main kernel. It has `dtype`, that of the output; `kv_format`, "" over a 16-bit cache, and then
+        main: the main kernel. It has `dtype`, that of the output; `dims`; `kv_format`, "" over a 16-bit cache, and else
             `q_fp8`; and `launch(args: StepArgs)`.
         packed: rows are (token, head) pairs, as in prefill; else the heads of one token.
         sparse: each query token attends to a list of tokens, and there may be sinks.
@@ -71,7 +72,7 @@ class Step:
         self.main = main
         self.packed = packed
         self.sparse = sparse
-        self.merge = Merge(dtype, packed, config, sparse)
+        self.merge = Merge(dtype, packed, config, sparse, main.dims.ckv)
 
     @cute.jit
     def __call__(self, *args):
@@ -115,6 +116,9 @@ class Step:
             kpe = e4m3 if main.kv_format == "tensor" else dtype
             nope, rope = (e4m3, kpe) if main.q_fp8 else (dtype, dtype)
         ckv = e4m3 if main.kv_format else dtype
+        ckv_dim, kpe_dim = main.dims
+        if not kpe_dim:
+            rope, kpe, kpe_dim = nope, ckv, ckv_dim
         tokens, heads, pages, page = (cute.sym_int() for _ in range(4))
 
         def rows(dtype, a, b, c):
@@ -122,15 +126,15 @@ class Step:
             return fake_tensor(dtype, (a, b, c), (sym64(step), sym64(step), 1), 16)
 
         return {
-            "q_nope": rows(nope, tokens, heads, CKV_DIM),
-            "q_pe": rows(rope, tokens, heads, KPE_DIM),
-            "ckv": rows(ckv, pages, page, CKV_DIM),
-            "kpe": rows(kpe, pages, page, KPE_DIM),
+            "q_nope": rows(nope, tokens, heads, ckv_dim),
+            "q_pe": rows(rope, tokens, heads, kpe_dim),
+            "ckv": rows(ckv, pages, page, ckv_dim),
+            "kpe": rows(kpe, pages, page, kpe_dim),
             "scales": _fake_scales(NUM_SCALES[main.kv_format], pages, page),
             "kv_indices": fake_tensor(Int32, (cute.sym_int(),), (1,), 4),
             "table": fake_tensor(Int32, (cute.sym_int(), 8), (8, 1), 16),
             "part": fake_tensor(Float32, (cute.sym_int(), PART_ROW), (PART_ROW, 1), 16),
-            "out": rows(dtype, tokens, heads, CKV_DIM),
+            "out": rows(dtype, tokens, heads, ckv_dim),
             "lse": fake_tensor(Float32, (tokens, heads), (sym64(), 1), 4),
         }
 

@@ -5,6 +5,10 @@ ckv sub-tiles 0..3, half 1 is ckv sub-tiles 4..7 and kpe. By TMA, each of the fo
 (stage, half) of a pair of tiles and every sub-tile has its own full mbarrier; by cp.async, the four warps fill every
 half together and it has a full mbarrier per two ckv sub-tiles.
 
+That is of heads of 512 + 64. 256 channels of ckv are four sub-tiles, two in each half. 32 channels of kpe lie in the
+first half of the sub-tile's rows, and nobody reads the other half: TMA, whose boxes stay 64 wide, fills it with zeros,
+the gather leaves it as it was. Without kpe there is no sub-tile of it.
+
 Page sizes fall into classes by box_rows = gcd(page_size, 64), the rows that are contiguous whatever the block:
   box_rows >= 8   TMA boxes of box_rows x 64 (8-row swizzle atoms stay 1024-byte aligned): `TmaLoader`
   box_rows <  8   cp.async of 16 bytes per lane: `GatherLoader`
@@ -14,7 +18,8 @@ boxes) or fills them from the page (the last box), cp.async writes zeros: scores
 rows are zeroed by the consumers.
 
 Of `params`, a main kernel's Params, loaders read `page_size`, `mIndices`, `mCkv` and `mKpe`; `tma_ckv` and `tma_kpe` or
-the six strides in units (`row_unit`). Of `smem` they read `sK_sub`, (64, 64, 8 stage + sub), and `sR`, (64, 64, stage).
+the six strides in units (`row_unit`). Of `smem` they read `sK_sub`, (64, 64, ckv sub-tiles stage + sub), and `sR`,
+(64, 64, stage).
 Arguments that recur:
     index_base   where in mIndices the request's pages (sparse: its tokens) begin
     block        of 64 tokens, counted in the request
@@ -25,14 +30,14 @@ Arguments that recur:
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64, Uint32, const_expr
+from cutlass import Constexpr, Int32, Int64, Uint32, const_expr
 from cutlass.cute.nvgpu import cpasync
 
+from ...dims import HeadDims
 from . import barriers
 from .ptx import cp_async_16, cp_async_16_of_bits
 
 TILE_N = 64  # tokens of a K tile
-NUM_SUB = 9  # sub-tiles of a K tile, the last one kpe
 SUB_ELEMS = 64 * 64
 SUB_BYTES = 2 * SUB_ELEMS
 # createpolicy's encoding of L2::evict_first, as TMA takes it for a cache hint: every byte of K is read once per step.
@@ -56,6 +61,11 @@ def rows_of_block(block, kv_end):
     return cutlass.max(cutlass.min(kv_end - block * TILE_N, Int32(TILE_N)), Int32(0))
 
 
+def num_ckv_subs(dims: HeadDims) -> int:
+    """Sub-tiles of 64 16-bit channels of ckv; that of kpe follows them."""
+    return dims.ckv // 64
+
+
 class TmaLoader:
     """One TMA box per page part and sub-tile. Lane i of the warp looks up the page of box i.
 
@@ -65,13 +75,14 @@ class TmaLoader:
 
     sparse = False
     full_arrivals = 1  # that complete a full mbarrier, beside the bytes
-    barrier_subs = tuple(range(NUM_SUB))  # sub-tiles that have a full mbarrier
     generic_proxy = False  # consumers need no fence between their wait and wgmma
 
-    def __init__(self, box_rows: int, evict_first: bool):
+    def __init__(self, box_rows: int, evict_first: bool, dims: HeadDims):
         self.box_rows = box_rows
         self.num_boxes = TILE_N // box_rows
         self.evict_first = evict_first
+        self.dims = dims
+        self.barrier_subs = tuple(range(num_ckv_subs(dims) + 1))  # sub-tiles that have a full mbarrier
 
     def _copy(self, atom, src, dst, mbar):
         if self.evict_first:
@@ -106,26 +117,34 @@ class TmaLoader:
     @cute.jit
     def load(self, params, smem, where, boxes, stage, half, full):
         """Fill a half of a stage; `where` and `boxes` are `lookup`'s."""
+        num_subs = num_ckv_subs(self.dims)
+        of_half = num_subs // 2
         sK = cute.group_modes(cute.flat_divide(smem.sK_sub, (self.box_rows, 64)), 0, 2)
-        sR = cute.group_modes(cute.flat_divide(smem.sR, (self.box_rows, 64)), 0, 2)
         gK = cute.group_modes(cute.local_tile(params.mCkv, (self.box_rows, 64), (None, None, None)), 0, 2)
-        gR = cute.group_modes(cute.local_tile(params.mKpe, (self.box_rows, 64), (None, 0, None)), 0, 2)
         tKs, tKg = cpasync.tma_partition(params.tma_ckv, 0, cute.make_layout(1), sK, gK)
-        tRs, tRg = cpasync.tma_partition(params.tma_kpe, 0, cute.make_layout(1), sR, gR)
         tx = boxes * (self.box_rows * 128)
-        for j in cutlass.range_constexpr(4):
-            sub = half * 4 + j
+        for j in cutlass.range_constexpr(of_half):
+            sub = half * of_half + j
             barriers.expect_tx(full + j, tx)
             for i in cutlass.range_constexpr(self.num_boxes):
                 page, row = where[i]
                 if i < boxes:
-                    self._copy(params.tma_ckv, tKg[None, row, sub, page], tKs[None, i, 0, stage * 8 + sub], full + j)
-        if half == 1:
-            barriers.expect_tx(full + 4, tx)
-            for i in cutlass.range_constexpr(self.num_boxes):
-                page, row = where[i]
-                if i < boxes:
-                    self._copy(params.tma_kpe, tRg[None, row, page], tRs[None, i, 0, stage], full + 4)
+                    to = tKs[None, i, 0, stage * num_subs + sub]
+                    self._copy(params.tma_ckv, tKg[None, row, sub, page], to, full + j)
+        if const_expr(self.dims.kpe > 0):
+            if half == 1:
+                self._load_rope(params, smem, where, boxes, stage, full + of_half, tx)
+
+    @cute.jit
+    def _load_rope(self, params, smem, where, boxes, stage, full, tx):
+        sR = cute.group_modes(cute.flat_divide(smem.sR, (self.box_rows, 64)), 0, 2)
+        gR = cute.group_modes(cute.local_tile(params.mKpe, (self.box_rows, 64), (None, 0, None)), 0, 2)
+        tRs, tRg = cpasync.tma_partition(params.tma_kpe, 0, cute.make_layout(1), sR, gR)
+        barriers.expect_tx(full, tx)
+        for i in cutlass.range_constexpr(self.num_boxes):
+            page, row = where[i]
+            if i < boxes:
+                self._copy(params.tma_kpe, tRg[None, row, page], tRs[None, i, 0, stage], full)
 
 
 class GatherLoader:
@@ -143,9 +162,12 @@ class GatherLoader:
 
     sparse = False
     full_arrivals = 128
-    barrier_subs = (0, 2, 4, 6)  # the rope comes with sub-tile 6
     generic_proxy = True
     copy = staticmethod(cp_async_16)
+
+    def __init__(self, dims: HeadDims):
+        self.dims = dims
+        self.barrier_subs = tuple(range(0, num_ckv_subs(dims), 2))  # the rope comes with the last
 
     @cute.jit
     def lookup(self, params, index_base, block, kv_end, w, lane):
@@ -174,27 +196,42 @@ class GatherLoader:
         """The same, counted from row `row`."""
         return held - row
 
-    def load(self, params, smem, ckv_rows, kpe_rows, held, stage: int, half: int, full, w, lane) -> None:
+    def load(self, params, smem, ckv_rows, kpe_rows, held, stage, half: int, full, w, lane) -> None:
         """Issue the copies of a half of a stage. `ckv_rows` and `kpe_rows` are `rows`'s, `held` is `held`'s."""
+        num_subs = num_ckv_subs(self.dims)
+        of_half = num_subs // 2
         chunk, sub_row = lane % 8, lane // 8
         # Swizzle: the 16-byte chunk index is xored with row % 8.
         lane_at = [sub_row * 128 + (chunk ^ (sub_row + 4 * i)) * 16 + w * 2048 for i in range(2)]
         left = self.held_from(held, sub_row)
-        dst = Int32(smem.sK_sub.iterator.toint())
+        # The copies' immediate offsets are constants, so a stage that is none goes into the address.
+        at_stage, moved = (stage, 0) if isinstance(stage, int) else (0, stage)
+        dst = Int32(smem.sK_sub.iterator.toint()) + moved * (num_subs * SUB_BYTES)
         base = params.mCkv.iterator.toint() + Int64(chunk * 16)
         src = [base + Int64(Uint32(row)) * Int64(Uint32(params.ckv_unit)) for row in ckv_rows]
-        for j in (0, 2):
+        for j in range(0, of_half, 2):
             for i in range(4):
                 for k in (j, j + 1):
-                    at = (stage * 8 + half * 4 + k) * SUB_BYTES + i * 512
-                    self.copy(dst + lane_at[i % 2], src[i], left, 4 * i, at, half * 512 + k * 128)
-            if j == 2 and half == 1:
-                dst = Int32(smem.sR.iterator.toint())
+                    at = (at_stage * num_subs + half * of_half + k) * SUB_BYTES + i * 512
+                    self.copy(dst + lane_at[i % 2], src[i], left, 4 * i, at, half * (of_half * 128) + k * 128)
+            if self.dims.kpe and j + 2 == of_half and half == 1:
+                dst = Int32(smem.sR.iterator.toint()) + moved * SUB_BYTES
                 base = params.mKpe.iterator.toint() + Int64(chunk * 16)
-                for i, row in enumerate(kpe_rows):
-                    at = base + Int64(Uint32(row)) * Int64(Uint32(params.kpe_unit))
-                    self.copy(dst + lane_at[i % 2], at, left, 4 * i, stage * SUB_BYTES + i * 512, 0)
+                to = [dst + lane_at[i % 2] for i in range(4)]
+                at = [base + Int64(Uint32(row)) * Int64(Uint32(params.kpe_unit)) for row in kpe_rows]
+                self._copy_rope(to, at, left, at_stage * SUB_BYTES, chunk)
             cute.arch.cp_async_mbarrier_arrive_noinc(full + j)
+
+    @cute.jit
+    def _copy_rope(self, to, at, left, offset: Constexpr, chunk):
+        """Of a rope of 32 channels half of the lanes have nothing to copy."""
+        if const_expr(self.dims.kpe == 64):
+            for i in cutlass.range_constexpr(4):
+                self.copy(to[i], at[i], left, 4 * i, offset + i * 512, 0)
+        else:
+            if chunk * 8 < self.dims.kpe:
+                for i in cutlass.range_constexpr(4):
+                    self.copy(to[i], at[i], left, 4 * i, offset + i * 512, 0)
 
 
 @cute.jit
@@ -244,7 +281,7 @@ class SparseLoader(GatherLoader):
         return held >> row
 
 
-def make_loader(box_rows: int, evict_first: bool, sparse: bool) -> TmaLoader | GatherLoader:
+def make_loader(box_rows: int, evict_first: bool, sparse: bool, dims: HeadDims) -> TmaLoader | GatherLoader:
     if sparse:
-        return SparseLoader()
-    return TmaLoader(box_rows, evict_first) if box_rows else GatherLoader()
+        return SparseLoader(dims)
+    return TmaLoader(box_rows, evict_first, dims) if box_rows else GatherLoader(dims)

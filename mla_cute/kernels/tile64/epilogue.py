@@ -7,7 +7,7 @@ from cutlass import Constexpr, Float32, Int64, Uint32, const_expr
 from ...dims import PART_ROW, TILE_M
 from ..lib import partials, scalars, softmax
 from ..lib.row_map import output_address
-from .math import O_COLS
+from .math import o_cols
 from .params import Bar, Fragments, Params, Smem, Variant
 
 
@@ -33,8 +33,8 @@ class Epilogue(Variant):
                 else:
                     token, head = self.rows.token_and_head(params, smem, slot, head0, regs.t)
                     params.mLse[token, head] = lse * params.lse_scale
-        # Outputs and partials are both rows of 512 16-bit values: one store path, from the address of each row.
-        words = cute.make_rmem_tensor((2, O_COLS // 2), Uint32)
+        # Outputs and partials are both rows of 16-bit values: one store path, from the address of each row.
+        words = cute.make_rmem_tensor((2, o_cols(regs) // 2), Uint32)
         at0 = Int64(0)
         at1 = Int64(0)
         if self.rows.is_partial(smem, slot):
@@ -67,16 +67,17 @@ def inverse_sum(smem: Smem, regs: Fragments, row: int, sink=None):
 
 def pack_output(smem: Smem, regs: Fragments, words, dtype, sinks: list) -> None:
     """O, normalised, in the 16-bit dtype, to `words`: (row, pair of columns)."""
-    rOh = cute.make_rmem_tensor(2 * O_COLS, dtype)
+    cols = o_cols(regs)
+    rOh = cute.make_rmem_tensor(2 * cols, dtype)
     for r in range(2):
         inverse = inverse_sum(smem, regs, r, sinks[r])
-        for n in range(O_COLS):
+        for n in range(cols):
             regs.O[r, n] = regs.O[r, n] * inverse
-    rOh.store(cute.make_tensor(regs.rO.iterator, cute.make_layout(2 * O_COLS)).load().to(dtype))
-    pairs = cute.make_layout((2, O_COLS // 2), stride=(1, 2))
+    rOh.store(cute.make_tensor(regs.rO.iterator, cute.make_layout(2 * cols)).load().to(dtype))
+    pairs = cute.make_layout((2, cols // 2), stride=(1, 2))
     packed = cute.make_tensor(cute.recast_tensor(rOh, Uint32).iterator, pairs)
     for r in range(2):
-        for j in range(O_COLS // 2):
+        for j in range(cols // 2):
             words[r, j] = packed[r, j]
 
 
@@ -87,7 +88,7 @@ def pack_int16(smem: Smem, regs: Fragments, words) -> list:
     one bit. Two maxima a row are kept apart, by turns: one would be a chain of 32 dependent steps.
     """
     maxima = [[Float32(partials.SMALLEST), Float32(partials.SMALLEST)] for _ in range(2)]
-    for n in range(0, O_COLS, 2):
+    for n in range(0, o_cols(regs), 2):
         for r in range(2):
             pair = cute.math.absf(regs.O[r, n]) + cute.math.absf(regs.O[r, n + 1])
             maxima[r][n // 2 % 2] = cute.arch.fmax(maxima[r][n // 2 % 2], pair, nan=True)
@@ -97,7 +98,7 @@ def pack_int16(smem: Smem, regs: Fragments, words) -> list:
         for offset in (1, 2):
             largest = cute.arch.fmax(largest, cute.arch.shuffle_sync_bfly(largest, offset=offset), nan=True)
         factor = partials.int16_factor(largest)
-        for j in range(O_COLS // 2):
+        for j in range(o_cols(regs) // 2):
             words[r, j] = partials.int16_words((regs.O[r, 2 * j], regs.O[r, 2 * j + 1]), factor)[0]
         worth.append(partials.int16_worth(largest * inverse_sum(smem, regs, r)))
     return worth
@@ -105,7 +106,7 @@ def pack_int16(smem: Smem, regs: Fragments, words) -> list:
 
 @cute.jit
 def store_rows(regs: Fragments, words, row_at, rows, wg: Constexpr):
-    """This thread's two 16-bit rows, to the addresses `row_at`, where the tile has them.
+    """This thread's columns of two 16-bit rows, to the addresses `row_at`, where the tile has them.
 
     4 x 4 transposes of column pairs inside each quad, then 16 bytes per lane, 64 per quad.
     """
@@ -115,8 +116,8 @@ def store_rows(regs: Fragments, words, row_at, rows, wg: Constexpr):
     v = cute.make_rmem_tensor(4, Uint32)
     for r in cutlass.range_constexpr(2):
         row = regs.row + 8 * r
-        at = row_at[r] + Int64(wg * 512 + q * 16)
-        for g in cutlass.range_constexpr(8):
+        at = row_at[r] + Int64(wg * (8 * o_cols(regs)) + q * 16)
+        for g in cutlass.range_constexpr(o_cols(regs) // 8):
             a = [words[r, 4 * g + i] for i in range(4)]
             b = [None] * 4
             for i in cutlass.range_constexpr(2):

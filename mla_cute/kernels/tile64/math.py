@@ -5,20 +5,24 @@ import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import warp, warpgroup
 
-from ...dims import CKV_DIM, TILE_M
+from ...dims import TILE_M
 from ..lib import barriers, softmax, wgmma
 from ..lib.paged import SUB_ELEMS, TILE_N
 from .params import Bar, Fragments, Params, Smem
 
-# Columns of S and of a consumer's half of O that one thread has in each of its two rows.
+# Columns of S that one thread has in each of its two rows.
 S_COLS = TILE_N // 4
-O_COLS = CKV_DIM // 2 // 4
 
 
-def make_fragments(params: Params, smem: Smem, t: Int32, dtype) -> Fragments:
+def o_cols(regs: Fragments) -> int:
+    """Likewise of a consumer's half of O: 64 of heads of 512."""
+    return cute.size(regs.O, mode=[1])
+
+
+def make_fragments(params: Params, smem: Smem, t: Int32, dtype, ckv_dim: int) -> Fragments:
     """Descriptors and registers of consumer thread `t`."""
     thr_qk, thr_pv = params.mma_qk.get_slice(0), params.mma_pv.get_slice(0)
-    rO = cute.make_rmem_tensor(thr_pv.partition_shape_C((TILE_M, CKV_DIM // 2)), Float32)
+    rO = cute.make_rmem_tensor(thr_pv.partition_shape_C((TILE_M, ckv_dim // 2)), Float32)
     rS = cute.make_rmem_tensor(thr_qk.partition_shape_C((TILE_M, TILE_N)), Float32)
     rP = cute.make_rmem_tensor(params.mma_pv_rs.get_slice(0).partition_shape_A((TILE_M, TILE_N)), dtype)
     rQr = cute.make_rmem_tensor(params.mma_qk_rs.get_slice(0).partition_shape_A((TILE_M, 64)), dtype)
@@ -33,7 +37,7 @@ def make_fragments(params: Params, smem: Smem, t: Int32, dtype) -> Fragments:
         row=(t // 32) * 16 + lane // 4,
         tSrQ=thr_qk.make_fragment_A(thr_qk.partition_A(smem.sQ)),
         tSrK=thr_qk.make_fragment_B(thr_qk.partition_B(smem.sK)),
-        tSrR=thr_qk.make_fragment_B(thr_qk.partition_B(smem.sR)),
+        tSrR=None if smem.sR is None else thr_qk.make_fragment_B(thr_qk.partition_B(smem.sR)),
         tOrV=thr_pv.make_fragment_B(thr_pv.partition_B(smem.sVt)),
         tOrP0=thr_pv.make_fragment_A(thr_pv.partition_A(smem.sP0)),
         tOrP1=thr_pv.make_fragment_A(thr_pv.partition_A(smem.sP1)),
@@ -44,10 +48,10 @@ def make_fragments(params: Params, smem: Smem, t: Int32, dtype) -> Fragments:
         rQr=rQr,
         rL=cute.make_rmem_tensor((2,), Float32),
         S=wgmma.row_col_view(rS, TILE_N // 8),
-        O=wgmma.row_col_view(rO, CKV_DIM // 2 // 8),
+        O=wgmma.row_col_view(rO, ckv_dim // 2 // 8),
         ldm=ldm,
         stm=stm,
-        tQs=ldm.partition_S(smem.sP1),
+        tQs=ldm.partition_S(smem.sQr),
         tQr=ldm.retile(rQr),
         tPr=stm.retile(rPc),
         tPs0=stm.partition_D(smem.sP0),
@@ -55,7 +59,7 @@ def make_fragments(params: Params, smem: Smem, t: Int32, dtype) -> Fragments:
     )
 
 
-def add_pv(tiled_mma, regs: Fragments, p, wg: int, stage: int) -> None:
+def add_pv(tiled_mma, regs: Fragments, p, wg: int, stage) -> None:
     """Start O += P V: V is this consumer's half of stage `stage`, `p` the fragment of P. One commit group."""
     warpgroup.fence()
     v = wgmma.v_slice(regs.tOrV, wg, stage)
@@ -64,7 +68,7 @@ def add_pv(tiled_mma, regs: Fragments, p, wg: int, stage: int) -> None:
 
 
 def put_p(regs: Fragments, to) -> None:
-    """P to shared memory, `to` tPs0 or tPs1, before wgmmas that read it."""
+    """P to shared memory, `to` of tPs0 or tPs1, before wgmmas that read it."""
     cute.copy(regs.stm, regs.tPr, to)
     barriers.fence_smem_writes()
 
@@ -89,7 +93,7 @@ def exponentials(params: Params, regs: Fragments, ref: list, scale: list) -> Non
     """S becomes P under the references `ref`; l and O, which carry the ones before, are multiplied by `scale`."""
     for r in range(2):
         regs.rL[r] = regs.rL[r] * scale[r] + softmax.exp_row(regs.S, r, S_COLS, params.scale_log2, ref[r])
-    softmax.scale_rows(regs.O, O_COLS, scale[0], scale[1], softmax.any_rescale(scale[0], scale[1]))
+    softmax.scale_rows(regs.O, o_cols(regs), scale[0], scale[1], softmax.any_rescale(scale[0], scale[1]))
     pack_p(regs)
 
 
@@ -99,17 +103,23 @@ def pack_p(regs: Fragments) -> None:
 
 
 @cute.jit
-def zero_v_tail(smem: Smem, regs: Fragments, stage: Constexpr, wg: Constexpr, valid):
+def zero_v_tail(smem: Smem, regs: Fragments, stage, wg: Constexpr, valid):
     """Zero the rows of V from `valid` on, in this consumer's half of a stage. P is 0 there, but rows past kv_end may
     hold NaN, and 0 times NaN is NaN.
 
     A row of a sub-tile is 16 words of 8 bytes, which the swizzle permutes within the row. Each warp takes every fourth
-    row, eight of its lanes a sub-tile.
+    row, eight of its lanes a sub-tile; of two sub-tiles in a half two rows at a time.
     """
     if valid < TILE_N:
+        of_half = o_cols(regs) // 16
+        rows = 4 // of_half
         first = cutlass.max(valid, Int32(0)) + regs.t // 32
-        base = (stage * 8 + wg * 4 + regs.lane // 8) * (SUB_ELEMS // 4) + (regs.lane % 8) * 2
-        for row in cutlass.range(first, TILE_N, 4, unroll=1):
+        sub = regs.lane // 8
+        if const_expr(rows == 2):
+            first = cutlass.max(valid, Int32(0)) + regs.t // 16
+            sub = sub % 2
+        base = (stage * (2 * of_half) + wg * of_half + sub) * (SUB_ELEMS // 4) + (regs.lane % 8) * 2
+        for row in cutlass.range(first, TILE_N, 4 * rows, unroll=1):
             smem.k_words[base + row * 16] = Int64(0)
             smem.k_words[base + row * 16 + 1] = Int64(0)
         barriers.fence_smem_writes()

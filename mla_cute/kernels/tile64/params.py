@@ -12,8 +12,9 @@ from typing import Any
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 
+from ...dims import HeadDims
 from ..lib.barriers import Mbarriers, NamedBarrier
-from ..lib.paged import NUM_SUB, GatherLoader, TmaLoader
+from ..lib.paged import GatherLoader, TmaLoader, num_ckv_subs
 from ..lib.row_map import RowMap
 
 WARPGROUP = 128
@@ -40,14 +41,14 @@ class Bar(NamedBarrier):
     FILL1 = 8, WARPGROUP  # -> wg 1: likewise
 
 
-def make_mbarriers(loader: TmaLoader | GatherLoader) -> Mbarriers:
+def make_mbarriers(loader: TmaLoader | GatherLoader, num_stages: int) -> Mbarriers:
     """The kernel's mbarriers, each with what completes it."""
     # [stage]: the four producer warps, each when it has told which of its 16 rows hold tokens.
-    of_sparse = {"chosen": (2, 4)} if loader.sparse else {}
+    of_sparse = {"chosen": (num_stages, 4)} if loader.sparse else {}
     return Mbarriers(
         # [stage][sub-tile]: one arrival with the bytes to expect by TMA, the producer's 128 threads by cp.async.
-        full=(2 * NUM_SUB, loader.full_arrivals),
-        empty=(2 * 2, 4),  # [half][stage]: the four warps of wg `half`
+        full=(num_stages * (num_ckv_subs(loader.dims) + 1), loader.full_arrivals),
+        empty=(2 * num_stages, 4),  # [half][stage]: the four warps of wg `half`
         q_full=(1, 4),  # the four producer warps, each with the bytes that it copies
         q_empty=(1, 8),  # the eight consumer warps
         rope_empty=(1, 8),  # the eight consumer warps
@@ -59,6 +60,9 @@ class Variant:
     """What the roles' methods read of the kernel object: constants of a compiled variant, set by Tile64.__init__."""
 
     dtype: Any  # cutlass type of queries, cache and output, of 16 bits
+    dims: HeadDims
+    num_subs: int  # sub-tiles of ckv in a K tile
+    num_stages: int  # K tiles in shared memory: of one pair, or of two
     rows: RowMap  # which query rows a tile holds
     loader: TmaLoader | GatherLoader  # how K tiles come from pages
     box_rows: int  # rows of a TMA box, 0: cp.async
@@ -68,13 +72,33 @@ class Variant:
     regs_producer: int
     mbars: Mbarriers
 
+    # A turn is what a role knows of the pair at hand: the parity of its mbarriers' phase, and above one pair in shared
+    # memory which of the two places its tiles have. It goes from item to item.
+
+    def first_turn(self, parity: int) -> Int32:
+        return Int32(parity * (self.num_stages // 2))
+
+    def next_turn(self, turn):
+        return turn ^ 1 if self.num_stages == 2 else (turn + 1) & 3
+
+    def parity_of(self, turn):
+        return turn if self.num_stages == 2 else turn >> 1
+
+    def place_of(self, turn):
+        """0 or 1, warp-uniform, for descriptors are made of it; a constant where there is one place."""
+        return 0 if self.num_stages == 2 else cute.arch.make_warp_uniform(turn & 1)
+
+    def stage_of(self, place, tile):
+        """The stage of tile 0 or 1 of a pair."""
+        return place * 2 + tile
+
     def full(self, smem, stage, sub):
         """The mbarrier of sub-tile `sub` of a stage."""
-        return smem.mbar + self.mbars.full + stage * NUM_SUB + sub
+        return smem.mbar + self.mbars.full + stage * (self.num_subs + 1) + sub
 
     def empty(self, smem, stage, half):
         """The mbarrier of half `half` of a stage."""
-        return smem.mbar + self.mbars.empty + half * 2 + stage
+        return smem.mbar + self.mbars.empty + half * self.num_stages + stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +111,7 @@ class Params:
     mma_pv_rs: cute.TiledMma  # the same, A from registers: a consumer's own P
     tma_q: cute.CopyAtom
     mQ: cute.Tensor  # (row, 512, batch), see RowMap.q_view
-    tma_qpe: cute.CopyAtom
+    tma_qpe: Any  # None, likewise mQpe and tma_kpe: there is no rope
     mQpe: cute.Tensor  # (row, 64, batch)
     tma_ckv: Any  # None: the gather, which copies from mCkv and mKpe as the caller gave them
     mCkv: cute.Tensor  # (row in page, 512, page)
@@ -113,24 +137,25 @@ class Params:
     scale_log2: Float32  # what Q K^T is worth in log2 units
     lse_scale: Float32  # 1 for base 2, ln 2 for base e
     sink_at: Int64 | None  # sparse: see step.py
-    lay_q: cute.ComposedLayout  # (64, 576)
+    lay_q: cute.ComposedLayout  # (64, 512)
+    lay_q_sub: cute.ComposedLayout  # the same in sub-tiles: (64, 64, 8)
     lay_k: cute.ComposedLayout  # (64, 512, stage)
+    lay_k_sub: cute.ComposedLayout  # the same in sub-tiles: (64, 64, 8 stage + sub)
     lay_vt: cute.ComposedLayout  # (512, 64, stage) of the same bytes
-    lay_sub: cute.ComposedLayout  # a 64 x 64 sub-tile, and 2, 9 and 16 of them
-    lay_sub2: cute.ComposedLayout
-    lay_sub9: cute.ComposedLayout
-    lay_sub16: cute.ComposedLayout
+    lay_p: cute.ComposedLayout  # (64, 64), with a place for each pair: (64, 64, place)
+    lay_r: cute.ComposedLayout  # (64, 64, stage)
 
 
 @dataclasses.dataclass(frozen=True)
 class Smem:
-    """Views of one CTA's shared memory."""
+    """Views of one CTA's shared memory; Params has the layouts for other places and head dimensions."""
 
     mbar: Any  # pointer to the first mbarrier
-    sQ: cute.Tensor  # (64, 576)
-    sQ_sub: cute.Tensor  # its sub-tiles: (64, 64, 9)
+    sQ: cute.Tensor  # (64, 512): Q without the rope
+    sQ_sub: cute.Tensor  # its sub-tiles: (64, 64, 8)
+    sQr: cute.Tensor  # (64, 64): rope of Q, the bytes of P1
     sP0: cute.Tensor  # (64, 64)
-    sP1: cute.Tensor  # (64, 64), the bytes of Q's ninth sub-tile
+    sP1: cute.Tensor  # (64, 64)
     sK: cute.Tensor  # (64, 512, stage)
     sK_sub: cute.Tensor  # its sub-tiles: (64, 64, 8 stage + sub)
     sVt: cute.Tensor  # the same bytes as V^T: (512, 64, stage)
@@ -172,3 +197,8 @@ class Fragments:
     tPr: cute.Tensor
     tPs0: cute.Tensor
     tPs1: cute.Tensor
+
+
+def of_place(x, place, rank: int):
+    """What of P's tensor or fragment `x`, which without places has `rank` modes, is in a place."""
+    return x if cute.rank(x) == rank else x[(*[None] * rank, place)]

@@ -3,7 +3,7 @@
 Arguments that recur:
     item, it       the item's words in registers (lib/row_map.py's Word), and its number in the part
     head0          the first head of a decode tile (lib/row_map.py)
-    phase          parity of the phase of the empty mbarriers that a warp waits for next
+    turn           of the pair at hand (params.py's Variant)
     w, lane        warp of the producer, 0 .. 3, and lane
 """
 
@@ -13,7 +13,7 @@ from cutlass import Int32, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from ..lib import barriers, paged
-from ..lib.paged import NUM_SUB, SUB_BYTES, TILE_N
+from ..lib.paged import SUB_BYTES, TILE_N
 from ..lib.row_map import Word, load_item
 from .params import ITEM_SLOTS, RELEASE_ORDER, Params, Smem, Variant
 
@@ -27,7 +27,7 @@ class Producer(Variant):
     @cute.jit
     def _produce_items(self, params: Params, smem: Smem, item, part, head0, w, lane):
         """Fetch all items of the part. `item` holds the first one already where `rows.header_is_item`."""
-        phase = Int32(1)
+        turn = self.first_turn(1)
         first_row = Int32(0)
         num_items = Int32(0)
         if const_expr(self.rows.header_is_item):
@@ -57,76 +57,87 @@ class Producer(Variant):
             if it == 0:
                 self._load_q_rope(params, smem, item, head0, it, w)
             if const_expr(self.by_tma):
-                phase = self._tma_pairs(params, smem, item, it, head0, phase, w, lane)
+                turn = self._tma_pairs(params, smem, item, it, head0, turn, w, lane)
             else:
-                phase = self._gather_pairs(params, smem, item, it, head0, phase, w, lane)
+                turn = self._gather_pairs(params, smem, item, it, head0, turn, w, lane)
             it += 1
 
     @cute.jit
-    def _tma_pairs(self, params: Params, smem: Smem, item, it, head0, phase, w, lane):
-        """The item's K tiles: each warp fills its own (stage, half). Returns the next phase."""
-        stage = w % 2
+    def _tma_pairs(self, params: Params, smem: Smem, item, it, head0, turn, w, lane):
+        """The item's K tiles: each warp fills its own (tile of the pair, half). Returns the next turn."""
+        tile = w % 2
         half = w // 2
-        full = self.full(smem, stage, half * 4)
+        first_sub = half * (self.num_subs // 2)
+        stage = self.stage_of(0, tile)
+        full = self.full(smem, stage, first_sub)
         empty = self.empty(smem, stage, half)
         kv_end = item[Word.KV_END]
         index_base = item[Word.FIRST_INDEX]
-        first = item[Word.KV_BEGIN] // TILE_N + stage
-        for block in cutlass.range(first, cute.ceil_div(kv_end, TILE_N) + stage, 2, unroll=1):
+        first = item[Word.KV_BEGIN] // TILE_N + tile
+        for block in cutlass.range(first, cute.ceil_div(kv_end, TILE_N) + tile, 2, unroll=1):
             where, boxes = self.loader.lookup(params, index_base, block, kv_end, lane)
-            cute.arch.mbarrier_wait(empty, phase)
-            phase ^= 1
+            if const_expr(self.num_stages > 2):
+                stage = self.stage_of(self.place_of(turn), tile)
+                full = self.full(smem, stage, first_sub)
+                empty = self.empty(smem, stage, half)
+            cute.arch.mbarrier_wait(empty, self.parity_of(turn))
+            turn = self.next_turn(turn)
             self.loader.load(params, smem, where, boxes, stage, half, full)
             if (block == first) & (it > 0):
                 self._load_q_rope(params, smem, item, head0, it, w)
-        return phase
+        return turn
 
     @cute.jit
-    def _gather_pairs(self, params: Params, smem: Smem, item, it, head0, phase, w, lane):
-        """The same where the four warps share every (stage, half), in the order in which the consumers release them."""
+    def _gather_pairs(self, params: Params, smem: Smem, item, it, head0, turn, w, lane):
+        """The same where the four warps share every (tile, half), in the order in which the consumers release them."""
         kv_end = item[Word.KV_END]
         index_base = item[Word.FIRST_INDEX]
         first = item[Word.KV_BEGIN] // TILE_N
         for block in cutlass.range(first, cute.ceil_div(kv_end, TILE_N), 2, unroll=1):
-            rows = [self.loader.lookup(params, index_base, block + stage, kv_end, w, lane) for stage in range(2)]
-            for stage, half in RELEASE_ORDER:
-                held = self.loader.held(rows[stage], block + stage, kv_end, w)
-                ckv_rows, kpe_rows = (self.loader.rows(offset, lane) for offset in rows[stage][:2])
-                cute.arch.mbarrier_wait(self.empty(smem, stage, half), phase)
-                if const_expr(self.loader.sparse and stage == half):
+            rows = [self.loader.lookup(params, index_base, block + tile, kv_end, w, lane) for tile in range(2)]
+            place = self.place_of(turn)
+            for tile, half in RELEASE_ORDER:
+                stage = self.stage_of(place, tile)
+                held = self.loader.held(rows[tile], block + tile, kv_end, w)
+                ckv_rows, kpe_rows = (self.loader.rows(offset, lane) for offset in rows[tile][:2])
+                cute.arch.mbarrier_wait(self.empty(smem, stage, half), self.parity_of(turn))
+                if const_expr(self.loader.sparse and tile == half):
                     # The stage's first half to be free: its consumer has masked the tile that was there.
                     paged.tell_chosen(smem, stage, w, lane, held, smem.mbar + self.mbars.chosen + stage)
-                full = self.full(smem, stage, half * 4)
+                full = self.full(smem, stage, half * (self.num_subs // 2))
                 self.loader.load(params, smem, ckv_rows, kpe_rows, held, stage, half, full, w, lane)
-            phase ^= 1
+            turn = self.next_turn(turn)
             if (block == first) & (it > 0):
                 self._load_q_rope(params, smem, item, head0, it, w)
-        return phase
+        return turn
 
     @cute.jit
     def _load_q(self, params: Params, smem: Smem, item, head0, it, w):
-        """Two of Q's sub-tiles 0..7 per producer warp; warp 3 also announces the bytes of the ninth, the rope."""
+        """A fourth of Q's sub-tiles per producer warp; warp 3 also announces the bytes of the rope."""
         row0, batch = (cute.arch.make_warp_uniform(x) for x in self.rows.q_at(item, head0))
         cute.arch.mbarrier_wait(smem.mbar + self.mbars.q_empty, (it + 1) % 2)
         q_full = smem.mbar + self.mbars.q_full
         sQ = cute.group_modes(smem.sQ_sub, 0, 2)
         gQ = cute.local_tile(cute.domain_offset((row0, 0, 0), params.mQ), (64, 64), (0, None, None))
         tQs, tQg = cpasync.tma_partition(params.tma_q, 0, cute.make_layout(1), sQ, cute.group_modes(gQ, 0, 2))
-        num_subs = Int32(2)
-        if w == 3:
-            num_subs = Int32(3)
+        own = self.num_subs // 4
+        num_subs = Int32(own)
+        if const_expr(self.dims.kpe > 0):
+            if w == 3:
+                num_subs = Int32(own + 1)
         barriers.expect_tx(q_full, num_subs * SUB_BYTES)
-        for i in cutlass.range_constexpr(2):
-            cute.copy(params.tma_q, tQg[None, 2 * w + i, batch], tQs[None, 2 * w + i], tma_bar_ptr=q_full)
+        for i in cutlass.range_constexpr(own):
+            cute.copy(params.tma_q, tQg[None, own * w + i, batch], tQs[None, own * w + i], tma_bar_ptr=q_full)
 
     @cute.jit
     def _load_q_rope(self, params: Params, smem: Smem, item, head0, it, w):
-        """Q's ninth sub-tile, by warp 3. Its bytes hold P1 until the item before ends."""
-        if w == 3:
-            row0, batch = (cute.arch.make_warp_uniform(x) for x in self.rows.q_at(item, head0))
-            cute.arch.mbarrier_wait(smem.mbar + self.mbars.rope_empty, (it + 1) % 2)
-            q_full = smem.mbar + self.mbars.q_full
-            sQ = cute.group_modes(smem.sQ_sub, 0, 2)
-            gR = cute.local_tile(cute.domain_offset((row0, 0, 0), params.mQpe), (64, 64), (0, 0, None))
-            tRs, tRg = cpasync.tma_partition(params.tma_qpe, 0, cute.make_layout(1), sQ, cute.group_modes(gR, 0, 2))
-            cute.copy(params.tma_qpe, tRg[None, batch], tRs[None, NUM_SUB - 1], tma_bar_ptr=q_full)
+        """Q's rope, if there is one, by warp 3. Its bytes hold P1 until the item before ends."""
+        if const_expr(self.dims.kpe > 0):
+            if w == 3:
+                row0, batch = (cute.arch.make_warp_uniform(x) for x in self.rows.q_at(item, head0))
+                cute.arch.mbarrier_wait(smem.mbar + self.mbars.rope_empty, (it + 1) % 2)
+                q_full = smem.mbar + self.mbars.q_full
+                sR = cute.group_modes(smem.sQr, 0, 2)
+                gR = cute.local_tile(cute.domain_offset((row0, 0, 0), params.mQpe), (64, 64), (0, 0, None))
+                tRs, tRg = cpasync.tma_partition(params.tma_qpe, 0, cute.make_layout(1), sR, cute.group_modes(gR, 0, 2))
+                cute.copy(params.tma_qpe, tRg[None, batch], tRs, tma_bar_ptr=q_full)

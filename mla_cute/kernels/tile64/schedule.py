@@ -46,13 +46,17 @@ are published before the exponentials, so that the other warpgroup waits for 16 
 Shared memory: Q 72 KiB, two K tiles of 72 KiB, P0 8 KiB, statistics 1.5 KiB: 226 of 227 KiB. Q's ninth sub-tile (the
 rope) is read to registers at the start of an item, and its bytes hold P1 from then on.
 
+Head dimensions. Heads of 256 + 64 leave room for a second pair: stages 0 and 1 are one place, 2 and 3 another, each with
+a P0 and a P1, and pairs take the places by turns. What is said of stages 0 and 1 above holds of each place. Of a rope of
+32 channels QK takes half the sub-tile (lib/paged.py); without one its sub-tile, rope_empty and Q's rope are not there.
+
 Arguments that recur:
     wg               0 or 1, a constant: the consumer
     valid0, valid1   tokens of the item from the pair's first and from its second tile on: below 64, or negative, where
                      the tile goes past kv_end
     slot             where the item's record lies in sItem
     gap              RowMap.gap of the item
-    phase            of the pair's full mbarriers
+    turn             of the pair (params.py's Variant); what it says of places is below
 """
 
 import cutlass
@@ -66,11 +70,7 @@ from ..lib.paged import TILE_N
 from ..lib.row_map import Word
 from . import math
 from .epilogue import Epilogue
-from .params import ITEM_SLOTS, Bar, Fragments, Params, Smem
-
-# Order in which each consumer takes the sub-tiles of its stage: the half that is refilled first comes first.
-QK_ORDER = ((0, 1, 2, 3, 4, 5, 6, 7, 8), (4, 5, 6, 7, 8, 0, 1, 2, 3))
-ROPE_SUB = 8
+from .params import ITEM_SLOTS, Bar, Fragments, Params, Smem, of_place
 
 
 class Consumer(Epilogue):
@@ -78,59 +78,65 @@ class Consumer(Epilogue):
 
     # ---------------------------------------------------------- a pair of tiles
 
-    def _pair_wg0(self, params: Params, smem: Smem, regs: Fragments, phase, valid0, valid1, slot, gap) -> None:
-        self._qk(params, smem, regs, 0, phase)
+    def _pair_wg0(self, params: Params, smem: Smem, regs: Fragments, turn, valid0, valid1, slot, gap) -> None:
+        place = self.place_of(turn)
+        stage0, stage1 = (self.stage_of(place, tile) for tile in range(2))
+        to_p0 = of_place(regs.tPs0, place, rank=3)
+        self._qk(params, smem, regs, 0, stage0, turn)
         self._release_q(smem, valid0)
-        self._mask(params, smem, regs, 0, phase, valid0, slot, gap)
+        self._mask(params, smem, regs, stage0, turn, valid0, slot, gap)
         self._softmax(params, smem, regs, 0)
-        math.zero_v_tail(smem, regs, 0, 0, valid0)
-        # sP0 is free: this S0 needed (stage 0, half 1), refilled only after wg 1 drained its PV of the last P0.
-        math.put_p(regs, regs.tPs0)
-        math.add_pv(params.mma_pv_rs, regs, regs.rP, 0, 0)
+        math.zero_v_tail(smem, regs, stage0, 0, valid0)
+        # P0's place is free: this S0 needed (stage 0, half 1), refilled only after wg 1 drained its PV of the P0 that
+        # was there.
+        math.put_p(regs, to_p0)
+        math.add_pv(params.mma_pv_rs, regs, regs.rP, 0, stage0)
         Bar.SCALE1.sync()
         scale = [smem.sScale1[regs.row], smem.sScale1[regs.row + 8]]
-        self._correct_wg0(regs, scale[0], scale[1], softmax.any_rescale(scale[0], scale[1]))
+        self._correct_wg0(regs, to_p0, scale[0], scale[1], softmax.any_rescale(scale[0], scale[1]))
         Bar.P0.arrive()
         for r in range(2):
             regs.rL[r] = regs.rL[r] * scale[r]
         warpgroup.wait_group(0)
-        self._release(smem, 0, 0)
-        math.zero_v_tail(smem, regs, 1, 0, valid1)
+        self._release(smem, 0, stage0)
+        math.zero_v_tail(smem, regs, stage1, 0, valid1)
         Bar.P1.sync()
-        math.add_pv(params.mma_pv, regs, regs.tOrP1, 0, 1)
+        math.add_pv(params.mma_pv, regs, of_place(regs.tOrP1, place, rank=3), 0, stage1)
         # This PV is not left in flight over the back-edge: ptxas then puts a wait behind every wgmma of the loop.
         warpgroup.wait_group(0)
-        self._release(smem, 0, 1)
+        self._release(smem, 0, stage1)
 
-    def _pair_wg1(self, params: Params, smem: Smem, regs: Fragments, phase, valid0, valid1, slot, gap) -> None:
-        self._qk(params, smem, regs, 1, phase)
+    def _pair_wg1(self, params: Params, smem: Smem, regs: Fragments, turn, valid0, valid1, slot, gap) -> None:
+        place = self.place_of(turn)
+        stage0, stage1 = (self.stage_of(place, tile) for tile in range(2))
+        self._qk(params, smem, regs, 1, stage1, turn)
         self._release_q(smem, valid0)
-        self._mask(params, smem, regs, 1, phase, valid1, slot, gap)
+        self._mask(params, smem, regs, stage1, turn, valid1, slot, gap)
         self._softmax(params, smem, regs, 1)
-        math.put_p(regs, regs.tPs1)
-        math.zero_v_tail(smem, regs, 1, 1, valid1)
+        math.put_p(regs, of_place(regs.tPs1, place, rank=3))
+        math.zero_v_tail(smem, regs, stage1, 1, valid1)
         Bar.P1.arrive()
-        math.add_pv(params.mma_pv_rs, regs, regs.rP, 1, 1)
+        math.add_pv(params.mma_pv_rs, regs, regs.rP, 1, stage1)
         # P0 V0 does not go first, although stage 0 would then be released sooner: the refill of (stage 1, half 1), with
         # which this consumer's next QK begins, would come later, and that costs more (2 to 3 % at 128 heads).
         Bar.P0.sync()
-        math.zero_v_tail(smem, regs, 0, 1, valid0)
-        math.add_pv(params.mma_pv, regs, regs.tOrP0, 1, 0)
+        math.zero_v_tail(smem, regs, stage0, 1, valid0)
+        math.add_pv(params.mma_pv, regs, of_place(regs.tOrP0, place, rank=3), 1, stage0)
         warpgroup.wait_group(1)
-        self._release(smem, 1, 1)
+        self._release(smem, 1, stage1)
         warpgroup.wait_group(0)
-        self._release(smem, 1, 0)
+        self._release(smem, 1, stage0)
 
     # ---------------------------------------------------------- an item, all items
 
     def _consume(self, params: Params, smem: Smem, part: Int32, head0: Int32, t: Int32, wg: int) -> None:
         """Run the part's items as thread `t` of consumer `wg`."""
-        regs = math.make_fragments(params, smem, t, self.dtype)
+        regs = math.make_fragments(params, smem, t, self.dtype, self.dims.ckv)
         self._consume_items(params, smem, regs, self.rows.num_items(params, part), head0, wg)
 
     @cute.jit
     def _consume_items(self, params: Params, smem: Smem, regs: Fragments, num_items, head0, wg: Constexpr):
-        phase = Int32(0)
+        turn = self.first_turn(0)
         q_phase = Int32(0)
         for it in cutlass.range(num_items, unroll=1):
             regs.rO.fill(0.0)
@@ -141,7 +147,8 @@ class Consumer(Epilogue):
             kv_end = smem.sItem[it % ITEM_SLOTS, Word.KV_END]
             num_pairs = (cute.ceil_div(kv_end, TILE_N) - kv_begin // TILE_N + 1) >> 1
             gap = self.rows.gap(params, smem, it % ITEM_SLOTS)
-            cute.copy(regs.ldm, regs.tQs, regs.tQr)
+            if const_expr(self.dims.kpe > 0):
+                cute.copy(regs.ldm, regs.tQs, regs.tQr)
             if const_expr(wg == 0):
                 if regs.t < TILE_M:
                     smem.sM[regs.t] = Float32(softmax.LOWEST)
@@ -149,37 +156,44 @@ class Consumer(Epilogue):
             for pair in cutlass.range(num_pairs, unroll=1):
                 left = kv_end - kv_begin - pair * (2 * TILE_N)
                 if const_expr(wg == 0):
-                    self._pair_wg0(params, smem, regs, phase, left, left - TILE_N, it % ITEM_SLOTS, gap)
+                    self._pair_wg0(params, smem, regs, turn, left, left - TILE_N, it % ITEM_SLOTS, gap)
                 else:
-                    self._pair_wg1(params, smem, regs, phase, left, left - TILE_N, it % ITEM_SLOTS, gap)
-                phase ^= 1
+                    self._pair_wg1(params, smem, regs, turn, left, left - TILE_N, it % ITEM_SLOTS, gap)
+                turn = self.next_turn(turn)
             barriers.arrive_once_per_warp(smem.mbar + self.mbars.rope_empty)
             self._epilogue(params, smem, regs, it % ITEM_SLOTS, head0, wg)
 
     # ---------------------------------------------------------- steps of a pair
 
-    def _qk(self, params: Params, smem: Smem, regs: Fragments, wg: int, phase) -> None:
-        """S = Q K^T over the sub-tiles of stage `wg`, each as it lands, in a commit group of its own; to the end."""
-        for n, sub in enumerate(QK_ORDER[wg]):
+    def _qk_order(self, wg: int) -> list[int]:
+        """The order in which a consumer takes the sub-tiles of its tile, the rope's behind the last of ckv: the half
+        that is refilled first comes first."""
+        half = self.num_subs // 2
+        last = list(range(half, self.num_subs + (self.dims.kpe > 0)))
+        return [*range(half), *last] if wg == 0 else [*last, *range(half)]
+
+    def _qk(self, params: Params, smem: Smem, regs: Fragments, wg: int, stage, turn) -> None:
+        """S = Q K^T over the sub-tiles of the stage, each as it lands, in a commit group of its own; to the end."""
+        for n, sub in enumerate(self._qk_order(wg)):
             if sub in self.loader.barrier_subs:
-                cute.arch.mbarrier_wait(self.full(smem, wg, sub), phase)
+                cute.arch.mbarrier_wait(self.full(smem, stage, sub), self.parity_of(turn))
                 if self.loader.generic_proxy:
                     barriers.fence_smem_writes()
             warpgroup.fence()
-            if sub == ROPE_SUB:
-                ks = [(k, k) for k in range(4)]
-                wgmma.issue(params.mma_qk_rs, regs.rS, regs.rQr, regs.tSrR[None, None, None, wg], ks, n == 0)
+            if sub == self.num_subs:
+                ks = [(k, k) for k in range(self.dims.kpe // 16)]
+                wgmma.issue(params.mma_qk_rs, regs.rS, regs.rQr, regs.tSrR[None, None, None, stage], ks, n == 0)
             else:
                 ks = [(4 * sub + k, 4 * sub + k) for k in range(4)]
-                wgmma.issue(params.mma_qk, regs.rS, regs.tSrQ, regs.tSrK[None, None, None, wg], ks, n == 0)
+                wgmma.issue(params.mma_qk, regs.rS, regs.tSrQ, regs.tSrK[None, None, None, stage], ks, n == 0)
             warpgroup.commit_group()
         warpgroup.wait_group(0)
 
-    def _mask(self, params: Params, smem: Smem, regs: Fragments, wg: int, phase, valid, slot, gap) -> None:
+    def _mask(self, params: Params, smem: Smem, regs: Fragments, stage, turn, valid, slot, gap) -> None:
         """-inf where a row of S does not see the token: past the item's end, above the diagonal, no token chosen."""
         if self.loader.sparse:
-            cute.arch.mbarrier_wait(smem.mbar + self.mbars.chosen + wg, phase)
-            softmax.mask_unchosen(regs.S, 8, Int32(smem.sChosen.iterator.toint()) + wg * 16, regs.lane)
+            cute.arch.mbarrier_wait(smem.mbar + self.mbars.chosen + stage, self.parity_of(turn))
+            softmax.mask_unchosen(regs.S, 8, Int32(smem.sChosen.iterator.toint()) + stage * 16, regs.lane)
         else:
             self.rows.mask(params, smem, regs, slot, valid, gap)
 
@@ -201,16 +215,16 @@ class Consumer(Epilogue):
         math.exponentials(params, regs, ref, total)
 
     @cute.jit
-    def _correct_wg0(self, regs: Fragments, scale0, scale1, need):
+    def _correct_wg0(self, regs: Fragments, to_p0, scale0, scale1, need):
         """wg 1 raised the reference: rescale the P0 already in shared memory, and O once its PV has drained."""
         if need:
             warpgroup.wait_group(0)
             softmax.multiply_rows(regs.S, math.S_COLS, scale0, scale1)
             math.pack_p(regs)
-            math.put_p(regs, regs.tPs0)
-            softmax.multiply_rows(regs.O, math.O_COLS, scale0, scale1)
+            math.put_p(regs, to_p0)
+            softmax.multiply_rows(regs.O, math.o_cols(regs), scale0, scale1)
 
-    def _release(self, smem: Smem, wg: int, stage: int) -> None:
+    def _release(self, smem: Smem, wg: int, stage) -> None:
         """This consumer's half of V of `stage` is drained (K of that half was read earlier)."""
         barriers.arrive_once_per_warp(self.empty(smem, stage, wg))
 

@@ -10,20 +10,26 @@ import cutlass.utils.hopper_helpers as sm90
 from cutlass import Float32, Int32, Int64, const_expr, memory
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 
-from ...dims import CKV_DIM, KPE_DIM, TILE_M
+from ...dims import TILE_M, HeadDims
 from ..keys import DecodeKey, LaunchConfig, PrefillKey
 from ..lib import paged
 from ..lib.dtypes import CUTLASS_DTYPES
-from ..lib.paged import NUM_SUB, SUB_ELEMS, TILE_N
+from ..lib.paged import SUB_ELEMS, TILE_N
 from ..lib.row_map import HeadRows, PackedRows, RowMap, load_item
 from ..step import Step, StepArgs
-from .params import ITEM_SLOTS, NUM_THREADS, WARPGROUP, Params, Smem, make_mbarriers
+from .params import ITEM_SLOTS, NUM_THREADS, WARPGROUP, Params, Smem, make_mbarriers, of_place
 from .producer import Producer
 from .schedule import Consumer
 
-# Two stages of eight ckv sub-tiles.
-NUM_K_SUBS = 16
 ITEM_WORDS = 8
+
+
+def _registers(box_rows: int, rows: RowMap, dims: HeadDims) -> tuple[int, int]:
+    """Of a consumer and of a producer thread."""
+    if box_rows > 8 and rows.header_is_item:
+        return 240, 24
+    # The gathers of some other head dimensions spill 8 or 16 bytes at 232 and 40.
+    return (232, 40) if dims == HeadDims() else (224, 56)
 
 
 class Tile64(Producer, Consumer):
@@ -32,15 +38,21 @@ class Tile64(Producer, Consumer):
 
     kv_format = ""
 
-    def __init__(self, dtype: str, box_rows: int, rows: RowMap, config: LaunchConfig, sparse: bool = False):
+    def __init__(
+        self, dtype: str, box_rows: int, rows: RowMap, config: LaunchConfig, dims: HeadDims, sparse: bool = False
+    ):
         self.dtype = CUTLASS_DTYPES[dtype]
+        self.dims = dims
+        self.num_subs = paged.num_ckv_subs(dims)
+        # Half as many channels leave room for a second pair.
+        self.num_stages = 2 if dims.ckv > 256 else 4
         self.rows = rows
-        self.loader = paged.make_loader(box_rows, config.evict_first, sparse)
-        self.mbars = make_mbarriers(self.loader)
+        self.loader = paged.make_loader(box_rows, config.evict_first, sparse, dims)
+        self.mbars = make_mbarriers(self.loader, self.num_stages)
         self.use_pdl = config.use_pdl
         self.by_tma = box_rows > 0
         self.box_rows = box_rows
-        self.regs_consumer, self.regs_producer = (240, 24) if box_rows > 8 and rows.header_is_item else (232, 40)
+        self.regs_consumer, self.regs_producer = _registers(box_rows, rows, dims)
 
     # ------------------------------------------------------------------ host
 
@@ -56,15 +68,22 @@ class Tile64(Producer, Consumer):
 
     def _params(self, args: StepArgs) -> Params:
         num_tiles = self.rows.num_tiles(args.num_heads)
+        ckv_dim, num_subs, stages = self.dims.ckv, self.num_subs, self.num_stages
         atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, self.dtype)
-        lay_sub = cute.tile_to_shape(atom, (64, 64), order=(0, 1))
-        lay_k = cute.tile_to_shape(atom, (TILE_N, CKV_DIM, 2), order=(0, 1, 2))
+
+        def layout(*shape):
+            return cute.tile_to_shape(atom, shape, order=tuple(range(len(shape))))
+
+        lay_sub = layout(64, 64)
+        lay_k = layout(TILE_N, ckv_dim, stages)
         # V^T of the same bytes: swapping the modes of a K-major tile gives the MN-major B operand of P V.
         lay_vt = cute.make_composed_layout(lay_k.inner, 0, cute.select(lay_k.outer, mode=[1, 0, 2]))
 
         op = cpasync.CopyBulkTensorTileG2SOp()
         tma_q, mQ = cpasync.make_tiled_tma_atom(op, self.rows.q_view(args.q_nope), lay_sub, (64, 64))
-        tma_qpe, mQpe = cpasync.make_tiled_tma_atom(op, self.rows.q_view(args.q_pe), lay_sub, (64, 64))
+        tma_qpe, mQpe = None, None
+        if const_expr(self.dims.kpe > 0):
+            tma_qpe, mQpe = cpasync.make_tiled_tma_atom(op, self.rows.q_view(args.q_pe), lay_sub, (64, 64))
         return Params(
             **self._mmas(),
             tma_q=tma_q,
@@ -85,13 +104,13 @@ class Tile64(Producer, Consumer):
             scale_log2=args.nope_scale_log2,
             lse_scale=args.lse_scale,
             sink_at=args.sink_at,
-            lay_q=cute.tile_to_shape(atom, (TILE_M, CKV_DIM + KPE_DIM), order=(0, 1)),
+            lay_q=layout(TILE_M, ckv_dim),
+            lay_q_sub=layout(64, 64, num_subs),
             lay_k=lay_k,
+            lay_k_sub=layout(64, 64, num_subs * stages),
             lay_vt=lay_vt,
-            lay_sub=lay_sub,
-            lay_sub2=cute.tile_to_shape(atom, (64, 64, 2), order=(0, 1, 2)),
-            lay_sub9=cute.tile_to_shape(atom, (64, 64, NUM_SUB), order=(0, 1, 2)),
-            lay_sub16=cute.tile_to_shape(atom, (64, 64, NUM_K_SUBS), order=(0, 1, 2)),
+            lay_p=lay_sub if stages == 2 else layout(64, 64, stages // 2),
+            lay_r=layout(64, 64, stages),
         )
 
     def _mmas(self) -> dict[str, cute.TiledMma]:
@@ -105,8 +124,8 @@ class Tile64(Producer, Consumer):
         return {
             "mma_qk": mma(K, TILE_N, SS),
             "mma_qk_rs": mma(K, TILE_N, RS),
-            "mma_pv": mma(MN, CKV_DIM // 2, SS),
-            "mma_pv_rs": mma(MN, CKV_DIM // 2, RS),
+            "mma_pv": mma(MN, self.dims.ckv // 2, SS),
+            "mma_pv_rs": mma(MN, self.dims.ckv // 2, RS),
         }
 
     def _cache(self, args: StepArgs, atom) -> dict[str, Any]:
@@ -117,9 +136,10 @@ class Tile64(Producer, Consumer):
             box = (self.box_rows, 64)
             lay_box = cute.tile_to_shape(atom, box, order=(0, 1))
             ckv_view = cute.make_tensor(args.ckv.iterator, cute.select(args.ckv.layout, mode=[1, 2, 0]))
-            kpe_view = cute.make_tensor(args.kpe.iterator, cute.select(args.kpe.layout, mode=[1, 2, 0]))
             tma_ckv, mCkv = cpasync.make_tiled_tma_atom(op, ckv_view, lay_box, box)
-            tma_kpe, mKpe = cpasync.make_tiled_tma_atom(op, kpe_view, lay_box, box)
+            if const_expr(self.dims.kpe > 0):
+                kpe_view = cute.make_tensor(args.kpe.iterator, cute.select(args.kpe.layout, mode=[1, 2, 0]))
+                tma_kpe, mKpe = cpasync.make_tiled_tma_atom(op, kpe_view, lay_box, box)
         ckv_unit, kpe_unit = (paged.row_unit(x.stride[0], x.stride[1]) for x in (args.ckv, args.kpe))
         element_bytes = self.dtype.width // 8
         return {
@@ -138,7 +158,8 @@ class Tile64(Producer, Consumer):
     # ---------------------------------------------------------------- device
 
     def _storage(self):
-        dt = self.dtype
+        dt, num_subs, stages = self.dtype, self.num_subs, self.num_stages
+        places = stages // 2
 
         @cute.struct
         class Storage:
@@ -149,11 +170,13 @@ class Tile64(Producer, Consumer):
             sL: cute.struct.MemRange[Float32, 2 * TILE_M]
             sItem: cute.struct.MemRange[Int32, ITEM_SLOTS * ITEM_WORDS]
             if self.loader.sparse:
-                sChosen: cute.struct.Align[cute.struct.MemRange[Int32, 4 * 2], 16]
-            sP0: cute.struct.Align[cute.struct.MemRange[dt, SUB_ELEMS], 1024]
-            sQ: cute.struct.Align[cute.struct.MemRange[dt, NUM_SUB * SUB_ELEMS], 1024]
-            sK: cute.struct.Align[cute.struct.MemRange[dt, NUM_K_SUBS * SUB_ELEMS], 1024]
-            sR: cute.struct.Align[cute.struct.MemRange[dt, 2 * SUB_ELEMS], 1024]
+                sChosen: cute.struct.Align[cute.struct.MemRange[Int32, 4 * stages], 16]
+            sP0: cute.struct.Align[cute.struct.MemRange[dt, places * SUB_ELEMS], 1024]
+            sQ: cute.struct.Align[cute.struct.MemRange[dt, num_subs * SUB_ELEMS], 1024]
+            sP1: cute.struct.Align[cute.struct.MemRange[dt, places * SUB_ELEMS], 1024]
+            sK: cute.struct.Align[cute.struct.MemRange[dt, stages * num_subs * SUB_ELEMS], 1024]
+            if self.dims.kpe > 0:
+                sR: cute.struct.Align[cute.struct.MemRange[dt, stages * SUB_ELEMS], 1024]
 
         return Storage
 
@@ -163,25 +186,27 @@ class Tile64(Producer, Consumer):
         def view(field, layout):
             return field.get_tensor(layout.outer, swizzle=layout.inner)
 
-        sQ_sub = view(st.sQ, params.lay_sub9)
+        sP1 = view(st.sP1, params.lay_p)
         return Smem(
             mbar=st.mbar.data_ptr(),
             sQ=view(st.sQ, params.lay_q),
-            sQ_sub=sQ_sub,
-            sP0=view(st.sP0, params.lay_sub),
-            sP1=sQ_sub[None, None, NUM_SUB - 1],
+            sQ_sub=view(st.sQ, params.lay_q_sub),
+            sQr=of_place(sP1, 0, rank=2),
+            sP0=view(st.sP0, params.lay_p),
+            sP1=sP1,
             sK=view(st.sK, params.lay_k),
-            sK_sub=view(st.sK, params.lay_sub16),
+            sK_sub=view(st.sK, params.lay_k_sub),
             sVt=view(st.sK, params.lay_vt),
-            sR=view(st.sR, params.lay_sub2),
+            sR=view(st.sR, params.lay_r) if const_expr(self.dims.kpe > 0) else None,
             sM=st.sM.get_tensor(cute.make_layout(TILE_M)),
             sScale0=st.sScale0.get_tensor(cute.make_layout(TILE_M)),
             sScale1=st.sScale1.get_tensor(cute.make_layout(TILE_M)),
             sL=st.sL.get_tensor(cute.make_layout(2 * TILE_M)),
             sItem=st.sItem.get_tensor(cute.make_layout((ITEM_SLOTS, ITEM_WORDS), stride=(ITEM_WORDS, 1))),
-            sChosen=st.sChosen.get_tensor(cute.make_layout((4, 2))) if self.loader.sparse else None,
+            sChosen=st.sChosen.get_tensor(cute.make_layout((4, self.num_stages))) if self.loader.sparse else None,
             k_words=cute.make_tensor(
-                cute.recast_ptr(st.sK.data_ptr(), dtype=Int64), cute.make_layout(NUM_K_SUBS * SUB_ELEMS // 4)
+                cute.recast_ptr(st.sK.data_ptr(), dtype=Int64),
+                cute.make_layout(self.num_stages * self.num_subs * SUB_ELEMS // 4),
             ),
         )
 
@@ -194,11 +219,9 @@ class Tile64(Producer, Consumer):
         smem = self._smem(params)
 
         if warp_idx == 0:
-            cpasync.prefetch_descriptor(params.tma_q)
-            cpasync.prefetch_descriptor(params.tma_qpe)
-            if const_expr(params.tma_ckv is not None):
-                cpasync.prefetch_descriptor(params.tma_ckv)
-                cpasync.prefetch_descriptor(params.tma_kpe)
+            for tma in (params.tma_q, params.tma_qpe, params.tma_ckv, params.tma_kpe):
+                if const_expr(tma is not None):
+                    cpasync.prefetch_descriptor(tma)
             with cute.arch.elect_one():
                 self.mbars.init(smem.mbar)
         cute.arch.mbarrier_init_fence()
@@ -226,8 +249,9 @@ class Tile64(Producer, Consumer):
 
 
 def decode(key: DecodeKey, config: LaunchConfig) -> Step:
-    return Step(Tile64(key.dtype, key.box_rows, HeadRows(), config, key.sparse), key.dtype, False, config, key.sparse)
+    main = Tile64(key.dtype, key.box_rows, HeadRows(), config, key.dims, key.sparse)
+    return Step(main, key.dtype, False, config, key.sparse)
 
 
 def prefill(key: PrefillKey, config: LaunchConfig) -> Step:
-    return Step(Tile64(key.dtype, key.box_rows, PackedRows(), config), key.dtype, True, config)
+    return Step(Tile64(key.dtype, key.box_rows, PackedRows(), config, key.dims), key.dtype, True, config)
