@@ -6,6 +6,9 @@ ring has `num_stages` slots with one full and one empty mbarrier each. lib/paged
 done about rows past kv_end. Scales are always gathered, by cp.async of 4 bytes, to [group][token]: a [.., 1] row is no
 TMA box.
 
+That is of heads of 512 + 64. 256 channels are half as many sub-tiles. The rope's rows stay as long with 32 channels:
+TMA fills them up with zeros, the gather leaves what is behind as it was; without a rope there is no tile of it.
+
 In arguments, `params` has what `RingParams` lists and `smem` what `RingSmem` does, `warp` is 0..3 among the producer
 warps, `block` counts 64-token blocks of the request, and `index_base` is where the request's page ids begin.
 """
@@ -17,7 +20,7 @@ import cutlass.cute as cute
 from cutlass import Constexpr, Int32, Int64, Numeric, Uint8, Uint32, const_expr
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
-from ...dims import CKV_DIM, NUM_SCALES
+from ...dims import NUM_SCALES, HeadDims
 from . import barriers, paged
 from .paged import SUB_BYTES, TILE_N, TmaLoader, chosen_row, rows_of_block, tell_chosen
 from .ptx import cp_async_16, cp_async_16_of_bits, cp_async_small
@@ -133,12 +136,14 @@ class TmaRingLoader(TmaLoader):
     Args:
         box_rows: the rows that one TMA copy takes, 8 to 64.
         num_subs: ckv sub-tiles of a K tile.
-        rope_row_bytes: bytes of a token's rope.
+        rope_row_bytes: bytes of a row of the rope tile.
         num_scales: scales of a token, 0, 1 or 4.
     """
 
-    def __init__(self, box_rows: int, evict_first: bool, num_subs: int, rope_row_bytes: int, num_scales: int):
-        super().__init__(box_rows, evict_first)
+    def __init__(
+        self, box_rows: int, evict_first: bool, dims: HeadDims, num_subs: int, rope_row_bytes: int, num_scales: int
+    ):
+        super().__init__(box_rows, evict_first, dims)
         self.num_subs, self.rope_row_bytes, self.num_scales = num_subs, rope_row_bytes, num_scales
         self.full_arrivals = 4 + (32 if num_scales else 0)
 
@@ -166,33 +171,49 @@ class TmaRingLoader(TmaLoader):
                         valid = Int32(1)
                     load_scales(params, smem, own_page, own_row, at, self.num_scales, valid, slot)
                 cute.arch.cp_async_mbarrier_arrive_noinc(full)
-        box = (self.box_rows, CKV_DIM // self.num_subs)
+        box = (self.box_rows, self.dims.ckv // self.num_subs)
+        has_rope = self.dims.kpe > 0
         sK = cute.group_modes(cute.flat_divide(smem.sK_sub, box), 0, 2)
-        sR = cute.group_modes(cute.flat_divide(smem.sR_tma, (self.box_rows, 64)), 0, 2)
         gK = cute.group_modes(cute.local_tile(params.mCkv, box, (None, None, None)), 0, 2)
-        gR = cute.group_modes(cute.local_tile(params.mKpe, (self.box_rows, 64), (None, 0, None)), 0, 2)
         tKs, tKg = cpasync.tma_partition(params.tma_ckv, 0, cute.make_layout(1), sK, gK)
-        tRs, tRg = cpasync.tma_partition(params.tma_kpe, 0, cute.make_layout(1), sR, gR)
-        own = self.num_subs // 4
+        tRs, tRg = None, None
+        if const_expr(has_rope):
+            sR = cute.group_modes(cute.flat_divide(smem.sR_tma, (self.box_rows, 64)), 0, 2)
+            gR = cute.group_modes(cute.local_tile(params.mKpe, (self.box_rows, 64), (None, 0, None)), 0, 2)
+            tRs, tRg = cpasync.tma_partition(params.tma_kpe, 0, cute.make_layout(1), sR, gR)
+        # Of two sub-tiles two of the warps have one each.
+        own = max(1, self.num_subs // 4)
         row_bytes = Int32(128 * own)
-        if warp == 0:
-            row_bytes = Int32(128 * own + self.rope_row_bytes)
+        if const_expr(self.num_subs < 4):
+            if warp >= self.num_subs:
+                row_bytes = Int32(0)
+        if const_expr(has_rope):
+            if warp == 0:
+                row_bytes = Int32(128 * own + self.rope_row_bytes)
         barriers.expect_tx(full, boxes * self.box_rows * row_bytes)
         # The loop is not unrolled: ptxas would keep an address of a descriptor for every copy.
         for i in cutlass.range(boxes, unroll=1):
             box_page = uniform(cute.arch.shuffle_sync(page, i))
             box_row = uniform(cute.arch.shuffle_sync(row, i))
             for k in cutlass.range_constexpr(own):
-                to = tKs[None, i, 0, slot * self.num_subs + warp * own + k]
-                self._copy(params.tma_ckv, tKg[None, box_row, warp * own + k, box_page], to, full)
-            if warp == 0:
-                self._copy(params.tma_kpe, tRg[None, box_row, box_page], tRs[None, i, 0, slot], full)
+                sub = warp * own + k
+                if const_expr(self.num_subs < 4):
+                    if sub < self.num_subs:
+                        to = tKs[None, i, 0, slot * self.num_subs + sub]
+                        self._copy(params.tma_ckv, tKg[None, box_row, sub, box_page], to, full)
+                else:
+                    to = tKs[None, i, 0, slot * self.num_subs + sub]
+                    self._copy(params.tma_ckv, tKg[None, box_row, sub, box_page], to, full)
+            if const_expr(has_rope):
+                if warp == 0:
+                    self._copy(params.tma_kpe, tRg[None, box_row, box_page], tRs[None, i, 0, slot], full)
 
 
 class GatherRingLoader:
     """cp.async of 16 bytes per lane; warp w takes rows 16 w .. 16 w + 15, lane l looks up token 16 w + l % 16.
 
-    One instruction copies an e4m3 ckv row or half a 16-bit one, four 16-bit or eight e4m3 rope rows.
+    One instruction copies an e4m3 ckv row or half a 16-bit one, four 16-bit or eight e4m3 rope rows; of 256 channels
+    two e4m3 rows, 8 apart, or a 16-bit one.
     """
 
     # cp.async writes by the generic proxy: consumers fence after their wait, before wgmma reads.
@@ -201,8 +222,8 @@ class GatherRingLoader:
     full_arrivals = 128
     copy = staticmethod(cp_async_16)
 
-    def __init__(self, num_subs: int, rope_row_bytes: int, num_scales: int):
-        self.num_subs, self.rope_row_bytes, self.num_scales = num_subs, rope_row_bytes, num_scales
+    def __init__(self, dims: HeadDims, num_subs: int, rope_row_bytes: int, num_scales: int):
+        self.dims, self.num_subs, self.rope_row_bytes, self.num_scales = dims, num_subs, rope_row_bytes, num_scales
 
     def look_up(self, params: RingParams, index_base, block, kv_end, warp, lane):
         return token_row(params, index_base, block * TILE_N + warp * 16 + lane % 16, kv_end)
@@ -234,9 +255,6 @@ class GatherRingLoader:
         page = self.any_page(page)
         ckv = page * params.ckv_page_units + row * params.ckv_row_units
         kpe = page * params.kpe_page_units + row * params.kpe_row_units
-        lanes = self.rope_row_bytes // 16
-        rope_rows = 32 // lanes
-        sub_row, rope_chunk = lane // lanes, lane % lanes
         cute.arch.mbarrier_wait(smem.mbar + RingMbarriers.empty + slot, phase)
         # The swizzle xors the 16-byte chunk index with row % 8; in 64-byte rows, with row / 2 % 4.
         chunk = lane % 8
@@ -247,10 +265,38 @@ class GatherRingLoader:
             + warp * 2048
         )
         src = params.mCkv.iterator.toint() + Int64(lane * 16)
-        for i in cutlass.range_constexpr(16):
-            from_row = src + Int64(Uint32(cute.arch.shuffle_sync(ckv, i))) * Int64(Uint32(params.ckv_unit))
-            for k in cutlass.range_constexpr(self.num_subs // 4):
-                self.copy(dst + (chunk ^ (i % 8)) * 16, from_row, held, i, k * 4 * SUB_BYTES + i * 128, k * 512)
+        if const_expr(self.num_subs < 4):
+            # Lanes 16 .. 31 have row i + 8, in the first lanes' sub-tiles.
+            upper = lane // 16 * 8
+            dst = dst - upper * (SUB_BYTES // 4) + upper * 128
+            src = params.mCkv.iterator.toint() + Int64(lane % 16 * 16)
+            from_upper = self.held_from(held, upper)
+            for i in cutlass.range_constexpr(8):
+                own_row = cute.arch.shuffle_sync(ckv, upper + i)
+                from_row = src + Int64(Uint32(own_row)) * Int64(Uint32(params.ckv_unit))
+                self.copy(dst + (chunk ^ i) * 16, from_row, from_upper, i, i * 128, 0)
+        else:
+            for i in cutlass.range_constexpr(16):
+                from_row = src + Int64(Uint32(cute.arch.shuffle_sync(ckv, i))) * Int64(Uint32(params.ckv_unit))
+                for k in cutlass.range_constexpr(self.num_subs // 4):
+                    self.copy(dst + (chunk ^ (i % 8)) * 16, from_row, held, i, k * 4 * SUB_BYTES + i * 128, k * 512)
+        if const_expr(self.dims.kpe > 0):
+            self._fill_rope(params, smem, kpe, held, slot, warp, lane)
+        if const_expr(self.num_scales > 0):
+            if lane < 16:
+                valid = Int32(0)
+                if self.holds(held, lane):
+                    valid = Int32(1)
+                load_scales(params, smem, page, row, at, self.num_scales, valid, slot)
+        self.tell(smem, slot, warp, lane, held)
+        cute.arch.cp_async_mbarrier_arrive_noinc(smem.mbar + RingMbarriers.full + slot)
+
+    @cute.jit
+    def _fill_rope(self, params: RingParams, smem: RingSmem, kpe, held, slot, warp, lane):
+        """`kpe`: where the row of token lane % 16 of the warp lies, in units."""
+        lanes = self.rope_row_bytes // 16
+        rope_rows = 32 // lanes
+        sub_row, rope_chunk = lane // lanes, lane % lanes
         dst = (
             Int32(smem.sR_tma.iterator.toint())
             + slot * (TILE_N * self.rope_row_bytes)
@@ -263,15 +309,12 @@ class GatherRingLoader:
             mixed = rope_chunk ^ (r % 8) if const_expr(lanes == 8) else rope_chunk ^ (r // 2 % 4)
             own = cute.arch.shuffle_sync(kpe, rope_rows * i + sub_row)
             from_row = src + Int64(Uint32(own)) * Int64(Uint32(params.kpe_unit))
-            self.copy(dst + r * self.rope_row_bytes + mixed * 16, from_row, left, i * rope_rows, 0, 0)
-        if const_expr(self.num_scales > 0):
-            if lane < 16:
-                valid = Int32(0)
-                if self.holds(held, lane):
-                    valid = Int32(1)
-                load_scales(params, smem, page, row, at, self.num_scales, valid, slot)
-        self.tell(smem, slot, warp, lane, held)
-        cute.arch.cp_async_mbarrier_arrive_noinc(smem.mbar + RingMbarriers.full + slot)
+            to = dst + r * self.rope_row_bytes + mixed * 16
+            if const_expr(self.dims.kpe == 64):
+                self.copy(to, from_row, left, i * rope_rows, 0, 0)
+            else:
+                if rope_chunk < lanes // 2:
+                    self.copy(to, from_row, left, i * rope_rows, 0, 0)
 
 
 class SparseRingLoader(GatherRingLoader):
@@ -305,7 +348,8 @@ class RingProducer:
     """The producer role, and what both roles know of the cache: a base of the classes of tile64_fp8 and tile16.
 
     A kernel that has it as a base
-    * sets `dtype`, `rows` and `num_stages` in its __init__ and calls `_set_cache` there, once `dtype` is set;
+    * sets `dtype`, `dims`, `rows` and `num_stages` in its __init__ and calls `_set_cache` there, once the first two are
+      set;
     * takes what `_cache_params` returns into its Params, which has what `RingParams` lists;
     * has a Smem with what `RingSmem` lists, and initialises `RingMbarriers` in it;
     * calls `_produce` on its four producer warps. The consumers wait for a slot's full mbarrier, tile i of the stream
@@ -314,6 +358,7 @@ class RingProducer:
 
     # Set by the kernel.
     dtype: type[Numeric]  # of the output, and of the parts of the cache that are not e4m3
+    dims: HeadDims
     rows: RowMap  # which query rows a row tile holds
     num_stages: int  # slots of the ring
     in_pairs = True  # an item's tiles are filled up to an even number: consumers take them in pairs
@@ -334,14 +379,16 @@ class RingProducer:
         self.num_scales = NUM_SCALES[kv_format]
         self.rope_fp8 = kv_format == "tensor"
         self.kv_dtype = Uint8 if kv_format else self.dtype
-        self.num_subs = 4 if kv_format else 8
+        self.num_subs = self.dims.ckv * self.kv_dtype.width // (8 * 128)
         self.box_rows, self.by_tma = box_rows, box_rows > 0
         rope_row_bytes = 64 if self.rope_fp8 else 128
         if self.by_tma:
-            self.loader = TmaRingLoader(box_rows, evict_first, self.num_subs, rope_row_bytes, self.num_scales)
+            self.loader = TmaRingLoader(
+                box_rows, evict_first, self.dims, self.num_subs, rope_row_bytes, self.num_scales
+            )
         else:
             loader = SparseRingLoader if sparse else GatherRingLoader
-            self.loader = loader(self.num_subs, rope_row_bytes, self.num_scales)
+            self.loader = loader(self.dims, self.num_subs, rope_row_bytes, self.num_scales)
 
     def _cache_params(self, ckv: cute.Tensor, kpe: cute.Tensor) -> dict[str, Any]:
         """Host side: what the loaders read of the caches, as fields of the kernel's Params (see `RingParams`).
@@ -355,15 +402,16 @@ class RingProducer:
         tma_ckv, mCkv, tma_kpe, mKpe = None, ckv, None, kpe
         if self.by_tma:
             op = cpasync.CopyBulkTensorTileG2SOp()
-            box, rope_box = (self.box_rows, CKV_DIM // self.num_subs), (self.box_rows, 64)
+            box, rope_box = (self.box_rows, self.dims.ckv // self.num_subs), (self.box_rows, 64)
             ckv_view = cute.make_tensor(ckv.iterator, cute.select(ckv.layout, mode=[1, 2, 0]))
-            kpe_view = cute.make_tensor(kpe.iterator, cute.select(kpe.layout, mode=[1, 2, 0]))
             tma_ckv, mCkv = cpasync.make_tiled_tma_atom(
                 op, ckv_view, smem_layout(Kind.K_SW128, self.kv_dtype, box), box
             )
-            tma_kpe, mKpe = cpasync.make_tiled_tma_atom(
-                op, kpe_view, smem_layout(rope_kind, rope_dtype, rope_box), rope_box
-            )
+            if const_expr(self.dims.kpe > 0):
+                kpe_view = cute.make_tensor(kpe.iterator, cute.select(kpe.layout, mode=[1, 2, 0]))
+                tma_kpe, mKpe = cpasync.make_tiled_tma_atom(
+                    op, kpe_view, smem_layout(rope_kind, rope_dtype, rope_box), rope_box
+                )
         ckv_unit, kpe_unit = (paged.row_unit(x.stride[0], x.stride[1]) for x in (ckv, kpe))
         return {
             "tma_ckv": tma_ckv,
@@ -378,7 +426,7 @@ class RingProducer:
             "kpe_page_units": Int32(kpe.stride[0] // kpe_unit),
             "kpe_row_units": Int32(kpe.stride[1] // kpe_unit),
             "lay_sub": smem_layout(
-                Kind.K_SW128, self.kv_dtype, (TILE_N, CKV_DIM // self.num_subs, self.num_subs * self.num_stages)
+                Kind.K_SW128, self.kv_dtype, (TILE_N, self.dims.ckv // self.num_subs, self.num_subs * self.num_stages)
             ),
         }
 

@@ -45,7 +45,7 @@ class Epilogue:
                     inverse = scale * cutlass.select_(regs.rL[r] != 0.0, cute.arch.rcp_approx(divisor), Float32(0.0))
                 if head < params.num_heads:
                     at = ptx.row_address(params.mO, request, head)
-                    for c in cutlass.range_constexpr(4):
+                    for c in cutlass.range_constexpr(self.tiles.own_channels // 16):
                         self._store_quad(regs, at, c, [x * inverse for x in self.tiles.quad(regs, c, r)])
                     if (regs.w == 0) & (regs.l4 == 0):
                         params.mLse[request, head] = lse * params.lse_scale
@@ -55,7 +55,11 @@ class Epilogue:
     def _store_quad(self, regs: Fragments, row_at, c: int, x: list) -> None:
         """Four channels as 16-bit floats; `row_at`: address of the output row."""
         words = [ptx.to_16bit_pair(x[2 * i], x[2 * i + 1], self.tiles.dtype) for i in range(2)]
-        ptx.store_global(row_at + Int64(regs.w * 128 + c * 32 + self.tiles.quad_bytes(regs)), words)
+        ptx.store_global(row_at + Int64(self._quad_at(regs, c)), words)
+
+    def _quad_at(self, regs: Fragments, c: int):
+        """Where quad `c` of the thread begins in a row of 16-bit values, in bytes."""
+        return regs.w * (2 * self.tiles.own_channels) + c * 32 + self.tiles.quad_bytes(regs)
 
     @cute.jit
     def _store_partial(self, params: Params, smem: Smem, regs: Fragments, r: Constexpr, part_row, head, inverse, lse):
@@ -73,7 +77,7 @@ class Epilogue:
         to_int = partials.int16_factor(largest)
         if head < params.num_heads:
             at = partials.row_address(params, part_row + head)
-            for c in cutlass.range_constexpr(4):
+            for c in cutlass.range_constexpr(self.tiles.own_channels // 16):
                 self._store_integers(regs, at, c, self.tiles.quad(regs, c, r), to_int)
             if (regs.l4 == 0) & (regs.w % 4 == 0):
                 partials.put_worth(params, part_row + head, half, partials.int16_worth(largest * inverse))
@@ -81,10 +85,10 @@ class Epilogue:
                     partials.put_lse(params, part_row + head, lse)
 
     def _largest(self, regs: Fragments, r: int):
-        """The largest magnitude of row r in the warp's 64 channels, above 0 so that it can be divided by; NaN if one
+        """The largest magnitude of row r in the warp's channels, above 0 so that it can be divided by; NaN if one
         is NaN."""
         largest = Float32(partials.SMALLEST)
-        for c in range(4):
+        for c in range(self.tiles.own_channels // 16):
             for x in self.tiles.quad(regs, c, r):
                 largest = cute.arch.fmax(largest, cute.math.absf(x), nan=True)
         for offset in (1, 2):
@@ -94,4 +98,4 @@ class Epilogue:
     def _store_integers(self, regs: Fragments, row_at, c: int, x: list, to_int) -> None:
         """Four channels as biased 16-bit integers; `row_at`: address of the partial row."""
         words = partials.int16_words(x, to_int)
-        ptx.store_global(row_at + Int64(regs.w * 128 + c * 32 + self.tiles.quad_bytes(regs)), words)
+        ptx.store_global(row_at + Int64(self._quad_at(regs, c)), words)

@@ -129,8 +129,8 @@ class Fragments:
     first: cute.Tensor  # not 0: no tile of the item has set references yet
 
 
-def make_fragments(w, lane, q_steps: int) -> Fragments:
-    """For lane `lane` of consumer warp `w`, with nothing in them."""
+def make_fragments(w, lane, q_steps: int, own_channels: int) -> Fragments:
+    """For lane `lane` of consumer warp `w`, with nothing in them. `own_channels`: of O, that a warp has."""
 
     def registers(n, dtype=Float32):
         return cute.make_rmem_tensor((n,), dtype)
@@ -141,7 +141,7 @@ def make_fragments(w, lane, q_steps: int) -> Fragments:
         row=lane // 4,
         l4=lane % 4,
         rQ=registers(q_steps * 4, Uint32),
-        rO=registers(32),
+        rO=registers(own_channels // 2),
         rS=registers(4),
         rNext=registers(4),
         rL=registers(2),

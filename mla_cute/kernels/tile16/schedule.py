@@ -195,7 +195,7 @@ class Consumer:
             factor = softmax.exp2(cutlass.min(regs.rRef[r] - ref, Float32(0.0)))
             regs.rRef[r] = ref
             regs.rL[r] = regs.rL[r] * factor
-            for t in cutlass.range_constexpr(8):
+            for t in cutlass.range_constexpr(self.tiles.own_channels // 8):
                 for e in cutlass.range_constexpr(2):
                     regs.rO[t * 4 + 2 * r + e] = regs.rO[t * 4 + 2 * r + e] * (factor * keep)
         if const_expr(self.tiles.sparse):
@@ -223,13 +223,14 @@ class Consumer:
 
     @cute.jit
     def _pv(self, smem: Smem, regs: Fragments, slot, parity, left):
-        """O += P V in this warp's 64 channels; then the slot is the producers' again."""
+        """O += P V in this warp's channels; then the slot is the producers' again."""
         # Tokens past kv_end have P = 0, but what lies there may be NaN. The sparse gather writes zeros there.
         if const_expr(not self.tiles.sparse):
             self.tiles.clear_tail(smem, regs, slot, left)
-        acc = [[regs.rO[t * 4 + j] for j in range(4)] for t in range(8)]
+        accumulators = self.tiles.own_channels // 8
+        acc = [[regs.rO[t * 4 + j] for j in range(4)] for t in range(accumulators)]
         self.tiles.multiply_v(smem, regs, slot, parity, acc)
-        for t in cutlass.range_constexpr(8):
+        for t in cutlass.range_constexpr(accumulators):
             for j in cutlass.range_constexpr(4):
                 regs.rO[t * 4 + j] = acc[t][j]
         cute.arch.sync_warp()
@@ -245,7 +246,7 @@ class Consumer:
     @cute.jit
     def consume(self, params: Params, smem: Smem, part, head0, w, lane):
         """All items of part `part`, heads head0 .. head0 + 15, in consumer warp w."""
-        regs = make_fragments(w, lane, self.tiles.q_steps)
+        regs = make_fragments(w, lane, self.tiles.q_steps, self.tiles.own_channels)
         # What only an item's beginning or end needs is kept in shared memory. In registers it would live through the
         # loop over tiles, which has none to spare: the gathers of 16-bit caches and of format "group" then spill 8
         # bytes. Each warp writes and reads words of its own, so no barrier is needed.

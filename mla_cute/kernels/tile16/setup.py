@@ -1,14 +1,14 @@
 """The tile16 kernel's launch, shared memory and roles, and what compiles it; schedule.py has the schedule.
 
 Registers: 240 for consumers, 24 for producers (gather 232 and 40). Shared memory: five (format "group": four) tiles of
-36 to 41 KiB, or three of 72 KiB.
+36 to 41 KiB, or three of 72 KiB; of heads of 256 + 64 six of 20 or five of 40 KiB.
 """
 
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint8, const_expr, memory
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
-from ...dims import CKV_DIM, KPE_DIM, TILE16_M
+from ...dims import KPE_DIM, TILE16_M
 from ..keys import DecodeKey, Fp8Key, LaunchConfig
 from ..lib.dtypes import CUTLASS_DTYPES
 from ..lib.paged import TILE_N
@@ -44,6 +44,7 @@ class Tile16(RingProducer):
 
     def __init__(self, tiles: Tiles, box_rows: int, config: LaunchConfig, sparse: bool):
         self.tiles, self.dtype, self.q_fp8, self.num_stages = tiles, tiles.dtype, tiles.q_fp8, tiles.num_stages
+        self.dims = tiles.dims
         self.rows = HeadRows()
         self._set_cache(box_rows, config.evict_first, tiles.kv_format, sparse)
         self.mbars = make_mbarriers(self.num_stages, self.loader.full_arrivals)
@@ -113,7 +114,7 @@ class Tile16(RingProducer):
                 sChosen: cute.struct.MemRange[Int32, NUM_PRODUCER_WARPS * self.num_stages]
             sScales: cute.struct.Align[cute.struct.MemRange[Float32, num_scales], 16]
             sQP: cute.struct.Align[cute.struct.MemRange[Uint8, kept + transient], 16]
-            sK: cute.struct.Align[cute.struct.MemRange[self.kv_dtype, self.num_stages * TILE_N * CKV_DIM], 1024]
+            sK: cute.struct.Align[cute.struct.MemRange[self.kv_dtype, self.num_stages * TILE_N * self.dims.ckv], 1024]
             sR: cute.struct.Align[cute.struct.MemRange[rope_dtype, self.num_stages * TILE_N * KPE_DIM], 1024]
 
         st = memory.SmemAllocator().allocate(Storage)
@@ -148,9 +149,9 @@ class Tile16(RingProducer):
         warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         smem = self._smem(params)
         if warp_idx == 0:
-            if const_expr(self.by_tma):
-                cpasync.prefetch_descriptor(params.tma_ckv)
-                cpasync.prefetch_descriptor(params.tma_kpe)
+            for tma in (params.tma_ckv, params.tma_kpe):
+                if const_expr(tma is not None):
+                    cpasync.prefetch_descriptor(tma)
             with cute.arch.elect_one():
                 self.mbars.init(smem.mbar)
         cute.arch.mbarrier_init_fence()
@@ -172,10 +173,10 @@ class Tile16Fp8(Tile16):
 
 
 def decode(key: DecodeKey, config: LaunchConfig) -> Step:
-    tiles = SixteenBitTiles(CUTLASS_DTYPES[key.dtype], key.sparse, by_tma=key.box_rows > 0)
+    tiles = SixteenBitTiles(CUTLASS_DTYPES[key.dtype], key.dims, key.sparse, by_tma=key.box_rows > 0)
     return Step(Tile16(tiles, key.box_rows, config, key.sparse), key.dtype, False, config, key.sparse)
 
 
 def decode_fp8(key: Fp8Key, config: LaunchConfig) -> Step:
-    tiles = Fp8Tiles(CUTLASS_DTYPES[key.dtype], key.sparse, key.kv_format, key.q_fp8)
+    tiles = Fp8Tiles(CUTLASS_DTYPES[key.dtype], key.dims, key.sparse, key.kv_format, key.q_fp8)
     return Step(Tile16Fp8(tiles, key.box_rows, config, key.sparse), key.dtype, False, config, key.sparse)

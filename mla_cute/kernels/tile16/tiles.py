@@ -2,7 +2,7 @@
 
 A third kind of tile is a subclass of `Tiles`, and a factory at the end of setup.py that gives it to the kernel.
 
-Who owns what is the same for every kind. Consumer warp w (0 to 7), lane l, l4 = l % 4:
+Who owns what is the same for every kind. Consumer warp w (0 to 7), lane l, l4 = l % 4, of heads of 512 + 64:
 
     Q   rows are the CTA's 16 heads of one request; every warp needs all 576 channels, 36 steps of 16 (32 nope, 4 rope)
     S   warp w: tokens 8 w .. 8 w + 7 of the tile; a thread: rows l / 4 and l / 4 + 8, its warp's tokens 2 l4, 2 l4 + 1
@@ -10,6 +10,9 @@ Who owns what is the same for every kind. Consumer warp w (0 to 7), lane l, l4 =
         [parity][p_tiles][step of 16 tokens][lane][4 words]
     O   warp w: channels 64 w .. 64 w + 63, in eight accumulators of 16 rows x 8 channels; which of the 64 channels
         accumulator t and element e of a thread are is up to the kind of tile, which undoes it in `quad`
+
+Of 256 channels Q has half as many steps in front of the rope's, and a warp 32 channels of O in four accumulators. Of a
+rope of 32 channels there are two steps, which read the first half of its rows, without one there are none.
 """
 
 import abc
@@ -17,9 +20,9 @@ from collections.abc import Callable
 
 from cutlass import Int32, Uint32
 
-from ...dims import NUM_SCALES
+from ...dims import NUM_SCALES, HeadDims
 from ..lib import ptx
-from .params import Fragments, Params, Smem
+from .params import NUM_WARPS, Fragments, Params, Smem
 
 
 class Tiles(abc.ABC):
@@ -27,6 +30,10 @@ class Tiles(abc.ABC):
     by all lanes of a warp."""
 
     dtype: type  # cutlass.BFloat16 or cutlass.Float16: of outputs, of queries and rope where they are not e4m3
+    dims: HeadDims
+    nope_steps: int  # steps of Q of 16 channels: the latent ones, and then the rope's
+    rope_steps: int
+    own_channels: int  # of O, that a warp has
     sparse: bool  # each query has a list of tokens, in which there may be none at any place
     kv_format: str  # "" or a name of dims.KV_FORMATS
     q_fp8: bool
@@ -37,8 +44,9 @@ class Tiles(abc.ABC):
     q_kept_bytes: int  # of shared memory for the other steps of Q, for the whole item
     q_transient_bytes: int  # of shared memory that the first steps pass through; P takes it afterwards
 
-    def __init__(self, dtype: type, sparse: bool, kv_format: str, q_fp8: bool):
-        self.dtype, self.sparse, self.kv_format, self.q_fp8 = dtype, sparse, kv_format, q_fp8
+    def __init__(self, dtype: type, dims: HeadDims, sparse: bool, kv_format: str, q_fp8: bool):
+        self.dtype, self.dims, self.sparse, self.kv_format, self.q_fp8 = dtype, dims, sparse, kv_format, q_fp8
+        self.nope_steps, self.rope_steps, self.own_channels = dims.ckv // 16, dims.kpe // 16, dims.ckv // NUM_WARPS
         self.num_scales = NUM_SCALES[kv_format]
         self.p_tiles = max(1, self.num_scales)
 
@@ -83,12 +91,12 @@ class Tiles(abc.ABC):
 
     @abc.abstractmethod
     def clear_tail(self, smem: Smem, regs: Fragments, slot, left) -> None:
-        """Zeros in this warp's 64 channels of the tokens from `left` on, where NaN may lie: 0 NaN would be NaN."""
+        """Zeros in this warp's channels of the tokens from `left` on, where NaN may lie: 0 NaN would be NaN."""
 
     @abc.abstractmethod
     def multiply_v(self, smem: Smem, regs: Fragments, slot, parity, acc: list) -> None:
-        """PV: adds P of parity `parity` times this warp's 64 channels of the tile to `acc`, eight lists of four values
-        in the order of regs.rO, which it replaces."""
+        """PV: adds P of parity `parity` times this warp's channels of the tile to `acc`, a list of four values for each
+        8 of its channels, in the order of regs.rO, which it replaces."""
 
     # -------------------------------------------------------------------- an item's end
 
@@ -103,7 +111,7 @@ class Tiles(abc.ABC):
     @abc.abstractmethod
     def quad(self, regs: Fragments, c: int, r: int) -> list:
         """After `gather_quads`: the four consecutive channels that this thread has of its warp's channels 16 c ..
-        16 c + 15 (c: 0 to 3), row r (0: regs.row, 1: regs.row + 8)."""
+        16 c + 15, row r (0: regs.row, 1: regs.row + 8)."""
 
     @abc.abstractmethod
     def quad_bytes(self, regs: Fragments):

@@ -2,7 +2,8 @@
 methods do.
 
 A K tile is four ckv sub-tiles of 64 tokens x 128 bytes in 128-byte swizzle, and a rope tile of 64 tokens x 64 bytes in
-64-byte swizzle (e4m3) or 128 bytes in 128-byte swizzle (16 bits). A warp's PV channels are half a ckv sub-tile.
+64-byte swizzle (e4m3) or 128 bytes in 128-byte swizzle (16 bits). A warp's PV channels are half a ckv sub-tile (of 256
+channels: a quarter of one of two).
 
 Q is float16 under a power of two per row (a 16-bit rope beside a 16-bit q_pe stays as it is), and so is P, under the
 references and the unit of scales: nothing is lost beyond the cache's own rounding.
@@ -17,28 +18,30 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32, const_expr
 
+from ...dims import HeadDims
 from ..lib import barriers, e4m3, ptx, scalars
 from ..lib.paged import SUB_BYTES, TILE_N
 from ..lib.ring import RingMbarriers
 from .params import P_WORDS, Bar, Fragments, Params, Smem
 from .tiles import Tiles
 
-TILE_BYTES = 4 * SUB_BYTES  # of ckv in a slot of the ring
-# Q as A fragments: 32 steps of 16 channels, the rope's four, and four behind them that take zeros.
-Q_TOTAL_STEPS = 40
 STEP_BYTES = 32 * 4 * 4  # 32 lanes of four words
 
 
 class Fp8Tiles(Tiles):
     rope_fp8: bool  # format "tensor": the rope of the cache is e4m3, else it is of `dtype`
+    tile_bytes: int  # of ckv in a slot of the ring
+    q_total_steps: int  # of Q as A fragments: 32 of 16 channels, the rope's four, and four behind them that take zeros
 
-    def __init__(self, dtype: type, sparse: bool, kv_format: str, q_fp8: bool):
-        super().__init__(dtype, sparse, kv_format, q_fp8)
+    def __init__(self, dtype: type, dims: HeadDims, sparse: bool, kv_format: str, q_fp8: bool):
+        super().__init__(dtype, dims, sparse, kv_format, q_fp8)
         self.rope_fp8 = kv_format == "tensor"
-        self.q_steps = 8 if kv_format == "group" else 24
-        self.num_stages = 4 if kv_format == "group" else 5
+        self.tile_bytes = self.nope_steps // 8 * SUB_BYTES
+        self.q_total_steps = self.nope_steps + 8
+        self.q_steps = 8 if kv_format == "group" else min(24, self.nope_steps)
+        self.num_stages = (4 if kv_format == "group" else 5) if dims.ckv == 512 else 6
         # What stays in shared memory lies in front of what the warps keep in registers.
-        self.q_kept_bytes = (Q_TOTAL_STEPS - self.q_steps) * STEP_BYTES
+        self.q_kept_bytes = (self.q_total_steps - self.q_steps) * STEP_BYTES
         self.q_transient_bytes = self.q_steps * STEP_BYTES
 
     def to_p_pair(self, low, high):
@@ -55,33 +58,19 @@ class Fp8Tiles(Tiles):
         q16 = t % 16
         head = cutlass.min(head0 + row, params.num_heads - 1)
         nope = ptx.row_address(params.mQ, request, head) + Int64(q16 * 16)
-        rope = ptx.row_address(params.mQpe, request, head) + Int64(q16 * 16)
         # Address of the row's first word in a step: lane 4 (row % 8), word 0 (row < 8) or 1.
         at = smem.q_address + (row % 8) * 64 + row // 8 * 4
         worth = scalars.score_factors(params, self.rope_fp8)
         scale = Float32(1.0)
         rope_scale = Float32(1.0)
         if const_expr(self.q_fp8):
-            for i in cutlass.range_constexpr(2):
+            for i in cutlass.range_constexpr(self.nope_steps // 16):
                 self._put_e4m3(at, ptx.load_global_16(nope, 256 * i), q16 + 16 * i)
         else:
-            scale = self._put_scaled(at, [ptx.load_global_16(nope, 256 * i) for i in range(4)], q16, 0)
-        if const_expr(self.rope_fp8 and self.q_fp8):
-            if q16 < 4:
-                self._put_e4m3(at, ptx.load_global_16(rope), 32 + q16)
-        elif const_expr(self.rope_fp8):
-            words = cute.make_rmem_tensor((4,), Uint32)
-            words.fill(0)
-            if q16 < 8:
-                for i, word in enumerate(ptx.load_global_16(rope)):
-                    words[i] = word
-            # Eight of the sixteen threads have a chunk; the zeros of the others go to the four steps behind the last.
-            rope_scale = self._put_scaled(at, [[words[i] for i in range(4)]], q16, 32)
-        else:
-            # Over a 16-bit rope each word of a fragment has channels 2 l4 and 2 l4 + 1 of a chunk of 8, unpermuted.
-            if q16 < 8:
-                for i, word in enumerate(ptx.load_global_16(rope)):
-                    ptx.store_shared(at + self._step_offset(32 + q16 // 2) + q16 % 2 * 8, [word], 16 * i)
+            chunks = [ptx.load_global_16(nope, 256 * i) for i in range(self.nope_steps // 8)]
+            scale = self._put_scaled(at, chunks, q16, 0)
+        if const_expr(self.rope_steps > 0):
+            rope_scale = self._load_q_rope(params, at, request, head, q16)
         if q16 == 0:
             smem.sRow[row, 0] = scale * worth[0]
             smem.sRow[row, 1] = rope_scale * worth[1]
@@ -91,9 +80,32 @@ class Fp8Tiles(Tiles):
                 regs.rQ[step * 4 + i] = word
         Bar.ITEM.sync()
 
+    @cute.jit
+    def _load_q_rope(self, params: Params, at, request, head, q16):
+        """The rope of a thread's row; returns the power of two that the row was divided by."""
+        rope = ptx.row_address(params.mQpe, request, head) + Int64(q16 * 16)
+        scale = Float32(1.0)
+        if const_expr(self.rope_fp8 and self.q_fp8):
+            if q16 < self.rope_steps:
+                self._put_e4m3(at, ptx.load_global_16(rope), self.nope_steps + q16)
+        elif const_expr(self.rope_fp8):
+            words = cute.make_rmem_tensor((4,), Uint32)
+            words.fill(0)
+            if q16 < 2 * self.rope_steps:
+                for i, word in enumerate(ptx.load_global_16(rope)):
+                    words[i] = word
+            # Eight or four of the sixteen threads have a chunk; the others' zeros go to the steps behind the last.
+            scale = self._put_scaled(at, [[words[i] for i in range(4)]], q16, self.nope_steps)
+        else:
+            # Over a 16-bit rope each word of a fragment has channels 2 l4 and 2 l4 + 1 of a chunk of 8, unpermuted.
+            if q16 < 8:
+                for i, word in enumerate(ptx.load_global_16(rope)):
+                    ptx.store_shared(at + self._step_offset(32 + q16 // 2) + q16 % 2 * 8, [word], 16 * i)
+        return scale
+
     def _step_offset(self, step):
         """Offset of a step of Q in shared memory: the steps that stay there come first."""
-        return (step + (Q_TOTAL_STEPS - self.q_steps)) % Q_TOTAL_STEPS * STEP_BYTES
+        return (step + (self.q_total_steps - self.q_steps)) % self.q_total_steps * STEP_BYTES
 
     def _put_e4m3(self, at, words: list, step) -> None:
         """A step of a row, 16 e4m3 in four words, to shared memory as float16; `at`: the row's first word."""
@@ -135,20 +147,24 @@ class Fp8Tiles(Tiles):
         r8 = regs.lane % 8
         chunk = regs.lane // 8
         rows = regs.w * 8 + r8
-        at = smem.k_address + slot * TILE_BYTES + rows * 128
+        at = smem.k_address + slot * self.tile_bytes + rows * 128
         # One accumulator per 128 channels, which is a scale group, and one for the rope.
-        acc = [[Float32(0.0)] * 4 for _ in range(5)]
+        subs = self.nope_steps // 8
+        acc = [[Float32(0.0)] * 4 for _ in range(subs + 1)]
         for half in cutlass.range_constexpr(2):
-            x = [ptx.ldmatrix_x4(at + ((chunk + 4 * half) ^ r8) * 16, sub * SUB_BYTES, False) for sub in range(4)]
+            x = [ptx.ldmatrix_x4(at + ((chunk + 4 * half) ^ r8) * 16, sub * SUB_BYTES, False) for sub in range(subs)]
             for m in cutlass.range_constexpr(4):
-                for sub in cutlass.range_constexpr(4):
+                for sub in cutlass.range_constexpr(subs):
                     step = sub * 8 + half * 4 + m
                     acc[sub] = self._multiply_q(smem, regs, acc[sub], step, e4m3.e4m3x4_to_f16(x[sub][m]), "f16")
-        if const_expr(self.rope_fp8):
+        if const_expr(self.rope_steps == 0):
+            pass
+        elif const_expr(self.rope_fp8):
             at = smem.r_address + slot * (TILE_N * 64) + rows * 64 + (chunk ^ (r8 // 2)) * 16
             x = ptx.ldmatrix_x4(at, 0, False)
-            for m in cutlass.range_constexpr(4):
-                acc[4] = self._multiply_q(smem, regs, acc[4], 32 + m, e4m3.e4m3x4_to_f16(x[m]), "f16")
+            for m in cutlass.range_constexpr(self.rope_steps):
+                step = self.nope_steps + m
+                acc[subs] = self._multiply_q(smem, regs, acc[subs], step, e4m3.e4m3x4_to_f16(x[m]), "f16")
         else:
             at = smem.r_address + slot * (TILE_N * 128) + rows * 128
             x = [word for half in range(2) for word in ptx.ldmatrix_x4(at + ((chunk + 4 * half) ^ r8) * 16, 0, False)]
@@ -159,7 +175,9 @@ class Fp8Tiles(Tiles):
         sees = self.sees(smem, regs, slot, left)
         for j in cutlass.range_constexpr(4):
             row = regs.row + 8 * (j // 2)
-            score = nope[j] * smem.sRow[row, 0] + acc[4][j] * smem.sRow[row, 1]
+            score = nope[j] * smem.sRow[row, 0]
+            if const_expr(self.rope_steps > 0):
+                score = nope[j] * smem.sRow[row, 0] + acc[subs][j] * smem.sRow[row, 1]
             regs.rNext[j] = score if sees(j % 2) else -Float32.inf
 
     def _multiply_q(self, smem: Smem, regs: Fragments, acc, step: int, b, dtype: str):
@@ -171,30 +189,36 @@ class Fp8Tiles(Tiles):
         return ptx.mma_m16n8k16(acc, a, b, dtype)
 
     def _combine(self, smem: Smem, regs: Fragments, slot, acc):
-        """The sum of the four accumulators of 128 channels, times their scales."""
+        """The sum of the accumulators of 128 channels, times their scales."""
         if self.kv_format == "group":
             scales = [self.column_scales(smem, regs, slot, g) for g in range(4)]
             parts = [[acc[g][j] * scales[g][j % 2] for g in range(4)] for j in range(4)]
         else:
-            parts = [[acc[g][j] for g in range(4)] for j in range(4)]
-        sums = [(x[0] + x[1]) + (x[2] + x[3]) for x in parts]
+            parts = [[acc[g][j] for g in range(self.nope_steps // 8)] for j in range(4)]
+        sums = [(x[0] + x[1]) + (x[2] + x[3]) if len(x) == 4 else x[0] + x[1] for x in parts]
         if self.kv_format == "token":
             scales = self.column_scales(smem, regs, slot, 0)
             sums = [sums[j] * scales[j % 2] for j in range(4)]
         return sums
 
     def _v_address(self, smem: Smem, regs: Fragments, slot):
-        """Address of the sub-tile of which this warp's channels are half."""
-        return smem.k_address + slot * TILE_BYTES + regs.w // 2 * SUB_BYTES
+        """Address of the sub-tile of which this warp's channels are a half or a quarter."""
+        return smem.k_address + slot * self.tile_bytes + regs.w // (128 // self.own_channels) * SUB_BYTES
+
+    def _first_chunk(self, regs: Fragments):
+        """In a row of that sub-tile, of chunks of 16 channels."""
+        chunks = self.own_channels // 16
+        return regs.w % (8 // chunks) * chunks
 
     @cute.jit
     def clear_tail(self, smem: Smem, regs: Fragments, slot, left):
         tile = self._v_address(smem, regs, slot)
         if left < TILE_N:
             lane = ptx.thread_index() % 32
-            chunk = regs.w % 2 * 4 + lane % 4
-            first = cutlass.max(left, Int32(0)) + lane // 4
-            for row in cutlass.range(first, TILE_N, 8, unroll=1):
+            chunks = self.own_channels // 16
+            chunk = self._first_chunk(regs) + lane % chunks
+            first = cutlass.max(left, Int32(0)) + lane // chunks
+            for row in cutlass.range(first, TILE_N, 32 // chunks, unroll=1):
                 zero = Uint32(0)
                 ptx.store_shared(tile + row * 128 + (chunk ^ (row % 8)) * 16, [zero, zero, zero, zero])
             barriers.fence_smem_writes()
@@ -205,13 +229,14 @@ class Fp8Tiles(Tiles):
         r8 = regs.lane % 8
         quarter = regs.lane // 8
         row = quarter % 2 * 8 + r8
-        chunk = regs.w % 2 * 4 + quarter // 2
-        at = [tile + row * 128 + ((chunk + 2 * c) ^ r8) * 16 for c in range(2)]
+        chunk = self._first_chunk(regs) + quarter // 2
+        loads = self.own_channels // 32
+        at = [tile + row * 128 + ((chunk + 2 * c) ^ r8) * 16 for c in range(loads)]
         group = regs.w // 2 if self.p_tiles > 1 else Int32(0)
         p_at = smem.p_address + ((parity * self.p_tiles + group) * P_WORDS + regs.lane * 4) * 4
         for kk in range(4):
             a = ptx.load_shared_16(p_at, kk * 512)
-            for c in range(2):
+            for c in range(loads):
                 x = ptx.ldmatrix_x4(at[c], kk * 2048, True)
                 y = [e4m3.e4m3x4_to_f16(e4m3.transpose_pairs(v)) for v in x]
                 for q in range(2):
@@ -228,7 +253,7 @@ class Fp8Tiles(Tiles):
         """Nothing to do: the even and odd channels of a thread in accumulators 2 c and 2 c + 1 are consecutive."""
 
     def quad(self, regs: Fragments, c: int, r: int) -> list:
-        # Channels 16 c + 4 l4 .. 16 c + 4 l4 + 3 of the warp's 64.
+        # Channels 16 c + 4 l4 .. 16 c + 4 l4 + 3 of the warp's.
         even, odd = c * 8 + 2 * r, c * 8 + 4 + 2 * r
         return [regs.rO[even], regs.rO[odd], regs.rO[even + 1], regs.rO[odd + 1]]
 

@@ -11,7 +11,7 @@ multiplies its own P from registers and the other's from shared memory.
     wg 0        0-3    240      S0 = Q K0^T, softmax, O[:, 0:256] += P0 V0[:, 0:256] + P1 V1[:, 0:256]
     wg 1        4-7    240      S1 = Q K1^T, softmax, O[:, 256:512] += P1 V1[:, 256:512] + P0 V0[:, 256:512]
     producer    8-11   24       warp 8 + w fills (stage w % 2, half w / 2) and its share of an item's Q
-    (box_rows 8, the gather and packed rows: 232 and 40 registers)
+    (box_rows 8, the gather and packed rows: 232 and 40 registers; setup.py has those of other head dimensions)
 
     mbarrier             filled by / waited for by (params.py has the arrivals)
     full[stage][sub]     producer warp of that half, per 64 x 64 sub-tile (gather: all four warps, per two sub-tiles) /

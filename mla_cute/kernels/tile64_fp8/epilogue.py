@@ -77,8 +77,8 @@ def _fmax_abs(largest, *values):
 
 
 def _first_word(regs: Fragments, wg):
-    """Where this thread's word of block 0 begins in a row of 512 16-bit values, in bytes."""
-    return Int64((wg * 256 + regs.t // 32 * 16 + regs.lane // 4 * 2) * 2)
+    """Where this thread's word of block 0 begins in a row of 16-bit values, in bytes."""
+    return Int64((wg * (64 * len(regs.rO)) + regs.t // 32 * 16 + regs.lane // 4 * 2) * 2)
 
 
 @cute.jit
@@ -92,10 +92,11 @@ def store_output(smem: Smem, regs: Fragments, rows, scale, dtype: Constexpr, wg,
             if const_expr(sinks is not None):
                 sink = scalars.sink_weight(sinks, head0 + row, smem.sMax[0, row])
             inverse = _inverse_sum(smem, row, sink) * scale
-            words = [ptx.to_16bit_pair(*(x * inverse for x in _channels(regs, m, j, e)), dtype) for m in range(4)]
+            channels = [_channels(regs, m, j, e) for m in range(len(regs.rO))]
+            words = [ptx.to_16bit_pair(*(x * inverse for x in pair), dtype) for pair in channels]
             if row < rows:
                 at = smem.sAddress[row] + _first_word(regs, wg)
-                for m in cutlass.range_constexpr(4):
+                for m in cutlass.range_constexpr(len(regs.rO)):
                     ptx.store_global(at + 128 * m, [words[m]])
 
 
@@ -106,7 +107,7 @@ def store_partial(params: Params, smem: Smem, regs: Fragments, part_row, rows, s
     for j in cutlass.range_constexpr(8):
         for e in cutlass.range_constexpr(2):
             largest = Float32(partials.SMALLEST)
-            for m in cutlass.range_constexpr(4):
+            for m in cutlass.range_constexpr(len(regs.rO)):
                 largest = _fmax_abs(largest, *_channels(regs, m, j, e))
             for i in cutlass.range_constexpr(3):
                 largest = cute.arch.fmax(largest, cute.arch.shuffle_sync_bfly(largest, offset=4 << i), nan=True)
@@ -121,11 +122,11 @@ def store_partial(params: Params, smem: Smem, regs: Fragments, part_row, rows, s
                 largest = cute.arch.fmax(largest, smem.scratch[row, i + 1, wg], nan=True)
             to_int = partials.int16_factor(largest)
             words = []
-            for m in cutlass.range_constexpr(4):
+            for m in cutlass.range_constexpr(len(regs.rO)):
                 words.extend(partials.int16_words(_channels(regs, m, j, e), to_int))
             if row < rows:
                 at = smem.sAddress[row] + _first_word(regs, wg)
-                for m in cutlass.range_constexpr(4):
+                for m in cutlass.range_constexpr(len(regs.rO)):
                     ptx.store_global(at + 128 * m, [words[m]])
                 if (regs.lane < 4) & (regs.t < 32):
                     worth = partials.int16_worth(largest * _inverse_sum(smem, row) * scale)

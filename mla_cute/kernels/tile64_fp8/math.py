@@ -2,20 +2,17 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float16, Float32, Int32, Int64, Uint32
+from cutlass import Float16, Float32, Int32, Int64, Uint32, const_expr
 from cutlass.cute.nvgpu import warp, warpgroup
 
-from ...dims import CKV_DIM, KPE_DIM, TILE_M
+from ...dims import TILE_M
 from ..lib import barriers, e4m3, ptx, softmax, wgmma
 from ..lib.paged import SUB_BYTES, TILE_N
 from .params import FILL, WARPGROUP, Fragments, Params, Smem, Variant
 
-# A wgmma multiplies 32 e4m3 or 16 16-bit values of the depth.
-NOPE_STEPS = CKV_DIM // 32
 
-
-def make_fragments(params: Params, smem: Smem, t: Int32, wg: Int32) -> Fragments:
-    """Descriptors and registers of consumer thread `t` of its warpgroup."""
+def make_fragments(params: Params, smem: Smem, t: Int32, wg: Int32, blocks: int) -> Fragments:
+    """Descriptors and registers of consumer thread `t` of its warpgroup. `blocks`: Variant's."""
     thr_nope, thr_rope, thr_pv = (m.get_slice(0) for m in (params.mma_nope, params.mma_rope, params.mma_pv))
     acc = thr_nope.partition_shape_C((TILE_M, TILE_N))
     rS, rT = cute.make_rmem_tensor(acc, Float32), cute.make_rmem_tensor(acc, Float32)
@@ -33,7 +30,7 @@ def make_fragments(params: Params, smem: Smem, t: Int32, wg: Int32) -> Fragments
         tSrQr=thr_rope.make_fragment_A(thr_rope.partition_A(smem.sQr)),
         tSrR=thr_rope.make_fragment_B(thr_rope.partition_B(smem.sR)),
         tOrP=thr_pv.make_fragment_B(thr_pv.partition_B(smem.sP)),
-        rO=tuple(cute.make_rmem_tensor(thr_pv.partition_shape_C((64, TILE_M)), Float32) for _ in range(4)),
+        rO=tuple(cute.make_rmem_tensor(thr_pv.partition_shape_C((64, TILE_M)), Float32) for _ in range(blocks)),
         rS=rS,
         rT=rT,
         rP=rP,
@@ -88,7 +85,7 @@ class PairMath(Variant):
             cute.arch.mbarrier_wait(smem.mbar + self.mbars.full + slot, self._phase(tile))
             if self.loader.generic_proxy:
                 barriers.fence_smem_writes()
-        steps = NOPE_STEPS // self.score_chunks
+        steps = self.dims.ckv // 32 // self.score_chunks  # a wgmma multiplies 32 e4m3 or 16 16-bit values of the depth
         warpgroup.fence()
         for term in reversed(range(self.q_terms)):
             self._issue(params.mma_nope, regs.rT if acc is None else acc, regs.tSrQ[None, None, None, term],
@@ -98,7 +95,7 @@ class PairMath(Variant):
 
     def _start_rope(self, params: Params, regs: Fragments, slot: Int32, acc) -> None:
         """acc = Qr R^T; asynchronous."""
-        steps = KPE_DIM // (32 if self.rope_fp8 else 16)
+        steps = self.dims.kpe // (32 if self.rope_fp8 else 16)
         warpgroup.fence()
         for term in reversed(range(self.rope_terms)):
             self._issue(params.mma_rope, acc, regs.tSrQr[None, None, None, term], regs.tSrR[None, None, None, slot],
@@ -116,17 +113,18 @@ class PairMath(Variant):
         nope, rope = regs.S, regs.T
         if self.score_chunks == 1:
             nope, rope = regs.T, regs.S
-            self._start_rope(params, regs, slot, regs.rS)
         else:
             self._sum_parts(params, smem, regs, tile, slot)
-            self._start_rope(params, regs, slot, regs.rT)
+        if self.dims.kpe:
+            self._start_rope(params, regs, slot, regs.rS if self.score_chunks == 1 else regs.rT)
         warpgroup.wait_group(0)
         for j in range(8):
             scales = self._column_scales(smem, regs, slot, 0, j) if self.num_scales == 1 else []
             for n in (2 * j, 2 * j + 1):
                 for r in range(2):
                     factor = a[r] * scales[n % 2] if scales else a[r]
-                    regs.S[r, n] = (rope[r, n] * b[r] - regs.rRef[r]) + nope[r, n] * factor
+                    first = rope[r, n] * b[r] - regs.rRef[r] if self.dims.kpe else -regs.rRef[r]
+                    regs.S[r, n] = first + nope[r, n] * factor
 
     def _sum_parts(self, params: Params, smem: Smem, regs: Fragments, tile: Uint32, slot: Int32) -> None:
         """S = sum over parts of the depth of Q K^T, each times its tokens' scales where parts have their own."""
@@ -187,10 +185,12 @@ class PairMath(Variant):
         """Zero V rows >= valid of this warpgroup's half: 0 * NaN is NaN, and rows past kv_end may hold anything."""
         if valid < TILE_N:
             t = ptx.thread_index() % WARPGROUP
-            first = cutlass.max(valid, Int32(0)) + t // 32
-            # 256 bytes of a row are 32 words in two sub-tiles; the swizzle permutes within a row of a sub-tile.
-            base = (slot * 4 + wg * 2 + t % 32 // 16) * (SUB_BYTES // 8) + t % 16
-            for row in cutlass.range(first, TILE_N, 4, unroll=1):
+            # 256 bytes of a row are 32 words in two sub-tiles; the swizzle permutes within a row of a sub-tile. 128 bytes
+            # are 16 words in one, so that a warp takes two rows at a time.
+            first = cutlass.max(valid, Int32(0)) + t // (8 * self.blocks)
+            sub = t % 32 // 16 if const_expr(self.blocks == 4) else Int32(0)
+            base = (slot * self.blocks + wg * (self.blocks // 2) + sub) * (SUB_BYTES // 8) + t % 16
+            for row in cutlass.range(first, TILE_N, 16 // self.blocks, unroll=1):
                 smem.k_words[base + row * 16] = Int64(0)
             barriers.fence_smem_writes()
             barriers.sync_of(FILL, wg)
@@ -205,7 +205,7 @@ class PairMath(Variant):
         """
         words = cute.recast_tensor(regs.rV[buffer], Uint32)
         chunk = (m % 2) * 4 + regs.t // 32
-        address = Int32(smem.sK.iterator.toint()) + (slot * 2 + wg) * (2 * SUB_BYTES)
+        address = Int32(smem.sK.iterator.toint()) + (slot * 2 + wg) * (self.blocks // 2 * SUB_BYTES)
         address = address + regs.lane * 128 + (chunk ^ (regs.lane % 8)) * 16
         for half in range(2):
             x = ptx.ldmatrix_x4(address, m // 2 * SUB_BYTES + half * (SUB_BYTES // 2), True)

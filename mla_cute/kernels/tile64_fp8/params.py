@@ -56,6 +56,7 @@ class Variant(RingProducer):
     rope_dtype: type[Numeric]  # that Q's rope is multiplied in: e4m3 or `dtype`
     q_terms: int  # e4m3 terms whose sum is Q: 1, or high and low ones for a 16-bit Q
     rope_terms: int  # likewise of its rope; 1 where that is multiplied in `dtype`
+    blocks: int  # of 64 channels of O^T, that a consumer owns
     score_chunks: int  # Q K^T is added up in float32 after each of so many parts of its depth
     ahead: bool  # a pair's Q K^T is started before the P V of the pair in front of it
     use_pdl: bool  # the kernel runs under programmatic dependent launch
@@ -65,16 +66,18 @@ class Variant(RingProducer):
 
     def __init__(self, key: Fp8Key, rows: RowMap, config: LaunchConfig):
         self.dtype = CUTLASS_DTYPES[key.dtype]
+        self.dims = key.dims
         self.rows = rows
         self.q_fp8 = key.q_fp8
         self._set_cache(key.box_rows, config.evict_first, key.kv_format, key.sparse)
         self.rope_dtype = Float8E4M3FN if self.rope_fp8 else self.dtype
         self.q_terms = 1 if self.q_fp8 else 2
         self.rope_terms = self.q_terms if self.rope_fp8 else 1
+        self.blocks = self.dims.ckv // 128
         # In format "group" each 128 channels have a scale of their own, so that their sums are apart anyway. In others,
-        # accuracy "native" leaves all 512 to the tensor core, which keeps fewer bits of the sum than float32.
-        self.score_chunks = 4 if self.kv_format == "group" or config.accuracy == "high" else 1
-        self.num_stages = 4 if self.q_fp8 else 3
+        # accuracy "native" leaves all of them to the tensor core, which keeps fewer bits of the sum than float32.
+        self.score_chunks = self.dims.ckv // 128 if self.kv_format == "group" or config.accuracy == "high" else 1
+        self.num_stages = (4 if self.q_fp8 else 3) if self.dims.ckv == 512 else 6
         # With three slots the next pair's tile may be waiting for the slots that this pair's P V reads.
         self.ahead = self.num_stages >= 4
         self.use_pdl = config.use_pdl
@@ -133,7 +136,7 @@ class Params:
 
 @dataclasses.dataclass(frozen=True)
 class Smem:
-    """Views of one CTA's shared memory."""
+    """Views of one CTA's shared memory, of heads of 512 + 64."""
 
     mbar: Any  # pointer to the first of Variant.mbars
     sQ: cute.Tensor  # (64, 512, q_terms) e4m3
@@ -175,7 +178,7 @@ class Fragments:
     tSrQr: cute.Tensor
     tSrR: cute.Tensor
     tOrP: cute.Tensor
-    rO: tuple  # four blocks of 64 channels
+    rO: tuple  # blocks of 64 channels, four of heads of 512
     rS: cute.Tensor
     rT: cute.Tensor  # a second accumulator of scores: of the next tile, of a part of the depth, or of the rope
     rP: cute.Tensor

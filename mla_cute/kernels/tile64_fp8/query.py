@@ -4,7 +4,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32, const_expr
 
-from ...dims import CKV_DIM, KPE_DIM, TILE_M
+from ...dims import KPE_DIM, TILE_M
 from ..lib import barriers, e4m3, ptx, scalars, softmax
 from ..lib.paged import SUB_BYTES
 from .params import Bar, Params, Smem, Variant
@@ -22,40 +22,52 @@ class QueryLoad(Variant):
         last = self.rows.num_rows(params, smem, slot, head0) - 1
         token, head = self.rows.token_and_head(params, smem, slot, head0, cutlass.min(row, last))
         nope = ptx.row_address(params.mQ, token, head) + Int64(q4 * 16)
-        rope = ptx.row_address(params.mQpe, token, head) + Int64(q4 * 16)
         # Swizzles: the 16-byte chunk index of a 128-byte row is xored with row % 8, of a 64-byte row with row / 2 % 4.
         r8 = row % 8
         to_nope = Int32(smem.sQ.iterator.toint()) + row * 128
-        to_rope = Int32(smem.sQr.iterator.toint())
         worth = scalars.score_factors(params, self.rope_fp8)
         scales = [Float32(1.0), Float32(1.0)]
         if const_expr(self.q_fp8):
-            for i in cutlass.range_constexpr(8):
+            for i in cutlass.range_constexpr(2 * self.blocks):
                 words = ptx.load_global_16(nope, i * 64)
                 ptx.store_shared(to_nope + ((q4 + 4 * (i % 2)) ^ r8) * 16, words, i // 2 * SUB_BYTES)
         else:
-            inverse, scales[0] = self._row_scale(nope, 16)
+            inverse, scales[0] = self._row_scale(nope, 4 * self.blocks)
             # A loop, and Q read again from L1: unrolled it keeps 200 registers and is 2000 instructions that run once.
-            for i in cutlass.range(4, unroll=1):
+            for i in cutlass.range(self.blocks, unroll=1):
                 at = [to_nope + i * SUB_BYTES + ((q4 // 2 + 2 * j) ^ r8) * 16 + q4 % 2 * 8 for j in range(4)]
-                self._put_split(nope + Int64(i * 256), inverse, at, TILE_M * CKV_DIM)
-        if const_expr(self.rope_fp8):
-            to_rope = to_rope + row * 64
-            if const_expr(self.q_fp8):
-                ptx.store_shared(to_rope + (q4 ^ (row // 2 % 4)) * 16, ptx.load_global_16(rope, 0))
-            else:
-                inverse, scales[1] = self._row_scale(rope, 2)
-                at = [to_rope + ((q4 // 2 + 2 * j) ^ (row // 2 % 4)) * 16 + q4 % 2 * 8 for j in range(2)]
-                self._put_split(rope, inverse, at, TILE_M * KPE_DIM)
-        else:
-            for i in cutlass.range_constexpr(2):
-                words = ptx.load_global_16(rope, i * 64)
-                ptx.store_shared(to_rope + row * 128 + ((q4 + 4 * i) ^ r8) * 16, words)
+                self._put_split(nope + Int64(i * 256), inverse, at, TILE_M * self.dims.ckv)
+        if const_expr(self.dims.kpe > 0):
+            scales[1] = self._load_q_rope(params, smem, token, head, row, q4)
         if q4 == 0:
             for i in cutlass.range_constexpr(2):
                 smem.sQScale[i, row] = scales[i] * worth[i]
         barriers.fence_smem_writes()
         Bar.Q.sync()
+
+    @cute.jit
+    def _load_q_rope(self, params: Params, smem: Smem, token, head, row, q4):
+        """The rope of a row; returns what an integer of its e4m3 parts is worth, 1 where there is one part."""
+        rope = ptx.row_address(params.mQpe, token, head) + Int64(q4 * 16)
+        to = Int32(smem.sQr.iterator.toint())
+        scale = Float32(1.0)
+        if const_expr(self.rope_fp8):
+            to = to + row * 64
+            if const_expr(not self.q_fp8):
+                inverse, scale = self._row_scale(rope, self.dims.kpe // 32)
+                chunks = range(self.dims.kpe // 32)
+                at = [to + ((q4 // 2 + 2 * j) ^ (row // 2 % 4)) * 16 + q4 % 2 * 8 for j in chunks]
+                self._put_split(rope, inverse, at, TILE_M * KPE_DIM)
+            elif const_expr(self.dims.kpe == 64):
+                ptx.store_shared(to + (q4 ^ (row // 2 % 4)) * 16, ptx.load_global_16(rope, 0))
+            else:
+                if q4 < 2:
+                    ptx.store_shared(to + (q4 ^ (row // 2 % 4)) * 16, ptx.load_global_16(rope, 0))
+        else:
+            for i in cutlass.range_constexpr(2):
+                words = ptx.load_global_16(rope, i * 64)
+                ptx.store_shared(to + row * 128 + ((q4 + 4 * i) ^ (row % 8)) * 16, words)
+        return scale
 
     def _row_scale(self, address: Int64, chunks: int) -> tuple[Float32, Float32]:
         """(448 / amax, amax / 448) of a row of `dtype`, from this thread's 16-byte chunks, 64 bytes apart."""

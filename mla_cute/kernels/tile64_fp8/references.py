@@ -107,7 +107,7 @@ class References(PairMath):
         for j in cutlass.range_constexpr(8):
             for e in cutlass.range_constexpr(2):
                 scale = smem.sFactor[8 * j + regs.lane % 4 * 2 + e]
-                for m in cutlass.range_constexpr(4):
+                for m in cutlass.range_constexpr(self.blocks):
                     regs.rO[m][4 * j + e] = regs.rO[m][4 * j + e] * scale
                     regs.rO[m][4 * j + 2 + e] = regs.rO[m][4 * j + 2 + e] * scale
 

@@ -32,7 +32,7 @@ Order in a pair (`_pair`):
        P to shared memory
     3. ask for new references if P or a scale is out of range; wait for the other consumer's P, and for what it asks (P)
     4. if either has asked, both raise the references: P again, O to the new ones (references.py)
-    5. O^T += V^T P^T in eight wgmma steps, two tiles x four blocks of 64 channels. V of a step becomes a fragment
+    5. O^T += V^T P^T in eight wgmma steps, two tiles x four blocks of 64 channels (of 256 + 64: x two blocks). V of a step becomes a fragment
        while the step before is multiplied; a tile's slot is released when the last fragment of it is made. `ahead`:
        Q K^T of the next pair's own tile is started before the fifth step; an item's last pair starts that of its
        tile 1, which nobody reads, and whose slot it still has
@@ -44,7 +44,8 @@ S as column factors, and P V through P (format "token") or through V's fragments
 counted in a unit, a power of two near the largest scale, so that float16 holds them (lib/e4m3.py, unit_below); it is
 raised together with the references when a scale exceeds 64 units.
 
-Shared memory: Q 64 (e4m3: 32) KiB + its rope 8 or less, P 16, three (e4m3 Q: four) tiles of 36 to 41 KiB.
+Shared memory: Q 64 (e4m3: 32) KiB + its rope 8 or less, P 16, three (e4m3 Q: four) tiles of 36 to 41 KiB; of heads of
+256 + 64 six tiles of 20. lib/ring.py says how ropes of other widths lie in the tiles.
 
 Arguments that recur:
     wg, own, other   0 or 1: this consumer, which is also its own tile in a pair, and the other
@@ -137,14 +138,14 @@ class Consumer(QueryLoad, References, Epilogue):
     def _multiply_v(self, params: Params, smem: Smem, regs: Fragments, pair: Pair, left: Int32, wg: Int32) -> None:
         """O^T += V^T P^T of both tiles in steps of 64 channels; without scales the first fragment is there already."""
         # Tile 0 first: its slot is refilled while tile 1 is multiplied.
-        steps = [(i, m) for i in range(2) for m in range(4)]
+        steps = [(i, m) for i in range(2) for m in range(self.blocks)]
         scales = None
         if self.num_scales:
             if self.kv_format == "group":
                 scales = self._v_scales(smem, regs, pair.slots[0], pair.valid[0], wg * 2)
             self._v_fragment(smem, regs, pair.slots[0], 0, wg, 0, scales)
         for n, (i, m) in enumerate(steps):
-            if self.ahead and n == 4:
+            if self.ahead and n == self.blocks:
                 # This is in no branch and not left in flight over the loop's end: ptxas would then wait behind every
                 # wgmma. Not earlier, because wg 1 waits for the refill of the slot that the last pair released last.
                 ahead = pair.tile + cutlass.select_(left > 2 * TILE_N, Uint32(wg) + 2, Uint32(1))
@@ -161,7 +162,7 @@ class Consumer(QueryLoad, References, Epilogue):
                 if self.kv_format == "group" and m % 2 == 0:
                     scales = self._v_scales(smem, regs, pair.slots[i], pair.valid[i], wg * 2 + m // 2)
                 self._v_fragment(smem, regs, pair.slots[i], m, wg, (n + 1) % 2, scales)
-                if m == 3:
+                if m == self.blocks - 1:
                     # The last of this tile's V is in registers.
                     barriers.arrive_once_per_warp(smem.mbar + self.mbars.empty + pair.slots[i])
         warpgroup.wait_group(0)
@@ -176,7 +177,7 @@ class Consumer(QueryLoad, References, Epilogue):
         smem.sLoop[LOOP_FIRST_ROW] = first_row
         smem.sLoop[LOOP_HEAD0] = head0
         smem.sLoop[LOOP_PART] = part
-        self._consume_items(params, smem, make_fragments(params, smem, t, wg), wg)
+        self._consume_items(params, smem, make_fragments(params, smem, t, wg, self.blocks), wg)
 
     @cute.jit
     def _consume_items(self, params: Params, smem: Smem, regs: Fragments, wg):
@@ -190,7 +191,7 @@ class Consumer(QueryLoad, References, Epilogue):
             slot = it % ITEM_SLOTS
             self._fetch_item(params, smem, regs, it + 1, wg)
             self._load_q(params, smem, slot, smem.sLoop[LOOP_HEAD0])
-            for m in cutlass.range_constexpr(4):
+            for m in cutlass.range_constexpr(self.blocks):
                 regs.rO[m].fill(0.0)
             regs.rL.fill(0.0)
             regs.rRef.fill(UNCHOSEN if const_expr(self.loader.sparse) else 0.0)

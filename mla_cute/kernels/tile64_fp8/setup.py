@@ -6,7 +6,7 @@ import cutlass.utils.hopper_helpers as sm90
 from cutlass import Float8E4M3FN, Float16, Float32, Int32, Int64, Uint8, Uint32, const_expr, memory
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 
-from ...dims import CKV_DIM, KPE_DIM, TILE_M
+from ...dims import KPE_DIM, TILE_M
 from ..keys import Fp8Key, LaunchConfig
 from ..lib.paged import TILE_N
 from ..lib.ring import smem_layout
@@ -61,9 +61,9 @@ class Tile64Fp8(Consumer):
             q_scale_at=args.q_scale_at,
             lse_scale=args.lse_scale,
             sink_at=args.sink_at,
-            lay_q=smem_layout(Kind.K_SW128, Float8E4M3FN, (TILE_M, CKV_DIM, self.q_terms)),
+            lay_q=smem_layout(Kind.K_SW128, Float8E4M3FN, (TILE_M, self.dims.ckv, self.q_terms)),
             lay_qr=smem_layout(rope_kind, self.rope_dtype, (TILE_M, KPE_DIM, self.rope_terms)),
-            lay_k=smem_layout(Kind.K_SW128, Float8E4M3FN, (TILE_N, CKV_DIM, self.num_stages)),
+            lay_k=smem_layout(Kind.K_SW128, Float8E4M3FN, (TILE_N, self.dims.ckv, self.num_stages)),
             lay_r=smem_layout(rope_kind, self.rope_dtype, (TILE_N, KPE_DIM, self.num_stages)),
             lay_p=smem_layout(Kind.K_SW128, Float16, (TILE_M, TILE_N, 2)),
         )
@@ -98,9 +98,9 @@ class Tile64Fp8(Consumer):
                 cute.struct.MemRange[Float32, max(1, self.num_scales) * TILE_N * self.num_stages], 16
             ]
             sP: cute.struct.Align[cute.struct.MemRange[Float16, 2 * TILE_M * TILE_N], 1024]
-            sQ: cute.struct.Align[cute.struct.MemRange[Uint8, self.q_terms * TILE_M * CKV_DIM], 1024]
+            sQ: cute.struct.Align[cute.struct.MemRange[Uint8, self.q_terms * TILE_M * self.dims.ckv], 1024]
             sQr: cute.struct.Align[cute.struct.MemRange[Uint8, self.rope_terms * rope_bytes], 1024]
-            sK: cute.struct.Align[cute.struct.MemRange[Uint8, self.num_stages * TILE_N * CKV_DIM], 1024]
+            sK: cute.struct.Align[cute.struct.MemRange[Uint8, self.num_stages * TILE_N * self.dims.ckv], 1024]
             sR: cute.struct.Align[cute.struct.MemRange[Uint8, self.num_stages * rope_bytes], 1024]
 
         return Storage
@@ -142,7 +142,7 @@ class Tile64Fp8(Consumer):
             # Raw words of K for zeroing tails: whole 128-byte rows, which the swizzle permutes within themselves.
             k_words=cute.make_tensor(
                 cute.recast_ptr(st.sK.data_ptr(), dtype=Int64),
-                cute.make_layout(self.num_stages * TILE_N * CKV_DIM // 8),
+                cute.make_layout(self.num_stages * TILE_N * self.dims.ckv // 8),
             ),
         )
 
@@ -155,9 +155,9 @@ class Tile64Fp8(Consumer):
         smem = self._smem(params)
 
         if warp_idx == 0:
-            if const_expr(self.by_tma):
-                cpasync.prefetch_descriptor(params.tma_ckv)
-                cpasync.prefetch_descriptor(params.tma_kpe)
+            for tma in (params.tma_ckv, params.tma_kpe):
+                if const_expr(tma is not None):
+                    cpasync.prefetch_descriptor(tma)
             with cute.arch.elect_one():
                 self.mbars.init(smem.mbar)
                 for i in cutlass.range_constexpr(2):
