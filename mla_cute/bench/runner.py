@@ -258,20 +258,25 @@ def run_case(
 
 def _time_peer(peer: Peer, inputs: Inputs, timer: Timer) -> dict[str, Any]:
     try:
-        calls = peer.calls(inputs)
-        calls[0]()
-        timer.synchronize()
-        replays = [timer.capture(call) for call in calls]
-        samples = timer.samples(replays, 0.2)
-        cold = timer.samples(replays, 0.02, cold=True)
-        limits = dict.fromkeys(REL_ERR_LIMIT, PEER_FP8_REL_ERR_LIMIT)
-        check = spot_check(inputs, peer.outputs.__getitem__, None, peer.caches(inputs), limits)
+        return _timed(peer, inputs, timer)
     except Unsupported as reason:
         return {"unsupported": str(reason)}
     except Exception as error:  # what a peer raises belongs in the record, not in our way
-        return {"error": f"{type(error).__name__}: {error}"}
+        return {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
     finally:
         peer.outputs = {}
+        timer.free_graphs()
+
+
+def _timed(peer: Peer, inputs: Inputs, timer: Timer) -> dict[str, Any]:
+    calls = peer.calls(inputs)
+    calls[0]()
+    timer.synchronize()
+    replays = [timer.capture(call) for call in calls]
+    samples = timer.samples(replays, 0.2)
+    cold = timer.samples(replays, 0.02, cold=True)
+    limits = dict.fromkeys(REL_ERR_LIMIT, PEER_FP8_REL_ERR_LIMIT)
+    check = spot_check(inputs, peer.outputs.__getitem__, None, peer.caches(inputs), limits)
     return {
         "us": statistics.median(samples),
         "us_cold": statistics.median(cold),

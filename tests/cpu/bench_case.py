@@ -44,6 +44,9 @@ class FakeTimer:
         fn()
         return 12.5
 
+    def free_graphs(self):
+        pass
+
     def synchronize(self):
         pass
 

@@ -3,6 +3,7 @@
 import importlib.metadata
 import sys
 import types
+import weakref
 
 import pytest
 from bench_case import CEILINGS, SMALL, FakeLibrary, FakeTimer, bench, wrong_page
@@ -248,7 +249,7 @@ def test_a_peer_that_raises_is_recorded(monkeypatch, small_rotation):
     module = fake_flash_mla()
 
     def out_of_date(*args):
-        raise TypeError("another interface")
+        raise TypeError("another interface\nof two lines")
 
     module.get_mla_metadata = out_of_date
     monkeypatch.setitem(sys.modules, "flash_mla", module)
@@ -256,3 +257,36 @@ def test_a_peer_that_raises_is_recorded(monkeypatch, small_rotation):
     row = bench([Case(2, 2, 200, 64)], peers=(found, status))["rows"][0]
     assert row["peers"]["flash_mla"] == {"error": "TypeError: another interface"}
     assert row["check"]["ok"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_peers_graphs_are_gone_when_their_memory_is_given_back(fails, monkeypatch, small_rotation):
+    """Else the next peer captures beside them: under capture the allocator frees nothing."""
+    captured, of_others, alive = [], [], []
+
+    class Timer(FakeTimer):
+        def capture(self, fn):
+            def replay():
+                return fn()
+
+            captured.append(weakref.ref(replay))
+            return replay
+
+        def samples(self, replays, seconds, at_least=24, cold=False):
+            if fails and cold and of_others:
+                raise RuntimeError("out of memory")
+            return super().samples(replays, seconds, at_least, cold)
+
+        def free_graphs(self):
+            alive.append([ref() is not None for ref in captured[of_others[0] :]])
+
+    def counted(*args, time_peer=runner._time_peer):
+        of_others.append(len(captured))
+        return time_peer(*args)
+
+    monkeypatch.setattr(runner, "_time_peer", counted)
+    monkeypatch.setitem(sys.modules, "flash_mla", fake_flash_mla())
+    [row] = bench([Case(2, 2, 200, 64)], peers=peers_module.installed(), timer=Timer())["rows"]
+    [of_peer] = alive
+    assert of_peer and not any(of_peer)
+    assert ("error" in row["peers"]["flash_mla"]) is fails
