@@ -294,7 +294,7 @@ class GatherRingLoader:
     @cute.jit
     def _fill_rope(self, params: RingParams, smem: RingSmem, kpe, held, slot, warp, lane):
         """`kpe`: where the row of token lane % 16 of the warp lies, in units."""
-        lanes = self.rope_row_bytes // 16
+        lanes = self.rope_row_bytes * self.dims.kpe // 64 // 16  # that have something to copy of a row
         rope_rows = 32 // lanes
         sub_row, rope_chunk = lane // lanes, lane % lanes
         dst = (
@@ -306,15 +306,10 @@ class GatherRingLoader:
         left = self.held_from(held, sub_row)
         for i in cutlass.range_constexpr(16 // rope_rows):
             r = sub_row + i * rope_rows
-            mixed = rope_chunk ^ (r % 8) if const_expr(lanes == 8) else rope_chunk ^ (r // 2 % 4)
+            mixed = rope_chunk ^ (r % 8) if const_expr(self.rope_row_bytes == 128) else rope_chunk ^ (r // 2 % 4)
             own = cute.arch.shuffle_sync(kpe, rope_rows * i + sub_row)
             from_row = src + Int64(Uint32(own)) * Int64(Uint32(params.kpe_unit))
-            to = dst + r * self.rope_row_bytes + mixed * 16
-            if const_expr(self.dims.kpe == 64):
-                self.copy(to, from_row, left, i * rope_rows, 0, 0)
-            else:
-                if rope_chunk < lanes // 2:
-                    self.copy(to, from_row, left, i * rope_rows, 0, 0)
+            self.copy(dst + r * self.rope_row_bytes + mixed * 16, from_row, left, i * rope_rows, 0, 0)
 
 
 class SparseRingLoader(GatherRingLoader):

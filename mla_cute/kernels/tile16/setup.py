@@ -50,7 +50,10 @@ class Tile16(RingProducer):
         self.mbars = make_mbarriers(self.num_stages, self.loader.full_arrivals)
         self.consumer = Consumer(tiles, self.rows, self.mbars)
         self.use_pdl = config.use_pdl
-        self.regs_consumer, self.regs_producer = (240, 24) if box_rows else (232, 40)
+        self.regs_consumer, self.regs_producer = 240, 24
+        if not box_rows:
+            # 512 + 0: 8 bytes spill at 232 and 40, of lists of tokens at 224 and 56.
+            self.regs_consumer, self.regs_producer = (224, 56) if self.dims == (512, 0) and not sparse else (232, 40)
 
     # ------------------------------------------------------------------ host
 
