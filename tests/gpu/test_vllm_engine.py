@@ -10,6 +10,8 @@ from engine_case import TOKENS, check_same
 from engine_runs import limit_of, reports_of, why_not, workers_of
 from vllm_engine import LIMIT_S, RELEASE, RUNS
 
+from mla_cute.integrations._vllm_plugin import BACKEND
+
 # Of one token's head in the Frobenius norm, 2e-3 of which is the output's rounding to bf16; absolute.
 OUTPUT_LIMIT, LSE_LIMIT = 2e-2, 2e-2
 

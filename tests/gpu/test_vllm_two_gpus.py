@@ -7,6 +7,8 @@ from engine_case import check_same
 from engine_runs import asked_for, limit_of, reports_of, why_not, workers_of
 from vllm_engine import LIMIT_S, RELEASE, RUNS_OF_TWO
 
+from mla_cute.integrations._vllm_plugin import BACKEND
+
 RANKS = 2
 WHY_NOT = "needs two GPUs" if torch.cuda.device_count() < 2 else why_not("vLLM", RELEASE)
 pytestmark = [

@@ -46,9 +46,10 @@ are published before the exponentials, so that the other warpgroup waits for 16 
 Shared memory: Q 72 KiB, two K tiles of 72 KiB, P0 8 KiB, statistics 1.5 KiB: 226 of 227 KiB. Q's ninth sub-tile (the
 rope) is read to registers at the start of an item, and its bytes hold P1 from then on.
 
-Head dimensions. Heads of 256 + 64 leave room for a second pair: stages 0 and 1 are one place, 2 and 3 another, each with
-a P0 and a P1, and pairs take the places by turns. What is said of stages 0 and 1 above holds of each place. Of a rope of
-32 channels QK takes half the sub-tile (lib/paged.py); without one its sub-tile, rope_empty and Q's rope are not there.
+Head dimensions. Heads of 256 + 64 leave room for a second pair: stages 0 and 1 are one place, 2 and 3 another, each
+with a P0 and a P1, and pairs take the places by turns. What is said of stages 0 and 1 above holds of each place. Of a
+rope of 32 channels QK takes half the sub-tile (lib/paged.py); without one its sub-tile, rope_empty and Q's rope are not
+there.
 
 Arguments that recur:
     wg               0 or 1, a constant: the consumer

@@ -185,8 +185,8 @@ class PairMath(Variant):
         """Zero V rows >= valid of this warpgroup's half: 0 * NaN is NaN, and rows past kv_end may hold anything."""
         if valid < TILE_N:
             t = ptx.thread_index() % WARPGROUP
-            # 256 bytes of a row are 32 words in two sub-tiles; the swizzle permutes within a row of a sub-tile. 128 bytes
-            # are 16 words in one, so that a warp takes two rows at a time.
+            # 256 bytes of a row are 32 words in two sub-tiles; the swizzle permutes within a row of a sub-tile. 128
+            # bytes are 16 words in one, so that a warp takes two rows at a time.
             first = cutlass.max(valid, Int32(0)) + t // (8 * self.blocks)
             sub = t % 32 // 16 if const_expr(self.blocks == 4) else Int32(0)
             base = (slot * self.blocks + wg * (self.blocks // 2) + sub) * (SUB_BYTES // 8) + t % 16

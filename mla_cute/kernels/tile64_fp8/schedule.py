@@ -32,10 +32,10 @@ Order in a pair (`_pair`):
        P to shared memory
     3. ask for new references if P or a scale is out of range; wait for the other consumer's P, and for what it asks (P)
     4. if either has asked, both raise the references: P again, O to the new ones (references.py)
-    5. O^T += V^T P^T in eight wgmma steps, two tiles x four blocks of 64 channels (of 256 + 64: x two blocks). V of a step becomes a fragment
-       while the step before is multiplied; a tile's slot is released when the last fragment of it is made. `ahead`:
-       Q K^T of the next pair's own tile is started before the fifth step; an item's last pair starts that of its
-       tile 1, which nobody reads, and whose slot it still has
+    5. O^T += V^T P^T in eight wgmma steps, two tiles x four blocks of 64 channels (of 256: two blocks). V of a step
+       becomes a fragment while the step before is multiplied; a tile's slot is released when the last fragment of it is
+       made. `ahead`: Q K^T of the next pair's own tile is started before tile 1's first step; an item's last pair
+       starts that of its tile 1, which nobody reads, and whose slot it still has
     6. let the other consumer write its next P (P_FREE)
 
 The reference of a row is what its scores are relative to in the exponent. It is chosen in an item's first pair and then

@@ -288,5 +288,6 @@ def test_a_peers_graphs_are_gone_when_their_memory_is_given_back(fails, monkeypa
     monkeypatch.setitem(sys.modules, "flash_mla", fake_flash_mla())
     [row] = bench([Case(2, 2, 200, 64)], peers=peers_module.installed(), timer=Timer())["rows"]
     [of_peer] = alive
-    assert of_peer and not any(of_peer)
+    assert of_peer
+    assert not any(of_peer)
     assert ("error" in row["peers"]["flash_mla"]) is fails
