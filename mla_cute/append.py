@@ -161,8 +161,9 @@ def _check(
     kpe_scale: float,
     ckv_scale_arr: torch.Tensor | None,
 ) -> tuple[str, HeadDims]:
-    """Format and head dimensions of the caches; TypeError or ValueError for the first wrong argument. As in check.py: one
-    cheap question whether everything is as usual, and the explanation, which is the authority, only when it is not."""
+    """Format and head dimensions of the caches; TypeError or ValueError for the first wrong argument. As in check.py:
+    one cheap question whether everything is as usual, and the explanation, which is the authority, only when it is
+    not."""
     try:
         found = _usual(ckv, kpe, ckv_cache, kpe_cache, slot_mapping, ckv_scale, kpe_scale, ckv_scale_arr)
         if found is not None:

@@ -115,8 +115,8 @@ CallFields = Call | tuple[Any, ...]
 
 
 def without_rope(fields: CallFields) -> CallFields:
-    """The fields with views of width 0 in the place of a q_pe and a kpe_cache that are both None: there is no rope part.
-    Others as they are: that one of them alone is None is for check.py to say."""
+    """The fields with views of width 0 in the place of a q_pe and a kpe_cache that are both None: there is no rope
+    part. Others as they are: that one of them alone is None is for check.py to say."""
     q_nope, q_pe, (ckv, kpe, *scales), *rest = fields
     if q_pe is not None or kpe is not None:
         return fields

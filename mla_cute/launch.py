@@ -42,8 +42,8 @@ def launch(step: Callable[..., None], problem: Problem, plan: Plan, call: Call) 
 
 
 def _for_launch(problem: Problem, plan: Plan, call: Call, lse: torch.Tensor) -> list[torch.Tensor]:
-    """Queries, caches and, of an FP8 cache, scales, in the form the step takes. One without a rope part takes q_nope and
-    ckv in its place, too, and does not read them there."""
+    """Queries, caches and, of an FP8 cache, scales, in the form the step takes. One without a rope part takes q_nope
+    and ckv in its place, too, and does not read them there."""
     cache = call.cache
     operands = [call.q_nope, call.q_pe, cache.ckv, cache.kpe]
     if problem.kv_format:

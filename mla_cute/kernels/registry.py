@@ -173,9 +173,9 @@ def sparse_variants(
     config: KernelConfig | None = None,
     head_dims: Iterable[tuple[int, int]] = (HeadDims(),),
 ) -> list[Variant]:
-    """(kernel, key, launch config) of what `mla_sparse` needs for `dtypes` and `kv_formats`; None means all; `head_dims`
-    as `variants`. It runs decode's kernels, each query token as a request of its own, and gathers from pages of every
-    size alike.
+    """(kernel, key, launch config) of what `mla_sparse` needs for `dtypes` and `kv_formats`; None means all;
+    `head_dims` as `variants`. It runs decode's kernels, each query token as a request of its own, and gathers from
+    pages of every size alike.
 
     Raises ValueError on an unknown dtype, format or pair.
     """
