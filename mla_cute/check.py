@@ -114,7 +114,7 @@ def _usual(call: Call) -> Problem | None:
     ckv_cache, kpe_cache, ckv_scale, kpe_scale, ckv_scale_arr = cache
     total_q, num_heads, ckv_dim = q_nope.shape
     num_pages, page_size, cache_dim = ckv_cache.shape
-    _, _, kpe_dim = kpe_cache.shape
+    kpe_pages, kpe_page_size, kpe_dim = kpe_cache.shape
     dims = DIMS_OF.get((cache_dim, kpe_dim))  # type: ignore[call-overload]
     dtype = q_nope.dtype
     device = q_nope.device
@@ -127,7 +127,8 @@ def _usual(call: Call) -> Problem | None:
         and page_size >= 1
         and num_pages >= 1
         and q_pe.shape == (total_q, num_heads, kpe_dim)
-        and kpe_cache.shape == (num_pages, page_size, kpe_dim)
+        and kpe_pages == num_pages
+        and kpe_page_size == page_size
         and q_pe.device == device
         and ckv_cache.device == device
         and kpe_cache.device == device

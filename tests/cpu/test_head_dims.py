@@ -274,6 +274,21 @@ def test_ops_of_e4m3_queries(dims):
 
 
 @pytest.mark.slow
+def test_opcheck_without_rope():
+    case = decode_case(HeadDims(256, 0))
+    args = (case.q_nope, None, case.ckv_cache, None, case.kv_indptr, case.kv_indices, case.sm_scale)
+    last = {"kv_last_page_len": case.kv_last_page_len}
+    outputs = {"out": torch.zeros_like(case.q_nope), "lse": torch.zeros(case.q_nope.shape[:2])}
+    ckv, cache, slots = torch.ones(3, 256).to(BF16), zeros(2, 4, 256), torch.arange(3)
+    for op, given, options in (
+        (torch.ops.mla_cute.mla_paged_decode.default, args, last),
+        (torch.ops.mla_cute.mla_paged_decode.out, args, last | outputs),
+        (torch.ops.mla_cute.append_to_cache.default, (ckv, None, cache, None, slots), {}),
+    ):
+        assert set(torch.library.opcheck(op, given, options).values()) == {"SUCCESS"}
+
+
+@pytest.mark.slow
 def test_calls_without_rope_compile():
     case = decode_case(HeadDims(256, 0))
     want = case.call()
