@@ -20,9 +20,9 @@ from .plan_prefill import PrefillPlan
 @overload
 def mla_paged_decode(
     q_nope: torch.Tensor,
-    q_pe: torch.Tensor,
+    q_pe: torch.Tensor | None,
     ckv_cache: torch.Tensor,
-    kpe_cache: torch.Tensor,
+    kpe_cache: torch.Tensor | None,
     kv_indptr: torch.Tensor,
     kv_indices: torch.Tensor,
     sm_scale: float,
@@ -45,9 +45,9 @@ def mla_paged_decode(
 @overload
 def mla_paged_decode(
     q_nope: torch.Tensor,
-    q_pe: torch.Tensor,
+    q_pe: torch.Tensor | None,
     ckv_cache: torch.Tensor,
-    kpe_cache: torch.Tensor,
+    kpe_cache: torch.Tensor | None,
     kv_indptr: torch.Tensor,
     kv_indices: torch.Tensor,
     sm_scale: float,
@@ -70,9 +70,9 @@ def mla_paged_decode(
 @overload
 def mla_paged_decode(
     q_nope: torch.Tensor,
-    q_pe: torch.Tensor,
+    q_pe: torch.Tensor | None,
     ckv_cache: torch.Tensor,
-    kpe_cache: torch.Tensor,
+    kpe_cache: torch.Tensor | None,
     kv_indptr: torch.Tensor,
     kv_indices: torch.Tensor,
     sm_scale: float,
@@ -94,9 +94,9 @@ def mla_paged_decode(
 
 def mla_paged_decode(
     q_nope: torch.Tensor,
-    q_pe: torch.Tensor,
+    q_pe: torch.Tensor | None,
     ckv_cache: torch.Tensor,
-    kpe_cache: torch.Tensor,
+    kpe_cache: torch.Tensor | None,
     kv_indptr: torch.Tensor,
     kv_indices: torch.Tensor,
     sm_scale: float,
@@ -118,26 +118,31 @@ def mla_paged_decode(
 
     S = q_nope ckv^T + q_pe kpe^T;  P = softmax(sm_scale * S);  output = P ckv   (absorbed MLA, DeepSeek-V2)
 
+    A head has C channels in the latent part and R in the rope part, which are 512 + 64 (DeepSeek-V2/V3, Kimi-K2),
+    512 + 32, 512 + 0, 256 + 64 (Mistral Small 4), 256 + 32 (MiniCPM3) or 256 + 0.
+
     Args:
-        q_nope: [batch, H, 512] bfloat16 or float16, with an FP8 cache also float8_e4m3fn; H in 1..128; last dimension
+        q_nope: [batch, H, C] bfloat16 or float16, with an FP8 cache also float8_e4m3fn; H in 1..128; last dimension
             contiguous, other strides and the address multiples of 16 bytes.
-        q_pe: [batch, H, 64], dtype of q_nope; beside an e4m3 q_nope, e4m3 with format "tensor" and 16-bit with the
-            others.
-        ckv_cache: [num_pages, page_size, 512], dtype of q_nope or float8_e4m3fn, page_size >= 1; may be a strided view
-            of one [num_pages, page_size, 576] buffer.
-        kpe_cache: [num_pages, page_size, 64], likewise; "FP8 caches" below has its dtype.
+        q_pe: [batch, H, R], dtype of q_nope; beside an e4m3 q_nope, e4m3 with format "tensor" and 16-bit with the
+            others. None, with kpe_cache: R is 0.
+        ckv_cache: [num_pages, page_size, C], dtype of q_nope or float8_e4m3fn, page_size >= 1; may be a strided view
+            of one [num_pages, page_size, C + R] buffer.
+        kpe_cache: [num_pages, page_size, R], likewise; "FP8 caches" below has its dtype. None where q_pe is, too.
+            Tensors of R = 0 have the dtypes of q_nope and ckv_cache.
         kv_indptr: [batch + 1] int32, non-decreasing; request b owns kv_indices[kv_indptr[b]:kv_indptr[b + 1]].
             (One published text says num_pages + 1; batch + 1 is what every implementation means.)
         kv_indices: [num_kv_indices] int32 page ids.
         sm_scale: factor of the scores, > 0; 1 / sqrt(192) for DeepSeek-V2/V3 before YaRN's correction.
         kv_last_page_len: [batch] int32, tokens in each request's last page; None: last pages are full.
-        out: [batch, H, 512] to write to, in the 16-bit dtype of q_nope, or of q_pe when q_nope is e4m3; when both are,
+        out: [batch, H, C] to write to, in the 16-bit dtype of q_nope, or of q_pe when q_nope is e4m3; when both are,
             in either 16-bit dtype. None allocates (bfloat16 when both are e4m3).
         lse: [batch, H] float32 to write to; None allocates.
         lse_base: 2 (default) or "e", base of the log-sum-exp.
         return_lse: False returns the output alone.
-        ckv_scale, kpe_scale: what the e4m3 caches of format "tensor" are multiplied by; else 1. Python numbers > 0, or
-            float32 tensors of one element on the device, which the kernel reads when it runs.
+        ckv_scale, kpe_scale: what the e4m3 caches of format "tensor" are multiplied by; else 1, kpe_scale also where R
+            is 0. Python numbers > 0, or float32 tensors of one element on the device, which the kernel reads when it
+            runs.
         ckv_scale_arr: float32 scales of an e4m3 ckv_cache, [num_pages, page_size, 1] (format "token") or
             [num_pages, page_size, 4] (format "group": one per 128 channels); None otherwise. Last dimension
             contiguous, with 4 scales other strides and the address multiples of 16 bytes.
@@ -147,7 +152,7 @@ def mla_paged_decode(
         batch_invariant: as :func:`plan_decode`; ignored when a plan is given.
 
     Returns:
-        (output [batch, H, 512] in the dtype that `out` has or would have, lse [batch, H] float32), or output. A request
+        (output [batch, H, C] in the dtype that `out` has or would have, lse [batch, H] float32), or output. A request
         of length 0 gives output 0 and lse -inf.
 
     Raises:
@@ -162,8 +167,9 @@ def mla_paged_decode(
         "token"   float8_e4m3fn    16-bit           ckv_scale_arr [num_pages, page_size, 1]
         "group"   float8_e4m3fn    16-bit           ckv_scale_arr [num_pages, page_size, 4]
 
-    A 16-bit kpe_cache has the dtype of q_pe. One plan serves 16-bit and FP8 calls; only its configuration is chosen by
-    the format that :func:`plan_decode` was told.
+    Formats "token" and "group" have 512 + 64 channels only. A 16-bit kpe_cache has the dtype of q_pe. One plan serves
+    16-bit and FP8 calls of all channels; only its configuration is chosen by the format that :func:`plan_decode` was
+    told.
 
     Runs on the tensors' device and torch's current stream and can be captured in a CUDA graph. CPU tensors are
     computed in float32 by torch. Of CUDA tensors, page ids and lengths are not read on the host: ids outside the cache
@@ -185,9 +191,9 @@ def mla_paged_decode(
 @overload
 def mla_paged_decode_block_table(
     q_nope: torch.Tensor,
-    q_pe: torch.Tensor,
+    q_pe: torch.Tensor | None,
     ckv_cache: torch.Tensor,
-    kpe_cache: torch.Tensor,
+    kpe_cache: torch.Tensor | None,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     sm_scale: float,
@@ -209,9 +215,9 @@ def mla_paged_decode_block_table(
 @overload
 def mla_paged_decode_block_table(
     q_nope: torch.Tensor,
-    q_pe: torch.Tensor,
+    q_pe: torch.Tensor | None,
     ckv_cache: torch.Tensor,
-    kpe_cache: torch.Tensor,
+    kpe_cache: torch.Tensor | None,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     sm_scale: float,
@@ -233,9 +239,9 @@ def mla_paged_decode_block_table(
 @overload
 def mla_paged_decode_block_table(
     q_nope: torch.Tensor,
-    q_pe: torch.Tensor,
+    q_pe: torch.Tensor | None,
     ckv_cache: torch.Tensor,
-    kpe_cache: torch.Tensor,
+    kpe_cache: torch.Tensor | None,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     sm_scale: float,
@@ -256,9 +262,9 @@ def mla_paged_decode_block_table(
 
 def mla_paged_decode_block_table(
     q_nope: torch.Tensor,
-    q_pe: torch.Tensor,
+    q_pe: torch.Tensor | None,
     ckv_cache: torch.Tensor,
-    kpe_cache: torch.Tensor,
+    kpe_cache: torch.Tensor | None,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     sm_scale: float,
@@ -297,9 +303,9 @@ def mla_paged_decode_block_table(
 @overload
 def mla_paged_prefill(
     q_nope: torch.Tensor,
-    q_pe: torch.Tensor,
+    q_pe: torch.Tensor | None,
     ckv_cache: torch.Tensor,
-    kpe_cache: torch.Tensor,
+    kpe_cache: torch.Tensor | None,
     qo_indptr: torch.Tensor,
     kv_indptr: torch.Tensor,
     kv_indices: torch.Tensor,
@@ -324,9 +330,9 @@ def mla_paged_prefill(
 @overload
 def mla_paged_prefill(
     q_nope: torch.Tensor,
-    q_pe: torch.Tensor,
+    q_pe: torch.Tensor | None,
     ckv_cache: torch.Tensor,
-    kpe_cache: torch.Tensor,
+    kpe_cache: torch.Tensor | None,
     qo_indptr: torch.Tensor,
     kv_indptr: torch.Tensor,
     kv_indices: torch.Tensor,
@@ -351,9 +357,9 @@ def mla_paged_prefill(
 @overload
 def mla_paged_prefill(
     q_nope: torch.Tensor,
-    q_pe: torch.Tensor,
+    q_pe: torch.Tensor | None,
     ckv_cache: torch.Tensor,
-    kpe_cache: torch.Tensor,
+    kpe_cache: torch.Tensor | None,
     qo_indptr: torch.Tensor,
     kv_indptr: torch.Tensor,
     kv_indices: torch.Tensor,
@@ -377,9 +383,9 @@ def mla_paged_prefill(
 
 def mla_paged_prefill(
     q_nope: torch.Tensor,
-    q_pe: torch.Tensor,
+    q_pe: torch.Tensor | None,
     ckv_cache: torch.Tensor,
-    kpe_cache: torch.Tensor,
+    kpe_cache: torch.Tensor | None,
     qo_indptr: torch.Tensor,
     kv_indptr: torch.Tensor,
     kv_indices: torch.Tensor,
@@ -405,9 +411,9 @@ def mla_paged_prefill(
     aligned at the bottom right: query i of a request's n sees keys 0 .. kv_len - n + i.
 
     Args:
-        q_nope: [total_q, H, 512], dtypes and alignment as :func:`~mla_cute.mla_paged_decode`, H in 1..128, the tokens
-            of all requests one after another. Copied in the call unless stride(0) is H * stride(1).
-        q_pe: [total_q, H, 64], likewise.
+        q_nope: [total_q, H, C], channels C and R, dtypes and alignment as :func:`~mla_cute.mla_paged_decode`, H in
+            1..128, the tokens of all requests one after another. Copied in the call unless stride(0) is H * stride(1).
+        q_pe: [total_q, H, R], likewise; None, with kpe_cache: R is 0.
         ckv_cache, kpe_cache: as :func:`~mla_cute.mla_paged_decode`.
         qo_indptr: [batch + 1] int32, qo_indptr[0] == 0, non-decreasing, qo_indptr[-1] <= total_q; request b owns the
             query tokens qo_indptr[b]:qo_indptr[b + 1].
@@ -415,7 +421,7 @@ def mla_paged_prefill(
         kv_indices, sm_scale: as :func:`~mla_cute.mla_paged_decode`.
         causal: False lets every query see all keys of its request.
         kv_last_page_len: [batch] int32, tokens in each request's last page; None: last pages are full.
-        out: [total_q, H, 512] to write to, dtype as :func:`~mla_cute.mla_paged_decode`; None allocates.
+        out: [total_q, H, C] to write to, dtype as :func:`~mla_cute.mla_paged_decode`; None allocates.
         lse: [total_q, H] float32 to write to; None allocates.
         lse_base: 2 (default) or "e", base of the log-sum-exp.
         return_lse: False returns the output alone.
@@ -426,7 +432,7 @@ def mla_paged_prefill(
         batch_invariant: as :func:`~mla_cute.plan_prefill`; ignored when a plan is given.
 
     Returns:
-        (output [total_q, H, 512] in the dtype that `out` has or would have, lse [total_q, H] float32), or output. A
+        (output [total_q, H, C] in the dtype that `out` has or would have, lse [total_q, H] float32), or output. A
         query that sees no key gives output 0 and lse -inf. Rows from qo_indptr[-1] on are never written.
 
     Raises:
@@ -448,9 +454,9 @@ def mla_paged_prefill(
 @overload
 def mla_paged_prefill_block_table(
     q_nope: torch.Tensor,
-    q_pe: torch.Tensor,
+    q_pe: torch.Tensor | None,
     ckv_cache: torch.Tensor,
-    kpe_cache: torch.Tensor,
+    kpe_cache: torch.Tensor | None,
     qo_indptr: torch.Tensor,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
@@ -474,9 +480,9 @@ def mla_paged_prefill_block_table(
 @overload
 def mla_paged_prefill_block_table(
     q_nope: torch.Tensor,
-    q_pe: torch.Tensor,
+    q_pe: torch.Tensor | None,
     ckv_cache: torch.Tensor,
-    kpe_cache: torch.Tensor,
+    kpe_cache: torch.Tensor | None,
     qo_indptr: torch.Tensor,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
@@ -500,9 +506,9 @@ def mla_paged_prefill_block_table(
 @overload
 def mla_paged_prefill_block_table(
     q_nope: torch.Tensor,
-    q_pe: torch.Tensor,
+    q_pe: torch.Tensor | None,
     ckv_cache: torch.Tensor,
-    kpe_cache: torch.Tensor,
+    kpe_cache: torch.Tensor | None,
     qo_indptr: torch.Tensor,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
@@ -525,9 +531,9 @@ def mla_paged_prefill_block_table(
 
 def mla_paged_prefill_block_table(
     q_nope: torch.Tensor,
-    q_pe: torch.Tensor,
+    q_pe: torch.Tensor | None,
     ckv_cache: torch.Tensor,
-    kpe_cache: torch.Tensor,
+    kpe_cache: torch.Tensor | None,
     qo_indptr: torch.Tensor,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,

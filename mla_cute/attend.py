@@ -12,7 +12,7 @@ import warnings
 import torch
 
 from . import reference
-from .call import Call, CallFields, Pages, as_call
+from .call import Call, CallFields, Pages, as_call, without_rope
 from .check import Problem, check
 from .check_device import raise_first, scale_findings, verify
 from .config import KernelConfig
@@ -28,6 +28,8 @@ def attend(
     call: CallFields, plan: Plan | None, config: KernelConfig | None, batch_invariant: bool, return_lse: bool = True
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """(output, lse), or output."""
+    if call[1] is None or call[2][1] is None:
+        call = without_rope(call)
     way = key = None
     if plan is None:
         way, key = without_plan(call, config, batch_invariant)

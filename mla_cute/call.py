@@ -85,7 +85,8 @@ class Pages(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """A paged latent cache: tensors, and what e4m3 ones are multiplied by (`mla_paged_decode` has the shapes)."""
+    """A paged latent cache: tensors, and what e4m3 ones are multiplied by (`mla_paged_decode` has the shapes). A kpe of
+    width 0: there is no rope part."""
 
     ckv: torch.Tensor
     kpe: torch.Tensor
@@ -111,6 +112,20 @@ class Call(NamedTuple):
 
 # A Call, or a tuple of its fields with tuples in the place of its Cache and Pages.
 CallFields = Call | tuple[Any, ...]
+
+
+def without_rope(fields: CallFields) -> CallFields:
+    """The fields with views of width 0 in the place of a q_pe and a kpe_cache that are both None: there is no rope
+    part. Others as they are: that one of them alone is None is for check.py to say."""
+    q_nope, q_pe, (ckv, kpe, *scales), *rest = fields
+    if q_pe is not None or kpe is not None:
+        return fields
+    return (q_nope, no_channels(q_nope), (ckv, no_channels(ckv), *scales), *rest)
+
+
+def no_channels(x: Any) -> Any:
+    """A view of width 0 of a tensor; None where `x` is none."""
+    return x[..., :0] if isinstance(x, torch.Tensor) and x.dim() else None
 
 
 def as_call(fields: CallFields) -> Call:
@@ -182,4 +197,4 @@ def call_of(form: Form, *args: Any, **options: Any) -> Call:
     )  # fmt: skip
     if given:
         raise TypeError(f"{name} got an unexpected keyword argument {min(given)!r}")
-    return call
+    return as_call(without_rope(call))

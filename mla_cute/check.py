@@ -22,27 +22,31 @@ import torch
 
 from . import dims
 from .call import UNSCALED, Cache, Call, Pages
-from .dims import CKV_DIM, KPE_DIM, MAX_HEADS, NUM_SCALES
+from .dims import HEAD_DIMS, MAX_HEADS, NUM_SCALES, HeadDims
 from .expect import (
     ALIGN_BYTES,
+    CKV_DIMS,
+    KPE_DIMS,
     MAX_SCALE,
     MIN_SCALE,
     Scale,
     describe,
     expect_aligned,
     expect_bool,
+    expect_channels,
     expect_device,
     expect_dtype,
     expect_float32,
     expect_indptr,
     expect_lse_base,
     expect_metadata,
+    expect_not_alone,
     expect_one,
     expect_operand,
     expect_own_memory,
+    expect_placed,
     expect_rows_fit_32_bits,
     expect_scale,
-    expect_shape,
     expect_tensor,
     expect_tensor_scale,
     rows_fit_32_bits,
@@ -57,6 +61,9 @@ FP8 = torch.float8_e4m3fn
 _DTYPES_16BIT = " or ".join(map(str, DTYPES))
 # The format of an FP8 cache with so many scales a token.
 FORMAT_OF_SCALES = {scales: kv_format for kv_format, scales in NUM_SCALES.items() if scales}
+# Head dimensions by their widths, and those that formats "token" and "group" have.
+DIMS_OF = {dims: dims for dims in HEAD_DIMS}
+_DIMS_OF_ARRAYS = HeadDims()
 
 # Elements of bf16 or fp16 in 16 bytes, of which TMA and vector accesses want multiples.
 _ALIGN_ELEMENTS = 8
@@ -79,6 +86,7 @@ class Problem:
     # "tensor").
     kv_format: str = ""
     q_fp8: bool = False
+    dims: HeadDims = HeadDims()
     # Dimensions of size 1 may have strides that TMA would refuse (the early exit accepts none of those).
     odd_strides: bool = field(default=False, compare=False)
 
@@ -106,18 +114,21 @@ def _usual(call: Call) -> Problem | None:
     ckv_cache, kpe_cache, ckv_scale, kpe_scale, ckv_scale_arr = cache
     total_q, num_heads, ckv_dim = q_nope.shape
     num_pages, page_size, cache_dim = ckv_cache.shape
+    kpe_pages, kpe_page_size, kpe_dim = kpe_cache.shape
+    dims = DIMS_OF.get((cache_dim, kpe_dim))  # type: ignore[call-overload]
     dtype = q_nope.dtype
     device = q_nope.device
     cache_dtype = ckv_cache.dtype
     kv_format, q_fp8 = "", False
     if not (
-        ckv_dim == CKV_DIM
-        and cache_dim == CKV_DIM
+        dims is not None
+        and ckv_dim == cache_dim
         and 1 <= num_heads <= MAX_HEADS
         and page_size >= 1
         and num_pages >= 1
-        and q_pe.shape == (total_q, num_heads, KPE_DIM)
-        and kpe_cache.shape == (num_pages, page_size, KPE_DIM)
+        and q_pe.shape == (total_q, num_heads, kpe_dim)
+        and kpe_pages == num_pages
+        and kpe_page_size == page_size
         and q_pe.device == device
         and ckv_cache.device == device
         and kpe_cache.device == device
@@ -127,7 +138,7 @@ def _usual(call: Call) -> Problem | None:
     ):
         return None
     if cache_dtype is FP8:
-        if (found := _usual_fp8(call)) is None:
+        if (found := _usual_fp8(call, dims)) is None:
             return None
         dtype, kv_format, q_fp8 = found
     elif not (
@@ -140,6 +151,8 @@ def _usual(call: Call) -> Problem | None:
     ):
         return None
     if q_nope.is_cuda:
+        if not kpe_dim:  # where nothing lies, no stride is looked at
+            q_pe, kpe_cache = q_nope, ckv_cache
         if not (_is_aligned(q_nope) and _is_aligned(q_pe) and _is_aligned(ckv_cache) and _is_aligned(kpe_cache)):
             return None
         sparse = pages.form.op == "sparse"
@@ -149,7 +162,7 @@ def _usual(call: Call) -> Problem | None:
     elif not q_nope.is_cpu:
         return None
     if out is not None and not (
-        out.shape == (total_q, num_heads, CKV_DIM)
+        out.shape == (total_q, num_heads, ckv_dim)
         and out.dtype is dtype
         and out.device == device
         and out.is_contiguous()
@@ -173,8 +186,9 @@ def _usual(call: Call) -> Problem | None:
     if not _usual_pages(pages, batch, device):
         return None
     return _problem(
-        pages.form.op, batch, total_q, num_heads, page_size, num_pages, pages.causal, dtype, device, kv_format, q_fp8
-    )
+        pages.form.op, batch, total_q, num_heads, page_size, num_pages, pages.causal, dtype, device, kv_format, q_fp8,
+        dims,
+    )  # fmt: skip
 
 
 def is_usual_sink(sink: torch.Tensor, num_heads: int, device: torch.device) -> bool:
@@ -186,7 +200,7 @@ def _are_one(*scales: Scale) -> bool:
     return all(type(scale) is float and scale == 1.0 for scale in scales)
 
 
-def _usual_fp8(call: Call) -> tuple[torch.dtype, str, bool] | None:
+def _usual_fp8(call: Call, dims: HeadDims) -> tuple[torch.dtype, str, bool] | None:
     """(output dtype, format, whether q_nope is e4m3) of a call with an e4m3 ckv_cache; None when unusual.
 
     `_usual` looks at what both kinds of cache have in common.
@@ -202,7 +216,7 @@ def _usual_fp8(call: Call) -> tuple[torch.dtype, str, bool] | None:
             kpe_dtype is FP8
             and rope_dtype is dtype
             and MIN_SCALE <= ckv_scale <= MAX_SCALE
-            and MIN_SCALE <= kpe_scale <= MAX_SCALE
+            and (MIN_SCALE <= kpe_scale <= MAX_SCALE if dims.kpe else kpe_scale == 1.0)
         ):
             return None
         kv_format = "tensor"
@@ -211,7 +225,8 @@ def _usual_fp8(call: Call) -> tuple[torch.dtype, str, bool] | None:
     else:
         num_pages, page_size, num_scales = ckv_scale_arr.shape
         if not (
-            kpe_dtype is rope_dtype
+            dims == _DIMS_OF_ARRAYS
+            and kpe_dtype is rope_dtype
             and (q_fp8 or rope_dtype is dtype)
             and ckv_scale == kpe_scale == 1.0
             and (num_pages, page_size) == ckv_cache.shape[:2]
@@ -223,7 +238,10 @@ def _usual_fp8(call: Call) -> tuple[torch.dtype, str, bool] | None:
             return None
         kv_format = FORMAT_OF_SCALES[num_scales]
         dtype = rope_dtype
-    if q_nope.is_cuda and not _is_aligned_to(ALIGN_BYTES, q_nope, q_pe, ckv_cache, kpe_cache):
+    if q_nope.is_cuda and not (
+        _is_aligned_to(ALIGN_BYTES, q_nope, ckv_cache)
+        and (not dims.kpe or _is_aligned_to(ALIGN_BYTES, q_pe, kpe_cache))
+    ):
         return None
     if not (
         dtype in DTYPES
@@ -298,7 +316,7 @@ def _first_wrong(call: Call) -> Problem:
 
 def _expect_operands(call: Call, rows: str) -> Problem:
     q_nope, q_pe, cache, pages, _, out, _, _, _, _ = call
-    ckv_cache, kpe_cache = cache[:2]
+    ckv_cache, kpe_cache = cache[:2]  # of a call that went through `call.without_rope`
     expect_tensor("q_nope", q_nope)
     # what is no 16-bit cache is an FP8 one or refused below
     cache_is_16bit = isinstance(ckv_cache, torch.Tensor) and ckv_cache.dtype in DTYPES
@@ -307,7 +325,7 @@ def _expect_operands(call: Call, rows: str) -> Problem:
         raise TypeError(f"q_nope: expected dtype {_DTYPES_16BIT} with a 16-bit ckv_cache, got {q_nope.dtype}")
     if not q_fp8 and q_nope.dtype not in DTYPES:
         raise TypeError(f"q_nope: expected dtype {_DTYPES_16BIT}, got {q_nope.dtype}")
-    expect_shape("q_nope", q_nope, (None, None, CKV_DIM), f"[{rows}, H, {CKV_DIM}]")
+    ckv_dim = expect_channels("q_nope", q_nope, (None, None), f"{rows}, H", CKV_DIMS)
     total_q, num_heads, _ = q_nope.shape
     if not 1 <= num_heads <= MAX_HEADS:
         raise ValueError(f"q_nope: expected 1 to {MAX_HEADS} heads (dimension 1), got {num_heads}")
@@ -316,6 +334,7 @@ def _expect_operands(call: Call, rows: str) -> Problem:
         raise ValueError(f"q_nope: expected a tensor on a cuda device or the cpu, got device {device}")
     expect_aligned("q_nope", q_nope)
 
+    expect_not_alone("q_pe", q_pe, "kpe_cache")
     expect_tensor("q_pe", q_pe)
     if not q_fp8:
         expect_dtype("q_pe", q_pe, "q_nope", q_nope.dtype)
@@ -327,29 +346,32 @@ def _expect_operands(call: Call, rows: str) -> Problem:
             raise TypeError(f"q_pe: expected dtype {_DTYPES_16BIT} with a 16-bit kpe_cache, got {q_pe.dtype}")
         elif q_pe.dtype not in (FP8, *DTYPES):
             raise TypeError(f"q_pe: expected dtype {_DTYPES_16BIT} or {FP8}, got {q_pe.dtype}")
-    expect_operand("q_pe", q_pe, (total_q, num_heads, KPE_DIM), f"[{rows}, H, {KPE_DIM}]", device)
+    kpe_dim = expect_channels("q_pe", q_pe, (total_q, num_heads), f"{rows}, H", KPE_DIMS)
+    expect_placed("q_pe", q_pe, device)
 
     expect_tensor("ckv_cache", ckv_cache)
     if ckv_cache.dtype is not FP8:
         expect_dtype("ckv_cache", ckv_cache, "q_nope", q_nope.dtype, "" if q_fp8 else f" or {FP8}")
-    shape = f"[num_pages, page_size, {CKV_DIM}]"
-    expect_operand("ckv_cache", ckv_cache, (None, None, CKV_DIM), shape, device)
+    expect_channels("ckv_cache", ckv_cache, (None, None), "num_pages, page_size", (ckv_dim,), "q_nope")
+    expect_placed("ckv_cache", ckv_cache, device)
     num_pages, page_size, _ = ckv_cache.shape
     if num_pages < 1:
         raise ValueError(f"ckv_cache: expected num_pages >= 1 (dimension 0), got {num_pages}")
     if page_size < 1:
         raise ValueError(f"ckv_cache: expected page_size >= 1 (dimension 1), got {page_size}")
 
+    expect_not_alone("kpe_cache", kpe_cache, "q_pe")
     expect_tensor("kpe_cache", kpe_cache)
     if cache_is_16bit:
         expect_dtype("kpe_cache", kpe_cache, "q_nope", q_nope.dtype)
     elif kpe_cache.dtype is not FP8:
         expect_dtype("kpe_cache", kpe_cache, "q_pe", q_pe.dtype, "" if q_pe.dtype is FP8 else f" or {FP8}")
-    shape = f"[num_pages, page_size, {KPE_DIM}]"
-    expect_operand("kpe_cache", kpe_cache, (num_pages, page_size, KPE_DIM), shape, device)
+    expect_channels("kpe_cache", kpe_cache, (num_pages, page_size), "num_pages, page_size", (kpe_dim,), "q_pe")
+    expect_placed("kpe_cache", kpe_cache, device)
     sparse = pages.form.op == "sparse"
     expect_rows_fit_32_bits("ckv_cache", ckv_cache, sparse)
-    expect_rows_fit_32_bits("kpe_cache", kpe_cache, sparse)
+    if kpe_dim:
+        expect_rows_fit_32_bits("kpe_cache", kpe_cache, sparse)
 
     kv_format = expect_format(cache_is_16bit, cache, device)
     dtype = q_pe.dtype
@@ -357,14 +379,22 @@ def _expect_operands(call: Call, rows: str) -> Problem:
         dtype = out.dtype if isinstance(out, torch.Tensor) and out.dtype in DTYPES else DTYPES[0]
     return Problem(
         pages.form.op, total_q, total_q, num_heads, page_size, num_pages, pages.causal, dtype, device, kv_format, q_fp8,
-        odd_strides=True,
+        HeadDims(ckv_dim, kpe_dim), odd_strides=True,
     )  # fmt: skip
 
 
 def expect_format(cache_is_16bit: bool, cache: Cache, device: torch.device) -> str:
     """The format of a cache whose tensors are right, after a check of `ckv_scale_arr`."""
     _, kpe_cache, _, _, ckv_scale_arr = cache
-    num_pages, page_size, _ = cache.ckv.shape
+    num_pages, page_size, ckv_dim = cache.ckv.shape
+    dims = HeadDims(ckv_dim, kpe_cache.shape[2])
+    if not cache_is_16bit and dims != _DIMS_OF_ARRAYS:
+        expect_no_array(dims, ckv_scale_arr)
+        if kpe_cache.dtype is not FP8:
+            raise TypeError(
+                f"kpe_cache: expected dtype {FP8} (that of ckv_cache) with head dimensions {dims}, got "
+                f"{kpe_cache.dtype}"
+            )
     if cache_is_16bit or kpe_cache.dtype is FP8:
         if ckv_scale_arr is not None:
             other = "a 16-bit ckv_cache" if cache_is_16bit else f"a kpe_cache of {FP8}"
@@ -386,6 +416,15 @@ def expect_format(cache_is_16bit: bool, cache: Cache, device: torch.device) -> s
     expect_device(name, ckv_scale_arr, device)
     expect_aligned(name, ckv_scale_arr, 4 * shape[-1])
     return FORMAT_OF_SCALES[shape[-1]]
+
+
+def expect_no_array(dims: HeadDims, ckv_scale_arr: object) -> None:
+    """Where the head dimensions have no format with an array of scales."""
+    if ckv_scale_arr is not None and dims != _DIMS_OF_ARRAYS:
+        raise ValueError(
+            f"ckv_scale_arr: expected None with head dimensions {dims} (those with arrays of scales are "
+            f"{_DIMS_OF_ARRAYS}), got {describe(ckv_scale_arr)}"
+        )
 
 
 def expect_pages(pages: Pages, batch: int, device: torch.device) -> None:
@@ -416,7 +455,8 @@ def _expect_rest(call: Call, problem: Problem, rows: str) -> None:
                 raise TypeError(f"out: expected dtype {_DTYPES_16BIT}, got {out.dtype}")
         else:
             expect_dtype("out", out, "q_pe" if problem.q_fp8 else "q_nope", problem.dtype)
-        expect_operand("out", out, (total_q, num_heads, CKV_DIM), f"[{rows}, H, {CKV_DIM}]", device)
+        ckv_dim = problem.dims.ckv
+        expect_operand("out", out, (total_q, num_heads, ckv_dim), f"[{rows}, H, {ckv_dim}]", device)
         expect_own_memory("out", out)
         if out.numel() and out.data_ptr() == q_nope.data_ptr():
             raise ValueError("out: expected memory of its own, got the memory of q_nope")
@@ -432,7 +472,10 @@ def _expect_scales(call: Call, problem: Problem) -> None:
     ckv_scale, kpe_scale = call.cache.ckv_scale, call.cache.kpe_scale
     if problem.kv_format == "tensor":
         expect_tensor_scale("ckv_scale", ckv_scale, problem.device)
-        expect_tensor_scale("kpe_scale", kpe_scale, problem.device)
+        if problem.dims.kpe:
+            expect_tensor_scale("kpe_scale", kpe_scale, problem.device)
+        else:
+            expect_one("kpe_scale", kpe_scale, "a kpe_cache of width 0")
     else:
         with_what = "ckv_scale_arr" if problem.kv_format else "a 16-bit ckv_cache"
         expect_one("ckv_scale", ckv_scale, with_what)
@@ -444,7 +487,8 @@ def _expect_scales(call: Call, problem: Problem) -> None:
     if not problem.kv_format:
         return
     rope_q_scale = q_scale if q_pe.dtype is FP8 else 1.0
-    for name, scale, of_q in (("ckv_scale", ckv_scale, q_scale), ("kpe_scale", kpe_scale, rope_q_scale)):
+    factors = [("ckv_scale", ckv_scale, q_scale), ("kpe_scale", kpe_scale, rope_q_scale)]
+    for name, scale, of_q in factors if problem.dims.kpe else factors[:1]:
         product = float(sm_scale)
         for factor in (scale, of_q):
             if not isinstance(factor, torch.Tensor):

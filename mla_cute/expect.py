@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from .dims import HEAD_DIMS
+
 # The kernels take sm_scale * log2(e) as a float32 and find a row's largest score before they scale it: the product has
 # to be positive, finite, and normal (0 * -inf of a masked score is NaN).
 MIN_SCALE = 2.0**-126
@@ -20,6 +22,10 @@ ALIGN_BYTES = 16
 LSE_BASES = (2, "e")
 # What multiplies a tensor of e4m3: a number, or a float32 tensor of one element.
 Scale = float | torch.Tensor
+# Channels of the latent and of the rope part that there are, and the pairs of them, as messages have them.
+CKV_DIMS = tuple(dict.fromkeys(dims.ckv for dims in HEAD_DIMS))
+KPE_DIMS = tuple(dict.fromkeys(dims.kpe for dims in HEAD_DIMS))
+HEAD_DIMS_TEXT = ", ".join(map(str, HEAD_DIMS))
 
 
 def expect_int(name: str, value: object, least: int, most: int | None = None) -> None:
@@ -77,7 +83,11 @@ def expect_operand(
     name: str, x: torch.Tensor, expected: tuple[int | None, ...], form: str, device: torch.device
 ) -> None:
     expect_shape(name, x, expected, form)
-    expect_device(name, x, device)
+    expect_placed(name, x, device)
+
+
+def expect_placed(name: str, x: torch.Tensor, device: torch.device, like: str = "q_nope") -> None:
+    expect_device(name, x, device, like)
     expect_aligned(name, x)
 
 
@@ -108,6 +118,15 @@ def expect_tensor(name: str, x: object) -> None:
         raise TypeError(f"{name}: expected a torch.Tensor, got {describe(x)}")
 
 
+def expect_not_alone(name: str, x: object, other: str) -> None:
+    """Of an argument that is None only where `other` is, too."""
+    if x is None:
+        raise TypeError(
+            f"{name}: expected a torch.Tensor, got NoneType None (it says that there is no rope part, where {other} is "
+            "None too)"
+        )
+
+
 def expect_dense(name: str, x: object) -> None:
     """A tensor with strides, neither sparse nor nested."""
     expect_tensor(name, x)
@@ -123,14 +142,33 @@ def expect_shape(name: str, x: torch.Tensor, expected: tuple[int | None, ...], f
     actual = tuple(x.shape)
     if len(actual) == len(expected) and all(e is None or e == a for e, a in zip(expected, actual, strict=True)):
         return
+    raise ValueError(f"{name}: expected shape {_shown(expected, form)}, got {list(actual)}")
+
+
+def _shown(expected: tuple[int | None, ...], form: str) -> str:
     names = form.strip("[]").split(", ")
     if None not in expected:
-        shown = f"{list(expected)}"
-    elif len(names) == len(expected):
-        shown = f"[{', '.join(n if e is None else str(e) for e, n in zip(expected, names, strict=True))}]"
-    else:
-        shown = form
-    raise ValueError(f"{name}: expected shape {shown}, got {list(actual)}")
+        return f"{list(expected)}"
+    if len(names) == len(expected):
+        return f"[{', '.join(n if e is None else str(e) for e, n in zip(expected, names, strict=True))}]"
+    return form
+
+
+def expect_channels(
+    name: str, x: torch.Tensor, sizes: tuple[int | None, ...], form: str, widths: tuple[int, ...], like: str = ""
+) -> int:
+    """A shape of `sizes`, as `expect_shape` takes them, and behind them one of `widths`, which is returned: channels of
+    a head. `like` is the argument that the only width is of."""
+    form = f"[{form}, {' or '.join(map(str, widths))}]"
+    for width in widths:  # that of a graph may be a symbol
+        if x.dim() == len(sizes) + 1 and x.shape[-1] == width:
+            expect_shape(name, x, (*sizes, width), form)
+            return width
+    shown = _shown((*sizes, widths[0] if len(widths) == 1 else None), form)
+    whose = f"{like} has {widths[0]}; " if like else ""
+    raise ValueError(
+        f"{name}: expected shape {shown}, got {list(x.shape)} ({whose}head dimensions are {HEAD_DIMS_TEXT})"
+    )
 
 
 def expect_device(name: str, x: torch.Tensor, device: torch.device, like: str = "q_nope") -> None:

@@ -11,7 +11,6 @@ from . import dlpack
 from .allocate import current_device, empty
 from .call import Call
 from .check import FP8, Problem
-from .dims import CKV_DIM
 from .expect import Scale
 from .plan import Plan, Round
 
@@ -27,7 +26,7 @@ def launch(step: Callable[..., None], problem: Problem, plan: Plan, call: Call) 
             return launch(step, problem, plan, call)
     out, lse = call.out, call.lse
     if out is None:
-        out = empty((problem.total_q, problem.num_heads, CKV_DIM), problem.dtype, device)
+        out = empty((problem.total_q, problem.num_heads, problem.dims.ckv), problem.dtype, device)
     if lse is None:
         lse = empty((problem.total_q, problem.num_heads), torch.float32, device)
     if plan.has_work:
@@ -43,7 +42,8 @@ def launch(step: Callable[..., None], problem: Problem, plan: Plan, call: Call) 
 
 
 def _for_launch(problem: Problem, plan: Plan, call: Call, lse: torch.Tensor) -> list[torch.Tensor]:
-    """Queries, caches and, of an FP8 cache, scales, in the form the step takes."""
+    """Queries, caches and, of an FP8 cache, scales, in the form the step takes. One without a rope part takes q_nope
+    and ckv in its place, too, and does not read them there."""
     cache = call.cache
     operands = [call.q_nope, call.q_pe, cache.ckv, cache.kpe]
     if problem.kv_format:
@@ -55,6 +55,8 @@ def _for_launch(problem: Problem, plan: Plan, call: Call, lse: torch.Tensor) -> 
         operands = [_tma_strides(x) for x in operands]
     if plan.packs_rows:
         operands[:2] = map(_even_rows, operands[:2])
+    if not problem.dims.kpe:
+        operands[1], operands[3] = operands[0], operands[2]
     return operands
 
 

@@ -35,11 +35,33 @@ from typing import Any, TypeVar, cast
 import torch
 
 from . import api, append, attend, sparse
-from .call import DECODE, DECODE_TABLE, METADATA, PREFILL, PREFILL_TABLE, SPARSE, Call, Form, arguments_of, call_of
-from .check import FP8, expect_pages
+from .call import (
+    DECODE,
+    DECODE_TABLE,
+    METADATA,
+    PREFILL,
+    PREFILL_TABLE,
+    SPARSE,
+    Call,
+    Form,
+    arguments_of,
+    call_of,
+    no_channels,
+)
+from .check import FP8, expect_no_array, expect_pages
 from .config import KernelConfig
-from .dims import CKV_DIM, GROUP_DIM, KPE_DIM
-from .expect import expect_bool, expect_device, expect_indptr, expect_lse_base, expect_shape
+from .dims import CKV_DIM, GROUP_DIM, HeadDims
+from .expect import (
+    CKV_DIMS,
+    KPE_DIMS,
+    expect_bool,
+    expect_channels,
+    expect_device,
+    expect_indptr,
+    expect_lse_base,
+    expect_not_alone,
+    expect_shape,
+)
 from .merge_states import merge_states as _merge_states
 from .plan import Plan, expect_config, expect_plan, plan_of
 
@@ -90,7 +112,7 @@ def _define_attention(call: F, form: Form) -> F:
     them."""
     name = call.__name__
     metadata = ", ".join(f"Tensor {argument}" for argument in METADATA[form])
-    required = f"Tensor q_nope, Tensor q_pe, Tensor ckv_cache, Tensor kpe_cache, {metadata}, Scalar sm_scale"
+    required = f"Tensor q_nope, Tensor? q_pe, Tensor ckv_cache, Tensor? kpe_cache, {metadata}, Scalar sm_scale"
     options = _OPTIONS
     if not form.by_table:
         options = f"Tensor? kv_last_page_len=None, {options}"
@@ -162,11 +184,11 @@ def _is_natural(lse_base: int | str) -> bool:
     return lse_base == "e"
 
 
-def _new_outputs(q_nope: torch.Tensor, q_pe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    tokens, num_heads, _ = q_nope.shape
-    dtype = torch.bfloat16 if q_pe.dtype is FP8 else q_pe.dtype
+def _new_outputs(q_nope: torch.Tensor, q_pe: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens, num_heads, ckv_dim = q_nope.shape
+    dtype = q_nope.dtype if q_pe is None else q_pe.dtype
     return (
-        q_nope.new_empty((tokens, num_heads, CKV_DIM), dtype=dtype),
+        q_nope.new_empty((tokens, num_heads, ckv_dim), dtype=torch.bfloat16 if dtype is FP8 else dtype),
         q_nope.new_empty((tokens, num_heads), dtype=torch.float32),
     )
 
@@ -179,16 +201,19 @@ def _fake_attention(*args: Any, form: Form, **options: Any) -> tuple[torch.Tenso
     """The checks of check.py, without what reads addresses or keeps sizes: those of a graph may be symbols."""
     call = call_of(form, *args, **{name: options[name] for name in _SHAPED if name in options})
     q_nope, q_pe, (ckv_cache, kpe_cache, _, _, ckv_scale_arr), pages, _, out, lse, _, _, sink = call
-    expect_shape("q_nope", q_nope, (None, None, CKV_DIM), f"[tokens, H, {CKV_DIM}]")
+    ckv_dim = expect_channels("q_nope", q_nope, (None, None), "tokens, H", CKV_DIMS)
     tokens, num_heads, _ = q_nope.shape
     device = q_nope.device
-    expect_shape("q_pe", q_pe, (tokens, num_heads, KPE_DIM), "")
-    expect_shape("ckv_cache", ckv_cache, (None, None, CKV_DIM), f"[num_pages, page_size, {CKV_DIM}]")
+    expect_not_alone("q_pe", q_pe, "kpe_cache")
+    kpe_dim = expect_channels("q_pe", q_pe, (tokens, num_heads), "tokens, H", KPE_DIMS)
+    expect_channels("ckv_cache", ckv_cache, (None, None), "num_pages, page_size", (ckv_dim,), "q_nope")
     num_pages, page_size, _ = ckv_cache.shape
-    expect_shape("kpe_cache", kpe_cache, (num_pages, page_size, KPE_DIM), "")
+    expect_not_alone("kpe_cache", kpe_cache, "q_pe")
+    expect_channels("kpe_cache", kpe_cache, (num_pages, page_size), "num_pages, page_size", (kpe_dim,), "q_pe")
     for name, x in (("q_pe", q_pe), ("ckv_cache", ckv_cache), ("kpe_cache", kpe_cache)):
         expect_device(name, x, device)
     if ckv_scale_arr is not None:
+        expect_no_array(HeadDims(ckv_dim, kpe_dim), ckv_scale_arr)
         sizes = (num_pages, page_size, None)
         expect_shape("ckv_scale_arr", ckv_scale_arr, sizes, f"[num_pages, page_size, 1 or {CKV_DIM // GROUP_DIM}]")
     batch = expect_indptr("qo_indptr", pages.queries, device) if form.op == "prefill" else tokens
@@ -197,7 +222,7 @@ def _fake_attention(*args: Any, form: Form, **options: Any) -> tuple[torch.Tenso
         expect_shape("sink", sink, (num_heads,), "[H]")
         expect_device("sink", sink, device)
     if out is not None and lse is not None:
-        expect_shape("out", out, (tokens, num_heads, CKV_DIM), "")
+        expect_shape("out", out, (tokens, num_heads, ckv_dim), "")
         expect_shape("lse", lse, (tokens, num_heads), "")
     return _new_outputs(q_nope, q_pe)
 
@@ -207,18 +232,22 @@ def _fake_attention(*args: Any, form: Form, **options: Any) -> tuple[torch.Tenso
 
 def _fake_append(
     ckv: torch.Tensor,
-    kpe: torch.Tensor,
+    kpe: Any,
     ckv_cache: torch.Tensor,
-    kpe_cache: torch.Tensor,
+    kpe_cache: Any,
     slot_mapping: torch.Tensor,
     **options: Any,
 ) -> None:
     del options
-    expect_shape("ckv", ckv, (None, CKV_DIM), f"[n, {CKV_DIM}]")
+    if kpe is None and kpe_cache is None:
+        kpe, kpe_cache = no_channels(ckv), no_channels(ckv_cache)
+    expect_not_alone("kpe", kpe, "kpe_cache")
+    expect_not_alone("kpe_cache", kpe_cache, "kpe")
+    ckv_dim = expect_channels("ckv", ckv, (None,), "n", CKV_DIMS)
     tokens = ckv.shape[0]
-    expect_shape("kpe", kpe, (tokens, KPE_DIM), "")
-    expect_shape("ckv_cache", ckv_cache, (None, None, CKV_DIM), f"[num_pages, page_size, {CKV_DIM}]")
-    expect_shape("kpe_cache", kpe_cache, (*ckv_cache.shape[:2], KPE_DIM), "")
+    kpe_dim = expect_channels("kpe", kpe, (tokens,), "n", KPE_DIMS)
+    expect_channels("ckv_cache", ckv_cache, (None, None), "num_pages, page_size", (ckv_dim,), "ckv")
+    expect_channels("kpe_cache", kpe_cache, (*ckv_cache.shape[:2],), "num_pages, page_size", (kpe_dim,), "kpe")
     expect_shape("slot_mapping", slot_mapping, (tokens,), "")
 
 
@@ -228,7 +257,7 @@ def _run_append(*args: Any, **options: Any) -> None:
 
 _append_op = _define(
     "append_to_cache",
-    "(Tensor ckv, Tensor kpe, Tensor(a!) ckv_cache, Tensor(b!) kpe_cache, Tensor slot_mapping, *, "
+    "(Tensor ckv, Tensor? kpe, Tensor(a!) ckv_cache, Tensor(b!)? kpe_cache, Tensor slot_mapping, *, "
     "Scalar ckv_scale=1.0, Scalar kpe_scale=1.0, Tensor(c!)? ckv_scale_arr=None) -> ()",
     _run_append,
     _fake_append,

@@ -339,7 +339,7 @@ class Plan:
             return _no_kernel
         variant = step_variant(
             problem.op, problem.kv_format, problem.q_fp8, problem.num_heads, problem.page_size,
-            DTYPE_NAMES[problem.dtype], self.config,
+            DTYPE_NAMES[problem.dtype], self.config, problem.dims,
         )  # fmt: skip
         return jit.get(*variant)
 

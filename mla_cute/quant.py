@@ -1,7 +1,8 @@
 """FP8 formats of the latent cache: quantise and dequantise in torch. All are e4m3 with real = stored * scale.
 
     format        per token                   scales
-    tensor        512 + 64 e4m3 = 576 B       ckv_scale, kpe_scale: floats of the whole cache
+    tensor        512 + 64 e4m3 = 576 B       ckv_scale, kpe_scale: floats of the whole cache; also 256 channels of ckv,
+                                              and 32 of kpe or none
     token         512 e4m3 + 64 bf16 = 640 B  ckv_scale_arr [..., 1] float32
     group         512 e4m3 + 64 bf16          ckv_scale_arr [..., 4] float32, one per 128 channels
 
@@ -28,7 +29,7 @@ import torch
 
 from .check import FP8
 from .dims import CKV_DIM, GROUP_DIM, KPE_DIM
-from .expect import MIN_SCALE, expect_dense, expect_scale
+from .expect import CKV_DIMS, KPE_DIMS, MIN_SCALE, expect_dense, expect_scale
 
 GROUP_ROW_BYTES = CKV_DIM + 4 * (CKV_DIM // GROUP_DIM) + 2 * KPE_DIM
 E4M3_MAX = 448.0
@@ -40,14 +41,15 @@ def _expect_floating(name: str, x: torch.Tensor) -> None:
         raise TypeError(f"{name}: expected a floating-point dtype, got {x.dtype}")
 
 
-def _expect_width(name: str, x: torch.Tensor, width: int) -> None:
+def _expect_width(name: str, x: torch.Tensor, *widths: int) -> None:
     _expect_floating(name, x)
-    if x.dim() < 1 or x.shape[-1] != width:
-        raise ValueError(f"{name}: expected a last dimension of {width}, got shape {list(x.shape)}")
+    if x.dim() < 1 or x.shape[-1] not in widths:
+        expected = " or ".join(map(str, widths))
+        raise ValueError(f"{name}: expected a last dimension of {expected}, got shape {list(x.shape)}")
 
 
-def _expect_stored(name: str, x: torch.Tensor, width: int) -> None:
-    _expect_width(name, x, width)
+def _expect_stored(name: str, x: torch.Tensor, *widths: int) -> None:
+    _expect_width(name, x, *widths)
     if x.dtype is not FP8:
         raise TypeError(f"{name}: expected dtype {FP8}, got {x.dtype}")
 
@@ -136,8 +138,8 @@ def quantize_tensor(
     """Format "tensor".
 
     Args:
-        ckv: [..., 512], floating point.
-        kpe: [..., 64], likewise.
+        ckv: [..., 512] or [..., 256], floating point.
+        kpe: [..., 64], [..., 32] or [..., 0], likewise.
         ckv_scale, kpe_scale: Python numbers from 2^-126 to 2^126; see `tensor_scale`.
 
     Returns:
@@ -146,8 +148,8 @@ def quantize_tensor(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    _expect_width("ckv", ckv, CKV_DIM)
-    _expect_width("kpe", kpe, KPE_DIM)
+    _expect_width("ckv", ckv, *CKV_DIMS)
+    _expect_width("kpe", kpe, *KPE_DIMS)
     ckv_scale, kpe_scale = _float_scale("ckv_scale", ckv_scale), _float_scale("kpe_scale", kpe_scale)
     return _to_e4m3(ckv, ckv_scale), _to_e4m3(kpe, kpe_scale)
 
@@ -155,12 +157,12 @@ def quantize_tensor(
 def dequantize_tensor(
     ckv: torch.Tensor, kpe: torch.Tensor, ckv_scale: float, kpe_scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Format "tensor", ckv [..., 512] and kpe [..., 64] in float8_e4m3fn, back to float32.
+    """Format "tensor", ckv and kpe in float8_e4m3fn with the shapes of `quantize_tensor`, back to float32.
 
     Raises as `quantize_tensor`.
     """
-    _expect_stored("ckv", ckv, CKV_DIM)
-    _expect_stored("kpe", kpe, KPE_DIM)
+    _expect_stored("ckv", ckv, *CKV_DIMS)
+    _expect_stored("kpe", kpe, *KPE_DIMS)
     ckv_scale, kpe_scale = _float_scale("ckv_scale", ckv_scale), _float_scale("kpe_scale", kpe_scale)
     return ckv.float() * ckv_scale, kpe.float() * kpe_scale
 

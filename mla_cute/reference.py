@@ -38,8 +38,9 @@ def decode_reference(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Te
     CPU tensors checks arguments and values, and computes this.
 
     Returns:
-        (output [batch, H, 512], lse [batch, H] float32). Without `out` the output has the dtype of q_nope, that of q_pe
-        if q_nope is float8_e4m3fn, and is bfloat16 if both are. A request of length 0 gives output 0 and lse -inf.
+        (output [batch, H, channels of ckv], lse [batch, H] float32). Without `out` the output has the dtype of q_nope,
+        that of q_pe if q_nope is float8_e4m3fn, and is bfloat16 if both are. A request of length 0 gives output 0 and
+        lse -inf.
 
     Raises:
         TypeError: an argument is missing or not known. IndexError, RuntimeError: from torch, when a page id in use is
@@ -147,7 +148,7 @@ def _attend(
     p_dtype: torch.dtype | None,
     visible: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """kv_len > 0 keys of one request: scaled q [R, 576] in the dtype of the math -> [R, 512], lse [R] in base e.
+    """kv_len > 0 keys of one request: scaled q [R, ckv + kpe] in the dtype of the math -> [R, ckv], lse [R] in base e.
 
     `visible` [R, 1], from 1 to kv_len, is how many keys a row sees; None: all.
     """
@@ -203,7 +204,7 @@ def _rows(cache: torch.Tensor, page_ids: torch.Tensor, num_tokens: int) -> torch
 
 
 def _queries(q_nope: torch.Tensor, q_pe: torch.Tensor, dtype: torch.dtype, q_scale: float) -> torch.Tensor:
-    """[tokens, H, 576] in `dtype`, with what is e4m3 multiplied by `q_scale`."""
+    """[tokens, H, ckv + kpe] in `dtype`, with what is e4m3 multiplied by `q_scale`."""
     if q_nope.dtype is not FP8:
         return torch.cat((q_nope, q_pe), dim=-1).to(dtype)
     nope = q_nope.float() * q_scale

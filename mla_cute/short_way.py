@@ -22,7 +22,6 @@ from .allocate import current_device, empty_maker
 from .call import UNSCALED, CallFields
 from .check import DTYPES, Problem, is_usual_sink
 from .config import KernelConfig
-from .dims import CKV_DIM
 from .expect import MAX_SCALE, MIN_SCALE, Scale, rows_fit_32_bits
 from .launch import (
     LN_2,
@@ -166,7 +165,9 @@ def _usual(problem: Problem, plan: Plan, no_scales: Any) -> Callable[[CallFields
     """The function from a call like `problem`, metadata aside, to what is launched; None where something is unusual.
     `no_scales` stands for an array of scales where there is none."""
     device, kv_format, planned_causal = problem.device, problem.kv_format, problem.causal
-    q_shape = (problem.total_q, problem.num_heads, CKV_DIM)
+    q_shape = (problem.total_q, problem.num_heads, problem.dims.ckv)
+    # What stands for a rope part (launch.py) would hide from the launcher that a call has one.
+    no_rope = not problem.dims.kpe
     new_out, new_lse = empty_maker(q_shape, problem.dtype, device), empty_maker(q_shape[:2], torch.float32, device)
     page_size, device_index = problem.page_size, device.index
     takes_array, packs_rows, grid = kv_format in ("token", "group"), plan.packs_rows, plan.grid
@@ -193,6 +194,10 @@ def _usual(problem: Problem, plan: Plan, no_scales: Any) -> Callable[[CallFields
             or current_device() != device_index
         ):
             return None
+        if no_rope:
+            if not _have_no_rope(q_nope, q_pe, ckv_cache, kpe_cache):
+                return None
+            q_pe, kpe_cache = q_nope, ckv_cache
         (of_scores, base, of_ckv, of_kpe, of_q), numbers = kept
         if not (
             sm_scale is of_scores
@@ -237,6 +242,16 @@ def _usual(problem: Problem, plan: Plan, no_scales: Any) -> Callable[[CallFields
     return usual
 
 
+def _have_no_rope(q_nope: torch.Tensor, q_pe: torch.Tensor, ckv_cache: torch.Tensor, kpe_cache: torch.Tensor) -> bool:
+    return (
+        q_pe.shape == (*q_nope.shape[:2], 0)
+        and kpe_cache.shape == (*ckv_cache.shape[:2], 0)
+        and q_pe.dtype is q_nope.dtype
+        and kpe_cache.dtype is ckv_cache.dtype
+        and q_pe.device == q_nope.device == kpe_cache.device
+    )
+
+
 def _has_tma_strides(x: torch.Tensor) -> bool:
     outer, inner, _ = x.stride()
     return (outer | inner) * x.itemsize % 16 == 0
@@ -275,6 +290,8 @@ def _usual_factors(
         if (problem.kv_format != "tensor" and ckv_at | kpe_at) or (not problem.q_fp8 and q_at):
             return None
     if problem.kv_format != "tensor" and not ckv_scale == kpe_scale == 1.0:
+        return None
+    if not problem.dims.kpe and (kpe_at or kpe_scale != 1.0):
         return None
     if not problem.q_fp8 and q_scale != 1.0:
         return None

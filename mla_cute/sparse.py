@@ -84,9 +84,9 @@ def plan_sparse(
 @overload
 def mla_sparse(
     q_nope: torch.Tensor,
-    q_pe: torch.Tensor,
+    q_pe: torch.Tensor | None,
     ckv_cache: torch.Tensor,
-    kpe_cache: torch.Tensor,
+    kpe_cache: torch.Tensor | None,
     indices: torch.Tensor,
     sm_scale: float,
     *,
@@ -109,9 +109,9 @@ def mla_sparse(
 @overload
 def mla_sparse(
     q_nope: torch.Tensor,
-    q_pe: torch.Tensor,
+    q_pe: torch.Tensor | None,
     ckv_cache: torch.Tensor,
-    kpe_cache: torch.Tensor,
+    kpe_cache: torch.Tensor | None,
     indices: torch.Tensor,
     sm_scale: float,
     *,
@@ -133,9 +133,9 @@ def mla_sparse(
 
 def mla_sparse(
     q_nope: torch.Tensor,
-    q_pe: torch.Tensor,
+    q_pe: torch.Tensor | None,
     ckv_cache: torch.Tensor,
-    kpe_cache: torch.Tensor,
+    kpe_cache: torch.Tensor | None,
     indices: torch.Tensor,
     sm_scale: float,
     *,
@@ -161,8 +161,8 @@ def mla_sparse(
     Decode and prefill are one: there is no mask beside the lists.
 
     Args:
-        q_nope: [total_q, H, 512], q_pe: [total_q, H, 64], ckv_cache: [num_pages, page_size, 512], kpe_cache:
-            [num_pages, page_size, 64], and all else that is not named here: as :func:`mla_paged_decode`, every format
+        q_nope: [total_q, H, C], q_pe: [total_q, H, R], ckv_cache: [num_pages, page_size, C], kpe_cache:
+            [num_pages, page_size, R], and all else that is not named here: as :func:`mla_paged_decode`, every format
             of the cache.
         indices: [total_q, topk] int32, last dimension contiguous: tokens as page * page_size + row, in any order. -1 at
             any place: no token. One that is named twice counts twice.
@@ -174,7 +174,7 @@ def mla_sparse(
         plan: from :func:`plan_sparse`, shared by the layers of a step; None plans in the call.
 
     Returns:
-        (output [total_q, H, 512], lse [total_q, H] float32), or output. A row without tokens gives 0 and -inf.
+        (output [total_q, H, C], lse [total_q, H] float32), or output. A row without tokens gives 0 and -inf.
 
     Raises as :func:`mla_paged_decode`. Of CUDA tensors, indices and topk_lens are not read on the host: tokens outside
     the cache are undefined behaviour, except with MLA_CUTE_CHECK=1.

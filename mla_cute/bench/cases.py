@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..check import DTYPE_NAMES
+from ..dims import CKV_DIM, HEAD_DIMS, KPE_DIM, KV_FORMATS, NUM_SCALES, HeadDims
 
 # A case is timed on several disjoint sets of pages, called slots. Its calls take the slots in turn, so that a call does
 # not find in L2 what an earlier one has read. One call moves `turnover` bytes, so the GPU moves `turnover` times the
@@ -20,11 +21,17 @@ ROTATION_BYTES = 300_000_000
 ROTATION_TARGET = 8_000_000_000
 ROTATION_SLOTS = 64
 
-HEAD_DIM_CKV, HEAD_DIM_KPE = 512, 64
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-# Bytes of a cached token per format (quant.py has them), its scales included; "" is a 16-bit cache.
-TOKEN_BYTES = {"": 1152, "tensor": 576, "token": 644, "group": 656}
-# Latent and rotary cache in buffers of their own, or both in one, a token's 576 values side by side.
+
+
+def token_bytes(kv_format: str, dims: HeadDims = HeadDims()) -> int:
+    """Bytes of a cached token in a format (quant.py has them), its scales included; "" is a 16-bit cache."""
+    ckv, kpe = 1 if kv_format else 2, 1 if kv_format == "tensor" else 2
+    return dims.ckv * ckv + dims.kpe * kpe + 4 * NUM_SCALES[kv_format]
+
+
+TOKEN_BYTES = {kv_format: token_bytes(kv_format) for kv_format in ("", *KV_FORMATS)}
+# Latent and rotary cache in buffers of their own, or both in one, a token's channels side by side.
 LAYOUTS = ("separate", "fused")
 
 # Best of the public kernels (FlashMLA, FlashInfer) per (H, B, L): bf16, page 64, CUDA-graph replays over cold caches,
@@ -57,6 +64,8 @@ class Shape(abc.ABC):
     layout: str
     kv_format: str
     q_fp8: bool
+    ckv_dim: int
+    kpe_dim: int
 
     @property
     @abc.abstractmethod
@@ -88,6 +97,24 @@ class Shape(abc.ABC):
             )
         if self.q_fp8 and not self.kv_format:
             raise ValueError("q_fp8: expected a kv_format beside e4m3 queries, got a 16-bit cache")
+        if self.dims not in HEAD_DIMS:
+            raise ValueError(f"ckv_dim, kpe_dim: expected one of {', '.join(map(str, HEAD_DIMS))}, got {self.dims}")
+        if self.dims != HeadDims() and self.kv_format not in ("", "tensor"):
+            raise ValueError(f"kv_format: expected tensor with head dimensions {self.dims}, got {self.kv_format!r}")
+
+    @property
+    def dims(self) -> HeadDims:
+        return HeadDims(self.ckv_dim, self.kpe_dim)
+
+    @property
+    def dims_label(self) -> str:
+        """256+64; nothing of 512 + 64."""
+        return "" if self.dims == HeadDims() else f"{self.ckv_dim}+{self.kpe_dim}"
+
+    @property
+    def token_bytes(self) -> int:
+        """Of one cached token."""
+        return token_bytes(self.kv_format, self.dims)
 
     @property
     def total_q(self) -> int:
@@ -100,7 +127,7 @@ class Shape(abc.ABC):
 
     @property
     def kv_bytes(self) -> int:
-        return sum(kv for _, kv in self.requests) * TOKEN_BYTES[self.kv_format]
+        return sum(kv for _, kv in self.requests) * self.token_bytes
 
     @property
     def rope_is_fp8(self) -> bool:
@@ -110,15 +137,15 @@ class Shape(abc.ABC):
     def q_bytes(self) -> int:
         """Bytes of q_nope and q_pe of one query row, a token and a head."""
         pe_fp8 = self.q_fp8 and self.rope_is_fp8
-        return HEAD_DIM_CKV * (1 if self.q_fp8 else 2) + HEAD_DIM_KPE * (1 if pe_fp8 else 2)
+        return self.ckv_dim * (1 if self.q_fp8 else 2) + self.kpe_dim * (1 if pe_fp8 else 2)
 
     @property
     def bytes_moved(self) -> int:
-        return self.kv_bytes + self.total_q * self.num_heads * (self.q_bytes + HEAD_DIM_CKV * 2)
+        return self.kv_bytes + self.total_q * self.num_heads * (self.q_bytes + self.ckv_dim * 2)
 
     @property
     def flop(self) -> int:
-        return 2 * self.num_heads * (2 * HEAD_DIM_CKV + HEAD_DIM_KPE) * self.visible_pairs
+        return 2 * self.num_heads * (2 * self.ckv_dim + self.kpe_dim) * self.visible_pairs
 
     @property
     def num_slots(self) -> int:
@@ -132,14 +159,15 @@ class Shape(abc.ABC):
 
     @property
     def pool_bytes(self) -> int:
-        return self.pool_tokens * TOKEN_BYTES[self.kv_format]
+        return self.pool_tokens * self.token_bytes
 
     @property
     def tail(self) -> str:
         """The end of a label."""
         fused = "" if self.layout == "separate" else f" {self.layout}"
         fp8 = f" {self.kv_format} FP8, q {'e4m3' if self.q_fp8 else '16 bit'}" if self.kv_format else ""
-        return f"page {self.page_size} {self.dtype}{fused}{fp8}"
+        dims = f" {self.dims_label}" if self.dims_label else ""
+        return f"page {self.page_size} {self.dtype}{fused}{fp8}{dims}"
 
     @property
     @abc.abstractmethod
@@ -158,11 +186,13 @@ class Case(Shape):
     kv_len: int  # in a ragged batch, of the shortest request
     page_size: int = 64
     dtype: str = "bfloat16"
-    layout: str = "separate"  # "fused": ckv and kpe are views of one [num_pages, page_size, 576] buffer, or of FP8 rows
+    layout: str = "separate"  # "fused": ckv and kpe are views of one buffer of pages, 16-bit or FP8 rows
     kv_format: str = ""  # "": 16-bit; with an FP8 format, dtype is that of the output and of the parts that are 16-bit
     q_fp8: bool = False
     longest: int = 0  # tokens of the longest request of a ragged batch; 0: every request has kv_len
     sparse: bool = False
+    ckv_dim: int = CKV_DIM
+    kpe_dim: int = KPE_DIM
 
     def __post_init__(self) -> None:
         self._check()
@@ -189,7 +219,7 @@ class Case(Shape):
 
     @property
     def kv_bytes(self) -> int:
-        return self.distinct_tokens * TOKEN_BYTES[self.kv_format]
+        return self.distinct_tokens * self.token_bytes
 
     @property
     def pool_tokens(self) -> int:
@@ -231,6 +261,8 @@ class PrefillCase(Shape):
     causal: bool = True
     kv_format: str = ""
     q_fp8: bool = False
+    ckv_dim: int = CKV_DIM
+    kpe_dim: int = KPE_DIM
 
     def __post_init__(self) -> None:
         # A case that comes out of a JSON record has lists here.
@@ -359,6 +391,13 @@ SPARSE = (
     *(_sparse(h, n, 65536, kv_format="group", q_fp8=True, layout="fused") for h, n in SPARSE_PREFILL),
 )
 
+_DIMS_SHAPES = tuple((h, b, 8192) for h in (16, 32, 128) for b in (16, 128))
+DIMS: tuple[Case | PrefillCase, ...] = (
+    *(Case(*shape, ckv_dim=ckv, kpe_dim=kpe) for ckv, kpe in HEAD_DIMS[1:] for shape in _DIMS_SHAPES),
+    *(Case(*shape, kv_format="tensor", q_fp8=True, ckv_dim=256) for shape in _DIMS_SHAPES),
+    *(PrefillCase(16, ((4, 2048, 8192),), ckv_dim=ckv, kpe_dim=kpe) for ckv, kpe in ((256, 64), (512, 0))),
+)
+
 PRESETS: dict[str, tuple[Case | PrefillCase, ...]] = {
     "table": tuple(Case(h, b, length) for h, b, length in PUBLIC_BEST_US),
     "bars": (*(bar.case for bar in BARS), Case(16, 128, 8192, page_size=1), Case(128, 64, 8192, page_size=1)),
@@ -382,6 +421,7 @@ PRESETS: dict[str, tuple[Case | PrefillCase, ...]] = {
         Case(h, b, n, page_size=p) for p in (64, 1) for h in GRID_HEADS for b in GRID_BATCHES for n in GRID_LENGTHS
     ),
     "sparse": SPARSE,
+    "dims": DIMS,
     "ragged": tuple(case for ragged in RAGGED for case in (ragged, ragged.uniform)),
     "quick": (Case(16, 1, 8192), Case(16, 16, 8192), Case(16, 128, 8192), Case(128, 64, 8192), Case(16, 16, 8192, 1)),
 }

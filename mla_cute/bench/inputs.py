@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from .. import quant
-from .cases import DTYPES, HEAD_DIM_CKV, HEAD_DIM_KPE, TOKEN_BYTES, Case, PrefillCase
+from ..dims import CKV_DIM, KPE_DIM, NUM_SCALES
+from .cases import DTYPES, TOKEN_BYTES, Case, PrefillCase
 
 SM_SCALE = 192**-0.5  # DeepSeek-V3: 128 + 64 dimensions per head before absorption
 # The scale of e4m3 numbers in the pool and of e4m3 queries. Both are made from standard normal data; the largest e4m3
@@ -19,17 +20,18 @@ FP8_SCALE = 1 / 64
 def filling(case: Case | PrefillCase) -> tuple[str, ...]:
     """What the bytes of the pool depend on: the dtype, and with an FP8 cache where its parts lie, which are of several
     types."""
-    return (case.dtype,) if not case.kv_format else (case.dtype, case.kv_format, case.layout)
+    return (case.dtype,) if not case.kv_format else (case.dtype, case.kv_format, case.layout, case.dims_label)
 
 
 class KvPool:
-    """One allocation that every case carves its pages from: standard normal data in rows of 576 16-bit elements, or in
-    an FP8 format."""
+    """One allocation that every case carves its pages from: standard normal data in rows of 16-bit elements, or in an
+    FP8 format."""
 
     def __init__(self, num_tokens: int, device: torch.device, seed: int = 0):
-        """Room for `num_tokens` tokens of a 16-bit cache, and so for 1.76 to 2 times as many of an FP8 one."""
+        """Room for `num_tokens` tokens of a 16-bit cache of 512 + 64 channels, and so for 1.76 to 2 times as many of an
+        FP8 one, or for more of fewer channels."""
         self.num_tokens = num_tokens
-        self._words = torch.empty(num_tokens * (HEAD_DIM_CKV + HEAD_DIM_KPE), dtype=torch.bfloat16, device=device)
+        self._words = torch.empty(num_tokens * (CKV_DIM + KPE_DIM), dtype=torch.bfloat16, device=device)
         self._filled_as: tuple[str, ...] | None = None
         self._generator = torch.Generator(device=device).manual_seed(seed)
 
@@ -39,7 +41,7 @@ class KvPool:
         return cls(max([64, *(-(-case.pool_bytes // TOKEN_BYTES[""]) for case in cases)]), device)
 
     def caches(self, case: Case | PrefillCase) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]]:
-        """ckv [num_pages, page_size, 512], kpe [num_pages, page_size, 64], the pool as one fused buffer, and the scale
+        """ckv [num_pages, page_size, ckv_dim], kpe [.., kpe_dim], the pool as one fused buffer, and the scale
         keywords of a call. Of an FP8 cache the fused buffer is the bytes of its rows, if they are fused; one that is
         e4m3 throughout can be read as rows in either layout, as a 16-bit one can."""
         if case.kv_format:
@@ -49,37 +51,42 @@ class KvPool:
             for part in flat.split(1 << 28):
                 part.normal_(generator=self._generator)
             self._filled_as = filling(case)
-        pages, size = self.num_tokens // case.page_size, case.page_size
+        room, size, (ckv_dim, kpe_dim) = self._room(case), case.page_size, case.dims
+        pages = room // size
         tokens = pages * size
-        fused = flat[: tokens * (HEAD_DIM_CKV + HEAD_DIM_KPE)].view(pages, size, HEAD_DIM_CKV + HEAD_DIM_KPE)
+        fused = flat[: tokens * (ckv_dim + kpe_dim)].view(pages, size, ckv_dim + kpe_dim)
         if case.layout == "fused":
-            return fused[..., :HEAD_DIM_CKV], fused[..., HEAD_DIM_CKV:], fused, {}
-        ckv = flat[: tokens * HEAD_DIM_CKV].view(pages, size, HEAD_DIM_CKV)
-        kpe = flat[self.num_tokens * HEAD_DIM_CKV :][: tokens * HEAD_DIM_KPE].view(pages, size, HEAD_DIM_KPE)
+            return fused[..., :ckv_dim], fused[..., ckv_dim:], fused, {}
+        ckv = flat[: tokens * ckv_dim].view(pages, size, ckv_dim)
+        kpe = flat[room * ckv_dim :][: tokens * kpe_dim].view(pages, size, kpe_dim)
         return ckv, kpe, fused, {}
 
+    def _room(self, case: Case | PrefillCase) -> int:
+        """Tokens of the case's cache that the pool holds."""
+        return self.num_tokens * TOKEN_BYTES[""] // case.token_bytes
+
     def _fp8_caches(self, case: Case | PrefillCase) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]]:
-        tokens = self.num_tokens * TOKEN_BYTES[""] // TOKEN_BYTES[case.kv_format]
+        tokens, ckv_dim = self._room(case), case.ckv_dim
         rope_dtype = torch.float8_e4m3fn if case.rope_is_fp8 else DTYPES[case.dtype]
-        rope_bytes = HEAD_DIM_KPE * rope_dtype.itemsize
-        num_scales = {"tensor": 0, "token": 1, "group": 4}[case.kv_format]
+        rope_bytes = case.kpe_dim * rope_dtype.itemsize
+        num_scales = NUM_SCALES[case.kv_format]
         data = self._words.view(torch.uint8)
         fused = case.layout == "fused"
         # Where the parts of a row begin. Fused rows of the group format (656 bytes) have their scales between ckv and
         # rope; those of the token format (640 bytes) have none, their scales lie behind all rows.
         with_scales = fused and case.kv_format == "group"
         scale_bytes = 4 * num_scales
-        at_rope = HEAD_DIM_CKV + (scale_bytes if with_scales else 0)
+        at_rope = ckv_dim + (scale_bytes if with_scales else 0)
         row = at_rope + rope_bytes
         at_scales = tokens * row
         rows = data[: tokens * row].view(tokens, row) if fused or case.rope_is_fp8 else data[:0]
         if fused:
-            ckv, kpe = rows[:, :HEAD_DIM_CKV], rows[:, at_rope:]
+            ckv, kpe = rows[:, :ckv_dim], rows[:, at_rope:]
         else:
-            ckv = data[: tokens * HEAD_DIM_CKV].view(tokens, HEAD_DIM_CKV)
-            kpe = data[tokens * HEAD_DIM_CKV : at_scales].view(tokens, rope_bytes)
+            ckv = data[: tokens * ckv_dim].view(tokens, ckv_dim)
+            kpe = data[tokens * ckv_dim : at_scales].view(tokens, rope_bytes)
         if with_scales:
-            scales = rows[:, HEAD_DIM_CKV:at_rope].view(torch.float32)
+            scales = rows[:, ckv_dim:at_rope].view(torch.float32)
         else:
             scales = data[at_scales : at_scales + tokens * scale_bytes].view(torch.float32).view(tokens, num_scales)
         ckv, kpe = ckv.view(torch.float8_e4m3fn), kpe.view(rope_dtype)
@@ -98,7 +105,7 @@ class KvPool:
 
         keywords: dict[str, Any] = {"ckv_scale_arr": paged(scales)}
         if case.rope_is_fp8:
-            keywords = {"ckv_scale": FP8_SCALE, "kpe_scale": FP8_SCALE}
+            keywords = {"ckv_scale": FP8_SCALE, "kpe_scale": FP8_SCALE if case.kpe_dim else 1.0}
         return paged(ckv), paged(kpe), paged(rows) if rows.numel() else rows, keywords
 
 
@@ -171,8 +178,8 @@ def make_inputs(case: Case | PrefillCase, pool: KvPool, device: torch.device, se
 
     return Inputs(
         case=case,
-        q_nope=normal(HEAD_DIM_CKV, case.q_fp8),
-        q_pe=normal(HEAD_DIM_KPE, case.q_fp8 and case.rope_is_fp8),
+        q_nope=normal(case.ckv_dim, case.q_fp8),
+        q_pe=normal(case.kpe_dim, case.q_fp8 and case.rope_is_fp8),
         ckv_cache=ckv,
         kpe_cache=kpe,
         fused_cache=fused,
@@ -181,7 +188,7 @@ def make_inputs(case: Case | PrefillCase, pool: KvPool, device: torch.device, se
         kv_indptr=int32(itertools.accumulate(pages, initial=0)),
         kv_indices=indices,
         kv_last_page_len=None if all(n == size for n in last) else int32(last),
-        out=torch.full((*rows, HEAD_DIM_CKV), float("nan"), dtype=dtype, device=device),
+        out=torch.full((*rows, case.ckv_dim), float("nan"), dtype=dtype, device=device),
         lse=torch.full(rows, float("nan"), dtype=torch.float32, device=device),
         scales=scales,
     )

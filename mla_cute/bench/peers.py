@@ -22,6 +22,11 @@ class Unsupported(Exception):
     """The peer does not offer this case: a page size, a cache format."""
 
 
+def expect_usual_dims(case: Case | PrefillCase) -> None:
+    if case.dims_label:
+        raise Unsupported(f"head dimensions {case.dims}: peers are asked for 512 + 64 only")
+
+
 class Peer(ABC):
     """`calls(inputs)` gives one callable per rotation slot; each fills `outputs[slot]` with [total_q, H, 512]."""
 

@@ -24,7 +24,7 @@ from ..config import KernelConfig
 from ..testing.fp8 import E4M3_NOISE
 from .cases import PUBLIC_BEST_GPU, PUBLIC_BEST_US, ROTATION_BYTES, Case, PrefillCase, case_of
 from .inputs import Inputs, KvPool, filling, make_inputs
-from .peers import Peer, Unsupported
+from .peers import Peer, Unsupported, expect_usual_dims
 from .timing import Replay, Timer, cublas_tflops, empty_graph_us, measure_ceilings, occupy
 
 SCHEMA = 1
@@ -58,7 +58,8 @@ METHOD = {
     "bytes": "KV once, as it is stored and with its scales, + queries + outputs",
     "fp8": "standard normal data in e4m3; formats token and group with scales of 0.5 to 1.5 times that of the data; "
     "checked against float32 on the dequantised cache and the queries given",
-    "flop": "2 * H * (576 + 512) per (query token, key) pair that the mask lets through",
+    "flop": "2 * H * (576 + 512) per (query token, key) pair that the mask lets through; with other head dimensions "
+    "ckv + kpe and ckv in their place",
     "ceilings": "measured in this run at its start and end, the larger is used: maximum over 4 GB of random words "
     "(read), torch.mm of bf16 8192^3 on random data (cuBLAS), medians",
     "cublas_beside_tflops": "cuBLAS right after the case, so at the clock the case left the GPU with: under load it "
@@ -258,6 +259,7 @@ def run_case(
 
 def _time_peer(peer: Peer, inputs: Inputs, timer: Timer) -> dict[str, Any]:
     try:
+        expect_usual_dims(inputs.case)
         return _timed(peer, inputs, timer)
     except Unsupported as reason:
         return {"unsupported": str(reason)}

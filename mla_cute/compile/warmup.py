@@ -10,6 +10,7 @@ where CUDA is initialised (`jit` says why), and a child tells which GPUs there a
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import pickle
@@ -27,6 +28,7 @@ from typing import IO, Any, NamedTuple
 import torch
 
 from .. import gpu as gpu_facts
+from ..dims import HeadDims
 from ..expect import expect_int
 from ..kernels import registry
 from ..kernels.registry import planner_variant, step_variant
@@ -242,7 +244,11 @@ def _reporter(progress: bool | Progress | None, total: int) -> Iterator[_Reporte
 
 
 def selected(
-    dtypes: Iterable[str | torch.dtype], page_sizes: Iterable[int], ops: Iterable[str], kv_formats: Iterable[str]
+    dtypes: Iterable[str | torch.dtype],
+    page_sizes: Iterable[int],
+    ops: Iterable[str],
+    kv_formats: Iterable[str],
+    head_dims: Iterable[tuple[int, int]] = (HeadDims(),),
 ) -> list[Variant]:
     """What the arguments of `warmup` select: every kernel in the default configuration, and in those that the tuned
     file of the GPU has for such calls.
@@ -255,19 +261,20 @@ def selected(
     page_sizes = registry.known_page_sizes(page_sizes)
     ops = registry.known_names("ops", ops, OPS)
     kv_formats = registry.known_names("kv_formats", kv_formats, ("", *registry.KV_FORMATS))
+    head_dims = registry.known_head_dims(head_dims)
     attention = [op for op in ops if op in registry.OPS]
-    variants: list[Variant] = [*registry.variants(dtypes, page_sizes, ops=attention, kv_formats=kv_formats)]
+    variants: list[Variant] = [*registry.variants(dtypes, page_sizes, None, attention, kv_formats, head_dims)]
     if "sparse" in ops:
-        variants += registry.sparse_variants(dtypes, kv_formats)
+        variants += registry.sparse_variants(dtypes, kv_formats, head_dims=head_dims)
     if "append" in ops:
-        variants += registry.append_variants(dtypes, kv_formats)
+        variants += registry.append_variants(dtypes, kv_formats, head_dims)
     if "merge_states" in ops and dtypes:
         variants += registry.merge_states_variants((*dtypes, "float32"))
     boxes = {registry.box_rows_of(page_size) for page_size in page_sizes}
     for entry in _tuned_entries() if attention else ():
         when = entry.when
         if when.op in ops and when.kv_format in kv_formats and registry.box_rows_of(when.page_size) in boxes:
-            variants += _variants_of(entry, dtypes)
+            variants += _variants_of(entry, dtypes, head_dims)
     return list(dict.fromkeys(variants))
 
 
@@ -303,11 +310,12 @@ def _ask_for_gpus() -> list[tuple[str, int]]:
         return []
 
 
-def _variants_of(entry: Entry, dtypes: Sequence[str]) -> Iterator[Variant]:
+def _variants_of(entry: Entry, dtypes: Sequence[str], head_dims: Sequence[HeadDims]) -> Iterator[Variant]:
     """The main kernel in each dtype, and the planners. Batch-invariant plans take the default configuration."""
     when, config = entry.when, entry.config
-    for dtype in dtypes:
-        yield step_variant(when.op, when.kv_format, when.q_fp8, when.num_heads, when.page_size, dtype, config)
+    for dims, dtype in itertools.product(head_dims, dtypes):
+        if registry.has_format(dims, when.kv_format):
+            yield step_variant(when.op, when.kv_format, when.q_fp8, when.num_heads, when.page_size, dtype, config, dims)
     for lengths in registry.LENGTHS:
         yield planner_variant(when.op, lengths, config)
 
@@ -318,6 +326,7 @@ def warmup(
     *,
     ops: Iterable[str] = _DEFAULT_OPS,
     kv_formats: Iterable[str] = ("",),
+    head_dims: Iterable[tuple[int, int]] = (HeadDims(),),
     variants: Iterable[Variant] | None = None,
     num_workers: int | None = None,
     progress: bool | Progress | None = None,
@@ -341,6 +350,8 @@ def warmup(
             (`append_to_cache`), `"merge_states"` (in the given dtypes and float32); by default all but `"sparse"`.
         kv_formats: its caches: `""` for 16 bits, `"tensor"`, `"token"`, `"group"` for FP8 (each for 16-bit and for e4m3
             queries).
+        head_dims: channels (ckv, kpe) of its latent caches: `(512, 64)`, `(512, 32)`, `(512, 0)`, `(256, 64)`,
+            `(256, 32)`, `(256, 0)`; formats "token" and "group" have the first alone.
         variants: (kernel, key, config) triples to compile instead of what the arguments above select.
         num_workers: compiling processes at a time, default one per CPU core that this process may use, at most 16.
         progress: None or True shows a bar on a terminal (with rich installed) and otherwise one line per kernel on
@@ -359,7 +370,7 @@ def warmup(
         expect_int("num_workers", num_workers, 1)
     if not (progress is None or isinstance(progress, bool) or callable(progress)):
         raise TypeError(f"progress: expected True, False, None or a callable, got {progress!r:.80}")
-    found = selected(dtypes, page_sizes, ops, kv_formats) if variants is None else _expect_variants(variants)
+    found = selected(dtypes, page_sizes, ops, kv_formats, head_dims) if variants is None else _expect_variants(variants)
     return _warm(found, num_workers or default_workers(), progress)
 
 

@@ -573,9 +573,9 @@ def _pair(name: str, value: Any, parts: dict[str, torch.Tensor | None]) -> tuple
         # (packed, (left, right)) and ((left, right), packed) name the same memory twice
         value = next((x for x in value if type(x) is tuple), value)
     if type(value) is tuple and len(value) == 2:
-        for part, x in zip(parts, value, strict=True):
+        for part, x, width in zip(parts, value, (CKV_DIM, KPE_DIM), strict=True):
             expect_tensor(part, x)
-            expect_shape(part, x, (None, None, None), "of three dimensions")
+            expect_shape(part, x, (None, None, width), f"[n, m, {width}]")
         return value
     expect_tensor(name, value)
     expect_shape(name, value, (None, None, CKV_DIM + KPE_DIM), f"[n, m, {CKV_DIM + KPE_DIM}]")

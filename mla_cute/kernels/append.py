@@ -2,7 +2,11 @@
 
     ckv of a token    1024 bytes; with an FP8 cache lane l has channels 16 l .. 16 l + 15: two loads of 16 bytes, one
                       store of 16 bytes, and 8 lanes hold a group of 128 channels. A copy takes chunks l and 32 + l.
-    kpe of a token    128 bytes, a chunk of 16 for each of 8 lanes; the others load what these load and store nothing.
+                      Of 512 bytes, 256 channels, lanes 0 to 15 store with an FP8 cache, and a copy takes chunk l.
+    kpe of a token    128 bytes, a chunk of 16 for each of 8 lanes; 64 bytes for each of 4. Without rope kpe and
+                      kpe_cache are any tensors, of which nothing is read or written.
+
+Lanes that have nothing to store load what others load.
 
 The arithmetic is quant.py's, bit for bit on every input but the sign of a NaN: scale = amax / 448 (1 where amax is 0,
 infinite or NaN), x / scale, conversion to nearest even with saturation at +-448. The largest magnitude is found in the
@@ -25,7 +29,6 @@ from cutlass import Float32, Int32, Int64, Uint8, Uint32, Uint64, const_expr
 from cutlass.cute.runtime import make_fake_stream
 from cutlass.cutlass_dsl import T
 
-from ..dims import CKV_DIM, KPE_DIM
 from .keys import APPEND, AppendKey
 from .lib.dtypes import CUTLASS_DTYPES
 from .lib.e4m3 import E4M3_MAX, to_e4m3x4
@@ -71,6 +74,9 @@ class Append:
         self.ckv_fp8 = key.kv_format != ""
         self.kpe_fp8 = key.kv_format == "tensor"
         self.has_scales = key.kv_format in LANES_PER_GROUP
+        # 16-byte chunks that a copy stores, or lanes that store 16 e4m3 channels; and likewise of the rope part.
+        self.ckv_chunks = key.dims.ckv // (16 if self.ckv_fp8 else 8)
+        self.kpe_chunks = key.dims.kpe // 8
 
     def compile_args(self) -> tuple:
         # Strides promise nothing: those of dimensions of size 1 are arbitrary. The others are multiples of 16 bytes.
@@ -89,11 +95,12 @@ class Append:
         if self.has_scales:
             width = 32 // LANES_PER_GROUP[self.key.kv_format]
             scales = fake_tensor(Float32, (pages, page, width), (sym64(), sym64(), sym64()), 4)
+        ckv, kpe = self.key.dims
         return (
-            rows(CKV_DIM),
-            rows(KPE_DIM),
-            cache(CKV_DIM, self.ckv_fp8),
-            cache(KPE_DIM, self.kpe_fp8),
+            rows(ckv),
+            rows(kpe or ckv),
+            cache(ckv, self.ckv_fp8),
+            cache(kpe or ckv, self.kpe_fp8),
             scales,
             slots,
             Float32(1.0),
@@ -104,10 +111,10 @@ class Append:
     @cute.jit
     def __call__(
         self,
-        ckv: cute.Tensor,  # (n, 512)
-        kpe: cute.Tensor,  # (n, 64)
-        ckv_cache: cute.Tensor,  # (pages, page_size, 512): e4m3 as bytes
-        kpe_cache: cute.Tensor,  # (pages, page_size, 64)
+        ckv: cute.Tensor,  # (n, dims.ckv)
+        kpe: cute.Tensor,  # (n, dims.kpe); without rope ckv, and kpe_cache is ckv_cache
+        ckv_cache: cute.Tensor,  # (pages, page_size, dims.ckv): e4m3 as bytes
+        kpe_cache: cute.Tensor,  # (pages, page_size, dims.kpe)
         scales: cute.Tensor,  # (pages, page_size, 1 or 4) with formats token and group; else anything
         slots: cute.Tensor,  # (n,)
         ckv_scale: Float32,
@@ -174,32 +181,43 @@ class Append:
     def _token(self, ckv, kpe, ckv_cache, kpe_cache, scales, slots, ckv_scale, kpe_scale, token, lane):
         slot = Int64(slots[token])
         source = self._row(ckv, token)
+        own = lane
+        if const_expr(self.ckv_chunks < 32):
+            own = lane % self.ckv_chunks
         if const_expr(self.ckv_fp8):
-            source = source + Int64(lane * 32)
+            source = source + Int64(own * 32)
             words = load_global_16(source) + load_global_16(source, 16)
         else:
-            source = source + Int64(lane * 16)
-            words = load_global_16(source) + load_global_16(source, 512)
-        chunk = lane % 8
-        rope = load_global_16(self._row(kpe, token) + Int64(chunk * 16))
+            source = source + Int64(own * 16)
+            words = load_global_16(source)
+            if const_expr(self.ckv_chunks > 32):
+                words = words + load_global_16(source, 512)
+        if const_expr(self.kpe_chunks > 0):
+            chunk = lane % self.kpe_chunks
+            rope = load_global_16(self._row(kpe, token) + Int64(chunk * 16))
         scale = ckv_scale
         if const_expr(self.has_scales):
             scale = self._scale_of(words, LANES_PER_GROUP[self.key.kv_format])
         if const_expr(self.ckv_fp8):
             words = self._quantise(words, scale)
-        if const_expr(self.kpe_fp8):
+        if const_expr(self.kpe_fp8 and self.kpe_chunks > 0):
             rope = self._quantise(rope, kpe_scale)
         if slot >= 0:
             page_size = Uint64(cute.size(ckv_cache, mode=[1]))
             page_index = Uint64(slot) // page_size
             row = Int64(Uint64(slot) - page_index * page_size)
             page = Int64(page_index)
-            target = row_address(ckv_cache, page, row) + Int64(lane * 16)
-            store_global(target, words[:4])
-            if const_expr(not self.ckv_fp8):
+            target = row_address(ckv_cache, page, row) + Int64(own * 16)
+            if const_expr(self.ckv_chunks < 32):
+                if lane < self.ckv_chunks:
+                    store_global(target, words)
+            else:
+                store_global(target, words[:4])
+            if const_expr(self.ckv_chunks > 32):
                 store_global(target + 512, words[4:])
-            if lane < 8:
-                store_global(row_address(kpe_cache, page, row) + Int64(chunk * 4 * len(rope)), rope)
+            if const_expr(self.kpe_chunks > 0):
+                if lane < self.kpe_chunks:
+                    store_global(row_address(kpe_cache, page, row) + Int64(chunk * 4 * len(rope)), rope)
             if const_expr(self.has_scales):
                 lanes = LANES_PER_GROUP[self.key.kv_format]
                 if lane % lanes == 0:

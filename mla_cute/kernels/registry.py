@@ -2,11 +2,12 @@
 Imports nothing of the DSL: a warm start does not need it."""
 
 import functools
+import itertools
 import math
 from collections.abc import Iterable
 
 from ..config import KernelConfig
-from ..dims import BLOCK, DTYPES, KV_FORMATS, TILE16_M, TILE_M, HeadDims
+from ..dims import BLOCK, DTYPES, HEAD_DIMS, KV_FORMATS, TILE16_M, TILE_M, HeadDims
 from .keys import (
     APPEND,
     BOX_ROWS,
@@ -110,12 +111,13 @@ def variants(
     config: KernelConfig | None = None,
     ops: Iterable[str] | None = None,
     kv_formats: Iterable[str] = ("",),
+    head_dims: Iterable[tuple[int, int]] = (HeadDims(),),
 ) -> list[Variant]:
     """(kernel, key, launch config) of what `ops` ("decode", "prefill") need for `dtypes` ("bfloat16", "float16") and
     `page_sizes`; None means all. `kv_formats`: "" is a 16-bit cache, a name from KV_FORMATS an FP8 one, with 16-bit
-    queries and with e4m3 ones.
+    queries and with e4m3 ones. `head_dims`: pairs from HEAD_DIMS; those that a format does not have it goes without.
 
-    Raises ValueError on an unknown op, dtype or format, or a page size below 1; TypeError where an argument is no
+    Raises ValueError on an unknown op, dtype, format or pair, or a page size below 1; TypeError where an argument is no
     sequence, or a page size no int.
     """
     dtypes = DTYPES if dtypes is None else known_names("dtypes", dtypes, DTYPES)
@@ -126,6 +128,7 @@ def variants(
     else:
         asked = {box_rows_of(p) for p in known_page_sizes(page_sizes)}
         boxes = tuple(b for b in BOX_ROWS if b in asked)
+    head_dims = known_head_dims(head_dims)
     config = config or KernelConfig()
     found: list[Variant] = []
     for op, main, key, main_fp8, planner, planner_key in (
@@ -135,13 +138,18 @@ def variants(
         if op in ops:
             if "" in kv_formats:
                 found += [
-                    (kernel, key(dtype, box), config.launch()) for kernel in main for dtype in dtypes for box in boxes
+                    (kernel, key(dtype, box, dims=dims), config.launch())
+                    for dims in head_dims
+                    for kernel in main
+                    for dtype in dtypes
+                    for box in boxes
                 ]
             found += [
-                (fp8_kernel, Fp8Key(dtype, box, kv_format, q_fp8), config.launch())
+                (fp8_kernel, Fp8Key(dtype, box, kv_format, q_fp8, dims=dims), config.launch())
+                for dims in head_dims
                 for fp8_kernel in main_fp8
                 for kv_format in KV_FORMATS
-                if kv_format in kv_formats
+                if kv_format in kv_formats and has_format(dims, kv_format)
                 for q_fp8 in (False, True)
                 for dtype in dtypes
                 for box in boxes
@@ -154,28 +162,38 @@ def variants(
     return found
 
 
-def sparse_variants(
-    dtypes: Iterable[str] | None = None, kv_formats: Iterable[str] | None = None, config: KernelConfig | None = None
-) -> list[Variant]:
-    """(kernel, key, launch config) of what `mla_sparse` needs for `dtypes` and `kv_formats`; None means all. It runs
-    decode's kernels, each query token as a request of its own, and gathers from pages of every size alike.
+def has_format(dims: HeadDims, kv_format: str) -> bool:
+    """Whether caches of these head dimensions may have that format; "" is a 16-bit one."""
+    return kv_format in ("", "tensor") or dims == HeadDims()
 
-    Raises ValueError on an unknown dtype or format.
+
+def sparse_variants(
+    dtypes: Iterable[str] | None = None,
+    kv_formats: Iterable[str] | None = None,
+    config: KernelConfig | None = None,
+    head_dims: Iterable[tuple[int, int]] = (HeadDims(),),
+) -> list[Variant]:
+    """(kernel, key, launch config) of what `mla_sparse` needs for `dtypes` and `kv_formats`; None means all;
+    `head_dims` as `variants`. It runs decode's kernels, each query token as a request of its own, and gathers from
+    pages of every size alike.
+
+    Raises ValueError on an unknown dtype, format or pair.
     """
     formats = ("", *KV_FORMATS)
     dtypes = DTYPES if dtypes is None else known_names("dtypes", dtypes, DTYPES)
     kv_formats = formats if kv_formats is None else known_names("kv_formats", kv_formats, formats)
+    head_dims = known_head_dims(head_dims)
     config = config or KernelConfig()
     found: list[Variant] = []
-    for dtype in dtypes:
+    for dims, dtype in itertools.product(head_dims, dtypes):
         if "" in kv_formats:
-            key = DecodeKey(dtype, 0, sparse=True)
+            key = DecodeKey(dtype, 0, sparse=True, dims=dims)
             found += [(kernel, key, config.launch()) for kernel in (DECODE, DECODE_TILE16)]
         found += [
-            (kernel, Fp8Key(dtype, 0, kv_format, q_fp8, sparse=True), config.launch())
+            (kernel, Fp8Key(dtype, 0, kv_format, q_fp8, sparse=True, dims=dims), config.launch())
             for kernel in (DECODE_FP8, DECODE_TILE16_FP8)
             for kv_format in KV_FORMATS
-            if kv_format in kv_formats
+            if kv_format in kv_formats and has_format(dims, kv_format)
             for q_fp8 in (False, True)
         ]
     planners = (PlannerKey("seq_lens", invariant) for invariant in (False, True))
@@ -183,20 +201,24 @@ def sparse_variants(
 
 
 def append_variants(
-    dtypes: Iterable[str] | None = None, kv_formats: Iterable[str] | None = None
+    dtypes: Iterable[str] | None = None,
+    kv_formats: Iterable[str] | None = None,
+    head_dims: Iterable[tuple[int, int]] = (HeadDims(),),
 ) -> list[tuple[KernelRef, AppendKey, None]]:
     """(kernel, key, None) of what `append_to_cache` needs for `dtypes` and `kv_formats` ("": 16-bit caches); None means
-    all. Appending has nothing to tune.
+    all; `head_dims` as `variants`. Appending has nothing to tune.
 
-    Raises ValueError on an unknown dtype or format.
+    Raises ValueError on an unknown dtype, format or pair.
     """
     formats = ("", *KV_FORMATS)
     dtypes = DTYPES if dtypes is None else known_names("dtypes", dtypes, DTYPES)
     kv_formats = formats if kv_formats is None else known_names("kv_formats", kv_formats, formats)
     return [
-        (APPEND, AppendKey(dtype, kv_format, slots), None)
+        (APPEND, AppendKey(dtype, kv_format, slots, dims), None)
+        for dims in known_head_dims(head_dims)
         for dtype in dtypes
         for kv_format in kv_formats
+        if has_format(dims, kv_format)
         for slots in ("int32", "int64")
     ]
 
@@ -232,3 +254,19 @@ def known_page_sizes(page_sizes: Iterable[int]) -> tuple[int, ...]:
     if bad := [p for p in page_sizes if p < 1]:
         raise ValueError(f"page_sizes: expected values >= 1, got {bad}")
     return page_sizes
+
+
+def known_head_dims(head_dims: Iterable[tuple[int, int]]) -> tuple[HeadDims, ...]:
+    """TypeError if they are no sequence of pairs of ints, ValueError on a pair that HEAD_DIMS has not."""
+    if isinstance(head_dims, (str, bytes)) or not isinstance(head_dims, Iterable):
+        raise TypeError(f"head_dims: expected a sequence of (ckv, kpe), got {head_dims!r:.80}")
+    pairs = list(head_dims)
+    if bad := [p for p in pairs if not (isinstance(p, (tuple, list)) and len(p) == 2 and _are_ints(p))]:
+        raise TypeError(f"head_dims: expected pairs of ints (ckv, kpe), got {bad}")
+    if bad := [p for p in pairs if tuple(p) not in HEAD_DIMS]:
+        raise ValueError(f"head_dims: expected pairs from {[tuple(dims) for dims in HEAD_DIMS]}, got {bad}")
+    return tuple(HeadDims(*p) for p in pairs)
+
+
+def _are_ints(values: Iterable[object]) -> bool:
+    return all(isinstance(value, int) and not isinstance(value, bool) for value in values)

@@ -17,7 +17,7 @@ import torch
 
 from mla_cute import reference
 from mla_cute.call import DECODE, Cache, Call, Pages
-from mla_cute.dims import CKV_DIM, KPE_DIM
+from mla_cute.dims import HeadDims
 from mla_cute.testing.verdict import Expected, Verdict, compare
 
 # softmax scale of DeepSeek-V2/V3: 128 + 64 query dimensions before absorption
@@ -141,9 +141,9 @@ class CaseOptions:
     """Keywords of `make_case`.
 
     Attributes:
-        cache_layout: "fused" (two views of [num_pages, page_size, 576]), "split" (two tensors), "padded" (views with
-            rows 640 wide and one more row in a page, NaN in both gaps), "slot_major" (stride(0) < stride(1)).
-        q_layout: "contiguous", "batch_strided" (NaN between requests), "fused" (two views of [batch, H, 576]).
+        cache_layout: "fused" (two views of [num_pages, page_size, ckv + kpe]), "split" (two tensors), "padded" (views
+            with rows wider by 64 and one more row in a page, NaN in both gaps), "slot_major" (stride(0) < stride(1)).
+        q_layout: "contiguous", "batch_strided" (NaN between requests), "fused" (two views of [batch, H, ckv + kpe]).
         out_layout: "contiguous" or "batch_strided" (guard regions between requests).
         shared_pages: up to this many leading full pages of request 0 are also those of every other request.
         drift: scores rise by this many nats from a request's first token to its last (fall when negative).
@@ -151,6 +151,8 @@ class CaseOptions:
         num_indices: length of kv_indices, the rest absurd page ids. Default: 7 of them.
         max_pages: columns of block_table, the rest absurd page ids. Default: 3 of them.
         index_offset: kv_indptr[0]; that many absurd page ids come first.
+        dims: channels of a head. Without rope q_pe and kpe_cache are views of width 0, and it is the first channel of
+            the latent part that drifts.
     """
 
     num_heads: int
@@ -168,6 +170,7 @@ class CaseOptions:
     num_indices: int | None = None
     max_pages: int | None = None
     index_offset: int = 0
+    dims: HeadDims = HeadDims()
 
 
 def make_case(lengths: Sequence[int], **options: Any) -> DecodeCase:
@@ -209,8 +212,8 @@ def make_case(lengths: Sequence[int], **options: Any) -> DecodeCase:
 
     device = torch.device(of.device)
     values = torch.Generator(device=device).manual_seed(of.seed)
-    q_nope, q_pe = make_q(batch, num_heads, of.q_layout, dtype, device, values)
-    ckv_cache, kpe_cache = _make_caches(num_pages, page_size, of.cache_layout, dtype, device, values)
+    q_nope, q_pe = make_q(batch, num_heads, of.q_layout, dtype, device, values, of.dims)
+    ckv_cache, kpe_cache = _make_caches(num_pages, page_size, of.cache_layout, dtype, device, values, of.dims)
     if drift:
         amplitude = math.sqrt(abs(drift) / sm_scale)
         first_token = torch.zeros(num_pages, dtype=torch.float32)
@@ -219,13 +222,14 @@ def make_case(lengths: Sequence[int], **options: Any) -> DecodeCase:
         last_token[ids] = (length[request_of] - 1).clamp(min=1).float()
         slot = torch.arange(page_size, device=device)
         fraction = (first_token.to(device)[:, None] + slot) / last_token.to(device)[:, None]
-        q_pe[..., 0] = amplitude
-        kpe_cache[..., 0] = (math.copysign(amplitude, drift) * fraction).to(dtype)
+        q, cache = (q_pe, kpe_cache) if of.dims.kpe else (q_nope, ckv_cache)
+        q[..., 0] = amplitude
+        cache[..., 0] = (math.copysign(amplitude, drift) * fraction).to(dtype)
     dead = torch.arange(page_size, device=device) >= live_rows.to(device)[:, None]
     for cache in (ckv_cache, kpe_cache):
         cache.masked_fill_(dead[..., None], math.nan)
 
-    guarded_out, guarded_lse = make_outputs(batch, num_heads, of.out_layout, dtype, device)
+    guarded_out, guarded_lse = make_outputs(batch, num_heads, of.out_layout, dtype, device, of.dims)
     return DecodeCase(
         lengths=list(lengths),
         page_size=page_size,
@@ -246,11 +250,16 @@ def make_case(lengths: Sequence[int], **options: Any) -> DecodeCase:
 
 
 def make_outputs(
-    rows: int, num_heads: int, layout: str, dtype: torch.dtype, device: torch.device
+    rows: int,
+    num_heads: int,
+    layout: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    dims: HeadDims = HeadDims(),
 ) -> tuple[Guarded, Guarded]:
-    """out [rows, H, 512] and lse [rows, H]."""
+    """out [rows, H, ckv] and lse [rows, H]."""
     gap = 2 if layout == "batch_strided" else 1
-    shape, strides = (rows, num_heads, CKV_DIM), (gap * num_heads * CKV_DIM, CKV_DIM, 1)
+    shape, strides = (rows, num_heads, dims.ckv), (gap * num_heads * dims.ckv, dims.ckv, 1)
     return (
         Guarded(shape, strides, dtype, device, guard=4096),
         # 4-byte alignment is all that lse has to have
@@ -277,35 +286,47 @@ def _like_table(table: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def make_q(
-    rows: int, num_heads: int, layout: str, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+    rows: int,
+    num_heads: int,
+    layout: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    generator: torch.Generator,
+    dims: HeadDims = HeadDims(),
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q_nope [rows, H, 512] and q_pe [rows, H, 64]."""
+    """q_nope [rows, H, ckv] and q_pe [rows, H, kpe]."""
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator)
 
     if layout == "contiguous":
-        return normal(rows, num_heads, CKV_DIM), normal(rows, num_heads, KPE_DIM)
+        return normal(rows, num_heads, dims.ckv), normal(rows, num_heads, dims.kpe)
     if layout == "fused":
-        q = normal(rows, num_heads, CKV_DIM + KPE_DIM)
-        return q[..., :CKV_DIM], q[..., CKV_DIM:]
+        q = normal(rows, num_heads, sum(dims))
+        return q[..., : dims.ckv], q[..., dims.ckv :]
     if layout != "batch_strided":
         raise ValueError(f"q_layout: expected one of {Q_LAYOUTS}, got {layout!r}")
-    nope, pe = normal(rows, 3, num_heads, CKV_DIM), normal(rows, 3, num_heads, KPE_DIM)
+    nope, pe = normal(rows, 3, num_heads, dims.ckv), normal(rows, 3, num_heads, dims.kpe)
     for q in (nope, pe):
         q[:, 0] = q[:, 2] = math.nan
     return nope[:, 1], pe[:, 1]
 
 
 def _make_caches(
-    num_pages: int, page_size: int, layout: str, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+    num_pages: int,
+    page_size: int,
+    layout: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    generator: torch.Generator,
+    dims: HeadDims,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     def normal(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator)
 
-    width = CKV_DIM + KPE_DIM
+    width = sum(dims)
     if layout == "split":
-        return normal(num_pages, page_size, CKV_DIM), normal(num_pages, page_size, KPE_DIM)
+        return normal(num_pages, page_size, dims.ckv), normal(num_pages, page_size, dims.kpe)
     if layout == "fused":
         cache = normal(num_pages, page_size, width)
     elif layout == "slot_major":
@@ -317,7 +338,7 @@ def _make_caches(
         cache = buffer[:, :page_size, :width]
     else:
         raise ValueError(f"cache_layout: expected one of {CACHE_LAYOUTS}, got {layout!r}")
-    return cache[..., :CKV_DIM], cache[..., CKV_DIM:]
+    return cache[..., : dims.ckv], cache[..., dims.ckv :]
 
 
 # ------------------------------------------------------------------------------------------------ what is expected
@@ -372,10 +393,12 @@ class CaseSpec:
     shared_pages: int = 0
     drift: float = 0.0
     seed: int = 0
+    dims: HeadDims = HeadDims()
 
     def __str__(self) -> str:
         dtype = {torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
         name = f"h{self.num_heads}-page{self.page_size}-{dtype}-b{len(self.lengths)}x{max(self.lengths, default=0)}"
+        name += "" if self.dims == HeadDims() else f"-{self.dims.ckv}+{self.dims.kpe}"
         return f"{name}-{self.cache_layout}-q_{self.q_layout}-out_{self.out_layout}-drift{self.drift:g}"
 
     def make(self, device: torch.device | str) -> DecodeCase:
@@ -391,6 +414,7 @@ class CaseSpec:
             out_layout=self.out_layout,
             shared_pages=self.shared_pages,
             drift=self.drift,
+            dims=self.dims,
         )
 
 

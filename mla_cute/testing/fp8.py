@@ -117,7 +117,7 @@ def make_fp8(
         q_fp8: e4m3 queries, those of the rope only with "tensor". The output keeps the dtype of the case.
         spread: formats "token" and "group": tokens are multiplied by 1 / spread to 1 before they are quantised, so that
             the scales of neighbours differ.
-        ckv_scale, kpe_scale: of "tensor".
+        ckv_scale, kpe_scale: of "tensor"; the second is 1 where there is no rope part.
         q_scale: of e4m3 queries.
     """
     if layout not in LAYOUTS:
@@ -126,7 +126,7 @@ def make_fp8(
     dead = ckv[..., 0].isnan()
     scales: dict[str, Any] = {}
     if layout == "tensor":
-        scales = {"ckv_scale": ckv_scale, "kpe_scale": kpe_scale}
+        scales = {"ckv_scale": ckv_scale, "kpe_scale": kpe_scale if kpe.shape[-1] else 1.0}
         ckv, kpe = (
             _with_strides_of(x, values)
             for x, values in zip((ckv, kpe), quant.quantize_tensor(ckv, kpe, **scales), strict=True)
@@ -221,8 +221,8 @@ def expected_fp8(fp8: Fp8Case, *, lse_base: int | str = 2) -> Fp8Expected:
 def _noise(
     q: torch.Tensor, keys: torch.Tensor, sees: torch.Tensor, in_e4m3: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of rows [R, 576] that see the first `sees` keys: the error of a score in nats, weighted by P, and what it moves
-    of the row: nothing where one key has all the weight."""
+    """Of rows [R, ckv + kpe] that see the first `sees` keys: the error of a score in nats, weighted by P, and what it
+    moves of the row: nothing where one key has all the weight."""
     scores = q @ keys.T
     variance = FLOAT32_NOISE**2 * (q.square() @ keys.square().T + scores.square())
     part = slice(0, in_e4m3)

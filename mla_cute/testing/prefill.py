@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..call import PREFILL, Pages
+from ..dims import HeadDims
 from .cases import (
     CACHE_LAYOUTS,
     OUT_LAYOUTS,
@@ -90,6 +91,7 @@ def make_prefill_case(
     out_layout: str = "contiguous",
     drift: float = 0.0,
     total_q: int | None = None,
+    dims: HeadDims = HeadDims(),
     **kv: Any,
 ) -> PrefillCase:
     """Build a case of one request per (q_len, kv_len) of `requests`, in tokens; deterministic as `make_case` is.
@@ -98,21 +100,23 @@ def make_prefill_case(
         q_layout, out_layout: as for `make_case`; "batch_strided" is a gap between query tokens, so that the rows
             (token, head) are not evenly spaced.
         total_q: rows of q, out and lse; those past the requests' are NaN in q. Default: 3 of them.
+        dims: as for `make_case`.
         kv: further keywords of `make_case`, page_size among them.
     """
     q_lens, kv_lens = [q for q, _ in requests], [n for _, n in requests]
-    base = make_case(kv_lens, num_heads=1, dtype=dtype, device=device, seed=seed, drift=drift, **kv)
+    base = make_case(kv_lens, num_heads=1, dtype=dtype, device=device, seed=seed, drift=drift, dims=dims, **kv)
     device = torch.device(device)
     used = sum(q_lens)
     total_q = used + SPARE_QUERIES if total_q is None else total_q
     values = torch.Generator(device=device).manual_seed(seed + 1)
-    q_nope, q_pe = make_q(total_q, num_heads, q_layout, dtype, device, values)
+    q_nope, q_pe = make_q(total_q, num_heads, q_layout, dtype, device, values, dims)
     if drift and requests:
         # the factor that `make_case` gave the queries its keys are made for
-        q_pe[..., 0] = base.q_pe[0, 0, 0]
+        q, of_base = (q_pe, base.q_pe) if dims.kpe else (q_nope, base.q_nope)
+        q[..., 0] = of_base[0, 0, 0]
     for q in (q_nope, q_pe):
         q[used:] = math.nan
-    guarded_out, guarded_lse = make_outputs(total_q, num_heads, out_layout, dtype, device)
+    guarded_out, guarded_lse = make_outputs(total_q, num_heads, out_layout, dtype, device, dims)
     queries = torch.tensor([0, *itertools.accumulate(q_lens)], dtype=torch.int64)
     own: dict[str, Any] = {
         "num_heads": num_heads,

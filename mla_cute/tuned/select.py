@@ -22,6 +22,8 @@ An entry can serve a call when
   unknown length. One with row tiles serves a step whose default is tile16 if its own default is that, too, and the
   step is no smaller than its own.
 
+Head dimensions are none of it: entries were measured with 512 + 64 and serve calls of others as they are.
+
 Of these the one at the smallest distance, the sum of |log2| of the four ratios; of several the one with the nearest
 page_size, then the largest kv_len, then the first of a sorted file. A call that knows no kv_len leaves its ratio out.
 Batch-invariant plans take the default: an entry's kernel would depend on the batch, and results with it. The default

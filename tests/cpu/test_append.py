@@ -8,6 +8,7 @@ from append_case import DTYPES, E4M3, LAYOUTS, NUM_SLOTS, SLOT_DTYPES, Cache, ma
 
 import mla_cute
 from mla_cute import append, quant
+from mla_cute.dims import HeadDims
 
 NAN, INF = math.nan, math.inf
 
@@ -184,8 +185,8 @@ WRONG = [
     ("group", {"ckv": [1.0]}, TypeError, r"ckv: expected a torch.Tensor, got list"),
     ("group", {"ckv": lambda x: x.float()}, TypeError, r"ckv: expected dtype torch.bfloat16 or torch.float16, got"),
     ("group", {"ckv": fp8}, TypeError, r"ckv: expected dtype torch.bfloat16 or torch.float16, got torch.float8"),
-    ("group", {"ckv": lambda x: x[:, :500]}, ValueError, r"ckv: expected shape \[n, 512\], got \[4, 500\]"),
-    ("group", {"ckv": lambda x: x[0]}, ValueError, r"ckv: expected shape \[n, 512\], got \[512\]"),
+    ("group", {"ckv": lambda x: x[:, :500]}, ValueError, r"ckv: expected shape \[n, 512 or 256\], got \[4, 500\]"),
+    ("group", {"ckv": lambda x: x[0]}, ValueError, r"ckv: expected shape \[n, 512 or 256\], got \[512\]"),
     ("group", {"ckv": lambda x: x.to("meta")}, ValueError, r"ckv: expected a tensor on a cuda device or the cpu, got"),
     (
         "group",
@@ -360,7 +361,8 @@ def test_the_early_exit_refuses_what_the_explanation_refuses():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_early_exit_takes_the_usual_calls(layout):
     _, arguments = call(layout)
-    assert append._usual(**arguments) == append._explain(**arguments) == LAYOUTS[layout].kv_format
+    expected = LAYOUTS[layout].kv_format, HeadDims()
+    assert append._usual(**arguments) == append._explain(**arguments) == expected
 
 
 @pytest.mark.parametrize(

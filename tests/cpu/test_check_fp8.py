@@ -223,7 +223,7 @@ BAD = [
     ),
     ("group", True, "q_pe", of("q_pe", torch.Tensor.float), TypeError, "got torch.float32"),
     ("group", True, "q_pe", None, TypeError, "expected a torch.Tensor, got NoneType"),
-    ("tensor", True, "q_nope", of("q_nope", lambda x: x[..., :500]), ValueError, "H, 512], got ["),
+    ("tensor", True, "q_nope", of("q_nope", lambda x: x[..., :500]), ValueError, "H, 512 or 256], got ["),
     ("tensor", True, "q_pe", of("q_pe", lambda x: x[:, :3]), ValueError, "got ["),
     # the caches' dtype
     (

@@ -41,7 +41,7 @@ def ints(*shape, dtype=torch.int32, device="cpu"):
 BAD_BOTH = [
     ("q_nope", None, TypeError, "expected a torch.Tensor, got NoneType"),
     ("q_nope", zeros(15, 16, 512, dtype=torch.float32), TypeError, "torch.bfloat16 or torch.float16, got torch.fl"),
-    ("q_nope", zeros(15, 512), ValueError, "expected shape [total_q, H, 512], got [15, 512]"),
+    ("q_nope", zeros(15, 512), ValueError, "expected shape [total_q, H, 512 or 256], got [15, 512]"),
     ("q_nope", zeros(15, 129, 512), ValueError, "expected 1 to 128 heads (dimension 1), got 129"),
     ("q_nope", zeros(15, 16, 512, device="meta"), ValueError, "got device meta"),
     ("q_pe", zeros(15, 16, 64, dtype=torch.float16), TypeError, "expected dtype torch.bfloat16 (that of q_nope)"),

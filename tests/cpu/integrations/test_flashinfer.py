@@ -458,6 +458,13 @@ def test_plan_refuses(changed, error, message):
         ({"q_pe": torch.zeros(1)}, TypeError, "query: expected None beside q_pe"),
         ({"query": torch.zeros(16, 3, 512)}, ValueError, r"query: expected shape \[n, m, 576\]"),
         ({"query": (torch.zeros(1), torch.zeros(1))}, ValueError, "q_nope: expected shape"),
+        ({"query": (torch.zeros(16, 3, 256), torch.zeros(16, 3, 64))}, ValueError, r"q_nope: expected .*\[n, m, 512\]"),
+        ({"query": (torch.zeros(16, 3, 512), torch.zeros(16, 3, 0))}, ValueError, r"q_pe: expected .*\[n, m, 64\]"),
+        (
+            {"kv_cache": (torch.zeros(64, 8, 512), torch.zeros(64, 8, 32))},
+            ValueError,
+            r"kpe_cache: expected shape \[n, m, 64\]",
+        ),
         ({"query": torch.zeros(16, 3, 576)}, ValueError, r"q_nope: expected dtype torch.bfloat16 \(q_data_type"),
         ({"query": torch.zeros(16, 4, 576, dtype=torch.bfloat16)}, ValueError, "q_nope: expected 3 heads"),
         ({"kv_cache": [1, 2]}, TypeError, "kv_cache: expected a torch.Tensor"),

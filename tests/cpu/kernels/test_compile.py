@@ -9,6 +9,7 @@ import pytest
 import mla_cute
 from mla_cute.compile import jit, sass
 from mla_cute.config import KernelConfig
+from mla_cute.dims import HEAD_DIMS
 from mla_cute.kernels import registry
 from mla_cute.tuned import select
 from mla_cute.tuning import space
@@ -21,6 +22,7 @@ STEPS = [v for v in VARIANTS if v[0] in (registry.DECODE, registry.PREFILL)]
 TILE16_STEPS = [v for v in VARIANTS if v[0] is registry.DECODE_TILE16]
 PLANNERS = [v for v in VARIANTS if v[0] in (registry.PLANNER, registry.PREFILL_PLANNER)]
 APPENDS = registry.append_variants()
+APPENDS_OF_OTHER_DIMS = registry.append_variants(["bfloat16"], head_dims=HEAD_DIMS[1:])
 MERGES = registry.merge_states_variants()
 FP8_STEPS = [
     v
@@ -284,6 +286,30 @@ def test_append_instructions(variant):
         # division and not multiplication by a reciprocal: one check for operands out of the short form's range of each
         assert opcodes["FCHK"] == values + len(scales)
     assert opcodes["SHFL.BFLY"] == {"token": 5, "group": 3}.get(key.kv_format, 0)
+
+
+def test_append_of_other_head_dims_is_complete():
+    pairs = {(key.dims, key.kv_format) for _, key, _ in APPENDS_OF_OTHER_DIMS}
+    assert pairs == {(dims, kv_format) for dims in HEAD_DIMS[1:] for kv_format in ("", "tensor")}
+
+
+@of_variants(APPENDS_OF_OTHER_DIMS)
+def test_append_instructions_of_other_head_dims(variant):
+    facts, opcodes = compiled(variant)
+    key = variant[1]
+    (ckv, kpe), fp8 = key.dims, key.kv_format == "tensor"
+    assert facts["spill_bytes"] == 0
+    assert facts["registers"] <= 64, "fewer than 32 warps would fit an SM"
+    memory = {o: n for o, n in opcodes.items() if o.split(".")[0] in ("LDG", "STG", "LD", "ST", "LDS", "STS")}
+    rope = int(kpe > 0)
+    loads = (2 if fp8 or ckv == 512 else 1) + rope
+    stores = {"STG.E.128": 1} if fp8 else {"STG.E.128": ckv // 256 + rope}
+    if fp8 and rope:
+        stores["STG.E.64"] = 1
+    slot = {"LDG.E.64" if key.slots == "int64" else "LDG.E": 1}
+    assert memory == {"LDG.E.128": loads, **slot, **stores}
+    conversions = sum(n for o, n in opcodes.items() if "E4M3" in o)
+    assert conversions == (8 + 4 * rope if fp8 else 0)
 
 
 def test_merge_states_is_complete():
