@@ -222,8 +222,12 @@ def make_case(lengths: Sequence[int], **options: Any) -> DecodeCase:
         last_token[ids] = (length[request_of] - 1).clamp(min=1).float()
         slot = torch.arange(page_size, device=device)
         fraction = (first_token.to(device)[:, None] + slot) / last_token.to(device)[:, None]
-        q, cache = (q_pe, kpe_cache) if of.dims.kpe else (q_nope, ckv_cache)
-        q[..., 0] = amplitude
+        q, cache = q_pe, kpe_cache
+        if not of.dims.kpe:
+            # What drifts is a channel of the output then. Were it larger than all others together, the output's error
+            # would be that of one number, and the in-dtype computation's, which is the measure, may be 0 by chance.
+            q, cache, amplitude = q_nope, ckv_cache, min(amplitude, 4.0)
+        q[..., 0] = abs(drift) / (sm_scale * amplitude)
         cache[..., 0] = (math.copysign(amplitude, drift) * fraction).to(dtype)
     dead = torch.arange(page_size, device=device) >= live_rows.to(device)[:, None]
     for cache in (ckv_cache, kpe_cache):
