@@ -82,14 +82,14 @@ def explain(
             GPU that is not Hopper.
     """
     if op not in TUNED_OPS:
-        raise ValueError(f"op: expected {', '.join(map(repr, TUNED_OPS[:-1]))} or {TUNED_OPS[-1]!r}, got {op!r}")
+        raise ValueError(f"op: expected 'decode', 'prefill' or 'sparse', got {op!r}")
     expect_int("num_heads", num_heads, 1, MAX_HEADS)
     if page_size is not None or op != "sparse":
         expect_int("page_size", page_size, 1)
     expect_int("batch", batch, 1)
     expect_int("q_len", q_len, 1)
     if op != "prefill" and q_len != 1:
-        raise ValueError(f"q_len: expected 1 for {op}, got {q_len}")
+        raise ValueError(f"q_len: expected 1 for decode and sparse, got {q_len}")
     expect_hints(kv_format, q_fp8, max_kv_len)
     expect_bool("batch_invariant", batch_invariant)
     where = _device(device)
