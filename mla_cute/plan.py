@@ -213,7 +213,7 @@ class Plan:
         batch, q_len, kv_len = self.batch or 1, q_len or 1, 1 if wanted.max_kv_len == 0 else wanted.max_kv_len
         op, page_size = self.form.op, self.page_size
         if op == "sparse":
-            op, page_size = "decode", 1  # what its kernels do: each query token is a request, each token a page
+            page_size = 1  # each token is a page
         facts = (op, wanted.kv_format, wanted.q_fp8, self.num_heads, page_size, q_len, batch, kv_len)
         if shape_log.recorder is not None:
             shape_log.recorder.saw(facts)

@@ -35,11 +35,12 @@ from ..append import append_reference
 from ..bench.report import text_table
 from ..check import FP8
 from ..config import KernelConfig, with_kernel
-from ..dims import CKV_DIM, KPE_DIM, KV_FORMATS
+from ..dims import CKV_DIM, KPE_DIM, KV_FORMATS, HeadDims
 from ..kernels.keys import APPEND, MERGE_STATES, PLANNER, PREFILL_PLANNER, KernelRef
 from ..kernels.registry import step_of
 from ..testing.runs import plan_of
 from . import soak
+from .soak_draw import Request, Scenario
 from .watchdog import parse_seconds
 
 TOOLS = ("memcheck", "synccheck", "racecheck")
@@ -60,6 +61,10 @@ _DECODE_KERNELS = (
     (128, "tile64", 10, _DECODE),
 )
 _PREFILL_KERNELS = ((16, "tile64", 2, _PREFILL),)
+# Lists of at most so many of the tokens that decode's requests have, some of them twice, whatever the page size.
+_TOPK = 2260
+_SPARSE_KERNELS = ((16, "tile16", 9), (128, "tile64", 10))
+_OTHER_DIMS = ((16, "tile16", 9, HeadDims(256, 64)), (128, "tile64", 10, HeadDims(512, 0)))
 _FULL_PAGES = {"decode": ((1, 64), (1, 640)), "prefill": ((5, 64), (1, 640))}
 
 
@@ -79,12 +84,12 @@ def _scenario(
     op: str,
     num_heads: int,
     page_size: int,
-    requests: tuple[soak.Request, ...],
+    requests: tuple[Request, ...],
     layout: str = "",
     q_fp8: bool = False,
     config: KernelConfig | None = None,
-) -> soak.Scenario:
-    return soak.Scenario(
+) -> Scenario:
+    return Scenario(
         seed=0,
         op=op,
         kind="repeat",
@@ -170,29 +175,55 @@ def _merge_states(dtype: torch.dtype, device: torch.device) -> list[str]:
     ]
 
 
-def _attention(scenario: soak.Scenario, device: torch.device) -> list[str]:
+def _attention(scenario: Scenario, device: torch.device) -> list[str]:
     return soak.run_scenario(scenario, device)
+
+
+def _config(layout: str, kernel: str, min_blocks: int) -> KernelConfig:
+    """Kernel and cuts are named, not left to the GPU's tuned file and to what is known of the lengths."""
+    return dataclasses.replace(with_kernel(KernelConfig(), layout, kernel), min_blocks=min_blocks, split_penalty=0)
+
+
+def _attention_case(name: str, scenario: Scenario) -> Case:
+    assert scenario.config is not None
+    step = step_of(scenario.op, scenario.layout, scenario.num_heads, scenario.config)
+    return Case(name, step, functools.partial(_attention, scenario))
+
+
+def _sparse_cases() -> Iterator[Case]:
+    for layout in ("", "group"):
+        for num_heads, kernel, min_blocks in _SPARSE_KERNELS:
+            config = _config(layout, kernel, min_blocks)
+            scenario = _scenario("sparse", num_heads, 64, _DECODE, layout, config=config)
+            scenario = dataclasses.replace(scenario, topk=_TOPK, entry="topk_lens", sinks=True)
+            yield _attention_case(f"sparse-{layout or 'bf16'}-h{num_heads}", scenario)
+
+
+def _other_dims_cases() -> Iterator[Case]:
+    for num_heads, kernel, min_blocks, dims in _OTHER_DIMS:
+        scenario = _scenario("decode", num_heads, 64, _DECODE, config=_config("", kernel, min_blocks))
+        name = f"decode-bf16-h{num_heads}-page64-{dims.ckv}+{dims.kpe}"
+        yield _attention_case(name, dataclasses.replace(scenario, dims=dims))
 
 
 @functools.cache
 def cases() -> dict[str, Case]:
-    """Every kernel, of the main ones each cache format and both ways to load: TMA (page size 64), gather (1)."""
+    """Every kernel, of the main ones each cache format and both ways to load: TMA (page size 64), gather (1). Lists of
+    tokens, and other head dimensions than 512 + 64, by a few cases each."""
     found = []
     for op in ("decode", "prefill"):
         for layout, q_fp8 in (("", False), *((layout, q) for layout in KV_FORMATS for q in (False, True))):
             for num_heads, kernel, min_blocks, requests in _DECODE_KERNELS if op == "decode" else _PREFILL_KERNELS:
-                # Kernel and cuts are named, not left to the GPU's tuned file and to what is known of the lengths.
-                config = with_kernel(KernelConfig(), layout, kernel) if op == "decode" else KernelConfig()
-                config = dataclasses.replace(config, min_blocks=min_blocks, split_penalty=0)
+                config = _config(layout, kernel, min_blocks)
                 for page_size in (64, 1):
                     scenario = _scenario(op, num_heads, page_size, requests, layout, q_fp8, config)
                     name = f"{op}-{layout or 'bf16'}{'-q_e4m3' if q_fp8 else ''}-h{num_heads}-page{page_size}"
-                    step = step_of(op, layout, num_heads, config)
-                    found.append(Case(name, step, functools.partial(_attention, scenario)))
+                    found.append(_attention_case(name, scenario))
         planner = PLANNER if op == "decode" else PREFILL_PLANNER
         for invariant in (False, True):
             name = f"{op}-planner-csr{'-invariant' if invariant else ''}"
             found.append(Case(name, planner, functools.partial(_full_pages, op, invariant)))
+    found += [*_sparse_cases(), *_other_dims_cases()]
     for kv_format in ("", *KV_FORMATS):
         found.append(Case(f"append-{kv_format or 'bf16'}", APPEND, functools.partial(_append, kv_format)))
     for dtype in (torch.bfloat16, torch.float16, torch.float32):

@@ -2,8 +2,7 @@
 
 Also `python -m mla_cute.cli.soak 5m`, which needs neither typer nor rich.
 
-A case follows from its seed and from whether there is a GPU, and from nothing else. `_VARIANT_SEEDS` seeds in a row
-share page-size class, dtype and cache format, so that a run with an empty kernel cache does not compile all the time.
+soak_draw.py says what a seed does; here are its cases, what is done with them, and the run.
 """
 
 from __future__ import annotations
@@ -26,178 +25,30 @@ import torch
 import mla_cute
 
 from .. import gpu as gpu_facts
-from ..config import KERNELS, KernelConfig
 from ..testing import runs as testing_runs
-from ..testing.cases import CACHE_LAYOUTS, OUT_LAYOUTS, Q_LAYOUTS, DecodeCase, expected_of, judge, make_case
-from ..testing.fp8 import LAYOUTS as FP8_LAYOUTS
-from ..testing.fp8 import Fp8Case, Fp8Expected, expected_fp8, judge_fp8, make_fp8
+from ..testing.cases import CACHE_LAYOUTS, DecodeCase, make_case
+from ..testing.fp8 import Fp8Case, make_fp8
 from ..testing.prefill import SPARE_QUERIES, make_prefill_case
+from ..testing.sparse import (
+    Lists,
+    as_page_lists,
+    call_sparse,
+    expected_sparse,
+    judge_sparse,
+    random_lists,
+    sinks_of,
+    with_sink,
+)
 from ..testing.verdict import Expected, Verdict
 from ..tuning.options import parse_budget
 from .check import independent
+from .soak_draw import MOST_STEPS, VARIANT_SEEDS, Scenario, draw
 from .watchdog import Watchdog, parse_seconds
 
-KINDS = ("repeat", "replay", "layers", "streams")
-ENTRIES = ("csr", "block_table")
-HEADS = (1, 2, 5, 8, 12, 16, 17, 24, 32, 48, 64, 65, 80, 96, 127, 128)
-# By rows of a TMA box, 0 for the gather (kernels/registry.py).
-PAGE_SIZES = {64: (64, 128, 192), 32: (32, 96), 16: (16, 48), 8: (8, 24), 0: (1, 2, 3, 4, 100)}
-
-_VARIANT_SEEDS = 40
 _STREAM_ROUNDS = 6
-_REPLAYS = 3
-_MOST_STEPS = 1 + _REPLAYS
-# Products of query rows and keys of a step: the reference takes about 0.1 s for these on an H200, and on two CPU cores.
-_MOST_SCORES = {True: 1 << 30, False: 1 << 20}
-_MOST_KEYS = {True: 20000, False: 500}
-_MOST_REQUESTS = {True: 40, False: 6}
 _MOST_FAILURES = 10
 _SECONDS_PER_LINE = 10.0
 _LN_2 = math.log(2)
-
-Request = tuple[int, int]  # (query tokens, keys)
-
-
-@dataclass(frozen=True)
-class Scenario:
-    """What one seed does.
-
-    kind     "repeat": one call, twice. "replay": a CUDA graph of plan update and call, replayed over `steps` with the
-             same buffers. "layers": calls over other caches that share a plan. "streams": two calls on two streams at
-             once, again and again
-    layout   "" for a 16-bit cache, else one of `testing.fp8.LAYOUTS`
-    steps    requests of each call; they have as many requests and query tokens each
-    """
-
-    seed: int
-    op: str
-    kind: str
-    num_heads: int
-    page_size: int
-    dtype: torch.dtype
-    layout: str
-    q_fp8: bool
-    steps: tuple[tuple[Request, ...], ...]
-    causal: bool
-    cache_layout: str
-    q_layout: str
-    out_layout: str
-    shared_pages: int
-    drift: float
-    index_offset: int
-    entry: str
-    with_plan: bool
-    batch_invariant: bool
-    lse_base: int | str
-    config: KernelConfig | None
-
-    def __str__(self) -> str:
-        longest = max((kv for step in self.steps for _, kv in step), default=0)
-        queries = sum(q for q, _ in self.steps[0])
-        tokens = "" if self.op == "decode" else f", {queries} query tokens{'' if self.causal else ', not causal'}"
-        dtype = str(self.dtype).removeprefix("torch.")
-        cache = f"{dtype}, {self.layout or '16-bit'} cache{', e4m3 queries' if self.q_fp8 else ''}"
-        options = [
-            self.entry,
-            "with a plan" if self.with_plan else "without a plan",
-            *(["batch-invariant"] if self.batch_invariant else []),
-        ]
-        if (config := self.config) is not None:
-            kernel = config.fp8_kernel if self.layout else config.kernel
-            options += [f"kernel {kernel}", f"cut_unit {config.cut_unit}", f"min_blocks {config.min_blocks}"]
-        return (
-            f"{self.op} {self.kind}, {self.num_heads} heads, page size {self.page_size}, {cache}, "
-            f"{len(self.steps[0])} requests{tokens}, up to {longest} keys, {self.cache_layout} caches, "
-            f"{self.q_layout} q, {self.out_layout} out, drift {self.drift:g}, {', '.join(options)}"
-        )
-
-
-def draw(seed: int, on_gpu: bool) -> Scenario:
-    """The scenario of a seed."""
-    variant = random.Random(f"variant {seed // _VARIANT_SEEDS}")
-    page_size_of = PAGE_SIZES[variant.choice(list(PAGE_SIZES))]
-    dtype = variant.choice((torch.bfloat16, torch.bfloat16, torch.float16))
-    layout = variant.choice(("", "", *FP8_LAYOUTS))
-    q_fp8 = bool(layout) and variant.random() < 0.4
-
-    rng = random.Random(f"case {seed}")
-    op = rng.choice(("decode", "prefill"))
-    kind = rng.choice(KINDS)
-    page_size, num_heads = rng.choice(page_size_of), rng.choice(HEADS)
-    lines = {"repeat": 1, "replay": 1 + _REPLAYS, "layers": 1, "streams": 2}[kind]
-    return Scenario(
-        seed=seed,
-        op=op,
-        kind=kind,
-        num_heads=num_heads,
-        page_size=page_size,
-        dtype=dtype,
-        layout=layout,
-        q_fp8=q_fp8,
-        steps=_steps(rng, op, lines, page_size, num_heads, on_gpu),
-        causal=op == "prefill" and rng.random() < 0.75,
-        cache_layout=rng.choice(CACHE_LAYOUTS),
-        q_layout=rng.choice(Q_LAYOUTS),
-        out_layout=rng.choice(OUT_LAYOUTS),
-        shared_pages=rng.choice((0, 0, 1, 1000)),
-        drift=rng.choice((0.0, 0.0, 60.0, -60.0)),
-        index_offset=rng.choice((0, 0, 3)),
-        entry=rng.choice(ENTRIES),
-        with_plan=kind == "layers" or rng.random() < 0.7,
-        batch_invariant=rng.random() < 0.25,
-        lse_base=rng.choice((2, 2, "e")),
-        config=_config(rng),
-    )
-
-
-def _config(rng: random.Random) -> KernelConfig | None:
-    """None, or one that has another kernel or cuts requests in another way; the launch configuration stays."""
-    if rng.random() < 0.6:
-        return None
-    kernel, cut_unit = rng.choice(KERNELS), rng.choice((1, 2))
-    return KernelConfig(
-        kernel=kernel,
-        fp8_kernel=kernel,
-        cut_unit=cut_unit,
-        min_blocks=cut_unit * rng.choice((1, 3, 8)),
-        item_overhead=rng.choice((0, 4, 20)),
-        split_penalty=rng.choice((0, 6, 50)),
-    )
-
-
-def _steps(
-    rng: random.Random, op: str, count: int, page_size: int, num_heads: int, on_gpu: bool
-) -> tuple[tuple[Request, ...], ...]:
-    batch = max(1, round(math.exp(rng.uniform(0, math.log(_MOST_REQUESTS[on_gpu])))))
-    longest = round(math.exp(rng.uniform(0, math.log(_MOST_KEYS[on_gpu]))))
-    total_q = batch if op == "decode" else rng.choice((batch, 2 * batch, *((64, 300) if on_gpu else (12, 20))))
-    while num_heads * total_q * longest > _MOST_SCORES[on_gpu]:
-        longest = max(1, longest // 2)
-        total_q = total_q if op == "decode" else max(1, total_q // 2)
-    edges = (0, 1, 63, 64, 65, 127, 129, page_size - 1, page_size, page_size + 1, 3 * page_size)
-    steps = []
-    for _ in range(count):
-        kind = rng.choice(("uniform", "edges", "ragged", "one_long"))
-        if kind == "uniform":
-            kv_lens = [longest] * batch
-        elif kind == "edges":
-            kv_lens = [min(rng.choice(edges), longest) for _ in range(batch)]
-        elif kind == "ragged":
-            kv_lens = [
-                round(math.exp(rng.uniform(0, math.log(longest + 1)))) - rng.choice((0, 1)) for _ in range(batch)
-            ]
-        else:
-            kv_lens = [0] * batch
-            kv_lens[rng.randrange(batch)] = longest
-        steps.append(tuple(zip(_q_lens(rng, op, batch, total_q), kv_lens, strict=True)))
-    return tuple(steps)
-
-
-def _q_lens(rng: random.Random, op: str, batch: int, total_q: int) -> list[int]:
-    if op == "decode":
-        return [1] * batch
-    bounds = sorted(rng.randint(0, total_q) for _ in range(batch - 1))
-    return [end - begin for begin, end in itertools.pairwise([0, *bounds, total_q])]
 
 
 # ------------------------------------------------------------------------------------------------ cases and verdicts
@@ -205,19 +56,33 @@ def _q_lens(rng: random.Random, op: str, batch: int, total_q: int) -> list[int]:
 
 @dataclass
 class Subject:
-    """A case in the form its scenario wants: 16-bit, or the FP8 twin beside the 16-bit one."""
+    """A case in the form its scenario wants: 16-bit, or the FP8 twin beside the 16-bit one. `lists` and `sink` are
+    those of "sparse"."""
 
     case: DecodeCase
     fp8: Fp8Case | None
     lse_base: int | str
+    as_none: bool = False
+    lists: Lists | None = None
+    sink: torch.Tensor | None = None
+
+    @property
+    def given(self) -> DecodeCase | Fp8Case:
+        return self.case if self.fp8 is None else self.fp8
 
     def reset(self) -> None:
         self.case.guarded_out.reset()
         self.case.guarded_lse.reset()
 
     def call(self, entry: str, **options: Any) -> None:
-        call = self.fp8.call if self.fp8 is not None else self.case.call
-        call(entry, out=self.case.out, lse=self.case.lse, lse_base=self.lse_base, **options)
+        options |= {"out": self.case.out, "lse": self.case.lse, "lse_base": self.lse_base}
+        given = _without_rope(self.given) if self.as_none else self.given
+        if self.lists is None:
+            given.call(entry, **options)
+            return
+        if entry == "all_columns":
+            options["topk_lens"] = None
+        call_sparse(given, self.lists, sink=self.sink, **options)
 
     def load(self, other: Subject) -> None:
         if self.fp8 is not None:
@@ -225,37 +90,52 @@ class Subject:
             self.fp8.load(other.fp8)
         else:
             self.case.load(other.case)
+        if self.lists is not None:
+            assert other.lists is not None
+            self.lists.load(other.lists)
+        if self.sink is not None:
+            assert other.sink is not None
+            self.sink.copy_(other.sink)
 
     def expected(self) -> Expected:
-        """Of the float32 reference on a GPU; on the CPU, where that is what runs, of an independent computation."""
+        """Of the float32 reference on a GPU; on the CPU, where that is what runs, of an independent computation. It
+        knows nothing of sinks."""
+        given = self.given if self.lists is None else as_page_lists(self.given, self.lists)
         if self.case.out.is_cuda:
-            if self.fp8 is not None:
-                return expected_fp8(self.fp8, lse_base=self.lse_base)
-            return expected_of(self.case, lse_base=self.lse_base)
-        found = independent(self.case, self.fp8)
+            return expected_sparse(given, lse_base=self.lse_base)
+        found = independent(given.case, given) if isinstance(given, Fp8Case) else independent(given)
         return found if self.lse_base == 2 else dataclasses.replace(found, lse=found.lse * _LN_2)
 
     def judge(self, expected: Expected | None = None) -> Verdict:
         expected = self.expected() if expected is None else expected
-        if self.fp8 is not None:
-            assert isinstance(expected, Fp8Expected)
-            return judge_fp8(self.fp8, expected)
-        return judge(self.case, expected)
+        if self.sink is not None:
+            expected = with_sink(expected, self.sink, self.lse_base, of_lse=self.case.lse)
+        return judge_sparse(self.given, expected)
 
     def bits(self) -> tuple[torch.Tensor, torch.Tensor]:
         """What is in the outputs now, those parts that no request owns included."""
         return self.case.guarded_out.buffer.clone(), self.case.guarded_lse.buffer.clone()
 
 
-def subject(scenario: Scenario, step: int, device: torch.device, **change: Any) -> Subject:
-    """The case of a step, with room in its metadata and cache for every step of the scenario."""
+def _without_rope(given: DecodeCase | Fp8Case) -> DecodeCase | Fp8Case:
+    """With None in the place of tensors of width 0."""
+    rope: dict[str, Any] = {"q_pe": None, "kpe_cache": None}
+    if isinstance(given, Fp8Case):
+        return dataclasses.replace(given, case=dataclasses.replace(given.case, **rope))
+    return dataclasses.replace(given, **rope)
+
+
+def subject(scenario: Scenario, step: int, device: torch.device, layer: int = 0, **change: Any) -> Subject:
+    """The case of a step, with room in its metadata and cache for every step of the scenario. Lists of other `layer`s
+    are as long and of other tokens."""
     pages = [[-(-kv // scenario.page_size) for _, kv in requests] for requests in scenario.steps]
     used = max(sum(of_step) for of_step in pages)
     names = ("num_heads", "page_size", "dtype", "cache_layout", "q_layout", "out_layout", "shared_pages", "drift")
-    options: dict[str, Any] = {name: getattr(scenario, name) for name in (*names, "index_offset")}
+    options: dict[str, Any] = {name: getattr(scenario, name) for name in (*names, "index_offset", "dims")}
+    seed = MOST_STEPS * scenario.seed + step
     options |= {
         "device": device,
-        "seed": _MOST_STEPS * scenario.seed + step,
+        "seed": seed,
         "num_pages": used + max(3, used // 8),
         "num_indices": scenario.index_offset + used + 7,
         "max_pages": max(map(max, pages)) + 3,
@@ -269,19 +149,26 @@ def subject(scenario: Scenario, step: int, device: torch.device, **change: Any) 
     else:
         case = make_case([kv for _, kv in requests], **options)
     fp8 = make_fp8(case, scenario.layout, scenario.q_fp8) if scenario.layout else None
-    return Subject(case if fp8 is None else fp8.case, fp8, scenario.lse_base)
+    it = Subject(case if fp8 is None else fp8.case, fp8, scenario.lse_base, scenario.as_none)
+    if scenario.op == "sparse":
+        ragged = scenario.entry == "topk_lens"
+        it.lists = random_lists(it.case, scenario.topk, ragged=ragged, seed=seed, layer=layer)
+        it.sink = sinks_of(it.case, seed + layer) if scenario.sinks else None
+    return it
 
 
-def plan_of(scenario: Scenario, case: DecodeCase) -> mla_cute.DecodePlan | mla_cute.PrefillPlan:
-    return testing_runs.plan_of(
-        case,
-        scenario.entry,
-        config=scenario.config,
-        batch_invariant=scenario.batch_invariant,
-        kv_format=scenario.layout.removesuffix("656"),
-        q_fp8=scenario.q_fp8,
-        other_metadata=scenario.kind == "layers",  # each layer's case has tensors of its own, of the same values
-    )
+def plan_of(scenario: Scenario, it: Subject) -> mla_cute.DecodePlan | mla_cute.PrefillPlan:
+    options: dict[str, Any] = {
+        "config": scenario.config,
+        "batch_invariant": scenario.batch_invariant,
+        "kv_format": scenario.layout.removesuffix("656"),
+        "q_fp8": scenario.q_fp8,
+        "other_metadata": scenario.kind == "layers",  # each layer's case has tensors of its own, of the same values
+    }
+    if it.lists is None:
+        return testing_runs.plan_of(it.case, scenario.entry, **options)
+    topk_lens = None if scenario.entry == "all_columns" else it.lists.topk_lens
+    return mla_cute.plan_sparse(it.lists.indices, num_heads=scenario.num_heads, topk_lens=topk_lens, **options)
 
 
 # ------------------------------------------------------------------------------------------------ the kinds
@@ -296,10 +183,10 @@ def run_scenario(scenario: Scenario, device: torch.device) -> list[str]:
     return failures
 
 
-def _options(scenario: Scenario, case: DecodeCase) -> dict[str, Any]:
+def _options(scenario: Scenario, it: Subject) -> dict[str, Any]:
     """Keywords of the call: its plan, or what it plans with."""
     if scenario.with_plan:
-        return {"plan": plan_of(scenario, case)}
+        return {"plan": plan_of(scenario, it)}
     return {"config": scenario.config, "batch_invariant": scenario.batch_invariant}
 
 
@@ -310,7 +197,7 @@ def _call(scenario: Scenario, it: Subject, options: dict[str, Any]) -> None:
 
 def _repeat(scenario: Scenario, device: torch.device) -> Iterator[str]:
     it = subject(scenario, 0, device)
-    options = _options(scenario, it.case)
+    options = _options(scenario, it)
     _call(scenario, it, options)
     yield from it.judge().failures
     first = it.bits()
@@ -320,7 +207,7 @@ def _repeat(scenario: Scenario, device: torch.device) -> Iterator[str]:
 
 def _replay(scenario: Scenario, device: torch.device) -> Iterator[str]:
     it = subject(scenario, 0, device)
-    options = _options(scenario, it.case)
+    options = _options(scenario, it)
 
     def step() -> None:
         if (plan := options.get("plan")) is not None:
@@ -337,8 +224,8 @@ def _replay(scenario: Scenario, device: torch.device) -> Iterator[str]:
 
 def _layers(scenario: Scenario, device: torch.device) -> Iterator[str]:
     # The seed is the same, and so are the metadata; another layout draws other values.
-    layers = [subject(scenario, 0, device, cache_layout=layout) for layout in CACHE_LAYOUTS]
-    options = _options(scenario, layers[0].case)
+    layers = [subject(scenario, 0, device, layer, cache_layout=layout) for layer, layout in enumerate(CACHE_LAYOUTS)]
+    options = _options(scenario, layers[0])
     for layer in layers:
         _call(scenario, layer, options)
     for i, layer in enumerate(layers):
@@ -347,7 +234,7 @@ def _layers(scenario: Scenario, device: torch.device) -> Iterator[str]:
 
 def _streams(scenario: Scenario, device: torch.device) -> Iterator[str]:
     both = [subject(scenario, i, device) for i in range(2)]
-    options = [_options(scenario, it.case) for it in both]
+    options = [_options(scenario, it) for it in both]
     first = []
     for i, it in enumerate(both):
         _call(scenario, it, options[i])
@@ -452,7 +339,7 @@ def _attempt(scenario: Scenario, device: torch.device) -> tuple[list[str], bool]
 
 def random_seed() -> int:
     """A seed to begin with, the first of those that share a variant."""
-    return random.SystemRandom().randrange(10**6) * _VARIANT_SEEDS
+    return random.SystemRandom().randrange(10**6) * VARIANT_SEEDS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -271,10 +271,16 @@ def selected(
     if "merge_states" in ops and dtypes:
         variants += registry.merge_states_variants((*dtypes, "float32"))
     boxes = {registry.box_rows_of(page_size) for page_size in page_sizes}
-    for entry in _tuned_entries() if attention else ():
+    for entry in _tuned_entries() if attention or "sparse" in ops else ():
         when = entry.when
-        if when.op in ops and when.kv_format in kv_formats and registry.box_rows_of(when.page_size) in boxes:
-            variants += _variants_of(entry, dtypes, head_dims)
+        if when.kv_format not in kv_formats:
+            continue
+        box = registry.box_rows_of(when.page_size)
+        if when.op in attention and box in boxes:
+            variants += _variants_of(entry, when.op, dtypes, head_dims)
+        # Where there is no entry of sparse, one of decode that gathers serves it.
+        if "sparse" in ops and when.decodes and box == 0:
+            variants += _variants_of(entry, "sparse", dtypes, head_dims)
     return list(dict.fromkeys(variants))
 
 
@@ -310,14 +316,14 @@ def _ask_for_gpus() -> list[tuple[str, int]]:
         return []
 
 
-def _variants_of(entry: Entry, dtypes: Sequence[str], head_dims: Sequence[HeadDims]) -> Iterator[Variant]:
+def _variants_of(entry: Entry, op: str, dtypes: Sequence[str], head_dims: Sequence[HeadDims]) -> Iterator[Variant]:
     """The main kernel in each dtype, and the planners. Batch-invariant plans take the default configuration."""
     when, config = entry.when, entry.config
     for dims, dtype in itertools.product(head_dims, dtypes):
         if registry.has_format(dims, when.kv_format):
-            yield step_variant(when.op, when.kv_format, when.q_fp8, when.num_heads, when.page_size, dtype, config, dims)
-    for lengths in registry.LENGTHS:
-        yield planner_variant(when.op, lengths, config)
+            yield step_variant(op, when.kv_format, when.q_fp8, when.num_heads, when.page_size, dtype, config, dims)
+    for lengths in ("seq_lens",) if op == "sparse" else registry.LENGTHS:
+        yield planner_variant(op, lengths, config)
 
 
 def warmup(

@@ -14,7 +14,7 @@ from ..call import DECODE_TABLE, PREFILL_TABLE, SPARSE, UNSCALED, Cache, Call, P
 from ..check import FP8
 from ..dims import CKV_DIM, TILE_M
 from ..kernels.keys import TAIL_ITEMS_PER_PART
-from ..kernels.registry import Variant, planner_variant, sparse_variants, step_variant
+from ..kernels.registry import Variant, planner_variant, step_variant
 from ..launch import table_stride
 from ..plan import Plan
 from ..plan_decode import plan_decode_block_table
@@ -304,10 +304,15 @@ class StepPlans:
             found[planner_variant(op, "seq_lens", config, invariant)] = None
         return list(found)
 
-    def list_variants(self, dtype: str) -> list[Variant]:
-        """The kernels of `list_step`s over 16-bit queries of `dtype`."""
-        found = sparse_variants([dtype], [self._facts["kv_format"]])
-        return [variant for variant in found if not getattr(variant[1], "q_fp8", False)]
+    def list_variants(self, dtype: str, device: torch.device) -> list[Variant]:
+        """The kernels of `list_step`s over 16-bit queries of `dtype`, as `variants`."""
+        kv_format, num_heads, invariant = (self._facts[name] for name in ("kv_format", "num_heads", "batch_invariant"))
+        found: dict[Variant, None] = {}
+        for tokens, topk in itertools.product(_BATCHES, _KV_LENS):
+            config = select.choose("sparse", kv_format, False, num_heads, 1, 1, tokens, topk, device, invariant).config
+            found[step_variant("sparse", kv_format, False, num_heads, 1, dtype, config)] = None
+            found[planner_variant("sparse", "seq_lens", config, invariant)] = None
+        return list(found)
 
 
 _BATCHES = tuple(1 << n for n in range(12))

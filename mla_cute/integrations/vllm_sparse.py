@@ -144,7 +144,7 @@ class MlaCuteSparseMetadataBuilder(PlanningBuilder, SparseMLACommonMetadataBuild
         register_cutedsl_warmup_provider(self)
 
     def variants(self) -> list[Variant]:
-        return self._plans.list_variants(DTYPE_NAMES[self.model_config.dtype])
+        return self._plans.list_variants(DTYPE_NAMES[self.model_config.dtype], self.device)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False

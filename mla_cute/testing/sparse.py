@@ -1,12 +1,14 @@
 """Lists of tokens for the cases of cases.py and fp8.py, and the verdict on what `mla_sparse` makes of them.
 
 Attention does not depend on the order of keys: the call on a case's own tokens, shuffled, with -1 among them, has the
-result of the decode call, whose reference knows nothing of lists.
+result of the decode call, whose reference knows nothing of lists (`lists_of`). So have lists of any tokens, some of
+them twice (`random_lists`), with that of the decode call over pages of one token (`as_page_lists`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -62,14 +64,79 @@ def lists_of(
         own[places] = tokens
         rows.append(torch.cat((torch.full((first_none[b % len(first_none)],), -1), own)))
     columns = max(map(len, rows), default=0) + 3 if topk is None else topk
+    return _lists(rows, columns, case.q_nope.device)
+
+
+def random_lists(case: DecodeCase, topk: int, *, ragged: bool = True, seed: int = 0, layer: int = 0) -> Lists:
+    """A list of tokens of each request of `case`: all different or with repeats, in random order, at random places
+    among -1 or behind all of them; some lists have none, and so have those of requests without tokens.
+
+    Args:
+        topk: columns. Behind a list stand absurd numbers.
+        ragged: False: all columns count.
+        layer: lists of another one are as long and of other tokens.
+    """
+    of_lens, of_tokens = (torch.Generator().manual_seed(n) for n in (seed, (seed << 8) + layer))
+    pages, lengths = requests_of(case.pages, case.page_size)
+    # Beyond the ends, so that a quarter of the lists are empty or full.
+    lens = torch.randint(-topk // 6 - 1, topk + topk // 6 + 2, (len(lengths),), generator=of_lens).clamp(0, topk)
+    rows = []
+    for ids, length, num in zip(pages, lengths, lens.tolist() if ragged else [topk] * len(lengths), strict=True):
+        kind, repeats, anywhere = torch.randint(6, (3,), generator=of_tokens).tolist()
+        count = (0, num // 8, num // 2, num // 2, num, num)[kind] if length else 0
+        if repeats:
+            position = torch.randint(max(length, 1), (count,), generator=of_tokens)
+        else:
+            position = torch.randperm(length, generator=of_tokens)[:count]
+        places = torch.randperm(num, generator=of_tokens) if anywhere else torch.arange(num).flip(0)
+        row = torch.full((num,), -1)
+        page = ids.cpu().long()[position // case.page_size]
+        row[places[: len(position)]] = page * case.page_size + position % case.page_size
+        rows.append(row)
+    return _lists(rows, topk, case.q_nope.device)
+
+
+def _lists(rows: Sequence[torch.Tensor], columns: int, device: torch.device) -> Lists:
     # An odd row stride: rows are only 4-byte aligned.
     table = torch.tensor(ABSURD_PAGE_IDS * ((len(rows) * (columns | 1)) // 2 + 1), dtype=torch.int32)
     table = table[: len(rows) * (columns | 1)].view(len(rows), columns | 1)
     for b, row in enumerate(rows):
         table[b, : len(row)] = row
     lens = torch.tensor([len(row) for row in rows], dtype=torch.int32)
-    device = case.q_nope.device
     return Lists(table.to(device)[:, :columns], lens.to(device))
+
+
+def as_page_lists(case: DecodeCase | Fp8Case, lists: Lists) -> DecodeCase | Fp8Case:
+    """The decode case whose requests have, as pages of one token, the tokens that the lists name, as often as they do.
+    For references: its cache may be a copy, and its block table is the one of `case`."""
+    if not isinstance(case, Fp8Case):
+        return _as_page_lists(case, lists)
+    array = case.scales.get("ckv_scale_arr")
+    scales = case.scales if array is None else case.scales | {"ckv_scale_arr": _pages_of_one(array)}
+    return dataclasses.replace(case, case=_as_page_lists(case.case, lists), scales=scales)
+
+
+def _as_page_lists(case: DecodeCase, lists: Lists) -> DecodeCase:
+    counted = [row[:num] for row, num in zip(lists.indices, lists.topk_lens.tolist(), strict=True)]
+    named = [row[row >= 0] for row in counted]
+    lengths = [len(row) for row in named]
+    device = lists.indices.device
+    return dataclasses.replace(
+        case,
+        lengths=lengths,
+        page_size=1,
+        ckv_cache=_pages_of_one(case.ckv_cache),
+        kpe_cache=_pages_of_one(case.kpe_cache),
+        kv_indptr=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device),
+        kv_indices=torch.cat([lists.indices.new_empty(0), *named]),
+        kv_last_page_len=torch.ones(len(lengths), dtype=torch.int32, device=device),
+        seq_lens=torch.tensor(lengths, dtype=torch.int32, device=device),
+    )
+
+
+def _pages_of_one(x: torch.Tensor) -> torch.Tensor:
+    num_pages, page_size, width = x.shape
+    return x.reshape(num_pages * page_size, 1, width)
 
 
 def call_sparse(case: DecodeCase | Fp8Case, lists: Lists, **kwargs: Any) -> Any:
@@ -94,9 +161,14 @@ def sinks_of(case: DecodeCase | Fp8Case, seed: int = 0) -> torch.Tensor:
     return sinks.to(plain.q_nope.device)
 
 
-def with_sink(expected: Expected, sink: torch.Tensor, lse_base: int | str = 2) -> Expected:
-    """Of each output e^lse / (e^lse + e^sink) is left."""
-    natural = expected.lse * (math.log(2) if lse_base == 2 else 1.0)
+def with_sink(
+    expected: Expected, sink: torch.Tensor, lse_base: int | str = 2, *, of_lse: torch.Tensor | None = None
+) -> Expected:
+    """Of each output e^lse / (e^lse + e^sink) is left.
+
+    `of_lse`: the lse that the call wrote, which is judged by itself. From e4m3 scores it may be off by more than an
+    output: where a list has one token, that is the output whatever its score. None: the expected one."""
+    natural = (expected.lse if of_lse is None else of_lse) * (math.log(2) if lse_base == 2 else 1.0)
     left = torch.sigmoid(natural - sink.to(natural)).nan_to_num(0.0)[..., None]  # -inf - -inf: of an output of 0
     in_dtype = (expected.in_dtype * left).to(expected.in_dtype.dtype)
     return dataclasses.replace(expected, output=expected.output * left, in_dtype=in_dtype)

@@ -11,6 +11,7 @@ from ..dims import MAX_HEADS
 from ..expect import expect_bool, expect_int
 from ..plan import expect_hints, num_sms
 from . import select
+from .file import TUNED_OPS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,7 @@ def explain(
     op: str = "decode",
     *,
     num_heads: int,
-    page_size: int,
+    page_size: int | None = None,
     batch: int,
     max_kv_len: int | None = None,
     q_len: int = 1,
@@ -65,12 +66,13 @@ def explain(
     """Which configuration a call or plan of this shape takes, and why. Runs nothing and reads no device memory.
 
     Args:
-        op: "decode" or "prefill".
+        op: "decode", "prefill" or "sparse" (:func:`mla_sparse`).
         num_heads: query heads, 1..128.
-        page_size: tokens per page, >= 1.
-        batch: requests, >= 1.
-        max_kv_len: what the plan is told, of a call with a block table max_pages * page_size, else None.
-        q_len: query tokens per request: 1 for decode; of prefill ceil(total_q / batch).
+        page_size: tokens per page, >= 1; sparse asks for none.
+        batch: requests, >= 1; of sparse query tokens.
+        max_kv_len: what the plan is told, of a call with a block table max_pages * page_size, of sparse the columns of
+            the lists, else None.
+        q_len: query tokens per request: 1 for decode and sparse; of prefill ceil(total_q / batch).
         kv_format, q_fp8: "" for a 16-bit cache, else "tensor", "token" or "group"; whether queries are e4m3.
         batch_invariant: what the plan is told.
         device: None is torch's current CUDA device, or the CPU where there is none.
@@ -79,21 +81,24 @@ def explain(
         TypeError, ValueError: naming the argument, or the entry of a broken tuned file. RuntimeError: the device is a
             GPU that is not Hopper.
     """
-    if op not in ("decode", "prefill"):
-        raise ValueError(f"op: expected 'decode' or 'prefill', got {op!r}")
+    if op not in TUNED_OPS:
+        raise ValueError(f"op: expected 'decode', 'prefill' or 'sparse', got {op!r}")
     expect_int("num_heads", num_heads, 1, MAX_HEADS)
-    expect_int("page_size", page_size, 1)
+    if page_size is not None or op != "sparse":
+        expect_int("page_size", page_size, 1)
     expect_int("batch", batch, 1)
     expect_int("q_len", q_len, 1)
-    if op == "decode" and q_len != 1:
-        raise ValueError(f"q_len: expected 1 for decode, got {q_len}")
+    if op != "prefill" and q_len != 1:
+        raise ValueError(f"q_len: expected 1 for decode and sparse, got {q_len}")
     expect_hints(kv_format, q_fp8, max_kv_len)
     expect_bool("batch_invariant", batch_invariant)
     where = _device(device)
     if where.type == "cuda":
         num_sms(where)
     kv_len = 1 if max_kv_len == 0 else max_kv_len
-    when = select.When(op, kv_format, q_fp8, num_heads, page_size, q_len, batch, kv_len)
+    # Whatever the pages of its cache, sparse gathers single tokens.
+    size = 1 if op == "sparse" or page_size is None else page_size
+    when = select.When(op, kv_format, q_fp8, num_heads, size, q_len, batch, kv_len)
     selection = select.select(when, where, batch_invariant)
     apart = None if selection.entry is None else select.distance(when, selection.entry.when)
     return Explanation(selection, where, apart, "float32 reference" if where.type == "cpu" else selection.kernel)

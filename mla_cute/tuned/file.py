@@ -28,6 +28,8 @@ from ..dims import KV_FORMATS, MAX_HEADS
 from ..kernels.registry import OPS
 
 SCHEMA = 1
+# "sparse": mla_sparse, which decode's kernels run.
+TUNED_OPS = (*OPS, "sparse")
 _GPU_FIELDS = ("name", "sm_count", "clock_mhz", "memory_gbps")
 _MADE_WITH_FIELDS = ("mla_cute", "cutlass_dsl", "driver", "date")
 # A merge reads and writes one small file: a holder that takes longer is stuck.
@@ -38,14 +40,15 @@ _LOCK_TIMEOUT_S = 60.0
 class When:
     """What the host knows of a call.
 
-    op          "decode" or "prefill"
+    op          "decode", "prefill" or "sparse"
     kv_format   "" for a 16-bit cache, else "tensor", "token" or "group"
     q_fp8       the queries are e4m3
     num_heads   query heads, 1..128
-    page_size   tokens per page
-    q_len       query tokens per request: 1 for decode; of prefill the mean, ceil(total_q / batch)
-    batch       requests
-    kv_len      no request has more keys than this; None: not known. Of an entry: the length that was timed
+    page_size   tokens per page; of sparse 1, since it gathers single tokens from pages of every size alike
+    q_len       query tokens per request: 1 for decode and sparse; of prefill the mean, ceil(total_q / batch)
+    batch       requests; of sparse query tokens
+    kv_len      no request has more keys than this; None: not known. Of an entry: the length that was timed. Of sparse
+                columns of the lists
     """
 
     op: str
@@ -57,13 +60,22 @@ class When:
     batch: int
     kv_len: int | None
 
+    @property
+    def decodes(self) -> bool:
+        """Whether decode's kernels and planner run it."""
+        return self.op != "prefill"
+
     def __str__(self) -> str:
+        cache = f"{self.kv_format} FP8 cache" if self.kv_format else "16-bit cache"
+        cache += ", e4m3 queries" if self.q_fp8 else ""
+        if self.op == "sparse":
+            lists = "lists of unknown length" if self.kv_len is None else f"lists of {self.kv_len} tokens"
+            return f"sparse, {self.num_heads} heads, {self.batch} query tokens, {lists}, {cache}"
         queries = f", {self.q_len} query tokens" if self.op == "prefill" else ""
         keys = "length not known" if self.kv_len is None else f"length {self.kv_len}"
-        cache = f"{self.kv_format} FP8 cache" if self.kv_format else "16-bit cache"
         return (
             f"{self.op}, {self.num_heads} heads, page size {self.page_size}, batch {self.batch}{queries}, {keys}, "
-            f"{cache}{', e4m3 queries' if self.q_fp8 else ''}"
+            f"{cache}"
         )
 
 
@@ -116,7 +128,7 @@ def load(path: str | os.PathLike[str]) -> TunedFile:
 def when_of(values: object) -> When:
     """A `When` from its fields. ValueError that names the first wrong one."""
     found = _fields("when", values, tuple(field.name for field in dataclasses.fields(When)))
-    _one_of("when.op", found["op"], OPS)
+    _one_of("when.op", found["op"], TUNED_OPS)
     _one_of("when.kv_format", found["kv_format"], ("", *KV_FORMATS))
     if type(found["q_fp8"]) is not bool:
         raise ValueError(f"when.q_fp8: expected true or false, got {found['q_fp8']!r}")
@@ -125,8 +137,10 @@ def when_of(values: object) -> When:
     _int_from("when.num_heads", found["num_heads"], 1, MAX_HEADS)
     for name in ("page_size", "q_len", "batch"):
         _int_from(f"when.{name}", found[name], 1)
-    if found["op"] == "decode" and found["q_len"] != 1:
-        raise ValueError(f"when.q_len: expected 1 for decode, got {found['q_len']}")
+    if found["op"] != "prefill" and found["q_len"] != 1:
+        raise ValueError(f"when.q_len: expected 1 for {found['op']}, got {found['q_len']}")
+    if found["op"] == "sparse" and found["page_size"] != 1:
+        raise ValueError(f"when.page_size: expected 1 for sparse, got {found['page_size']}")
     if found["kv_len"] is not None:
         _int_from("when.kv_len", found["kv_len"], 1)
     return When(**found)

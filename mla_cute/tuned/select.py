@@ -13,14 +13,19 @@ of SMs is not used. MLA_CUTE_TUNED=0 turns files off.
 An entry can serve a call when
 
 * op, kv_format, q_fp8 and page class are the call's (page class: rows of a TMA box, or gathered,
-  `registry.box_rows_of`), and for decode the number of 64-row tiles of the heads and whether there are at most 16;
+  `registry.box_rows_of`), and for decode and sparse the number of 64-row tiles of the heads and whether there are at
+  most 16;
 * num_heads, q_len, batch and kv_len are each within a factor of 4 of the call's. A coordinate of the call beyond what
   the entries of this class span counts as the span's end, if they span a factor of 4: a batch larger than the largest
   one timed runs as that one does. From a single point nothing is extrapolated;
-* its kernel fits the size of the step (batch * kv_len * tiles of 16 heads), where decode has more than 16 heads:
+* its kernel fits the size of the step (batch * kv_len * tiles of 16 heads), where decode or sparse has more than 16
+  heads:
   tile16 reads the keys again for every tile, so an entry with it serves no larger step than its own, nor one of
   unknown length. One with row tiles serves a step whose default is tile16 if its own default is that, too, and the
   step is no smaller than its own.
+
+A sparse call that no entry of its own op serves takes that of the decode call over pages of one token: as many
+requests as it has query tokens, as long as its lists.
 
 Head dimensions are none of it: entries were measured with 512 + 64 and serve calls of others as they are.
 
@@ -135,10 +140,10 @@ def select(when: When, device: torch.device, batch_invariant: bool = False) -> S
 
 def default_for(when: When, sm_count: int, batch_invariant: bool = False) -> KernelConfig:
     """The configuration of a call that no entry serves."""
-    rows = when.num_heads if when.op == "decode" else TILE_M
+    rows = when.num_heads if when.decodes else TILE_M
     config = default_config(rows, when.page_size, when.batch, sm_count)
     # Another kernel is other bits: not by what else is in the batch, where a request's bits are its own.
-    may_change = when.op == "decode" and when.num_heads > TILE16_M and not batch_invariant
+    may_change = when.decodes and when.num_heads > TILE16_M and not batch_invariant
     if may_change and sm_count and when.kv_len is not None:
         gathers = box_rows_of(when.page_size) == 0
         if is_small_step(when.kv_format, when.q_fp8, when.num_heads, when.batch, when.kv_len, sm_count, gathers):
@@ -199,7 +204,10 @@ def _select(when: When, device: torch.device, batch_invariant: bool) -> Selectio
     if made_on["sm_count"] != sm_count:
         _say_once(f"{path} is not used: made with {made_on['sm_count']} SMs, this {name} has {sm_count}")
         return default(f"default: {source} was made with {made_on['sm_count']} SMs, this GPU has {sm_count}")
-    index = grid.nearest(when, when.op == "decode" and takes_tile16(when.kv_format, when.num_heads, untuned))
+    small = when.decodes and takes_tile16(when.kv_format, when.num_heads, untuned)
+    index = grid.nearest(when, small)
+    if index is None and when.op == "sparse":
+        index = grid.nearest(dataclasses.replace(when, op="decode"), small)
     if index is None:
         return default(f"default: no entry of {source} is near")
     entry = grid.file.entries[index]
@@ -328,7 +336,7 @@ def _work_span(entry: Entry, sm_count: int) -> tuple[float, float]:
     tile16: smaller ones than the entry's own may be faster with that. The most keeps tile16, which reads the keys again
     for every 16 heads, from calls larger than the one it was timed on."""
     when = entry.when
-    if when.op != "decode" or when.num_heads <= TILE16_M:
+    if not when.decodes or when.num_heads <= TILE16_M:
         return 0.0, math.inf
     if takes_tile16(when.kv_format, when.num_heads, entry.config):
         return 0.0, _work(when)
@@ -338,7 +346,7 @@ def _work_span(entry: Entry, sm_count: int) -> tuple[float, float]:
 
 def _class_of(when: When) -> tuple[object, ...]:
     rows: tuple[object, ...] = ()
-    if when.op == "decode":
+    if when.decodes:
         rows = (-(-when.num_heads // TILE_M), when.num_heads <= TILE16_M)
     return (when.op, when.kv_format, when.q_fp8, box_rows_of(when.page_size), *rows)
 

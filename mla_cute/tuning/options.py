@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..kernels.registry import DTYPES
 from ..option import DTYPE_ALIASES, Option, numbers, words
+from ..tuned.file import TUNED_OPS
 from . import recipes
 
 _UNITS = {"s": 1, "m": 60, "h": 3600}
@@ -35,10 +36,15 @@ def parse_formats(text: str) -> list[str]:
 
 # One table of a recipe: each option is the list of a key.
 GRID_OPTIONS = (
-    Option("--op", "grid: decode, prefill", "OP,..", words),
+    Option("--op", f"grid: {', '.join(TUNED_OPS)}", "OP,..", words),
     Option("--heads", "grid: query heads, as 16,128", "N,..", numbers),
-    Option("--batch", "grid: requests", "N,..", numbers),
-    Option("--kv-len", "grid: tokens per request; with --from-log also of calls that did not know it", "N,..", numbers),
+    Option("--batch", "grid: requests; sparse: query tokens", "N,..", numbers),
+    Option(
+        "--kv-len",
+        "grid: tokens per request or list; with --from-log also of calls that did not know it",
+        "N,..",
+        numbers,
+    ),
     Option("--q-len", "grid: query tokens per request, prefill only", "N,..", numbers),
     Option("--page-size", "grid: tokens per page", "N,..", numbers),
     Option("--kv-format", "grid: none, tensor, token, group", "F,..", parse_formats),

@@ -3,11 +3,11 @@
 A recipe is a TOML file with tables `[[shapes]]`. Each table's keys hold a value or a list of values, and the table
 stands for their product:
 
-    op         "decode", "prefill"                        page_size  tokens per page
+    op         "decode", "prefill", "sparse"              page_size  tokens per page; sparse has none
     heads      query heads, 1..128                        kv_format  "" (16-bit cache), "tensor", "token", "group"
-    batch      requests                                   q_fp8      e4m3 queries, with an FP8 cache only
-    kv_len     tokens of each request, those of its queries included
-    q_len      query tokens of each request; decode has 1
+    batch      requests; of sparse query tokens           q_fp8      e4m3 queries, with an FP8 cache only
+    kv_len     tokens of each request, those of its queries included; of sparse, tokens of each list
+    q_len      query tokens of each request; decode and sparse have 1
 
 Members that cannot be are left out: e4m3 queries over a 16-bit cache, more query tokens than keys.
 """
@@ -25,7 +25,7 @@ from typing import Any
 from ..bench.cases import TOKEN_BYTES, Case, PrefillCase
 from ..dims import MAX_HEADS
 from ..extras import install_command
-from ..kernels.registry import OPS
+from ..tuned.file import TUNED_OPS
 from ..tuned.select import When, read_shapes
 
 FOLDER = pathlib.Path(__file__).parent / "recipes"
@@ -41,7 +41,7 @@ _TYPES: dict[str, type] = {
     "q_fp8": bool,
 }
 _DEFAULTS: dict[str, list[Any]] = {"q_len": [1], "page_size": [64], "kv_format": [""], "q_fp8": [False]}
-_CHOICES: dict[str, Sequence[str]] = {"op": OPS, "kv_format": tuple(TOKEN_BYTES)}
+_CHOICES: dict[str, Sequence[str]] = {"op": TUNED_OPS, "kv_format": tuple(TOKEN_BYTES)}
 
 
 def names() -> list[str]:
@@ -95,10 +95,13 @@ def product(table: Mapping[str, Any], where: str) -> list[When]:
             raise ValueError(f"{where}.{key}: expected at least one value, got an empty list")
         for x in lists[key]:
             _check(f"{where}.{key}", key, x)
-    if "decode" in lists["op"] and lists["q_len"] != [1]:
-        raise ValueError(f"{where}.q_len: decode has one query token per request, got {lists['q_len']}")
+    for op in ("decode", "sparse"):
+        if op in lists["op"] and lists["q_len"] != [1]:
+            raise ValueError(f"{where}.q_len: {op} has one query token per request, got {lists['q_len']}")
+    if "page_size" in table and "sparse" in lists["op"]:
+        raise ValueError(f"{where}.page_size: sparse gathers from pages of every size alike, got {lists['page_size']}")
     whens = [
-        When(op, kv_format, q_fp8, heads, page_size, q_len, batch, kv_len)
+        When(op, kv_format, q_fp8, heads, 1 if op == "sparse" else page_size, q_len, batch, kv_len)
         for op, heads, batch, kv_len, q_len, page_size, kv_format, q_fp8 in itertools.product(*lists.values())
         if q_len <= kv_len and (kv_format or not q_fp8)
     ]
@@ -144,8 +147,13 @@ def from_log(path: pathlib.Path, kv_lens: Iterable[int]) -> list[When]:
 
 
 def case_of(when: When, dtype: str) -> Case | PrefillCase:
-    """The bench case that stands for a shape: every request has its q_len and kv_len."""
+    """The bench case that stands for a shape: every request has its q_len and kv_len. Lists are of tokens that no other
+    list has, in pages of 64, over format group in the rows of 656 bytes that engines keep for them."""
     assert when.kv_len is not None
+    if when.op == "sparse":
+        layout = "fused" if when.kv_format == "group" else "separate"
+        of_cache: dict[str, Any] = {"layout": layout, "kv_format": when.kv_format, "q_fp8": when.q_fp8}
+        return Case(when.num_heads, when.batch, when.kv_len, dtype=dtype, sparse=True, **of_cache)
     common: dict[str, Any] = {
         "page_size": when.page_size,
         "dtype": dtype,
@@ -161,11 +169,14 @@ def coarse_first(whens: Sequence[When]) -> list[When]:
     """The shapes in an order whose beginnings cover the grid: the ends of batch, kv_len and q_len, then the middles,
     and so on, over all formats, heads and page sizes alike. Inside a level, one kind of cache after the other."""
     axes = ("batch", "kv_len", "q_len")
-    levels = {name: _levels({getattr(when, name) for when in whens if when.op == "decode"}) for name in axes}
-    of_prefill = {name: _levels({getattr(when, name) for when in whens if when.op != "decode"}) for name in axes}
+    levels = {
+        (op, name): _levels({getattr(when, name) for when in whens if when.op == op})
+        for op in TUNED_OPS
+        for name in axes
+    }
 
     def key(when: When) -> tuple[Any, ...]:
-        level = max((levels if when.op == "decode" else of_prefill)[name][getattr(when, name)] for name in axes)
+        level = max(levels[when.op, name][getattr(when, name)] for name in axes)
         return (level, when.kv_format, when.op, *dataclasses.astuple(when))
 
     return sorted(dict.fromkeys(whens), key=key)

@@ -153,7 +153,7 @@ def _draw(report: Report, path: pathlib.Path) -> None:
             [shape.default_us or math.nan for shape in shapes],
             [100 * (shape.gain - 1) for shape in shapes],
             label=f"{name} ({len(shapes)})",
-            marker="o" if op == "decode" else "^",
+            marker={"decode": "o", "prefill": "^", "sparse": "s"}[op],
             color=f"C{caches.index(cache)}",
             s=22,
             alpha=0.75,

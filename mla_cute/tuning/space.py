@@ -1,8 +1,8 @@
 """Candidate configurations of a shape, and which of them plan the same work.
 
-Tuned are the main kernel where there are two (decode) and with it cut_unit, evict_first, and the three numbers the
-planner cuts by (min_blocks, item_overhead, split_penalty). `accuracy` changes results, and what use_pdl saves is time
-behind the kernels in front, which the call timed alone does not have: both are left as the default has them.
+Tuned are the main kernel where there are two (decode, sparse) and with it cut_unit, evict_first, and the three numbers
+the planner cuts by (min_blocks, item_overhead, split_penalty). `accuracy` changes results, and what use_pdl saves is
+time behind the kernels in front, which the call timed alone does not have: both are left as the default has them.
 
 Planner numbers act through the plan alone, so of those that give a shape the same plan only the first is a candidate.
 `plan_signature` decides that on the host, by the planners' models in plain Python (kernels/planner/model.py and
@@ -42,7 +42,7 @@ def candidates(when: When, num_sms: int = 132) -> list[KernelConfig]:
         for evict_first in (default.evict_first, not default.evict_first)
         for config in planned
     ]
-    if when.op == "decode":
+    if when.decodes:
         kernel = "tile64" if takes_tile16(when.kv_format, when.num_heads, default) else "tile16"
         found += _planned(when, with_kernel(default, when.kv_format, kernel), num_sms)
     return [config for config in dict.fromkeys(found) if why_infeasible(config) is None]
@@ -52,7 +52,7 @@ def _planned(when: When, default: KernelConfig, num_sms: int) -> list[KernelConf
     """`default` with the planner's numbers varied, one configuration for each plan, itself first."""
     planned: dict[Hashable, KernelConfig] = {}
     for config in (default, *_planner_grid(default)):
-        cuts_less = when.op == "decode" and config.split_penalty > default.split_penalty
+        cuts_less = when.decodes and config.split_penalty > default.split_penalty
         if why_infeasible(config) is None and not cuts_less:
             planned.setdefault(plan_signature(when, config, num_sms), config)
     return list(planned.values())
@@ -74,9 +74,9 @@ def changes(config: KernelConfig, default: KernelConfig) -> int:
 
 
 def variants_of(when: When, config: KernelConfig, dtype: str) -> list[Variant]:
-    """(kernel, key, launch config) of what a call with a plan from page lists compiles."""
+    """(kernel, key, launch config) of what a call with a plan compiles, from page lists or from lists of tokens."""
     assert when.kv_len is not None
-    lengths = "csr_last" if when.kv_len % when.page_size else "csr"
+    lengths = "seq_lens" if when.op == "sparse" else "csr_last" if when.kv_len % when.page_size else "csr"
     step = step_variant(when.op, when.kv_format, when.q_fp8, when.num_heads, when.page_size, dtype, config)
     return [step, planner_variant(when.op, lengths, config)]
 
@@ -88,7 +88,7 @@ def variants_of(when: When, config: KernelConfig, dtype: str) -> list[Variant]:
 def plan_signature(when: When, config: KernelConfig, num_sms: int) -> Hashable:
     """A value that two configurations share only if they give this shape the same work items."""
     assert when.kv_len is not None
-    if when.op == "decode":
+    if when.decodes:
         parts = decode_parts(when.kv_format, when.num_heads, config, num_sms)
         blocks = model.blocks_of([when.kv_len], config.cut_unit)
         return model.cut(blocks * when.batch, parts, config)

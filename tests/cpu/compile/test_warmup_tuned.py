@@ -186,6 +186,29 @@ def test_what_is_selected_is_what_calls_run_with(folders):
         assert (ref, key, found.config.launch()) in selected
 
 
+def test_sparse_has_the_configurations_of_its_entries_and_of_decodes_that_gather(folders):
+    on_lists = KernelConfig(evict_first=False, use_pdl=False)
+    write(
+        folders.shipped,
+        entry(NO_PDL),
+        entry(NO_HINT, page_size=1, num_heads=128),
+        entry(on_lists, op="sparse", page_size=1),
+        entry(NO_PDL, op="prefill", q_len=9, page_size=1),
+    )
+    asked = {"dtypes": ("bfloat16",), "page_sizes": (64,), "kv_formats": ("",)}
+    selected = set(warmup_module.selected(**asked, ops=("sparse",)))
+    key = DecodeKey("bfloat16", 0, sparse=True)
+    assert selected - set(registry.sparse_variants(["bfloat16"], [""])) == {
+        (registry.DECODE, key, NO_HINT.launch()),
+        (registry.DECODE_TILE16, key, on_lists.launch()),
+        (registry.PLANNER, PlannerKey("seq_lens", False), on_lists.planner_launch()),
+    }
+    # Without sparse among the calls its entries compile nothing.
+    assert not any(getattr(key, "sparse", False) for _, key, _ in warmup_module.selected(**ASKED))
+    found = select.choose("sparse", "", False, 16, 1, 1, 8, 8192, torch.device("cuda", 0))
+    assert found.config == on_lists
+
+
 def test_info_lists_the_files_of_every_folder_in_order(folders):
     assert info.tuned_files() == []
     for path in (folders.named, folders.user, folders.shipped):

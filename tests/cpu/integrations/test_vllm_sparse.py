@@ -14,6 +14,7 @@ from vllm_case import LAYER, RECORD, TOPK, make_builder, make_impl, make_metadat
 
 from mla_cute.integrations import _vllm_plugin
 from mla_cute.plan import Plan
+from mla_cute.tuned import select
 
 DECODE = [(1, 17), (1, 64), (1, 1), (1, 8)]
 DRAFTS = [(3, 17), (3, 64), (3, 3), (3, 8)]
@@ -266,7 +267,27 @@ def test_vllm_compiles_what_steps_run(backend, monkeypatch):
     (variants,) = warmed
     steps = [key for _, key, _ in variants if hasattr(key, "sparse")]
     assert {(key.kv_format, key.q_fp8, key.sparse) for key in steps} == {("group", False, True)}
-    assert len(variants) == len(steps) + 2
+    assert len(variants) == len(steps) + 1
+    [planner] = [key for _, key, _ in variants if not hasattr(key, "sparse")]
+    assert (planner.lengths, planner.batch_invariant) == ("seq_lens", False)
+
+
+def test_vllm_compiles_the_configurations_that_steps_choose(backend, monkeypatch):
+    """With more than 16 heads both kernels: how many query tokens there are says which."""
+    asked = []
+
+    def choose(*facts):
+        asked.append(facts)
+        op, kv_format, q_fp8, num_heads, page_size, q_len, batch, kv_len, device, invariant = facts
+        when = select.When(op, kv_format, q_fp8, num_heads, page_size, q_len, batch, kv_len)
+        return select.Selection(select.default_for(when, 132, invariant), "made up", None, when)
+
+    monkeypatch.setattr(select, "choose", choose)
+    builder = make_builder(backend.MlaCuteSparseMetadataBuilder, make_sparse_config("fp8_ds_mla", heads=128))
+    names = {kernel.name for kernel, key, _ in builder.variants() if hasattr(key, "sparse")}
+    assert names == {"decode_tile16_fp8", "decode_tile64_fp8"}
+    assert {facts[:6] for facts in asked} == {("sparse", "group", False, 128, 1, 1)}
+    assert {facts[8] for facts in asked} == {builder.device}
 
 
 @pytest.mark.parametrize(

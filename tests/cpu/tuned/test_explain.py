@@ -110,6 +110,34 @@ def test_the_kernel_is_the_one_that_runs(folders, monkeypatch, op, kv_format, nu
     assert asked == [kernel]
 
 
+def test_lists_of_tokens_are_explained(folders, monkeypatch):
+    """By an entry of their own op, else by that of decode over pages of one token; pages of the cache are no matter."""
+    monkeypatch.setattr(plan, "num_sms", lambda device: SMS)
+    monkeypatch.setattr(jit, "get", lambda ref, key, config: lambda *arguments: None)
+    shape = {"num_heads": 16, "batch": 8, "max_kv_len": 2048, "device": META}
+    write(folders.user, entry(page_size=64, kv_len=2048), entry(CONFIG, page_size=1, kv_len=2048))
+    by_decode = mla_cute.explain("sparse", **shape)
+    assert (by_decode.config, by_decode.distance, by_decode.kernel) == (CONFIG, 0.0, "decode_tile16")
+    assert str(by_decode).splitlines()[:3] == [
+        f"sparse, 16 heads, 8 query tokens, lists of 2048 tokens, 16-bit cache, on {NAME} (meta, {SMS} SMs)",
+        f"  from      user {FILE} entry 0",
+        "  timed     decode, 16 heads, page size 1, batch 8, length 2048, 16-bit cache; distance 0.00",
+    ]
+    own = KernelConfig(evict_first=False)
+    sparse = entry(own, op="sparse", page_size=1, batch=16, kv_len=2048)
+    write(folders.user, entry(CONFIG, page_size=1, kv_len=2048), sparse)
+    select.clear()
+    found = mla_cute.explain("sparse", page_size=64, **shape)
+    assert (found.config, found.distance) == (own, 1.0)
+    assert "  timed     sparse, 16 heads, 16 query tokens, lists of 2048 tokens, 16-bit cache" in str(found)
+    made = mla_cute.plan_sparse(torch.zeros(8, 2048, dtype=torch.int32, device=META), num_heads=16)
+    assert made.selection == found.selection
+    # Entries of sparse serve no decode call, and far ones no sparse call.
+    assert mla_cute.explain("decode", page_size=1, **shape).config == CONFIG
+    assert mla_cute.explain("sparse", **shape | {"batch": 65}).selection.entry is None
+    assert "lists of unknown length" in str(mla_cute.explain("sparse", **shape | {"max_kv_len": None}))
+
+
 def test_batch_invariant_plans_are_explained(folders):
     write(folders.user, entry(CONFIG))
     shape = {"num_heads": 16, "page_size": 64, "batch": 8, "max_kv_len": 8192, "device": META}
@@ -120,12 +148,15 @@ def test_batch_invariant_plans_are_explained(folders):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"op": "append"}, ValueError, "op: expected 'decode' or 'prefill', got 'append'"),
+        ({"op": "append"}, ValueError, "op: expected 'decode', 'prefill' or 'sparse', got 'append'"),
+        ({"op": "sparse", "q_len": 2}, ValueError, "q_len: expected 1 for decode and sparse, got 2"),
+        ({"op": "sparse", "page_size": 0}, ValueError, "page_size: expected >= 1, got 0"),
+        ({"page_size": None}, TypeError, "page_size: expected an int, got None"),
         ({"num_heads": 129}, ValueError, "num_heads: expected 1 to 128, got 129"),
         ({"page_size": 0}, ValueError, "page_size: expected >= 1, got 0"),
         ({"batch": 0}, ValueError, "batch: expected >= 1, got 0"),
         ({"batch": None}, TypeError, "batch: expected an int, got None"),
-        ({"q_len": 2}, ValueError, "q_len: expected 1 for decode, got 2"),
+        ({"q_len": 2}, ValueError, "q_len: expected 1 for decode and sparse, got 2"),
         ({"kv_format": "fp8"}, ValueError, "kv_format: expected one of"),
         ({"q_fp8": True}, ValueError, "q_fp8: expected False with a 16-bit cache"),
         ({"max_kv_len": -5}, ValueError, "max_kv_len: expected >= 0, got -5"),

@@ -235,6 +235,16 @@ def test_plans_are_recorded_whatever_their_configuration_is_from(folders, no_ker
     assert [shape.op for shape in shapes] == ["decode", "decode", "prefill", "prefill"]
 
 
+def test_lists_of_tokens_are_recorded_as_such(folders, no_kernels, monkeypatch, tmp_path):
+    log = ShapeLog(tmp_path / "shapes.jsonl")
+    monkeypatch.setattr(shape_log, "recorder", log)
+    lists = torch.zeros(3, 77, dtype=torch.int32, device=META)
+    made = mla_cute.plan_sparse(lists, num_heads=16)
+    sparse = when(op="sparse", page_size=1, batch=3, kv_len=77)
+    assert made.selection.when == sparse
+    assert select.read_shapes(log.path) == {sparse: 1}
+
+
 def test_a_log_that_cannot_be_written_costs_one_warning(tmp_path, caplog):
     log = ShapeLog(tmp_path / "absent" / "shapes.jsonl")
     log.saw(facts())

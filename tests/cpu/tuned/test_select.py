@@ -19,6 +19,7 @@ from mla_cute.config import KERNELS, KernelConfig, why_infeasible
 from mla_cute.tuned import select
 
 OTHER = KernelConfig(evict_first=False, min_blocks=8)
+SPARSE = entry(op="sparse", page_size=1, kv_len=2048)
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def test_the_file_of_a_gpu_is_named_by_it():
 
 
 def test_a_file_comes_back_as_it_was_written():
-    file = tuned_file(entry(batch=1), entry(OTHER, us=12.125, batch=4), entry(batch=4, op="prefill", q_len=512))
+    file = tuned_file(entry(batch=1), entry(OTHER, us=12.125, batch=4), entry(batch=4, op="prefill", q_len=512), SPARSE)
     text = select.dump(file)
     assert select.parse(json.loads(text), "here") == file
     assert select.dump(select.parse(json.loads(text), "here")) == text
@@ -109,8 +110,8 @@ def without_entry_field(name: str) -> dict:
         (with_entry(runner_up_us="12"), "entry 1: runner_up_us: expected a finite number > 0, got '12'"),
         (with_entry(when=[]), "entry 1: when: expected an object, got []"),
         (with_when(heads=16), "entry 1: when: unknown fields ['heads']; known are ['op', 'kv_format'"),
-        (with_when(op="append"), "entry 1: when.op: expected one of ('decode', 'prefill'), got 'append'"),
-        (with_when(op=["decode"]), "entry 1: when.op: expected one of ('decode', 'prefill'), got ['decode']"),
+        (with_when(op="append"), "entry 1: when.op: expected one of ('decode', 'prefill', 'sparse'), got 'append'"),
+        (with_when(op=["decode"]), "entry 1: when.op: expected one of ('decode', 'prefill', 'sparse'), got ['decode']"),
         (with_when(kv_format="fp4"), "entry 1: when.kv_format: expected one of ('', 'tensor', 'token', 'group'), got"),
         (with_when(q_fp8=1), "entry 1: when.q_fp8: expected true or false, got 1"),
         (with_when(q_fp8=True), "entry 1: when.q_fp8: expected false with a 16-bit cache (kv_format ''), got true"),
@@ -119,6 +120,8 @@ def without_entry_field(name: str) -> dict:
         (with_when(page_size=0), "entry 1: when.page_size: expected an int >= 1, got 0"),
         (with_when(batch="2"), "entry 1: when.batch: expected an int >= 1, got '2'"),
         (with_when(q_len=4), "entry 1: when.q_len: expected 1 for decode, got 4"),
+        (with_when(op="sparse", page_size=1, q_len=4), "entry 1: when.q_len: expected 1 for sparse, got 4"),
+        (with_when(op="sparse"), "entry 1: when.page_size: expected 1 for sparse, got 64"),
         (with_when(kv_len=0), "entry 1: when.kv_len: expected an int >= 1, got 0"),
         (with_when(kv_len=None), "entry 1: when.kv_len: expected the length that was timed, got null"),
         (with_when(batch=1), "entry 1: when: expected a shape of its own, got that of entry 0"),

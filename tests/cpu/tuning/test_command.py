@@ -206,6 +206,9 @@ def test_a_dry_run_counts_and_starts_nothing(monkeypatch, capsys):
     assert f"7 shapes, {sum(counts)} candidates; nothing was run" in text
     assert "a GPU of 132 SMs (none is seen here)" in text
     assert ["decode,", "16-bit", "cache", "4"] in [row.split()[:4] for row in text.splitlines()]
+    assert both("--op", "sparse", "--heads", "16", "--batch", "1,64", "--kv-len", "2048", "--dry-run") == (0, 0)
+    rows = [row.split()[:4] for row in capsys.readouterr().out.splitlines()]
+    assert ["sparse,", "16-bit", "cache", "2"] in rows
 
 
 @pytest.mark.slow

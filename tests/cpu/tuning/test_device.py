@@ -20,6 +20,8 @@ DEFAULT = KernelConfig()
 DECODE = When("decode", "", False, 4, 16, 1, 3, 100)
 PREFILL = When("prefill", "", False, 4, 1, 5, 2, 20)
 FP8 = When("decode", "group", True, 4, 16, 1, 2, 40)
+SPARSE = When("sparse", "", False, 4, 1, 1, 3, 70)
+SPARSE_FP8 = When("sparse", "group", True, 4, 1, 1, 2, 40)
 GB = 10**9
 
 
@@ -72,17 +74,18 @@ def library_with(change=None):
 
         return call
 
-    return dataclasses.replace(library, decode=changing(library.decode), prefill=changing(library.prefill))
+    names = ("decode", "prefill", "sparse")
+    return dataclasses.replace(library, **{name: changing(getattr(library, name)) for name in names})
 
 
-def make(whens=(DECODE, PREFILL, FP8), change=None, memory=GB, timer=None, dtype="bfloat16"):
+def make(whens=(DECODE, PREFILL, FP8, SPARSE, SPARSE_FP8), change=None, memory=GB, timer=None, dtype="bfloat16"):
     signs = []
     made = Device(list(whens), dtype, timer or CpuTimer(), library_with(change), memory, lambda: signs.append(1))
     made.signs = signs
     return made
 
 
-@pytest.mark.parametrize("when", [DECODE, PREFILL, FP8])
+@pytest.mark.parametrize("when", [DECODE, PREFILL, FP8, SPARSE, SPARSE_FP8])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_right_outputs_pass_and_samples_come_by_configuration(when, dtype):
     measured = make(dtype=dtype)
@@ -146,7 +149,7 @@ def spoil(only, how):
     ],
     ids=["nan", "one row 5 % off", "one row missing", "one lse off", "one lse nan"],
 )
-@pytest.mark.parametrize("when", [DECODE, PREFILL, FP8])
+@pytest.mark.parametrize("when", [DECODE, PREFILL, FP8, SPARSE, SPARSE_FP8])
 def test_a_wrong_candidate_is_found_and_a_wrong_default_fails_the_shape(when, how):
     measured = make(change=spoil(config(9), how))
     measured.open(when, DEFAULT)
@@ -183,7 +186,7 @@ def test_a_shape_beyond_the_memory_is_refused_and_does_not_size_the_pool():
     measured.open(DECODE, DEFAULT)
 
 
-@pytest.mark.parametrize("when", [DECODE, PREFILL, FP8])
+@pytest.mark.parametrize("when", [DECODE, PREFILL, FP8, SPARSE, SPARSE_FP8])
 def test_footprint_is_what_pool_and_inputs_take(when):
     case = case_of(when, "bfloat16")
     inputs = make_inputs(case, KvPool.of([case], torch.device("cpu")), torch.device("cpu"))

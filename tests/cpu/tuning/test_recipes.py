@@ -19,6 +19,7 @@ COUNTS = {
     "deepseek-v3-dp": DECODE_GRID + 2 * 2 + 2 * 2 * 2,
     # 64 and 128 heads over 16-bit caches, 16 over FP8 ones, 64 and 128 over those, prefill.
     "deepseek-v3-formats": 2 * 5 * 3 + 3 * 2 * 4 + 2 * 3 * 6 + 2 * 6 + 2,
+    "deepseek-v3.2": 4 * 10 * 3,
     "kimi-k2-tp8": DECODE_GRID + 2 * 2 * 2,
     # 16-bit caches have no e4m3 queries: 7 kinds of cache and query.
     "full": 5 * 5 * 5 * 2 * 7 + 5 * 3 * 3 * 2 * 2 * 7,
@@ -48,7 +49,30 @@ def test_every_shape_of_every_recipe_is_a_bench_case():
             case = recipes.case_of(when, "bfloat16")
             assert case.requests[0] == (when.q_len, when.kv_len)
             assert len(case.requests) == when.batch
-            assert (case.page_size, case.kv_format, case.q_fp8) == (when.page_size, when.kv_format, when.q_fp8)
+            assert (case.kv_format, case.q_fp8) == (when.kv_format, when.q_fp8)
+            if when.op != "sparse":
+                assert case.page_size == when.page_size
+
+
+def test_the_shapes_of_lists():
+    found = recipes.load("deepseek-v3.2")
+    kinds = (("", False), ("group", False), ("group", True))
+    grid = itertools.product(kinds, (16, 32, 64, 128), (2**i for i in range(10)))
+    assert set(found) == {When("sparse", *kind, heads, 1, 1, tokens, 2048) for kind, heads, tokens in grid}
+    bf16, fp8 = When("sparse", "", False, 16, 1, 1, 4, 2048), When("sparse", "group", True, 16, 1, 1, 4, 2048)
+    assert recipes.case_of(bf16, "float16") == Case(16, 4, 2048, dtype="float16", sparse=True)
+    rows = Case(16, 4, 2048, sparse=True, kv_format="group", q_fp8=True, layout="fused")
+    assert recipes.case_of(fp8, "bfloat16") == rows
+    # The page sizes of decode's shapes in one table with them are none of theirs.
+    table = {"op": ["decode", "sparse"], "heads": 16, "batch": 4, "kv_len": 2048}
+    assert recipes.product(table, "R") == [When("decode", "", False, 16, 64, 1, 4, 2048), bf16]
+
+
+def test_lists_have_an_order_of_their_own():
+    sparse = [When("sparse", "", False, 16, 1, 1, 2**i, 2048) for i in range(5)]
+    mixed = recipes.coarse_first([*sparse, *(dataclasses.replace(DECODE, batch=n) for n in (300, 2000))])
+    order = [when.batch for when in mixed if when.op == "sparse"]
+    assert (set(order[:2]), order[2]) == ({1, 16}, 4)
 
 
 def test_case_of_both_ops():
@@ -80,7 +104,18 @@ TABLE = '[[shapes]]\nop = "decode"\nheads = 16\nbatch = 1\nkv_len = 64\n'
         (TABLE.replace("16", "129"), r"R: shapes\[0\]\.heads: expected at most 128, got 129"),
         (TABLE.replace("16", "[16, 0]"), r"R: shapes\[0\]\.heads: expected at least 1, got 0"),
         (TABLE.replace("16", "[]"), r"R: shapes\[0\]\.heads: expected at least one value"),
-        (TABLE.replace('"decode"', '"append"'), r"R: shapes\[0\]\.op: expected one of 'decode', 'prefill', got 'appen"),
+        (
+            TABLE.replace('"decode"', '"append"'),
+            r"R: shapes\[0\]\.op: expected one of 'decode', 'prefill', 'sparse', got",
+        ),
+        (
+            TABLE.replace("decode", "sparse") + "q_len = 2\n",
+            r"R: shapes\[0\]\.q_len: sparse has one query token per re",
+        ),
+        (
+            TABLE.replace("decode", "sparse") + "page_size = 64\n",
+            r"R: shapes\[0\]\.page_size: sparse gathers from pages of every size alike, got \[64\]",
+        ),
         (TABLE + 'kv_format = "int8"\n', r"R: shapes\[0\]\.kv_format: expected one of '', 'tensor'"),
         (TABLE + "q_fp8 = 1\n", r"R: shapes\[0\]\.q_fp8: expected bool, got 1"),
         (TABLE + "q_len = 2\n", r"R: shapes\[0\]\.q_len: decode has one query token per request, got \[2\]"),
@@ -94,7 +129,9 @@ def test_errors_name_file_table_and_key(text, message):
 
 
 def test_an_unknown_name_lists_the_recipes_and_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ValueError, match="-formats, deepseek-v3-tp8, full, kimi-k2-tp8, small, got 'deepseek'"):
+    with pytest.raises(
+        ValueError, match=r"-formats, deepseek-v3-tp8, deepseek-v3\.2, full, kimi-k2-tp8, small, got 'deepseek'"
+    ):
         recipes.load("deepseek")
     with pytest.raises(FileNotFoundError, match=r"none\.toml"):
         recipes.load(str(tmp_path / "none.toml"))

@@ -70,6 +70,22 @@ def run(todo, measurer=None, compiling=nothing_missing, clock=None):
     return outcome, measurer, screen
 
 
+def test_shapes_of_lists_are_stored_and_selected(tmp_path):
+    whens = [When("sparse", "", False, 64, 1, 1, tokens, 2048) for tokens in (4, 128)]
+    compiled = []
+    todo = task(tmp_path, whens=whens)
+    outcome, _, _ = run(todo, compiling=lambda variants, step: compiled.extend(variants) or {})
+    assert {shape.when for shape in outcome.tuned} == set(whens)
+    assert all(getattr(key, "sparse", True) for _, key, _ in compiled)
+    entries = {entry.when: entry for entry in select.load(todo.out).entries}
+    assert set(entries) == set(whens)
+    grid = select.Grid(select.load(todo.out))
+    index = grid.nearest(dataclasses.replace(whens[1], batch=100))
+    assert grid.file.entries[index].when == whens[1]
+    assert session.group_of(whens[0]) == "sparse, 16-bit cache"
+    assert run(todo)[0].resumed == coarse_first(whens)
+
+
 def test_a_run_fills_both_files(tmp_path):
     todo = task(tmp_path)
     outcome, measurer, screen = run(todo)

@@ -114,7 +114,7 @@ def test_long_prefill_whose_costs_share_classes():
         assert same == (prefill_plan(when, a, 132) == prefill_plan(when, b, 132))
 
 
-@pytest.mark.parametrize("name", ["small", "deepseek-v3-tp8", "deepseek-v3-dp"])
+@pytest.mark.parametrize("name", ["small", "deepseek-v3-tp8", "deepseek-v3-dp", "deepseek-v3.2"])
 def test_candidates_begin_with_the_default_and_can_run(name):
     for when in recipes.load(name)[::7]:
         found = space.candidates(when, 132)
@@ -202,6 +202,21 @@ def test_variants_are_what_a_call_compiles():
     prefill = dataclasses.replace(bf16, op="prefill", q_len=2)
     assert [name for name, _ in names(prefill)] == ["prefill_tile64", "prefill_planner"]
     assert names(dataclasses.replace(prefill, kv_format="group"))[0][0] == "prefill_tile64_fp8"
+
+
+@pytest.mark.parametrize(("kv_format", "q_fp8"), [("", False), ("group", True)])
+@pytest.mark.parametrize("num_heads", [16, 64])
+def test_lists_are_tuned_as_decode_over_pages_of_one_token(num_heads, kv_format, q_fp8):
+    sparse = When("sparse", kv_format, q_fp8, num_heads, 1, 1, 8, 2048)
+    decode = dataclasses.replace(sparse, op="decode")
+    found = space.candidates(sparse, 132)
+    assert found == space.candidates(decode, 132)
+    assert len({tile16(sparse, config) for config in found}) == 2
+    for config in found:
+        assert space.plan_signature(sparse, config, 132) == space.plan_signature(decode, config, 132)
+    [(main, key, _), (planner, planner_key, _)] = space.variants_of(sparse, found[0], "bfloat16")
+    assert main.name == ("decode_tile16" if tile16(sparse, found[0]) else "decode_tile64") + ("_fp8" * q_fp8)
+    assert (key.box_rows, key.sparse, planner.name, planner_key.lengths) == (0, True, "planner", "seq_lens")
 
 
 def test_changes_counts_fields():
