@@ -6,7 +6,8 @@ import re
 import statistics
 
 from mla_cute.bench import report
-from mla_cute.bench.cases import Case
+from mla_cute.bench.cases import PRESETS, Case
+from mla_cute.dims import HEAD_DIMS
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 RECORDS = "tune/measurements/NVIDIA_H200/"
@@ -53,7 +54,7 @@ def decode_rows(name):
 
 def prefill_rows():
     """By heads, requests, query tokens, keys: uniform batches of page size 64."""
-    cases = [(row["case"], row) for row in load("pages_prefill_ragged")["rows"] if "groups" in row["case"]]
+    cases = [(row["case"], row) for row in load("prefill")["rows"] if "groups" in row["case"]]
     return {
         (case["num_heads"], *case["groups"][0]): row
         for case, row in cases
@@ -77,8 +78,36 @@ def test_decode_table_is_the_records():
     assert f"{beside_peers(table)}." in TEXT.lower()
     assert f"{table['ceilings']['empty_graph_us']:.1f} us of each is what a graph with an empty kernel measures" in TEXT
     peers = table["peers"]
-    assert "as built in vLLM 0.20.2" in peers["flash_mla"]["version"]
-    assert f"FlashInfer {peers['flashinfer']['version']} (fa3)" in PAGE
+    assert peers["flash_mla"]["version"] == peers["flash_attn_3"]["version"] == "of vllm 0.33.0"
+    assert "FlashMLA as in vLLM 0.33.0," in TEXT
+    assert "FlashAttention-3 with q_v as in vLLM 0.33.0 (FA3)" in TEXT
+    assert f"sgl-flash-mla {peers['sgl_flash_mla']['version']}," in TEXT
+    assert f"FlashInfer {peers['flashinfer']['version']} (fa3)" in TEXT
+
+
+def test_cells_behind_and_means_are_the_records():
+    rows = decode_rows("table")
+    gains = {case[:3]: best_peer(row) / row["us_amortised"] for case, row in rows.items()}
+    behind = {case: f"{gain:.3f}x" for case, gain in gains.items() if gain < 1}
+    assert (
+        f"128 heads, 64 and 128 x 1024 ({behind.pop((128, 64, 1024))} and {behind.pop((128, 128, 1024))}), 64 x 8192 "
+        f"({behind.pop((128, 64, 8192))}) and 16 x 32768 ({behind.pop((128, 16, 32768))}), against sgl-flash-mla," in TEXT
+    )
+    assert (
+        f"64 heads, 16 x 32768 ({behind.pop((64, 16, 32768))}) and 128 x 1024 ({behind.pop((64, 128, 1024))})." in TEXT
+    )
+    assert not behind
+
+    def mean(ratios):
+        return f"{statistics.geometric_mean(ratios):.2f}x"
+
+    by_heads = [mean(gain for case, gain in gains.items() if case[0] == heads) for heads in (16, 64, 128)]
+    assert "the means are {} (16), {} (64) and {} (128);".format(*by_heads) in TEXT
+    by_peer = [
+        mean(row["peers"][peer]["us"] / row["us_amortised"] for row in rows.values())
+        for peer in ("flash_mla", "sgl_flash_mla", "flash_attn_3", "flashinfer")
+    ]
+    assert "alone {} (FlashMLA), {} (sgl-flash-mla), {} (FA3) and {} (FlashInfer).".format(*by_peer) in TEXT
 
 
 def test_the_other_gpu_is_its_records():
@@ -96,7 +125,9 @@ def test_prefill_table_is_the_records():
         for heads, text in zip((16, 128), texts, strict=True):
             if text:
                 row = rows[heads, int(count), int(q_len), int(kv_len)]
-                assert text == f"{row['tflops']:.0f} ({100 * row['cublas_share']:.0f} %)", (heads, count, q_len)
+                gain = best_peer(row) / row["us_amortised"]
+                share = f"{100 * row['cublas_share']:.0f} %"
+                assert text == f"{row['tflops']:.0f} ({share}, {gain:.2f}x)", (heads, count, q_len)
                 cells += 1
     assert cells == 8
 
@@ -120,11 +151,12 @@ def test_fp8_speeds_are_the_records():
 
 
 def test_sentences_are_the_records():
-    table, more, rows = load("table"), load("pages_prefill_ragged"), decode_rows("table")
-    shares = {round(100 * rows[heads, 128, 8192, 64]["read_share"]) for heads in (16, 64)}
-    assert shares == {99}
-    assert "16 and 64 heads read at 99 % of the read bandwidth measured in the same run (4428 GB/s)" in TEXT
-    assert round(table["ceilings"]["used"]["read_gbps"]) == 4428
+    table, more, rows = load("table"), load("prefill"), decode_rows("table")
+    shares = [round(100 * rows[heads, 128, 8192, 64]["read_share"]) for heads in (16, 64)]
+    assert (
+        f"16 and 64 heads read at {shares[0]} % and {shares[1]} % of the read bandwidth measured in the same run "
+        f"({table['ceilings']['used']['read_gbps']:.0f} GB/s)" in TEXT
+    )
     wide = rows[128, 64, 8192, 64]
     at_start = wide["tflops"] / table["ceilings"]["start"]["cublas_bf16_tflops"]
     assert (
@@ -132,17 +164,27 @@ def test_sentences_are_the_records():
         f"the run and {100 * at_start:.0f} % of what it reached at its start" in TEXT
     )
     start, end = (more["ceilings"][when]["cublas_bf16_tflops"] for when in ("start", "end"))
-    assert f"; {start:.0f} TFLOP/s at its start, {end:.0f} at its end)" in TEXT
+    assert f"({start:.0f} TFLOP/s at its start, {end:.0f} at its end)" in TEXT
     drafts = [prefill_rows()[16, 128, tokens, 8192] for tokens in (2, 4)]
-    assert f"take {drafts[0]['us_amortised']:.1f} and {drafts[1]['us_amortised']:.1f} us" in TEXT
-    assert {round(100 * row["read_share"]) for row in drafts} == {95}
-    assert "us, 95 % of the read bandwidth" in TEXT
-    pages = decode_rows("pages_prefill_ragged")
-    for page, ratios in ((1, ("1.09x", "1.11x")), (16, ("1.01x", "1.11x"))):
-        for (heads, batch), ratio in zip(((16, 128), (128, 64)), ratios, strict=True):
-            found = pages[heads, batch, 8192, page]["us_amortised"] / pages[heads, batch, 8192, 64]["us_amortised"]
-            assert ratio == f"{found:.2f}x", (heads, page)
-            assert ratio in TEXT
+    shares = [round(100 * row["read_share"]) for row in drafts]
+    assert (
+        f"take {drafts[0]['us_amortised']:.1f} and {drafts[1]['us_amortised']:.1f} us, {shares[0]} % and {shares[1]} % of "
+        f"the read bandwidth; FlashInfer takes {best_peer(drafts[0]):.1f} for 2, FA3 {best_peer(drafts[1]):.1f} for 4."
+        in TEXT
+    )
+    mixed = [row for row in more["rows"] if len(row["case"].get("groups", ())) == 2]
+    gains = [f"{best_peer(row) / row['us_amortised']:.2f}x" for row in mixed]
+    assert "in one call is {} (16 heads) and {} (128 heads) as fast".format(*gains) in TEXT
+    pages = decode_rows("pages")
+    ratios = {
+        (heads, page): f"{row['us_amortised'] / pages[heads, batch, length, 64]['us_amortised']:.2f}x"
+        for (heads, batch, length, page), row in pages.items()
+    }
+    assert (
+        f"take {ratios[16, 1]} (16 heads, 128 x 8192) to {ratios[128, 1]} (128 heads, 64 x 8192) the time of page size 64"
+        in TEXT
+    )
+    assert f"page size 16 at {ratios[16, 16]} to {ratios[128, 16]} " in TEXT
     assert len(load("grid")["rows"]) == 250
 
 
@@ -159,43 +201,35 @@ def test_host_times_are_the_records():
         assert f"\n| {what} | {with_plan:.1f} | {without:.1f} |\n" in PAGE
     assert f"\n| `plan_decode` | {measured['plan_decode']['now']:.1f} | |\n" in PAGE
     assert f"\n| `plan.update` | {measured['plan.update']['now']:.1f} | |\n" in PAGE
-    other = load("bf16_table")["host"]
-    assert f"took {other['call_us']:.1f} and {other['call_without_plan_us']:.1f} us for decode" in TEXT
-    hosts = [load(name)["host"] for name in ("table", "grid", "pages_prefill_ragged", "fp8_2026")]
+    hosts = [load(name)["host"] for name in ("table", "fp8_2026", "prefill", "pages", "ragged", "dims")]
     spans = [
-        f"{min(times):.0f} to {max(times):.0f}"
+        f"{min(times):.1f} to {max(times):.1f}"
         for key in ("call_us", "call_without_plan_us")
         for times in [[host[key] for host in hosts]]
     ]
-    prefill = load("pages_prefill_ragged")["host"]
-    assert (
-        f"took {spans[0]} us with a plan and {spans[1]} without, {prefill['prefill_call_us']:.1f} and "
-        f"{prefill['prefill_call_without_plan_us']:.1f} for prefill" in TEXT
-    )
+    assert f"decode takes {spans[0]} us with a plan and {spans[1]} without" in TEXT
 
 
-def test_newer_releases_are_the_record():
-    measured = load("newest_peers")
-    cells = {(c["num_heads"], c["batch"], c["kv_len"]): (c["us"], c["best_over_us"]) for c in measured["cells"]}
-    found = re.findall(r"^\| (\d+) \| (\d+) \|" + r" ([\d.]+) \(([\d.]+)x\) \|" * 3 + "$", PAGE, re.MULTILINE)
-    assert 3 * len(found) == len(cells) == 30
+def test_other_head_dimensions_are_the_record():
+    rows = {}
+    for row in load("dims")["rows"]:
+        case = row["case"]
+        assert row["check"]["ok"]
+        if "batch" in case:
+            share = max(row["read_share"], row["cublas_share"])
+            text = f"{row['us_amortised']:.1f} ({100 * share:.0f} %)"
+            rows[case["num_heads"], case["batch"], case["ckv_dim"], case["kpe_dim"]] = text
+        else:
+            text = f"{row['tflops']:.0f} TFLOP/s ({100 * row['cublas_share']:.0f} %)"
+            assert f"with 16 heads of {case['ckv_dim']} + {case['kpe_dim']} runs at {text}." in TEXT
+    assert f"{len(load('dims')['rows'])} of the preset's {len(PRESETS['dims'])} cases" in TEXT
+    found = re.findall(r"^\| (\d+) \| (\d+) \|" + r" ([\d.]+ \(\d+ %\)) \|" * 5 + "$", PAGE, re.MULTILINE)
+    assert len(found) == 6
+    pairs = [pair for pair in HEAD_DIMS if pair != (512, 64)]
+    assert "| heads | batch | " + " | ".join(map(str, pairs)) + " |\n" in PAGE
     for heads, batch, *texts in found:
-        for kv_len, us, ratio in zip((1024, 8192, 32768), texts[::2], texts[1::2], strict=True):
-            assert (float(us), float(ratio)) == cells[int(heads), int(batch), kv_len]
-    behind = {case: ratio for case, (_, ratio) in cells.items() if ratio < 1}
-    assert len(behind) == 6
-    assert sum(heads == 128 for heads, _, _ in behind) == 5
-    assert round(100 * (1 - min(behind.values()))) == 5
-    mean = statistics.geometric_mean(ratio for _, ratio in cells.values())
-    assert (
-        "was behind in 6 of 30 cells, five of them at 128 heads, by up to 5 %; the geometric mean over all is "
-        f"{mean:.2f}x" in TEXT
-    )
-    others = {row["case"]: row["best_us"] / row["us"] for row in measured["behind_elsewhere"]}
-    drafts = [ratio for case, ratio in others.items() if case.startswith("drafts")]
-    assert f"drafts of 2 and 4 tokens too ({min(drafts):.3f}x to {max(drafts):.3f}x)" in TEXT
-    ragged = [others[f"ragged, 64 requests, {heads} heads"] for heads in (64, 128)]
-    assert f"({ragged[0]:.3f}x and {ragged[1]:.3f}x) and with 96 heads ({others['96 heads, 64 x 8192']:.3f}x)" in TEXT
+        for text, pair in zip(texts, pairs, strict=True):
+            assert text == rows[int(heads), int(batch), *pair], (heads, batch, pair)
 
 
 def test_compile_times_are_the_record():
@@ -218,14 +252,16 @@ def test_compile_times_are_the_record():
 
 
 def test_ragged_batches_cost_what_the_page_says():
-    uniform = decode_rows("pages_prefill_ragged")
-    ratios = {}
-    for row in load("pages_prefill_ragged")["rows"]:
+    uniform = decode_rows("ragged")
+    ratios, gains = {}, []
+    for row in load("ragged")["rows"]:
         if row["case"].get("longest"):
             mean = Case(**row["case"]).uniform
             beside = uniform[mean.num_heads, mean.batch, mean.kv_len, mean.page_size]
             ratios[mean.num_heads, mean.batch] = row["us_amortised"] / beside["us_amortised"]
+            gains.append(best_peer(row) / row["us_amortised"])
     assert len(ratios) == 9
+    assert f"are {min(gains):.3f}x (128 heads, 128 requests) to {max(gains):.2f}x as fast as the fastest" in TEXT
     assert f"take {min(ratios.values()):.2f}x to {max(ratios.values()):.2f}x of the uniform batch" in TEXT
     notes = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8").partition("Ragged batches (")[2]
     for heads in (16, 64, 128):
@@ -234,10 +270,10 @@ def test_ragged_batches_cost_what_the_page_says():
 
 
 def test_fp8_shares_of_the_bf16_time_are_the_records():
-    bf16 = decode_rows("grid") | decode_rows("table")
+    bf16 = decode_rows("table")
     prefill = prefill_rows()
     found = {}
-    for row in load("fp8_2026")["rows"]:
+    for row in load("fp8_2026")["rows"] + load("fp8_prefill")["rows"]:
         case = row["case"]
         heads = case["num_heads"]
         if "groups" in case:
@@ -255,5 +291,5 @@ def test_fp8_shares_of_the_bf16_time_are_the_records():
     assert f"16 heads take {span((16, False), (16, True))};" in TEXT
     assert f"64 heads {span((64, False))} with 16-bit queries and {span((64, True))} with e4m3 ones;" in TEXT
     assert f"128 heads {span((128, False))} and {span((128, True))};" in TEXT
-    group = f"(group {min(found['group', True]):.2f}x)"
+    group = f"(group {max(found['group', True]):.2f}x;"
     assert f"prefill {span(('prefill', False))} and {span(('prefill', True))} {group}" in TEXT

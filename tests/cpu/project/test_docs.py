@@ -208,26 +208,27 @@ def test_errors_over_a_bf16_cache_are_the_records():
     assert f"found {min(errors):.1e} to {max(errors):.1e}" in prose("numerics")
 
 
-def runs_tile16(case, num_sms):
-    """Whether a case of the FP8 record, of 16 or from 64 heads on, ran the kernel for few heads: by the default
-    (docs/performance.md), its plans knowing format and lengths, or by the tuned file of its commit."""
+def runs_tile16(case):
+    """Whether a case of the FP8 record runs the kernel for few heads, its plans knowing format and lengths."""
     if "groups" in case:
         return False
-    if (case["num_heads"], case["batch"], case["kv_len"]) == (128, 1, 8192) and case["kv_format"] != "group":
-        return True
-    tiles = case["batch"] * -(-case["kv_len"] // 64) * -(-case["num_heads"] // 16) / num_sms
-    return case["num_heads"] <= 16 or tiles <= (6 if case["q_fp8"] else 18)
+    facts = (case[name] for name in ("kv_format", "q_fp8", "num_heads", "page_size"))
+    chosen = select.choose("decode", *facts, 1, case["batch"], case["kv_len"], torch.device("cuda", 0))
+    return "tile16" in chosen.kernel
 
 
-def test_times_of_queries_are_the_records():
+def test_times_of_queries_are_the_records(monkeypatch):
     rows, few = {}, {}
-    measured = record("fp8")
-    for row in measured["rows"]:
+    gpu = record("fp8")["gpu"]
+    monkeypatch.setattr(select, "gpu_of", lambda device: (gpu["name"], gpu["sm_count"]))
+    select.clear()
+    for row in record("fp8")["rows"] + record("fp8_prefill")["rows"]:
         case = row["case"]
         size = case.get("batch"), case.get("kv_len"), str(case.get("groups"))
         key = case["num_heads"], size, case["kv_format"], case["q_fp8"]
         rows[key] = row["us_amortised"]
-        few[key] = runs_tile16(case, measured["gpu"]["sm_count"])
+        few[key] = runs_tile16(case)
+    select.clear()
     found = [row for row in tables("formats") if row[0] in ("16", "64", "128")]
     assert len(found) == 3
     for heads, *cells in found:
@@ -241,7 +242,7 @@ def test_times_of_queries_are_the_records():
                 kinds = "16 heads" if case[0] <= 16 else "more heads"
             saved.setdefault(kinds, []).append(100 * (1 - us / rows[(*case, False)]))
     assert saved.keys() == {"16 heads", "more heads", (False, False), (True, False)}
-    assert max(saved["16 heads"]) < 1.5
+    assert max(saved["16 heads"]) < 2.5
     ranges = {kinds: f"save {min(found):.0f} to {max(found):.0f} %" for kinds, found in saved.items()}
     text = prose("formats")
     assert f"with 16 heads e4m3 queries gain nothing (they {ranges['16 heads']} in the record's cases)" in text
