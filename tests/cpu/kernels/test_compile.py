@@ -60,6 +60,22 @@ COVERED_SPARSE = [
     if isinstance(key, registry.DecodeKey)
     or (key.dtype == "bfloat16" and key.q_fp8 == (kernel is registry.DECODE_FP8) ^ (key.kv_format == "token"))
 ]
+
+
+def _covers_dims(variant) -> bool:
+    """Of other head dimensions bfloat16, by TMA of whole boxes and by the gathers, and over FP8 caches one kind of
+    query each."""
+    kernel, key, _ = variant
+    if not isinstance(key, registry.Fp8Key):
+        return getattr(key, "dims", HEAD_DIMS[0]) != HEAD_DIMS[0]
+    whole_boxes = key.box_rows == 64
+    return key.q_fp8 == (kernel is registry.DECODE_FP8 if key.sparse else whole_boxes)
+
+
+OTHER_DIMS = [
+    *filter(_covers_dims, registry.variants(["bfloat16"], [64, 1], kv_formats=("", "tensor"), head_dims=HEAD_DIMS[1:])),
+    *filter(_covers_dims, registry.sparse_variants(["bfloat16"], ("", "tensor"), head_dims=HEAD_DIMS[1:])),
+]
 # Accuracy "native" is other code in row tiles, where the format does not ask for parts of the depth.
 NATIVE_FP8 = [
     (kernel, registry.Fp8Key("bfloat16", 64, kv_format, q_fp8), KernelConfig(accuracy="native").launch())
@@ -127,7 +143,7 @@ def test_registry_is_complete():
     assert len({repr(v) for v in VARIANTS}) == len(VARIANTS), "keys with equal repr would share a cache entry"
 
 
-@of_variants([*VARIANTS, *APPENDS, *MERGES, *COVERED_FP8, *COVERED_SPARSE, *NATIVE_FP8, *SHIPPED])
+@of_variants([*VARIANTS, *APPENDS, *MERGES, *COVERED_FP8, *COVERED_SPARSE, *OTHER_DIMS, *NATIVE_FP8, *SHIPPED])
 def test_resources(variant, caplog):
     facts, opcodes = compiled(variant)
     assert facts["spill_bytes"] == 0
@@ -226,6 +242,43 @@ def test_sparse_instructions(variant):
     assert mnemonics["LDGSTS"] > 0
     # Q of tile64 over 16-bit caches comes by TMA, nothing else does
     assert (mnemonics["UTMALDG"] > 0) == (kernel is registry.DECODE)
+
+
+def test_other_head_dims_are_complete():
+    main = (registry.DECODE, registry.DECODE_TILE16, registry.PREFILL)
+    fp8 = (registry.DECODE_FP8, registry.DECODE_TILE16_FP8, registry.PREFILL_FP8)
+    of_pair = {(kernel, box, False) for kernel in (*main, *fp8) for box in (64, 0)}
+    of_pair |= {(kernel, 0, True) for kernel in (*main[:2], *fp8[:2])}
+    found = [(key.dims, (kernel, key.box_rows, getattr(key, "sparse", False))) for kernel, key, _ in OTHER_DIMS]
+    assert len(found) == len(set(found)) == 5 * len(of_pair) == 80
+    assert {dims for dims, _ in found} == set(HEAD_DIMS[1:])
+
+
+@of_variants(OTHER_DIMS)
+def test_products_of_other_head_dims(variant):
+    """No channel that is not there is multiplied; P V is half of the channels in each consumer of a row tile."""
+    kernel, key, _ = variant
+    _, opcodes = compiled(variant)
+    ckv, kpe = key.dims
+
+    def count(prefix):
+        return sum(n for o, n in opcodes.items() if o.startswith(prefix))
+
+    if kernel is registry.DECODE_TILE16:
+        # As of 512 + 64 (test_tile16_instructions).
+        assert count("HMMA.16816.F32.BF16") == 2 * ((ckv + kpe) // 16 + ckv // 16)
+    elif kernel is registry.DECODE_TILE16_FP8:
+        assert count("HMMA.16816.F32") == 2 * ((ckv + kpe) // 16 + ckv // 16)
+    elif kernel in (registry.DECODE_FP8, registry.PREFILL_FP8):
+        # A tile's Q K^T and where it is started ahead, in parts of 128 channels, of one e4m3 part of Q or two.
+        terms = 1 if key.q_fp8 else 2
+        ahead = ckv == 256 or key.q_fp8
+        assert count("QGMMA.64x64x32") == terms * (ckv // 32 + kpe // 32 + (4 if ahead else 0))
+        assert count("HGMMA.64x64x16") == 2 * (ckv // 128) * 4
+    else:
+        assert count("HGMMA.64x64x16.F32") == 2 * (ckv + kpe) // 16
+        assert count(f"HGMMA.64x{ckv // 2}x16.F32") == 2 * 2 * 4
+        assert count("HGMMA") == 2 * (ckv + kpe) // 16 + 16
 
 
 @of_variants(NATIVE_FP8)

@@ -91,7 +91,8 @@ def test_cells_behind_and_means_are_the_records():
     behind = {case: f"{gain:.3f}x" for case, gain in gains.items() if gain < 1}
     assert (
         f"128 heads, 64 and 128 x 1024 ({behind.pop((128, 64, 1024))} and {behind.pop((128, 128, 1024))}), 64 x 8192 "
-        f"({behind.pop((128, 64, 8192))}) and 16 x 32768 ({behind.pop((128, 16, 32768))}), against sgl-flash-mla," in TEXT
+        f"({behind.pop((128, 64, 8192))}) and 16 x 32768 ({behind.pop((128, 16, 32768))}), against "
+        "sgl-flash-mla," in TEXT
     )
     assert (
         f"64 heads, 16 x 32768 ({behind.pop((64, 16, 32768))}) and 128 x 1024 ({behind.pop((64, 128, 1024))})." in TEXT
@@ -168,8 +169,8 @@ def test_sentences_are_the_records():
     drafts = [prefill_rows()[16, 128, tokens, 8192] for tokens in (2, 4)]
     shares = [round(100 * row["read_share"]) for row in drafts]
     assert (
-        f"take {drafts[0]['us_amortised']:.1f} and {drafts[1]['us_amortised']:.1f} us, {shares[0]} % and {shares[1]} % of "
-        f"the read bandwidth; FlashInfer takes {best_peer(drafts[0]):.1f} for 2, FA3 {best_peer(drafts[1]):.1f} for 4."
+        f"take {drafts[0]['us_amortised']:.1f} and {drafts[1]['us_amortised']:.1f} us, {shares[0]} % and {shares[1]} % "
+        f"of the read bandwidth; FlashInfer takes {best_peer(drafts[0]):.1f} for 2, FA3 {best_peer(drafts[1]):.1f} for 4."
         in TEXT
     )
     mixed = [row for row in more["rows"] if len(row["case"].get("groups", ())) == 2]
@@ -181,8 +182,8 @@ def test_sentences_are_the_records():
         for (heads, batch, length, page), row in pages.items()
     }
     assert (
-        f"take {ratios[16, 1]} (16 heads, 128 x 8192) to {ratios[128, 1]} (128 heads, 64 x 8192) the time of page size 64"
-        in TEXT
+        f"take {ratios[16, 1]} (16 heads, 128 x 8192) to {ratios[128, 1]} (128 heads, 64 x 8192) the time of page size "
+        "64" in TEXT
     )
     assert f"page size 16 at {ratios[16, 16]} to {ratios[128, 16]} " in TEXT
     assert len(load("grid")["rows"]) == 250
@@ -229,7 +230,7 @@ def test_other_head_dimensions_are_the_record():
     assert "| heads | batch | " + " | ".join(map(str, pairs)) + " |\n" in PAGE
     for heads, batch, *texts in found:
         for text, pair in zip(texts, pairs, strict=True):
-            assert text == rows[int(heads), int(batch), *pair], (heads, batch, pair)
+            assert text == rows[(int(heads), int(batch), *pair)], (heads, batch, pair)
 
 
 def test_compile_times_are_the_record():
