@@ -170,8 +170,8 @@ def test_sentences_are_the_records():
     shares = [round(100 * row["read_share"]) for row in drafts]
     assert (
         f"take {drafts[0]['us_amortised']:.1f} and {drafts[1]['us_amortised']:.1f} us, {shares[0]} % and {shares[1]} % "
-        f"of the read bandwidth; FlashInfer takes {best_peer(drafts[0]):.1f} for 2, FA3 {best_peer(drafts[1]):.1f} for 4."
-        in TEXT
+        f"of the read bandwidth; FlashInfer takes {best_peer(drafts[0]):.1f} for 2, FA3 {best_peer(drafts[1]):.1f} "
+        "for 4." in TEXT
     )
     mixed = [row for row in more["rows"] if len(row["case"].get("groups", ())) == 2]
     gains = [f"{best_peer(row) / row['us_amortised']:.2f}x" for row in mixed]
