@@ -420,6 +420,7 @@ PRESETS: dict[str, tuple[Case | PrefillCase, ...]] = {
     "grid": tuple(
         Case(h, b, n, page_size=p) for p in (64, 1) for h in GRID_HEADS for b in GRID_BATCHES for n in GRID_LENGTHS
     ),
+    "drafts": tuple(PrefillCase(h, ((b, q, 8192),)) for h, b in ((16, 128), (64, 64), (128, 64)) for q in (2, 4)),
     "sparse": SPARSE,
     "dims": DIMS,
     "ragged": tuple(case for ragged in RAGGED for case in (ragged, ragged.uniform)),

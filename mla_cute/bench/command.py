@@ -21,6 +21,7 @@ from . import outputs, peers, publish, report
 from .cases import PRESETS, Case, PrefillCase
 from .options import FP8_FORMATS, OPTIONS, RUN_OPTIONS
 from .runner import Library, run, write_json
+from .sustained import NvmlMeter, Sustain
 from .timing import CudaTimer
 
 Record = dict[str, Any]
@@ -145,8 +146,8 @@ def time_cases(
     preset: str | None,
     **shown: Any,
 ) -> Record:
-    """The record of a run on this GPU. `found` is what `find_peers` returns, `shown` are on_row and progress of
-    `runner.run`."""
+    """The record of a run on this GPU. `found` is what `find_peers` returns, `shown` are on_row, progress and sustain
+    of `runner.run`."""
     return run(cases, timer=CudaTimer(), library=library, peers=found, gpu=gpu, preset=preset, **shown)
 
 
@@ -178,9 +179,10 @@ def _run(values: dict[str, Any], request: publish.Request | None, screen: Screen
     found = find_peers(not values["no_peers"])
     library = Library.installed(values["config"], values["batch_invariant"])
     gpu, preset = gpu_facts.facts(), " ".join(values["presets"]) or None
+    sustain = _sustain(values["sustained"], gpu)
 
     def time_them(**shown: Any) -> Record:
-        return time_cases(cases, library, found, gpu, preset, **shown)
+        return time_cases(cases, library, found, gpu, preset, sustain=sustain, **shown)
 
     record = screen.timed(time_them, [peer.name for peer in found[0]])
     for text in report.summary(record):
@@ -194,6 +196,18 @@ def _run(values: dict[str, Any], request: publish.Request | None, screen: Screen
     except OSError as error:
         raise UsageError(str(error)) from None
     return 1 if record["failed"] or not record["complete"] else 0
+
+
+def _sustain(seconds: float | None, gpu: gpu_facts.GpuFacts | None) -> Sustain | None:
+    """None where --sustained was not given; UsageError where the energy cannot be read."""
+    if seconds is None:
+        return None
+    if gpu is None or gpu.uuid is None:
+        raise UsageError("--sustained: torch does not tell which GPU this is; newer ones do")
+    try:
+        return Sustain(seconds, NvmlMeter(gpu.uuid))
+    except (ImportError, RuntimeError) as error:
+        raise UsageError(f"--sustained: {error}") from None
 
 
 def parser() -> argparse.ArgumentParser:

@@ -38,6 +38,17 @@ def kernel_config(text: str) -> KernelConfig:
     return config
 
 
+def seconds(text: str) -> float:
+    """0.5 to 60."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.5 <= value <= 60:
+        raise argparse.ArgumentTypeError(f"expected 0.5 to 60 seconds, got {text!r:.80}")
+    return value
+
+
 _PRESETS = ", ".join(f"{name} ({len(cases)} cases)" for name, cases in PRESETS.items())
 
 RUN_OPTIONS = (
@@ -52,6 +63,7 @@ RUN_OPTIONS = (
     Option("--q-fp8", "e4m3 queries, with --kv-format"),
     Option("--config", "KernelConfig to time instead of the default", "JSON", kernel_config),
     Option("--batch-invariant", "time the batch-invariant mode"),
+    Option("--sustained", "replay each for so long too: energy, W, clock (needs nvidia-ml-py)", "SECONDS", seconds),
     Option("--no-peers", "leave FlashInfer, FlashMLA, sgl-flash-mla and FlashAttention-3 out"),
     Option("--out", "write the record as JSON", "FILE", Path),
     Option("--compare", "print the ratio per cell of two records", "A B", Path, count=2),

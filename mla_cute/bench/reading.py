@@ -158,6 +158,7 @@ def _fields(where: str, value: Any, required: Mapping[str, Check], optional: Map
 # ------------------------------------------------------------------------------------------------ what a run writes
 
 _VERDICT = _object({"ok": _flag, "rel_err": _or_null(_number)})
+_SUSTAINED = _object(dict.fromkeys(("us", "mj", "watts", "sm_mhz", "cycles"), _positive))
 _SPEEDS = _object({"read_gbps": _positive, "cublas_bf16_tflops": _positive})
 
 
@@ -165,7 +166,9 @@ def _peer_time(where: str, value: Any) -> None:
     """{"unsupported"} or {"error"}, a text, else a time and its check."""
     _dict(where, value)
     reasons: dict[str, Check] = {name: _text for name in ("unsupported", "error") if name in value}
-    _fields(where, value, reasons or {"us": _positive, "check": _VERDICT}, {"us_cold": _positive})
+    _fields(
+        where, value, reasons or {"us": _positive, "check": _VERDICT}, {"us_cold": _positive, "sustained": _SUSTAINED}
+    )
 
 
 def _peer(where: str, value: Any) -> None:
@@ -220,9 +223,12 @@ _MEASURED: dict[str, Check] = {
     "check": _VERDICT,
     "peers": _values(_peer_time),
 }
-_ROW_OPTIONAL: dict[str, Check] = dict.fromkeys(
-    ("us_cold", "cublas_beside_tflops", "cublas_share_beside", "public_best_us", "public_best_ratio"), _positive
-)
+_ROW_OPTIONAL: dict[str, Check] = {
+    **dict.fromkeys(
+        ("us_cold", "cublas_beside_tflops", "cublas_share_beside", "public_best_us", "public_best_ratio"), _positive
+    ),
+    "sustained": _SUSTAINED,
+}
 
 
 def _row(row: Any) -> None:

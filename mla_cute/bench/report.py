@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from . import reading, targets
+from . import reading, sustained, targets
 from .cases import Case, PrefillCase, case_of
 from .peers import SHORT_NAMES
 from .runner import row_ok
@@ -197,6 +197,7 @@ def summary(record: dict[str, Any]) -> list[str]:
         )
     if text := over_best_peers(record):
         lines.append(text)
+    lines += sustained.lines(record, lambda row: case_of(row).label)
     for row in (row for row in record["rows"] if "cublas_share_beside" in row):
         lines.append(
             f"{case_of(row).label}: {row['cublas_share_beside']:.1%} of what cuBLAS reached right after it, "

@@ -22,9 +22,11 @@ from .. import gpu as gpu_facts
 from ..compile.jit import replace_file
 from ..config import KernelConfig
 from ..testing.fp8 import E4M3_NOISE
+from . import sustained
 from .cases import PUBLIC_BEST_GPU, PUBLIC_BEST_US, ROTATION_BYTES, Case, PrefillCase, case_of
 from .inputs import Inputs, KvPool, filling, make_inputs
 from .peers import Peer, Unsupported, expect_usual_dims
+from .sustained import SETTLE_S, Sustain
 from .timing import Replay, Timer, cublas_tflops, empty_graph_us, measure_ceilings, occupy
 
 SCHEMA = 1
@@ -52,6 +54,9 @@ METHOD = {
     "us_cold": "as us, but in front of each replay 384 MB are read: what a call shares with the one before, code and "
     "plan, comes from memory too, as in a model whose weights pass through L2 between two layers",
     "us_chained": "one graph of calls back to back over the slots, divided by the number of calls",
+    "sustained": f"replays round and round for {SETTLE_S} s that do not count and the seconds that were asked for, "
+    "ours before the peers and behind them (the mean of both); us by the host's clock, W between two moves of NVML's "
+    "counter of energy, mJ the product, cycles us times the mean SM clock",
     "rotation": f"disjoint page sets, queries and outputs per slot; one pass over the slots reads (prefill: reads and "
     f"writes) the bytes each row names, more than {ROTATION_BYTES}; random page order over the whole pool; standard "
     "normal data",
@@ -217,8 +222,10 @@ def run_case(
     library: Library,
     peers: Iterable[Peer] = (),
     seed: int = 0,
+    sustain: Sustain | None = None,
 ) -> dict[str, Any]:
-    """Time and check one case; the row for the record, without what needs the ceilings."""
+    """Time and check one case; the row for the record, without what needs the ceilings. With `sustain` each
+    implementation is replayed for seconds too, ours before the peers and behind them."""
     inputs = make_inputs(case, pool, timer.device, seed)
     plan = library.make_plan(inputs)
     calls = library.calls(inputs, plan)
@@ -253,14 +260,19 @@ def run_case(
         "rotation": {"slots": inputs.num_slots, "bytes": inputs.num_slots * case.turnover},
         "check": check,
     }
-    row["peers"] = {peer.name: _time_peer(peer, inputs, timer) for peer in peers}
+    if sustain is not None:
+        row["sustained"] = sustained.measure(timer, replays, us, sustain).to_dict()
+    row["peers"] = {peer.name: _time_peer(peer, inputs, timer, sustain) for peer in peers}
+    if sustain is not None and row["peers"]:
+        again = sustained.measure(timer, replays, us, sustain).to_dict()
+        row["sustained"] = sustained.mean(row["sustained"], again)
     return row
 
 
-def _time_peer(peer: Peer, inputs: Inputs, timer: Timer) -> dict[str, Any]:
+def _time_peer(peer: Peer, inputs: Inputs, timer: Timer, sustain: Sustain | None = None) -> dict[str, Any]:
     try:
         expect_usual_dims(inputs.case)
-        return _timed(peer, inputs, timer)
+        return _timed(peer, inputs, timer, sustain)
     except Unsupported as reason:
         return {"unsupported": str(reason)}
     except Exception as error:  # what a peer raises belongs in the record, not in our way
@@ -270,7 +282,7 @@ def _time_peer(peer: Peer, inputs: Inputs, timer: Timer) -> dict[str, Any]:
         timer.free_graphs()
 
 
-def _timed(peer: Peer, inputs: Inputs, timer: Timer) -> dict[str, Any]:
+def _timed(peer: Peer, inputs: Inputs, timer: Timer, sustain: Sustain | None) -> dict[str, Any]:
     calls = peer.calls(inputs)
     calls[0]()
     timer.synchronize()
@@ -279,13 +291,17 @@ def _timed(peer: Peer, inputs: Inputs, timer: Timer) -> dict[str, Any]:
     cold = timer.samples(replays, 0.02, cold=True)
     limits = dict.fromkeys(REL_ERR_LIMIT, PEER_FP8_REL_ERR_LIMIT)
     check = spot_check(inputs, peer.outputs.__getitem__, None, peer.caches(inputs), limits)
-    return {
-        "us": statistics.median(samples),
+    us = statistics.median(samples)
+    row = {
+        "us": us,
         "us_cold": statistics.median(cold),
         "us_min": min(samples),
         "samples": len(samples),
         "check": check,
     }
+    if sustain is not None:
+        row["sustained"] = sustained.measure(timer, replays, us, sustain).to_dict()
+    return row
 
 
 def measure_host(case: Case | PrefillCase, pool: KvPool, timer: Timer, library: Library) -> dict[str, Any]:
@@ -351,6 +367,7 @@ def run(
     progress: Callable[[int, int, str], None] | None = None,
     on_row: Callable[[dict[str, Any]], None] | None = None,
     preset: str | None = None,
+    sustain: Sustain | None = None,
 ) -> dict[str, Any]:
     """Measure `cases` and return the record. A case that fails is a row with "error"; Ctrl-C, or a SIGTERM as `timeout`
     sends it, ends the run early."""
@@ -399,7 +416,7 @@ def run(
         for done, case in enumerate(sorted(cases, key=filling)):
             say(done + 1, total, case.label)
             try:
-                row = run_case(case, pool, timer, library, peers[0])
+                row = run_case(case, pool, timer, library, peers[0], sustain=sustain)
                 if isinstance(case, PrefillCase) or case.num_heads >= COMPUTE_BOUND_HEADS:
                     row["cublas_beside_tflops"] = cublas(timer)
             except Exception as error:  # one failing case must not lose the others

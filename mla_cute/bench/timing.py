@@ -31,6 +31,9 @@ class Timer(Protocol):
     def host_us(self, fn: Replay, calls: int = 50, chunks: int = 20) -> float:
         """Host microseconds of one call of `fn`: median over chunks of `calls` calls."""
 
+    def enqueue(self, replays: Sequence[Replay], first: int, count: int) -> Callable[[], None]:
+        """Enqueue `count` replays from number `first` on, round and round; the result waits until they have run."""
+
     def synchronize(self) -> None: ...
 
     def free_graphs(self) -> None:
@@ -71,6 +74,13 @@ class CudaTimer:
                 raise
             graph.capture_end()
         return graph.replay
+
+    def enqueue(self, replays: Sequence[Replay], first: int, count: int) -> Callable[[], None]:
+        for i in range(first, first + count):
+            replays[i % len(replays)]()
+        ended = torch.cuda.Event(blocking=True)
+        ended.record()
+        return ended.synchronize
 
     def free_graphs(self) -> None:
         # The allocator keeps the pools of graphs that are gone until it runs out of memory, and under capture, where it

@@ -44,6 +44,11 @@ class FakeTimer:
         fn()
         return 12.5
 
+    def enqueue(self, replays, first, count):
+        for i in range(first, first + count):
+            replays[i % len(replays)]()
+        return lambda: None
+
     def free_graphs(self):
         pass
 

@@ -78,10 +78,17 @@ class Variant(RingProducer):
         # accuracy "native" leaves all of them to the tensor core, which keeps fewer bits of the sum than float32.
         self.score_chunks = self.dims.ckv // 128 if self.kv_format == "group" or config.accuracy == "high" else 1
         self.num_stages = (4 if self.q_fp8 else 3) if self.dims.ckv == 512 else 6
+        # Gathers from pages spill 8 bytes at 240 and 24 registers with 256 channels and with 512 + 32. At 232 and 40
+        # the latter still do where a Q K^T is in flight behind a pair, so they are left without.
+        from_pages = not self.by_tma and not key.sparse
+        if from_pages and self.dims == (512, 32):
+            self.num_stages = 3
         # With three slots the next pair's tile may be waiting for the slots that this pair's P V reads.
         self.ahead = self.num_stages >= 4
         self.use_pdl = config.use_pdl
         self.regs_consumer, self.regs_producer = 240, 24
+        if from_pages and (self.dims.ckv == 256 or self.dims == (512, 32)):
+            self.regs_consumer, self.regs_producer = 232, 40
         # A slot's empty mbarrier counts consumer warps.
         self.mbars = RingMbarriers(self.num_stages, self.loader.full_arrivals, NUM_CONSUMERS // 32)
 
