@@ -9,5 +9,6 @@ every replay between two events. `us` is the median replay, with nothing subtrac
 plan.update() alone, `us_amortised = us + plan_us / 61` (one plan serves the 61 layers of DeepSeek-V3), and rates,
 shares and ratios are made from `us_amortised`. `us_cold` is `us` with L2 emptied in front of every replay: in `us` the
 KV is cold, but the kernels' code is not. `us_chained` is a graph of calls back to back over the slots, divided by
-their number. Outputs are poisoned before and checked after the timed replays.
+their number. Outputs are poisoned before and checked after the timed replays. With `--sustained` each implementation
+is replayed for seconds as well: what it takes at the power limit, and the energy of a call (sustained.py).
 """
