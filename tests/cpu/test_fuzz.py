@@ -85,6 +85,10 @@ def scenarios(draw, op, entry):
     )
 
 
+def plan_of(scenario, case):
+    return soak.plan_of(scenario, soak.Subject(case, None, scenario.lse_base))
+
+
 def call_of(scenario):
     """(subject, keyword arguments of the call, all of them)."""
     it = soak.subject(scenario, 0, CPU)
@@ -96,7 +100,7 @@ def call_of(scenario):
     args |= {"ckv_scale": 1.0, "kpe_scale": 1.0, "q_scale": 1.0, "ckv_scale_arr": None}
     args |= it.fp8.scales if it.fp8 is not None else {}
     args |= {"lse_base": scenario.lse_base, "return_lse": True}
-    args["plan"] = soak.plan_of(scenario, case) if scenario.with_plan else None
+    args["plan"] = plan_of(scenario, case) if scenario.with_plan else None
     args |= {"config": None, "batch_invariant": scenario.batch_invariant}
     return it, args
 
@@ -217,20 +221,23 @@ def wrong_outputs(args):
 
 def wrong_plans(scenario, it):
     """Of another shape, op or metadata form."""
-    plan_of = functools.partial(soak.plan_of, scenario)
     case = it.case
     for name, more in (("num_heads", 1), ("page_size", 1)):
-        yield "plan", f"other {name}", plan_of(dataclasses.replace(case, **{name: getattr(case, name) + more}))
+        yield (
+            "plan",
+            f"other {name}",
+            plan_of(scenario, dataclasses.replace(case, **{name: getattr(case, name) + more})),
+        )
     other_form = dataclasses.replace(scenario, entry="csr" if scenario.entry == "block_table" else "block_table")
-    yield "plan", "other form", soak.plan_of(other_form, case)
+    yield "plan", "other form", plan_of(other_form, case)
     batch = torch.arange(len(case.lengths) + 2, dtype=torch.int32)
     sizes = {"num_heads": case.num_heads, "page_size": case.page_size}
     yield "plan", "other batch or form", mla_cute.plan_decode(batch, **sizes)
     total_q = case.q_nope.shape[0]
     yield "plan", "other batch, form or op", mla_cute.plan_prefill(batch, batch, total_q=total_q, **sizes)
     if scenario.op == "prefill":
-        yield "plan", "other mask", plan_of(dataclasses.replace(case, causal=not case.causal))
-        yield "plan", "other op", soak.plan_of(dataclasses.replace(scenario, op="decode"), _as_decode(case))
+        yield "plan", "other mask", plan_of(scenario, dataclasses.replace(case, causal=not case.causal))
+        yield "plan", "other op", plan_of(dataclasses.replace(scenario, op="decode"), _as_decode(case))
 
 
 def _as_decode(case):

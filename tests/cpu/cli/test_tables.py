@@ -137,7 +137,7 @@ def test_bench(width, recorded):
     record["rows"][1] = {"case": record["rows"][1]["case"], "error": "RuntimeError: out of luck"}
     record["rows"][2]["check"]["ok"] = False
     peers = recorded(record)
-    assert peers == ["flashinfer", "flash_mla"]
+    assert peers == ["flashinfer", "flash_mla", "sgl_flash_mla", "flash_attn_3"]
     done = run(width, "bench", "table")
     everything = (*bench_module.COLUMNS, *peers)
     rows = [bench_module.cells(row, bench_module.COLUMNS, peers) for row in record["rows"]]
