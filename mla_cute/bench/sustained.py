@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from ..extras import install_command
 from .timing import Replay, Timer
 
 # Of load in front of what counts: clock and power settle in 0.2 to 0.3 s.
@@ -36,7 +37,7 @@ class NvmlMeter:
         try:
             import pynvml
         except ImportError:
-            raise ImportError("needs nvidia-ml-py: pip install nvidia-ml-py") from None
+            raise ImportError(f"needs nvidia-ml-py: {install_command('nvidia-ml-py')}") from None
         self._nvml = pynvml
         try:
             pynvml.nvmlInit()

@@ -18,6 +18,14 @@ from mla_cute.kernels import registry
 from mla_cute.testing.fp8 import make_fp8
 
 
+def stored(case, fp8):
+    """The case and the scales of its call: as it is, or over format tensor with e4m3 queries."""
+    if not fp8:
+        return case, {}
+    quantised = make_fp8(case, "tensor", True)
+    return quantised.case, quantised.scales
+
+
 def problem_of(case, **options):
     """What the checks make of a case."""
     options = {"kv_last_page_len": case.kv_last_page_len} | options
@@ -72,10 +80,7 @@ def is_same(got, x):
 @pytest.mark.parametrize("make", [decode_case, prefill_case])
 @pytest.mark.parametrize("fp8", [False, True])
 def test_what_the_step_is_launched_with(make, fp8, dims):
-    case, options = make(dims), {}
-    if fp8:
-        quantised = make_fp8(case, "tensor", True)
-        case, options = quantised.case, quantised.scales
+    case, options = stored(make(dims), fp8)
     for each in (case, as_none(case))[: 1 if dims.kpe else 2]:
         q_nope, q_pe, ckv, kpe, *rest = launched(each, **options)
         assert is_same(q_nope, case.q_nope)
@@ -137,10 +142,7 @@ def fields_of(case, **options):
 @OTHER_PAIR
 @pytest.mark.parametrize("fp8", [False, True])
 def test_the_short_way(monkeypatch, fp8, dims):
-    case, options = decode_case(dims), {}
-    if fp8:
-        quantised = make_fp8(case, "tensor", True)
-        case, options = quantised.case, quantised.scales
+    case, options = stored(decode_case(dims), fp8)
     usual = usual_of(monkeypatch, case, **options)
     operands, out, _, numbers = usual(fields_of(case, **options))
     assert out.shape == (*case.q_nope.shape[:2], dims.ckv)
@@ -161,10 +163,7 @@ def test_the_short_way(monkeypatch, fp8, dims):
 @pytest.mark.parametrize("fp8", [False, True])
 def test_the_short_way_lets_no_other_rope_part_through(monkeypatch, fp8, dims):
     """What stands for the rope part hides its width from the launcher."""
-    case, options = decode_case(dims), {}
-    if fp8:
-        quantised = make_fp8(case, "tensor", True)
-        case, options = quantised.case, quantised.scales
+    case, options = stored(decode_case(dims), fp8)
     usual = usual_of(monkeypatch, case, **options)
     assert usual(fields_of(case, **options)) is not None
     with_rope = decode_case(HeadDims(dims.ckv, 64))
