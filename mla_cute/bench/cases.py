@@ -9,6 +9,7 @@ from typing import Any
 
 from ..check import DTYPE_NAMES
 from ..dims import CKV_DIM, HEAD_DIMS, KPE_DIM, KV_FORMATS, NUM_SCALES, HeadDims
+from ..kernels.registry import has_format
 
 # A case is timed on several disjoint sets of pages, called slots. Its calls take the slots in turn, so that a call does
 # not find in L2 what an earlier one has read. One call moves `turnover` bytes, so the GPU moves `turnover` times the
@@ -99,7 +100,7 @@ class Shape(abc.ABC):
             raise ValueError("q_fp8: expected a kv_format beside e4m3 queries, got a 16-bit cache")
         if self.dims not in HEAD_DIMS:
             raise ValueError(f"ckv_dim, kpe_dim: expected one of {', '.join(map(str, HEAD_DIMS))}, got {self.dims}")
-        if self.dims != HeadDims() and self.kv_format not in ("", "tensor"):
+        if not has_format(self.dims, self.kv_format):
             raise ValueError(f"kv_format: expected tensor with head dimensions {self.dims}, got {self.kv_format!r}")
 
     @property
