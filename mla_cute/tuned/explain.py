@@ -47,7 +47,7 @@ class Explanation:
 
     def _device_name(self) -> str:
         gpu = select.gpu_of(self.device)
-        return str(self.device) if gpu is None else f"{gpu[0]} ({self.device}, {gpu[1]} SMs)"
+        return str(self.device) if gpu is None else f"{gpu[0]} ({self.device}, {gpu[1].sm_count} SMs)"
 
 
 def explain(

@@ -16,12 +16,15 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import torch
+
 from .. import gpu as gpu_facts
 from .. import option
 from ..bench import outputs
 from ..bench.report import text_table
 from ..bench.runner import source_digest
 from ..extras import install_command
+from ..gpu import H200
 from ..option import UsageError
 from ..tuned import select
 from ..tuned.select import When
@@ -30,8 +33,6 @@ from .options import GRID_OPTIONS, OPTIONS, REPORT_OPTIONS
 from .search import StartError
 from .workers import ChildMeasurer, compile_variants
 
-# What a dry run counts candidates for when it sees no GPU: an H100 SXM or H200.
-ASSUMED_SMS = 132
 DEFAULT_KV_LENS = (8192,)
 
 
@@ -189,6 +190,7 @@ def _task(options: Options, whens: Sequence[When], facts: dict[str, Any]) -> ses
         out=out,
         measurements=options.measurements or out.with_suffix(".measurements.json"),
         gpu=gpu,
+        speed=facts["speed"],
         made_with=made_with,
         digest=source_digest(),
         budget_s=options.budget_s,
@@ -197,12 +199,12 @@ def _task(options: Options, whens: Sequence[When], facts: dict[str, Any]) -> ses
 
 def _describe(whens: Sequence[When], screen: Screen) -> None:
     gpu = gpu_facts.facts()
-    num_sms = gpu.sm_count if gpu is not None else ASSUMED_SMS
+    speed = H200 if gpu is None else gpu_facts.speed(torch.device("cuda", gpu.index))
     groups: dict[str, list[int]] = {}
     for when in whens:
-        groups.setdefault(session.group_of(when), []).append(len(space.candidates(when, num_sms)))
+        groups.setdefault(session.group_of(when), []).append(len(space.candidates(when, speed)))
     rows = [(name, str(len(counts)), str(sum(counts)), str(max(counts))) for name, counts in groups.items()]
-    on = f"{gpu.name}" if gpu is not None else f"a GPU of {ASSUMED_SMS} SMs (none is seen here)"
+    on = f"{gpu.name}" if gpu is not None else f"an H200 of {H200.sm_count} SMs (no GPU is seen here)"
     screen.table(f"what would be tuned on {on}", ("op, cache", "shapes", "candidates", "most of a shape"), rows)
     total = sum(sum(counts) for counts in groups.values())
     screen.say(f"{len(whens)} shapes, {total} candidates; nothing was run")

@@ -111,7 +111,7 @@ class Device:
         self._random = random.Random(0)
 
     def facts(self) -> dict[str, Any]:
-        """{"gpu": for the tuned file, "driver"}; measures the read bandwidth (4 GB, freed again)."""
+        """{"gpu": for the tuned file, "speed", "driver"}; measures the read bandwidth (4 GB, freed again)."""
         found = gpu_facts.facts()
         assert found is not None
         bandwidth = read_gbps(self._timer)  # type: ignore[arg-type]
@@ -122,7 +122,7 @@ class Device:
             "clock_mhz": found.max_sm_mhz,
             "memory_gbps": round(bandwidth, 1),
         }
-        return {"gpu": gpu, "driver": found.driver}
+        return {"gpu": gpu, "speed": gpu_facts.speed(self._timer.device), "driver": found.driver}
 
     def is_usable(self) -> bool:
         """Whether kernels still run: after an illegal access none does in this process."""

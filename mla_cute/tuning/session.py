@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from ..bench.cases import TOKEN_BYTES
 from ..config import KernelConfig
+from ..gpu import GpuSpeed
 from ..tuned import select
 from ..tuned.select import TunedFile, When
 from . import search, space
@@ -43,6 +44,7 @@ class Screen(Protocol):
 class Task:
     """What to tune and where to.
 
+    speed       of the GPU, which its default configurations follow from
     budget_s    wall time for everything; math.inf: no end
     digest      of the sources; a shape measured with another one is measured again
     """
@@ -52,6 +54,7 @@ class Task:
     out: pathlib.Path
     measurements: pathlib.Path
     gpu: dict[str, Any]
+    speed: GpuSpeed
     made_with: dict[str, Any]
     digest: str
     budget_s: float = math.inf
@@ -123,10 +126,10 @@ def _tune(
     clock: Callable[[], float],
     deadline: float,
 ) -> None:
-    num_sms, todo = task.gpu["sm_count"], list(outcome.left_out)
+    todo = list(outcome.left_out)
     if not todo:
         return
-    candidates = {when: space.candidates(when, num_sms) for when in todo}
+    candidates = {when: space.candidates(when, task.speed) for when in todo}
     missing = _compile(task, candidates, compile_variants, screen, clock, deadline)
     took: list[float] = []
     for done, when in enumerate(todo):

@@ -17,6 +17,7 @@ import itertools
 from collections.abc import Hashable, Iterator
 
 from ..config import KernelConfig, why_infeasible, with_kernel
+from ..gpu import H200, GpuSpeed
 from ..kernels.keys import MAX_PARTS
 from ..kernels.planner import model, model_prefill
 from ..kernels.registry import Variant, decode_parts, planner_variant, step_variant, takes_tile16
@@ -30,13 +31,13 @@ ITEM_OVERHEADS = (2, 4, 8)
 SPLIT_PENALTIES = (0, 3, 6, 12, 64)
 
 
-def candidates(when: When, num_sms: int = 132) -> list[KernelConfig]:
-    """Feasible configurations worth timing for a shape on a GPU of `num_sms` SMs, the default first.
+def candidates(when: When, gpu: GpuSpeed = H200) -> list[KernelConfig]:
+    """Feasible configurations worth timing for a shape on a GPU, the default first.
 
     The planner's numbers are crossed with evict_first; the other main kernel gets the planner's numbers only.
     """
-    default = default_for(when, num_sms)
-    planned = _planned(when, default, num_sms)
+    default = default_for(when, gpu)
+    planned = _planned(when, default, gpu)
     found = [
         dataclasses.replace(config, evict_first=evict_first)
         for evict_first in (default.evict_first, not default.evict_first)
@@ -44,17 +45,17 @@ def candidates(when: When, num_sms: int = 132) -> list[KernelConfig]:
     ]
     if when.decodes:
         kernel = "tile64" if takes_tile16(when.kv_format, when.num_heads, default) else "tile16"
-        found += _planned(when, with_kernel(default, when.kv_format, kernel), num_sms)
+        found += _planned(when, with_kernel(default, when.kv_format, kernel), gpu)
     return [config for config in dict.fromkeys(found) if why_infeasible(config) is None]
 
 
-def _planned(when: When, default: KernelConfig, num_sms: int) -> list[KernelConfig]:
+def _planned(when: When, default: KernelConfig, gpu: GpuSpeed) -> list[KernelConfig]:
     """`default` with the planner's numbers varied, one configuration for each plan, itself first."""
     planned: dict[Hashable, KernelConfig] = {}
     for config in (default, *_planner_grid(default)):
         cuts_less = when.decodes and config.split_penalty > default.split_penalty
         if why_infeasible(config) is None and not cuts_less:
-            planned.setdefault(plan_signature(when, config, num_sms), config)
+            planned.setdefault(plan_signature(when, config, gpu.sm_count), config)
     return list(planned.values())
 
 

@@ -11,7 +11,7 @@ import re
 import pytest
 import torch
 from limits import PROCESS_S
-from tuned_case import FILE, META, NAME, SMS, Folders, entry, tuned_file, values_of, when, write
+from tuned_case import FILE, META, NAME, SPEED, Folders, entry, tuned_file, values_of, when, write
 
 import mla_cute
 from mla_cute.compile import jit
@@ -301,7 +301,7 @@ def test_files_can_be_turned_off(folders, monkeypatch):
     monkeypatch.setenv("MLA_CUTE_TUNED", "0")
     selection = select.select(when(), META)
     assert selection.source == "default: MLA_CUTE_TUNED=0"
-    assert (selection.config, selection.entry) == (select.default_for(when(), SMS), None)
+    assert (selection.config, selection.entry) == (select.default_for(when(), SPEED), None)
 
 
 @pytest.mark.parametrize(
@@ -329,7 +329,7 @@ def test_a_device_that_is_no_gpu_takes_the_default(folders):
 def test_batch_invariant_plans_take_the_default(folders):
     write(folders.shipped, entry(OTHER))
     selection = select.select(when(), META, batch_invariant=True)
-    assert (selection.config, selection.entry) == (select.default_for(when(), SMS), None)
+    assert (selection.config, selection.entry) == (select.default_for(when(), SPEED), None)
     assert select.select(when(), META).config == OTHER
 
 
@@ -348,7 +348,7 @@ def test_a_file_made_with_other_sms_is_not_used_and_that_is_said(folders, caplog
         selection = select.select(when(), META)
         select.select(when(batch=1), META)
     assert selection.source == f"default: user {FILE} was made with 114 SMs, this GPU has 132"
-    assert selection.config == select.default_for(when(), SMS)
+    assert selection.config == select.default_for(when(), SPEED)
     assert caplog.messages == [f"{folders.user} is not used: made with 114 SMs, this {NAME} has 132"]
 
 

@@ -19,6 +19,7 @@ import mla_cute
 from mla_cute.cli import app as app_module
 from mla_cute.cli import tune as cli_tune
 from mla_cute.extras import install_command
+from mla_cute.gpu import H200
 from mla_cute.tuned import select
 from mla_cute.tuned.select import When
 from mla_cute.tuning import command, options, recipes, report, session, space, store
@@ -44,7 +45,7 @@ class FakeChild(FakeMeasurer):
         pass
 
     def facts(self):
-        return {"gpu": GPU, "driver": "580.1"}
+        return {"gpu": GPU, "speed": H200, "driver": "580.1"}
 
 
 @pytest.fixture
@@ -202,9 +203,9 @@ def test_a_dry_run_counts_and_starts_nothing(monkeypatch, capsys):
     monkeypatch.setattr(command.gpu_facts, "facts", lambda: None)
     assert both("--recipe", "small", "--dry-run") == (0, 0)
     text = capsys.readouterr().out
-    counts = [len(space.candidates(when, 132)) for when in recipes.load("small")]
+    counts = [len(space.candidates(when, H200)) for when in recipes.load("small")]
     assert f"7 shapes, {sum(counts)} candidates; nothing was run" in text
-    assert "a GPU of 132 SMs (none is seen here)" in text
+    assert "an H200 of 132 SMs (no GPU is seen here)" in text
     assert ["decode,", "16-bit", "cache", "4"] in [row.split()[:4] for row in text.splitlines()]
     assert both("--op", "sparse", "--heads", "16", "--batch", "1,64", "--kv-len", "2048", "--dry-run") == (0, 0)
     rows = [row.split()[:4] for row in capsys.readouterr().out.splitlines()]

@@ -8,6 +8,7 @@ import pytest
 from tune_case import DECODE, GPU, MADE_WITH, FakeMeasurer
 
 from mla_cute.config import KernelConfig
+from mla_cute.gpu import H200
 from mla_cute.tuned import select
 from mla_cute.tuned.select import When
 from mla_cute.tuning import search, session, space, store
@@ -58,6 +59,7 @@ def task(folder, **changes):
         "out": folder / "tuned" / "Test_GPU.json",
         "measurements": folder / "raw.json",
         "gpu": GPU,
+        "speed": H200,
         "made_with": MADE_WITH,
         "digest": "abc",
     }
@@ -97,7 +99,7 @@ def test_a_run_fills_both_files(tmp_path):
     entries = {entry.when: entry for entry in file.entries}
     assert set(entries) == set(WHENS)
     for when, entry in entries.items():
-        default = select.default_for(when, 132)
+        default = select.default_for(when, H200)
         assert entry.default_us == 100.0
         if when.batch == 1:
             assert (entry.config, entry.us) == (default, 100.0)
@@ -108,7 +110,7 @@ def test_a_run_fills_both_files(tmp_path):
     assert {shape.when: shape.entry() for shape in shapes} == entries
     for shape in shapes:
         tried = [KernelConfig.from_dict(trial["config"]) for trial in shape.candidates]
-        assert tried == space.candidates(shape.when, 132)
+        assert tried == space.candidates(shape.when, H200)
         assert all(trial["verdict"] for trial in shape.candidates)
         assert all(trial["us"] > 0 and trial["samples"] > 0 and trial["rung"] > 0 for trial in shape.candidates)
     assert any("100.0 -> 90.0 us (1.111x), evict_first=False" in text for text in screen.lines)
@@ -232,7 +234,7 @@ def test_failed_shapes_have_no_entry_and_are_tried_again(tmp_path):
 
 def test_failing_candidates_are_counted_in_the_line_and_kept_in_the_file(tmp_path):
     todo, measurer = task(tmp_path, whens=[DECODE]), FakeMeasurer(faster)
-    found = space.candidates(DECODE, 132)
+    found = space.candidates(DECODE, H200)
     measurer.fails = {found[1]: "hung after 20 s", found[2]: "exit -11"}
     _, _, screen = run(todo, measurer)
     assert screen.lines[-1].endswith("; 2 candidates failed")
@@ -277,7 +279,7 @@ def test_compiling_takes_its_share_of_the_budget_and_what_is_missing_is_left_out
 
     outcome, measurer, screen = run(task(tmp_path, budget_s=60.0), compiling=compiling, clock=clock)
     assert len(variants) == 3  # half the budget: the default's two, and one more
-    default = select.default_for(DECODE, 132)
+    default = select.default_for(DECODE, H200)
     assert list(variants)[:2] == space.variants_of(DECODE, default, "bfloat16")
     assert len(outcome.tuned) == 6
     launches = {trial["verdict"] for trial in outcome.tuned[0].candidates}
@@ -310,7 +312,7 @@ def test_the_defaults_kernels_may_take_more_of_the_budget(tmp_path):
         return {}
 
     outcome, _, _ = run(task(tmp_path, budget_s=100.0), compiling=compiling, clock=clock)
-    assert compiled == space.variants_of(DECODE, select.default_for(DECODE, 132), "bfloat16")
+    assert compiled == space.variants_of(DECODE, select.default_for(DECODE, H200), "bfloat16")
     assert len(outcome.tuned) == 6
 
 
