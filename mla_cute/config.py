@@ -67,6 +67,11 @@ class KernelConfig:
         return config
 
 
+def differences(config: KernelConfig, base: KernelConfig) -> dict[str, Any]:
+    """The fields of `config` that differ from `base`, in their order, with their values in `config`."""
+    return {name: value for name, value in config.to_dict().items() if value != getattr(base, name)}
+
+
 _TYPES = {field.name: type(field.default) for field in dataclasses.fields(KernelConfig)}
 
 

@@ -2,13 +2,17 @@
 
     {"schema": 1,
     "gpu": {"name": "NVIDIA H200", "sm_count": 132, "clock_mhz": 1980, "memory_gbps": 4350.0},
-    "made_with": {"mla_cute": "0.1.0", "cutlass_dsl": "4.8.1", "driver": "580.159.04", "date": "2026-11-24"},
+    "made_with": {"mla_cute": "0.1.0", "cutlass_dsl": "4.8.1", "driver": "580.159.04", "date": "2026-11-24",
+    "torch": "2.13.0+cu130", "toolkit": "cu13", "command": "mla-cute tune --recipe small", "seed": 0, "commit": "1a0c"},
     "entries": [
-    {"when": {"op": "decode", ...}, "config": {...}, "us": 48.1, "default_us": 49.2, "runner_up_us": 48.3}
+    {"when": {"op": "decode", ...}, "config": {...}, "us": 48.1, "default_us": 49.2, "runner_up_us": 48.3,
+    "runner_up": {"min_blocks": 4}}
     ]}
 
 `when` are the fields of :class:`When`, `config` those of :class:`~mla_cute.KernelConfig` (absent ones have their
-default). A file is valid as a whole or refused as a whole, with an error that names file and entry.
+default), `runner_up` those in which the next best configuration differs from `config`. What is in the second line of
+`made_with`, and `runner_up`, may be missing. A file is valid as a whole or refused as a whole, with an error that names
+file and entry.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..compile.jit import replace_file
-from ..config import KernelConfig, why_infeasible
+from ..config import KernelConfig, differences, why_infeasible
 from ..dims import KV_FORMATS, MAX_HEADS
 from ..kernels.registry import OPS
 
@@ -32,6 +36,7 @@ SCHEMA = 1
 TUNED_OPS = (*OPS, "sparse")
 _GPU_FIELDS = ("name", "sm_count", "clock_mhz", "memory_gbps")
 _MADE_WITH_FIELDS = ("mla_cute", "cutlass_dsl", "driver", "date")
+_MADE_WITH_LATER = ("torch", "toolkit", "command", "seed", "commit")
 # A merge reads and writes one small file: a holder that takes longer is stuck.
 _LOCK_TIMEOUT_S = 60.0
 
@@ -81,19 +86,22 @@ class When:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A shape that was timed: the configuration chosen, and medians in us of it, the default and the next best."""
+    """A shape that was timed: the configuration chosen, and medians in us of it, the default and the next best, which
+    is `runner_up` where that is known."""
 
     when: When
     config: KernelConfig
     us: float
     default_us: float
     runner_up_us: float | None
+    runner_up: KernelConfig | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class TunedFile:
-    """`gpu`: name, sm_count, clock_mhz and memory_gbps (the last two may be None). `made_with`: versions of mla_cute,
-    cutlass_dsl and driver, and a date, as texts (or None) of what wrote the file last."""
+    """`gpu`: name, sm_count, clock_mhz and memory_gbps (the last two may be None). `made_with` is of what wrote the
+    file last, in texts or None: versions of mla_cute, cutlass_dsl and driver, a date; and in files of today the version
+    of torch, the DSL's toolkit ("cu13"), the command, the seed of its inputs (an int) and the commit."""
 
     gpu: dict[str, Any]
     made_with: dict[str, Any]
@@ -159,9 +167,11 @@ def _parse(values: object) -> TunedFile:
     for name in ("clock_mhz", "memory_gbps"):
         if gpu[name] is not None:
             _positive(f"gpu.{name}", gpu[name])
-    made_with = _fields("made_with", found["made_with"], _MADE_WITH_FIELDS)
+    made_with = _fields("made_with", found["made_with"], _MADE_WITH_FIELDS, _MADE_WITH_LATER)
     for name, value in made_with.items():
-        if value is not None:
+        if name == "seed":
+            _int_from("made_with.seed", value, 0)
+        elif value is not None:
             _text(f"made_with.{name}", value)
     if not isinstance(found["entries"], list):
         raise ValueError(f"entries: expected a list, got {_short(found['entries'])}")
@@ -180,34 +190,45 @@ def _parse(values: object) -> TunedFile:
 
 
 def _entry(values: object) -> Entry:
-    found = _fields("", values, tuple(field.name for field in dataclasses.fields(Entry)))
+    found = _fields("", values, ("when", "config", "us", "default_us", "runner_up_us"), ("runner_up",))
     when = when_of(found["when"])
     if when.kv_len is None:
         raise ValueError("when.kv_len: expected the length that was timed, got null")
-    if not isinstance(found["config"], dict):
-        raise ValueError(f"config: expected an object, got {_short(found['config'])}")
-    try:
-        config = KernelConfig.from_dict(found["config"])
-    except TypeError as error:
-        raise ValueError(str(error)) from None
-    if reason := why_infeasible(config):
-        raise ValueError(f"config: {reason}")
+    config = _config("config", found["config"], {})
     runner_up = found["runner_up_us"]
+    next_best = found.get("runner_up")
+    if next_best is not None and runner_up is None:
+        raise ValueError("runner_up: expected none without a runner_up_us")
     return Entry(
         when,
         config,
         _positive("us", found["us"]),
         _positive("default_us", found["default_us"]),
         None if runner_up is None else _positive("runner_up_us", runner_up),
+        None if next_best is None else _config("runner_up", next_best, config.to_dict()),
     )
 
 
-def _fields(name: str, values: object, expected: tuple[str, ...]) -> dict[str, Any]:
+def _config(name: str, values: object, base: dict[str, Any]) -> KernelConfig:
+    """Of fields that it has beside those of `base`."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{name}: expected an object, got {_short(values)}")
+    try:
+        config = KernelConfig.from_dict(base | values)
+    except (TypeError, ValueError) as error:
+        # They begin with the config that they are of, "config.min_blocks: ...".
+        raise ValueError(f"{name}{str(error).removeprefix('config')}") from None
+    if reason := why_infeasible(config):
+        raise ValueError(f"{name}: {reason}")
+    return config
+
+
+def _fields(name: str, values: object, expected: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, Any]:
     prefix = f"{name}: " if name else ""
     if not isinstance(values, dict):
         raise ValueError(f"{prefix}expected an object, got {_short(values)}")
-    if unknown := sorted(set(values) - set(expected)):
-        raise ValueError(f"{prefix}unknown fields {unknown}; known are {list(expected)}")
+    if unknown := sorted(set(values) - {*expected, *optional}):
+        raise ValueError(f"{prefix}unknown fields {unknown}; known are {[*expected, *optional]}")
     if missing := [field for field in expected if field not in values]:
         raise ValueError(f"{prefix}missing fields {missing}")
     return values
@@ -254,6 +275,9 @@ def dump(file: TunedFile) -> str:
     lines = []
     for entry in sorted(file.entries, key=lambda entry: sort_key(entry.when)):
         values = dataclasses.asdict(entry)
+        del values["runner_up"]
+        if entry.runner_up is not None:
+            values["runner_up"] = differences(entry.runner_up, entry.config)
         for name in ("us", "default_us", "runner_up_us"):
             if values[name] is not None:
                 values[name] = round(float(values[name]), 3)

@@ -83,13 +83,15 @@ _SPAN = 2.0 - 1e-9
 class Selection:
     """The configuration of a call and where it is from: "shipped NVIDIA_H200.json entry 17", or "default: " and why.
 
-    `entry` is None for a default; `when` is the call's.
+    `entry` is None for a default; `when` is the call's. `among`: entries of the file that are of the call's class, with
+    `entry` the nearest of them that can serve it.
     """
 
     config: KernelConfig
     source: str
     entry: Entry | None
     when: When
+    among: int = 0
 
     @property
     def kernel(self) -> str:
@@ -212,7 +214,7 @@ def _select(when: When, device: torch.device, batch_invariant: bool) -> Selectio
     if index is None:
         return default(f"default: no entry of {source} is near")
     entry = grid.file.entries[index]
-    return Selection(entry.config, f"{source} entry {index}", entry, when)
+    return Selection(entry.config, f"{source} entry {index}", entry, when, grid.among(entry.when))
 
 
 # ----------------------------------------------------------------------------------------------------------- files
@@ -281,6 +283,11 @@ class Grid:
         found = self._classes.get(_class_of(when))
         return found.nearest(when, small) if found is not None else None
 
+    def among(self, when: When) -> int:
+        """How many entries are of the class of `when`."""
+        found = self._classes.get(_class_of(when))
+        return 0 if found is None else len(found)
+
 
 class _Class:
     """Entries that differ in nothing but coordinates and configuration."""
@@ -301,6 +308,9 @@ class _Class:
         ]
         columns = zip(*(coordinates for _, _, coordinates, *_ in self._points), strict=True)
         self._spans = [(min(column), max(column)) for column in columns]
+
+    def __len__(self) -> int:
+        return len(self._points)
 
     def nearest(self, when: When, small: bool) -> int | None:
         at = tuple(

@@ -30,6 +30,8 @@ from .search import CandidateError, ShapeError, StartError
 
 # The share of free memory that pool and inputs of a shape may take; the rest is for plans, graphs and references.
 MEMORY_SHARE = 0.75
+# Of inputs, page order and the order of candidates; tuned files name it.
+SEED = 0
 
 Alive = Callable[[], None]
 
@@ -106,9 +108,9 @@ class Device:
         """`memory`: bytes that pool and inputs of a shape may take; larger shapes are refused when they are opened."""
         self._dtype, self._timer, self._library, self._memory, self._alive = dtype, timer, library, memory, alive
         cases = [case_of(when, dtype) for when in whens]
-        self._pool = KvPool.of([case for case in cases if footprint(case) <= memory], timer.device)
+        self._pool = KvPool.of([case for case in cases if footprint(case) <= memory], timer.device, SEED)
         self._shape: _Open | None = None
-        self._random = random.Random(0)
+        self._random = random.Random(SEED)
 
     def facts(self) -> dict[str, Any]:
         """{"gpu": for the tuned file, "speed", "driver"}; measures the read bandwidth (4 GB, freed again)."""
@@ -139,7 +141,7 @@ class Device:
             raise ShapeError(
                 f"needs {footprint(case) / 1e9:.1f} GB of GPU memory, {self._memory / 1e9:.1f} GB are there"
             )
-        inputs = make_inputs(case, self._pool, self._timer.device)
+        inputs = make_inputs(case, self._pool, self._timer.device, SEED)
         self._shape = _Open(inputs)
         self._alive()
         self._run(self._shape, default)

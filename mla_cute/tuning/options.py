@@ -61,6 +61,9 @@ OPTIONS = (
     Option("--report", "folder for what was won, Markdown and PNG", "DIR", Path),
     Option("--workers", "compiling processes; default: one per core, at most 16", "N", int),
     Option("--timeout", "seconds of silence after which a candidate is hung", "S", float, default=20.0),
+    Option(
+        "--diff", "print what B has other than A, two tuned files; 1 where there is something", "A B", Path, count=2
+    ),
     Option("--dry-run", "print shapes and candidates, run nothing"),
 )
 REPORT_OPTIONS = (

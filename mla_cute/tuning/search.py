@@ -90,11 +90,11 @@ class Result:
     default_us: float = 0.0
 
     @property
-    def runner_up_us(self) -> float | None:
+    def runner_up(self) -> Trial | None:
         """The next best of the last rung, the default included."""
         last = max(trial.rung for trial in self.trials)
         others = [trial for trial in self.trials if trial.rung == last and trial is not self.chosen]
-        return min((trial.us for trial in others), default=None) if last else None
+        return min(others, key=lambda trial: trial.us, default=None) if last else None
 
 
 def tune_shape(

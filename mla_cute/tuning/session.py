@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from ..bench.cases import TOKEN_BYTES
-from ..config import KernelConfig
+from ..config import KernelConfig, differences
 from ..gpu import GpuSpeed
 from ..tuned import select
 from ..tuned.select import TunedFile, When
@@ -195,9 +195,7 @@ def line(shape: Measured) -> str:
     default = KernelConfig.from_dict(shape.candidates[0]["config"])
     if shape.chosen == default:
         return f"{shape.when}: the default, {shape.us:.1f} us{tail}"
-    changed = ", ".join(
-        f"{name}={value!r}" for name, value in shape.chosen.to_dict().items() if value != getattr(default, name)
-    )
+    changed = ", ".join(f"{name}={value!r}" for name, value in differences(shape.chosen, default).items())
     return f"{shape.when}: {shape.default_us:.1f} -> {shape.us:.1f} us ({shape.gain:.3f}x), {changed}{tail}"
 
 

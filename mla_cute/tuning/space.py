@@ -16,7 +16,7 @@ import functools
 import itertools
 from collections.abc import Hashable, Iterator
 
-from ..config import KernelConfig, why_infeasible, with_kernel
+from ..config import KernelConfig, differences, why_infeasible, with_kernel
 from ..gpu import H200, GpuSpeed
 from ..kernels.keys import MAX_PARTS
 from ..kernels.planner import model, model_prefill
@@ -71,7 +71,7 @@ def _planner_grid(default: KernelConfig) -> Iterator[KernelConfig]:
 
 def changes(config: KernelConfig, default: KernelConfig) -> int:
     """Fields in which `config` differs from `default`."""
-    return sum(getattr(config, f.name) != getattr(default, f.name) for f in dataclasses.fields(default))
+    return len(differences(config, default))
 
 
 def variants_of(when: When, config: KernelConfig, dtype: str) -> list[Variant]:

@@ -49,12 +49,13 @@ class Measured:
     default_us: float | None
     runner_up_us: float | None
     candidates: tuple[dict[str, Any], ...]
+    runner_up: KernelConfig | None = None
 
     @classmethod
     def of(
         cls, when: When, dtype: str, digest: str, made_with: dict[str, Any], seconds: float, result: Result
     ) -> Measured:
-        chosen, runner_up = result.chosen, result.runner_up_us
+        chosen, runner_up = result.chosen, result.runner_up if result.chosen else None
         tried = tuple(
             {
                 "config": trial.config.to_dict(),
@@ -75,8 +76,9 @@ class Measured:
             why=result.why,
             us=round(result.us, 3) if chosen else None,
             default_us=round(result.default_us, 3) if chosen else None,
-            runner_up_us=round(runner_up, 3) if chosen and runner_up is not None else None,
+            runner_up_us=round(runner_up.us, 3) if runner_up else None,
             candidates=tried,
+            runner_up=runner_up.config if runner_up else None,
         )
 
     @property
@@ -92,19 +94,22 @@ class Measured:
             return None
         assert self.us is not None
         assert self.default_us is not None
-        return Entry(self.when, self.chosen, self.us, self.default_us, self.runner_up_us)
+        return Entry(self.when, self.chosen, self.us, self.default_us, self.runner_up_us, self.runner_up)
 
     def to_dict(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values["when"] = dataclasses.asdict(self.when)
-        values["chosen"] = self.chosen.to_dict() if self.chosen else None
+        for name in ("chosen", "runner_up"):
+            config = getattr(self, name)
+            values[name] = config.to_dict() if config else None
         return values
 
     @classmethod
     def from_dict(cls, values: Any) -> Measured:
         """Raises ValueError, which names the field, on anything that `to_dict` does not make."""
         names = [field.name for field in dataclasses.fields(cls)]
-        _object("", values, names)
+        # Records from before there were runners-up have none.
+        _object("", values, [name for name in names if name != "runner_up"])
         if unknown := sorted(set(values) - set(names)):
             raise ValueError(f"unknown fields {unknown}; known are {names}")
         when = when_of(values["when"])
@@ -118,14 +123,17 @@ class Measured:
         _expect(isinstance(candidates, list), "candidates", "a list", candidates)
         for index, trial in enumerate(candidates):
             _check_trial(f"candidates[{index}]", trial)
-        config = None if values["chosen"] is None else _config("chosen", values["chosen"])
+        config, next_best = (
+            None if values.get(name) is None else _config(name, values[name]) for name in ("chosen", "runner_up")
+        )
         if config is not None:
             _expect(bool(candidates), "candidates", "the default first", candidates)
             for name in ("us", "default_us"):
                 _expect(_is_time(values[name]), name, "a number > 0 of a tuned shape", values[name])
         runner_up = values["runner_up_us"]
         _expect(runner_up is None or _is_time(runner_up), "runner_up_us", "a number > 0 or null", runner_up)
-        return cls(**{**values, "when": when, "chosen": config, "candidates": tuple(candidates)})
+        configs = {"chosen": config, "runner_up": next_best}
+        return cls(**{**values, **configs, "when": when, "candidates": tuple(candidates)})
 
 
 def _expect(is_right: bool, name: str, what: str, got: object) -> None:

@@ -139,7 +139,7 @@ def test_recipe_of_the_page_is_one():
 
 def test_commands_of_tune_are_understood():
     lines = re.findall(r"^mla-cute tune (.*)$", text_of("tuning"), re.MULTILINE)
-    assert len(lines) == 4
+    assert len(lines) == 5
     for line in lines:
         values = command.parser().parse_args(shlex.split(line))
         options = command.options_of(vars(values))

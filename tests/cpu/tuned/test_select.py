@@ -99,6 +99,20 @@ def without_entry_field(name: str) -> dict:
             values_of() | {"made_with": values_of()["made_with"] | {"date": 2026}},
             "made_with.date: expected a text, got 2026",
         ),
+        (
+            values_of() | {"made_with": values_of()["made_with"] | {"seed": "0"}},
+            "made_with.seed: expected an int >= 0, got '0'",
+        ),
+        (
+            values_of() | {"made_with": values_of()["made_with"] | {"command": ""}},
+            "made_with.command: expected a text, got ''",
+        ),
+        (values_of() | {"made_with": values_of()["made_with"] | {"host": "x"}}, "made_with: unknown fields ['host']"),
+        (with_entry(runner_up=[1]), "entry 1: runner_up: expected an object, got [1]"),
+        (with_entry(runner_up={"stages": 3}), "entry 1: runner_up: unknown fields ['stages']; known are ["),
+        (with_entry(runner_up={"min_blocks": "4"}), "entry 1: runner_up.min_blocks: expected int, got '4'"),
+        (with_entry(runner_up={"min_blocks": 3}), "entry 1: runner_up: min_blocks: expected a positive multiple of"),
+        (with_entry(runner_up={}, runner_up_us=None), "entry 1: runner_up: expected none without a runner_up_us"),
         (values_of() | {"entries": {}}, "entries: expected a list, got {}"),
         (values_of() | {"entries": [7]}, "entry 0: expected an object, got 7"),
         (without_entry_field("us"), "entry 1: missing fields ['us']"),
@@ -150,6 +164,32 @@ def without_entry_field(name: str) -> dict:
 def test_what_is_wrong_with_a_file_is_said_with_its_name_and_entry(values, message):
     with pytest.raises(ValueError, match=r"^some\.json: " + re.escape(message)):
         select.parse(values, "some.json")
+
+
+def test_a_file_says_how_to_make_it_again(tmp_path):
+    """Files that were made before do not, and are read."""
+    made = tuned_file(entry())
+    later = {
+        "torch": "2.13.0+cu130",
+        "toolkit": "cu13",
+        "command": "mla-cute tune --recipe small",
+        "seed": 0,
+        "commit": None,
+    }
+    newer = dataclasses.replace(made, made_with=made.made_with | later)
+    for file in (made, newer):
+        assert select.parse(json.loads(select.dump(file)), "here") == file
+    path = write(tmp_path / FILE, entry(batch=1))
+    assert select.merge(path, newer).made_with == newer.made_with
+
+
+def test_the_runner_up_is_kept_as_what_it_has_other_than_the_chosen_one(tmp_path):
+    best = dataclasses.replace(OTHER, evict_first=True, split_penalty=0)
+    file = tuned_file(dataclasses.replace(entry(OTHER), runner_up=best), entry(batch=9))
+    values = json.loads(select.dump(file))
+    assert values["entries"][0]["runner_up"] == {"evict_first": True, "split_penalty": 0}
+    assert "runner_up" not in values["entries"][1]
+    assert select.parse(values, "here") == file
 
 
 def test_fields_of_a_config_that_a_file_does_not_name_have_their_default():

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+import shlex
 import subprocess
 import sys
 
@@ -13,11 +14,13 @@ import pytest
 from limits import PROCESS_S
 from test_session import faster, run, task
 from tune_case import DECODE, GPU, FakeMeasurer
+from tuned_case import entry, tuned_file
 from typer.testing import CliRunner
 
 import mla_cute
 from mla_cute.cli import app as app_module
 from mla_cute.cli import tune as cli_tune
+from mla_cute.config import KernelConfig
 from mla_cute.extras import install_command
 from mla_cute.gpu import H200
 from mla_cute.tuned import select
@@ -69,6 +72,27 @@ def both(*arguments):
 
 
 # -------------------------------------------------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--recipe", "small"],
+        ["--recipe", "small", "--recipe", "a b.toml", "--budget", "1.5h", "--dtype", "fp16"],
+        ["--from-log", "x.jsonl", "--kv-len", "64,128"],
+        ["--op", "decode,prefill", "--heads", "16", "--batch", "1,4", "--kv-format", "none,tensor", "--q-fp8"],
+    ],
+)
+def test_the_command_that_a_file_names_asks_for_the_same(arguments):
+    def read(words):
+        return command.options_of(vars(command.parser().parse_args(words)))
+
+    asked = read(arguments)
+    named = shlex.split(command.command_of(asked))
+    assert named[:2] == ["mla-cute", "tune"]
+    assert read(named[2:]) == asked
+    beside = ["--out", "x.json", "--report", "y", "--workers", "3", "--measurements", "z.json"]
+    assert command.command_of(read([*arguments, *beside])) == command.command_of(asked), "not where to"
 
 
 @pytest.mark.parametrize(
@@ -242,6 +266,9 @@ def test_a_run_with_named_files(fake_gpu, tmp_path, capsys):
     file = select.load(out)
     assert {entry.when for entry in file.entries} == set(whens)
     assert file.made_with["driver"] == "580.1"
+    assert (file.made_with["command"], file.made_with["seed"]) == ("mla-cute tune --recipe small --budget 480s", 0)
+    versions = command.gpu_facts.versions()
+    assert (file.made_with["torch"], file.made_with["toolkit"]) == (versions["torch"], versions["cutlass_dsl_toolkit"])
     assert fake_gpu[0].timeout_s == 7
     assert fake_gpu[0].make.args == (whens, "bfloat16")
     assert "7 shapes tuned, 0 were done before, 0 failed" in printed.out
@@ -302,6 +329,37 @@ def test_options_are_the_same_on_both_command_lines():
     assert all(flag in helped for flag in flags)
     parameters = cli_tune.tune.__annotations__.keys() - {"context", "wide", "return"}
     assert parameters == {action.dest for action in command.parser()._actions} - {"help"}
+
+
+# ------------------------------------------------------------------------------------------------------------- diff
+
+
+def test_two_files_are_compared(tmp_path, capsys):
+    a, b = tmp_path / "A.json", tmp_path / "B.json"
+    select.merge(a, tuned_file(entry(batch=1), entry(batch=2)))
+    select.merge(b, tuned_file(entry(batch=1, us=20.0), entry(KernelConfig(min_blocks=8), batch=2, us=20.0)))
+    assert both("--diff", a, a) == (0, 0)
+    capsys.readouterr()
+    assert command.main(["--diff", str(a), str(b)]) == 1
+    plain = capsys.readouterr().out
+    done = typer_run("--diff", a, b)
+    assert done.exit_code == 1
+    for text in (plain, done.output):
+        assert f"A {a}, B {b}" in text
+        assert "min_blocks 2 -> 8" in text
+        assert "Time in A over time in B, geometric mean of what is changed: 2.000x." in text
+
+
+@pytest.mark.parametrize("content", ["{", None, '{"schema": 1}'])
+def test_a_file_that_cannot_be_compared_is_named(content, tmp_path, capsys):
+    good, bad = tmp_path / "A.json", tmp_path / "B.json"
+    select.merge(good, tuned_file(entry()))
+    if content is not None:
+        bad.write_text(content)
+    for pair in ((good, bad), (bad, good)):
+        assert both("--diff", *pair) == (2, 2)
+        assert capsys.readouterr().err.startswith(f"autotune.py: {bad}: ")
+        assert str(bad) in "".join(typer_run("--diff", *pair).output.split("\n"))
 
 
 # ----------------------------------------------------------------------------------------------------------- report

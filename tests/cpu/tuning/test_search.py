@@ -225,21 +225,21 @@ def test_a_shape_fails_with_its_default(how):
         unfit[DEFAULT] = "not compiled: no time was left"
     result = tune_shape(measurer, DECODE, CONFIGS, unfit)
     assert result.chosen is None
-    assert result.runner_up_us is None
+    assert result.runner_up is None
     assert result.why.startswith("the default configuration: ")
 
 
 def test_the_default_alone_is_timed_and_chosen():
     result = tune_shape(FakeMeasurer(lambda when, asked: 12.5), DECODE, [DEFAULT])
-    assert (result.chosen.config, result.us, result.default_us, result.runner_up_us) == (DEFAULT, 12.5, 12.5, None)
+    assert (result.chosen.config, result.us, result.default_us, result.runner_up) == (DEFAULT, 12.5, 12.5, None)
 
 
 def test_the_runner_up_is_the_next_best_of_the_last_rung():
     result = tune_shape(FakeMeasurer(times({config(1): 80.0, config(2): 81.0, config(3): 95.0})), DECODE, CONFIGS)
     assert result.us == 80.0
-    assert result.runner_up_us == 81.0
+    assert result.runner_up.us == 81.0
     result = tune_shape(FakeMeasurer(times({config(1): 50.0})), DECODE, CONFIGS)
-    assert result.runner_up_us == 100.0  # only the default was left beside it
+    assert result.runner_up.us == 100.0  # only the default was left beside it
 
 
 def test_ctrl_c_is_not_a_verdict():
