@@ -34,6 +34,7 @@ from ..kernels.registry import OPS
 SCHEMA = 1
 # "sparse": mla_sparse, which decode's kernels run.
 TUNED_OPS = (*OPS, "sparse")
+LENGTHS = ("uniform", "ragged")
 _GPU_FIELDS = ("name", "sm_count", "clock_mhz", "memory_gbps")
 _MADE_WITH_FIELDS = ("mla_cute", "cutlass_dsl", "driver", "date")
 _MADE_WITH_LATER = ("torch", "toolkit", "command", "seed", "commit")
@@ -54,6 +55,8 @@ class When:
     batch       requests; of sparse query tokens
     kv_len      no request has more keys than this; None: not known. Of an entry: the length that was timed. Of sparse
                 columns of the lists
+    lengths     of an entry, "uniform": every request had kv_len tokens; "ragged", decode only: between kv_len / 32 and
+                kv_len, log-uniform. Of calls always "uniform": no host knows it
     """
 
     op: str
@@ -64,6 +67,7 @@ class When:
     q_len: int
     batch: int
     kv_len: int | None
+    lengths: str = "uniform"
 
     @property
     def decodes(self) -> bool:
@@ -78,10 +82,15 @@ class When:
             return f"sparse, {self.num_heads} heads, {self.batch} query tokens, {lists}, {cache}"
         queries = f", {self.q_len} query tokens" if self.op == "prefill" else ""
         keys = "length not known" if self.kv_len is None else f"length {self.kv_len}"
+        if self.lengths == "ragged":
+            keys = f"ragged lengths up to {self.kv_len}"
         return (
             f"{self.op}, {self.num_heads} heads, page size {self.page_size}, batch {self.batch}{queries}, {keys}, "
             f"{cache}"
         )
+
+
+_WHEN_FIELDS = tuple(field.name for field in dataclasses.fields(When) if field.name != "lengths")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +144,7 @@ def load(path: str | os.PathLike[str]) -> TunedFile:
 
 def when_of(values: object) -> When:
     """A `When` from its fields. ValueError that names the first wrong one."""
-    found = _fields("when", values, tuple(field.name for field in dataclasses.fields(When)))
+    found = _fields("when", values, _WHEN_FIELDS, ("lengths",))
     _one_of("when.op", found["op"], TUNED_OPS)
     _one_of("when.kv_format", found["kv_format"], ("", *KV_FORMATS))
     if type(found["q_fp8"]) is not bool:
@@ -151,7 +160,18 @@ def when_of(values: object) -> When:
         raise ValueError(f"when.page_size: expected 1 for sparse, got {found['page_size']}")
     if found["kv_len"] is not None:
         _int_from("when.kv_len", found["kv_len"], 1)
+    _one_of("when.lengths", lengths := found.get("lengths", "uniform"), LENGTHS)
+    if lengths == "ragged" and (found["op"] != "decode" or found["kv_len"] is None):
+        raise ValueError(f"when.lengths: expected 'uniform' but of decode with a kv_len, got 'ragged' of {found['op']}")
     return When(**found)
+
+
+def values_of(when: When) -> dict[str, Any]:
+    """Its fields in JSON; uniform lengths go without saying."""
+    values = dataclasses.asdict(when)
+    if when.lengths == "uniform":
+        del values["lengths"]
+    return values
 
 
 def _parse(values: object) -> TunedFile:
@@ -267,6 +287,7 @@ def sort_key(when: When) -> tuple[Any, ...]:
     """Entries in files stand in this order."""
     return (
         when.op, when.kv_format, when.q_fp8, when.num_heads, when.page_size, when.q_len, when.batch, when.kv_len or 0,
+        when.lengths != "uniform",
     )  # fmt: skip
 
 
@@ -274,7 +295,7 @@ def dump(file: TunedFile) -> str:
     """The JSON text: entries sorted, one a line, times to the ns, so that version control shows which changed."""
     lines = []
     for entry in sorted(file.entries, key=lambda entry: sort_key(entry.when)):
-        values = dataclasses.asdict(entry)
+        values = dataclasses.asdict(entry) | {"when": values_of(entry.when)}
         del values["runner_up"]
         if entry.runner_up is not None:
             values["runner_up"] = differences(entry.runner_up, entry.config)

@@ -46,6 +46,7 @@ GRID_OPTIONS = (
         numbers,
     ),
     Option("--q-len", "grid: query tokens per request, prefill only", "N,..", numbers),
+    Option("--lengths", "grid: uniform, ragged (decode; from kv_len / 32 to kv_len)", "L,..", words),
     Option("--page-size", "grid: tokens per page", "N,..", numbers),
     Option("--kv-format", "grid: none, tensor, token, group", "F,..", parse_formats),
     Option("--q-fp8", "grid: e4m3 queries, with FP8 caches"),

@@ -14,7 +14,7 @@ from ..config import KernelConfig, differences
 from ..gpu import GpuSpeed
 from ..tuned import select
 from ..tuned.select import TunedFile, When
-from . import search, space
+from . import pairs, search, space
 from .recipes import coarse_first
 from .search import Measurer, StartError
 from .space import Variant
@@ -93,7 +93,7 @@ def run(
     deadline = clock() + task.budget_s
     ordered = coarse_first(task.whens)
     outcome = Outcome(resumed=[when for when in ordered if _is_done(store, task, when)])
-    _merge(task, [store.shapes[when, task.dtype] for when in outcome.resumed])
+    _merge(task, store, [store.shapes[when, task.dtype] for when in outcome.resumed])
     outcome.left_out = [when for when in ordered if when not in set(outcome.resumed)]
     if outcome.resumed:
         screen.say(f"{len(outcome.resumed)} of {len(ordered)} shapes are in {task.measurements} already")
@@ -111,8 +111,8 @@ def _is_done(store: Store, task: Task, when: When) -> bool:
     return shape is not None and shape.source_sha256 == task.digest and shape.chosen is not None
 
 
-def _merge(task: Task, shapes: Sequence[Measured]) -> None:
-    if entries := tuple(entry for shape in shapes if (entry := shape.entry()) is not None):
+def _merge(task: Task, store: Store, shapes: Sequence[Measured]) -> None:
+    if entries := pairs.entries(shapes, store.shapes, task.speed.sm_count):
         select.merge(task.out, TunedFile(task.gpu, task.made_with, entries))
 
 
@@ -151,7 +151,7 @@ def _tune(
         store.add(shape)
         outcome.left_out.remove(when)
         (outcome.failed if shape.chosen is None else outcome.tuned).append(shape)
-        _merge(task, [shape])
+        _merge(task, store, [shape])
         screen.say(line(shape))
         took.append(clock() - now)
     screen.step(len(todo), len(todo), "done", 0.0)
@@ -219,4 +219,4 @@ def group_of(when: When) -> str:
     """Op and cache of a shape: "decode, 16-bit cache", "decode, group FP8, q e4m3"."""
     assert when.kv_format in TOKEN_BYTES
     cache = f"{when.kv_format} FP8, q {'e4m3' if when.q_fp8 else '16 bit'}" if when.kv_format else "16-bit cache"
-    return f"{when.op}, {cache}"
+    return f"{when.op}, {cache}" + (", ragged" if when.lengths == "ragged" else "")

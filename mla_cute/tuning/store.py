@@ -15,7 +15,7 @@ from typing import Any
 
 from ..compile.jit import replace_file
 from ..config import KernelConfig
-from ..tuned.file import when_of
+from ..tuned.file import values_of, when_of
 from ..tuned.select import Entry, When
 from .search import GAIN, KEEP_WITHIN, RUNGS, Result
 
@@ -98,7 +98,7 @@ class Measured:
 
     def to_dict(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        values["when"] = dataclasses.asdict(self.when)
+        values["when"] = values_of(self.when)
         for name in ("chosen", "runner_up"):
             config = getattr(self, name)
             values[name] = config.to_dict() if config else None

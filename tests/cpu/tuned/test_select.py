@@ -138,6 +138,8 @@ def without_entry_field(name: str) -> dict:
         (with_when(op="sparse"), "entry 1: when.page_size: expected 1 for sparse, got 64"),
         (with_when(kv_len=0), "entry 1: when.kv_len: expected an int >= 1, got 0"),
         (with_when(kv_len=None), "entry 1: when.kv_len: expected the length that was timed, got null"),
+        (with_when(lengths="long"), "entry 1: when.lengths: expected one of ('uniform', 'ragged'), got 'long'"),
+        (with_when(lengths="ragged", op="prefill"), "entry 1: when.lengths: expected 'uniform' but of decode with a"),
         (with_when(batch=1), "entry 1: when: expected a shape of its own, got that of entry 0"),
         (with_entry(config=None), "entry 1: config: expected an object, got None"),
         (with_config(stages=3), "entry 1: config: unknown fields ['stages']; known are ["),
@@ -181,6 +183,24 @@ def test_a_file_says_how_to_make_it_again(tmp_path):
         assert select.parse(json.loads(select.dump(file)), "here") == file
     path = write(tmp_path / FILE, entry(batch=1))
     assert select.merge(path, newer).made_with == newer.made_with
+
+
+def test_only_ragged_entries_name_their_lengths():
+    file = tuned_file(entry(), entry(OTHER, lengths="ragged"))
+    values = json.loads(select.dump(file))
+    assert [at["when"].get("lengths") for at in values["entries"]] == [None, "ragged"]
+    assert select.parse(values, "here") == file
+    assert str(file.entries[1].when).endswith("batch 8, ragged lengths up to 8192, 16-bit cache")
+
+
+def test_a_call_takes_ragged_entries_as_others(folders):
+    """It does not know its lengths; of two at one distance the uniform one."""
+    write(
+        folders.user, entry(OTHER, batch=32, lengths="ragged"), entry(batch=8, lengths="ragged"), entry(OTHER, batch=8)
+    )
+    found = select.select(when(batch=32), META)
+    assert (found.config, found.entry.when.lengths, found.when.lengths) == (OTHER, "ragged", "uniform")
+    assert select.select(when(batch=8), META).entry.when.lengths == "uniform"
 
 
 def test_the_runner_up_is_kept_as_what_it_has_other_than_the_chosen_one(tmp_path):

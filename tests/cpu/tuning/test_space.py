@@ -181,6 +181,44 @@ def test_no_decode_candidate_cuts_less_than_the_default(op, most):
     assert max(config.split_penalty for config in space.candidates(when, H200)) <= most
 
 
+RAGGED_DECODE = When("decode", "", False, 64, 64, 1, 64, 32768, "ragged")
+
+
+@pytest.mark.parametrize("num_heads", [16, 64, 128])
+def test_ragged_shapes_are_planned_with_their_lengths(num_heads):
+    """Candidates are those that the planner cuts apart there, and not on a uniform batch."""
+    ragged = dataclasses.replace(RAGGED_DECODE, num_heads=num_heads)
+    lengths = space.kv_lens(ragged)
+    assert (len(lengths), len(set(lengths)), max(lengths) <= 32768 < 33 * min(lengths)) == (64, 64, True)
+    assert set(space.kv_lens(dataclasses.replace(ragged, lengths="uniform"))) == {32768}
+    plans = []
+    for config in space.candidates(ragged, H200):
+        parts = max(1, min(MAX_PARTS, 132 // -(-num_heads // (16 if tile16(ragged, config) else 64))))
+        plan = model.plan(lengths, [0] * 64, parts, num_heads, config)
+        plans.append((tile16(ragged, config), config.launch(), str(plan)))
+    assert len(set(plans)) == len(plans) > 3
+
+
+def test_ragged_shapes_may_cut_less_than_the_default():
+    """Where that is another plan: 64 requests of up to 32768 tokens are cut whatever it costs."""
+    short = dataclasses.replace(RAGGED_DECODE, kv_len=4096)
+    default = default_for(short, H200)
+    found = space.candidates(short, H200)
+    assert found[0] == default
+    assert any(config.split_penalty > default.split_penalty for config in found)
+    uniform = space.candidates(dataclasses.replace(short, lengths="uniform"), H200)
+    assert all(config.split_penalty <= default.split_penalty for config in uniform)
+
+
+def test_ragged_lengths_that_fill_no_page_are_told_to_the_planner():
+    def lengths(when):
+        return space.variants_of(when, KernelConfig(), "bfloat16")[1][1].lengths
+
+    assert lengths(RAGGED_DECODE) == "csr_last"
+    assert lengths(dataclasses.replace(RAGGED_DECODE, lengths="uniform")) == "csr"
+    assert lengths(dataclasses.replace(RAGGED_DECODE, page_size=1)) == "csr"
+
+
 def test_variants_are_what_a_call_compiles():
     def names(when, config=KernelConfig()):  # noqa: B008 -- frozen
         return [(kernel.name, key) for kernel, key, _ in space.variants_of(when, config, "bfloat16")]
