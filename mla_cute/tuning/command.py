@@ -31,7 +31,7 @@ from ..tuned import diff, select
 from ..tuned.select import When
 from . import device, recipes, report, session, space, store
 from .options import GRID_OPTIONS, OPTIONS, REPORT_OPTIONS
-from .search import StartError
+from .search import POLICIES, StartError
 from .workers import ChildMeasurer, compile_variants
 
 DEFAULT_KV_LENS = (8192,)
@@ -71,6 +71,7 @@ class Options:
     grid: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
     from_log: pathlib.Path | None = None
     dtype: str = "bfloat16"
+    policy: str = "graph"
     budget_s: float = math.inf
     out: pathlib.Path | None = None
     measurements: pathlib.Path | None = None
@@ -100,6 +101,8 @@ def command_of(options: Options) -> str:
             parts += [one.name] if one.is_switch else [one.name, ",".join(str(value) or "none" for value in values)]
     if options.dtype != Options.dtype:
         parts += ["--dtype", options.dtype]
+    if options.policy != Options.policy:
+        parts += ["--policy", options.policy]
     if options.budget_s < math.inf:
         parts += ["--budget", f"{options.budget_s:g}s"]
     return shlex.join(parts)
@@ -234,6 +237,7 @@ def _task(options: Options, whens: Sequence[When], facts: dict[str, Any]) -> ses
         made_with=made_with,
         digest=source_digest(),
         budget_s=options.budget_s,
+        policy=options.policy,
     )
 
 
@@ -266,6 +270,8 @@ def options_of(values: dict[str, Any]) -> Options:
         grid["q_fp8"] = [True]  # a list, as of every key of a recipe's table
     if values["workers"] is not None and values["workers"] < 1:
         raise UsageError(f"--workers: expected at least 1, got {values['workers']}")
+    if values["policy"] not in POLICIES:
+        raise UsageError(f"--policy: expected one of {', '.join(POLICIES)}, got {values['policy']!r}")
     if not 0 < values["timeout"] < math.inf:  # NaN compares with nothing
         raise UsageError(f"--timeout: expected more than 0 s, got {values['timeout']}")
     return Options(
@@ -273,6 +279,7 @@ def options_of(values: dict[str, Any]) -> Options:
         grid=grid,
         from_log=values["from_log"],
         dtype=values["dtype"],
+        policy=values["policy"],
         budget_s=math.inf if values["budget"] is None else values["budget"],
         out=values["out"],
         measurements=values["measurements"],

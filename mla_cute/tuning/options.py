@@ -10,6 +10,7 @@ from ..kernels.registry import DTYPES
 from ..option import DTYPE_ALIASES, Option, numbers, words
 from ..tuned.file import TUNED_OPS
 from . import recipes
+from .search import POLICIES
 
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 
@@ -56,6 +57,7 @@ OPTIONS = (
     Option("--from-log", "shapes recorded by MLA_CUTE_LOG_SHAPES", "FILE", Path),
     *GRID_OPTIONS,
     Option("--dtype", "bf16 or fp16", "T", parse_dtype, default="bf16"),
+    Option("--policy", "what is chosen by: the GPU's time, or that and the host's", choices=POLICIES, default="graph"),
     Option("--budget", "as 10m: ends the run then", "TIME", parse_budget),
     Option("--out", "tuned file; default: this user's for this GPU", "FILE", Path),
     Option("--measurements", "raw data; default: beside the tuned file", "FILE", Path),

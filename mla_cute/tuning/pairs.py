@@ -35,13 +35,17 @@ def entries(shapes: Iterable[Measured], measured: Mapping[Key, Measured], num_sm
         other = None
         if (partner := partner_of(shape.when)) is not None:
             other = measured.get((partner, shape.dtype))
-        if other is None or other.chosen is None or other.source_sha256 != shape.source_sha256:
+        if other is None or other.chosen is None or not _are_of_one_run(shape, other):
             found[shape.when] = own
             continue
         timed = _Timed(shape, num_sms), _Timed(other, num_sms)
         config = _best_of_both(*timed)
         found |= {one.shape.when: one.entry(config) for one in timed}
     return tuple(found.values())
+
+
+def _are_of_one_run(a: Measured, b: Measured) -> bool:
+    return (a.source_sha256, a.policy) == (b.source_sha256, b.policy)
 
 
 class _Timed:
@@ -62,6 +66,7 @@ class _Timed:
         assert shape.us is not None
         assert shape.default_us is not None
         self._us |= {self.key(self.default): shape.default_us, self.key(self.chosen): shape.us}
+        self._host_us = {self.key(config): trial.get("host_us") or 0.0 for config, trial in tried}
         last = max(trial["rung"] for _, trial in tried)
         self.to_the_end = [config for config, trial in tried if trial["rung"] == last]
         self.keys_to_the_end = {self.key(config) for config in self.to_the_end}
@@ -71,8 +76,10 @@ class _Timed:
 
     def slowdown(self, config: KernelConfig) -> float | None:
         """Over what was chosen for this shape alone; None where it was not timed."""
-        us = self._us.get(self.key(config))
-        return None if us is None else us / self._us[self.key(self.chosen)]
+        key, best = self.key(config), self.key(self.chosen)
+        if key not in self._us:
+            return None
+        return (self._us[key] + self._host_us[key]) / (self._us[best] + self._host_us[best])
 
     def entry(self, config: KernelConfig) -> Entry:
         """With `config`. Where that is not this shape's own choice, the own choice is the next best."""

@@ -47,6 +47,7 @@ class Task:
     speed       of the GPU, which its default configurations follow from
     budget_s    wall time for everything; math.inf: no end
     digest      of the sources; a shape measured with another one is measured again
+    policy      of search.POLICIES; as digest
     """
 
     whens: Sequence[When]
@@ -58,6 +59,7 @@ class Task:
     made_with: dict[str, Any]
     digest: str
     budget_s: float = math.inf
+    policy: str = "graph"
 
 
 @dataclasses.dataclass
@@ -108,7 +110,9 @@ def run(
 
 def _is_done(store: Store, task: Task, when: When) -> bool:
     shape = store.shapes.get((when, task.dtype))
-    return shape is not None and shape.source_sha256 == task.digest and shape.chosen is not None
+    if shape is None or shape.chosen is None:
+        return False
+    return (shape.source_sha256, shape.policy) == (task.digest, task.policy)
 
 
 def _merge(task: Task, store: Store, shapes: Sequence[Measured]) -> None:
@@ -146,8 +150,8 @@ def _tune(
         if unfit.get(candidates[when][0]) == search.NO_TIME:
             continue  # left out: the same command goes on with it
         step(len(candidates[when]) - len(unfit))
-        result = search.tune_shape(measurer, when, candidates[when], unfit, step)
-        shape = Measured.of(when, task.dtype, task.digest, task.made_with, clock() - now, result)
+        result = search.tune_shape(measurer, when, candidates[when], unfit, step, task.policy)
+        shape = Measured.of(when, task.dtype, task.digest, task.made_with, clock() - now, result, task.policy)
         store.add(shape)
         outcome.left_out.remove(when)
         (outcome.failed if shape.chosen is None else outcome.tuned).append(shape)

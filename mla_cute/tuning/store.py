@@ -17,7 +17,7 @@ from ..compile.jit import replace_file
 from ..config import KernelConfig
 from ..tuned.file import values_of, when_of
 from ..tuned.select import Entry, When
-from .search import GAIN, KEEP_WITHIN, RUNGS, Result
+from .search import GAIN, KEEP_WITHIN, POLICIES, RUNGS, Result
 
 SCHEMA = 1
 KIND = "mla_cute.tuning"
@@ -28,6 +28,11 @@ METHOD = {
     f"{KEEP_WITHIN:.0%} of the best, and the default",
     "choice": f"the default, unless another is more than {GAIN:.0%} faster over all rounds and each half of them, "
     "and over new rounds after it was picked; us and default_us of a shape are the medians of these",
+    "policy": "graph: us is what is compared; eager: us and host_us, the host's time of a call with a plan",
+    "us_chained": "of what was timed to the end: a call in a graph of several, back to back over the slots, L2 emptied "
+    "in front of the first; nothing is chosen by it",
+    "sm_mhz, watts, throttled": "means of NVML after each burst of the last rung, and what kept the clock down; a rung "
+    "that was kept down is timed once more after a rest, and that counts; null without nvidia-ml-py",
     "rung": "number of rungs the candidate was timed in; 0: not timed",
 }
 
@@ -50,10 +55,18 @@ class Measured:
     runner_up_us: float | None
     candidates: tuple[dict[str, Any], ...]
     runner_up: KernelConfig | None = None
+    policy: str = "graph"
 
     @classmethod
     def of(
-        cls, when: When, dtype: str, digest: str, made_with: dict[str, Any], seconds: float, result: Result
+        cls,
+        when: When,
+        dtype: str,
+        digest: str,
+        made_with: dict[str, Any],
+        seconds: float,
+        result: Result,
+        policy: str = "graph",
     ) -> Measured:
         chosen, runner_up = result.chosen, result.runner_up if result.chosen else None
         tried = tuple(
@@ -63,6 +76,11 @@ class Measured:
                 "samples": len(trial.samples),
                 "rung": trial.rung,
                 "verdict": trial.verdict,
+                "us_chained": None if trial.us_chained is None else round(trial.us_chained, 3),
+                "host_us": None if trial.host_us is None else round(trial.host_us, 2),
+                "sm_mhz": trial.conditions and trial.conditions.sm_mhz,
+                "watts": trial.conditions and trial.conditions.watts,
+                "throttled": None if trial.conditions is None else list(trial.conditions.throttled),
             }
             for trial in result.trials
         )
@@ -79,6 +97,7 @@ class Measured:
             runner_up_us=round(runner_up.us, 3) if runner_up else None,
             candidates=tried,
             runner_up=runner_up.config if runner_up else None,
+            policy=policy,
         )
 
     @property
@@ -108,8 +127,9 @@ class Measured:
     def from_dict(cls, values: Any) -> Measured:
         """Raises ValueError, which names the field, on anything that `to_dict` does not make."""
         names = [field.name for field in dataclasses.fields(cls)]
-        # Records from before there were runners-up have none.
-        _object("", values, [name for name in names if name != "runner_up"])
+        # Records from before these were there do without.
+        _object("", values, [name for name in names if name not in ("runner_up", "policy")])
+        _expect(values.get("policy", "graph") in POLICIES, "policy", f"one of {POLICIES}", values.get("policy"))
         if unknown := sorted(set(values) - set(names)):
             raise ValueError(f"unknown fields {unknown}; known are {names}")
         when = when_of(values["when"])
@@ -166,6 +186,9 @@ def _check_trial(name: str, trial: Any) -> None:
     _config(f"{name}.config", trial["config"])
     _expect(isinstance(trial["verdict"], str), f"{name}.verdict", "a text", trial["verdict"])
     _expect(trial["us"] is None or _is_time(trial["us"]), f"{name}.us", "a number > 0 or null", trial["us"])
+    for field in ("us_chained", "host_us", "sm_mhz", "watts"):  # of newer records
+        value = trial.get(field)
+        _expect(value is None or _is_time(value), f"{name}.{field}", "a number > 0 or null", value)
     for field in ("samples", "rung"):
         _expect(type(trial[field]) is int, f"{name}.{field}", "an integer", trial[field])
 

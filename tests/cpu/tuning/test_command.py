@@ -79,7 +79,7 @@ def both(*arguments):
     [
         ["--recipe", "small"],
         ["--recipe", "small", "--recipe", "a b.toml", "--budget", "1.5h", "--dtype", "fp16"],
-        ["--from-log", "x.jsonl", "--kv-len", "64,128"],
+        ["--from-log", "x.jsonl", "--kv-len", "64,128", "--policy", "eager"],
         ["--op", "decode,prefill", "--heads", "16", "--batch", "1,4", "--kv-format", "none,tensor", "--q-fp8"],
     ],
 )
@@ -195,6 +195,18 @@ def test_an_option_that_does_not_parse_is_named():
         done = typer_run(*arguments)
         assert done.exit_code == 2
         assert f"{arguments[0]}: expected" in done.output
+
+
+def test_a_policy_is_one_of_two(fake_gpu, tmp_path, capsys):
+    arguments = ("--recipe", "small", "--out", tmp_path / "X.json", "--policy")
+    with pytest.raises(SystemExit):
+        command.main([str(x) for x in (*arguments, "fast")])
+    assert "invalid choice: 'fast'" in capsys.readouterr().err
+    done = typer_run(*arguments, "fast")
+    assert (done.exit_code, "--policy: expected one of graph, eager, got 'fast'" in done.output) == (2, True)
+    assert both(*arguments, "eager") == (0, 0)
+    assert {shape.policy for shape in store.load(tmp_path / "X.measurements.json")[1]} == {"eager"}
+    assert select.load(tmp_path / "X.json").made_with["command"] == "mla-cute tune --recipe small --policy eager"
 
 
 def test_without_a_gpu_no_process_is_started(monkeypatch, capsys):

@@ -120,3 +120,13 @@ def test_a_run_that_goes_on_mends_the_entry_of_the_partner(tmp_path):
     assert tuned(tmp_path, us, [UNIFORM])[UNIFORM].config == HINT
     entries = tuned(tmp_path, us, [UNIFORM, RAGGED])
     assert {entry.config for entry in entries.values()} == {DEFAULT}
+
+
+@pytest.mark.parametrize(("policy", "config"), [("graph", HINT), ("eager", DEFAULT)])
+def test_slowdowns_are_of_what_the_policy_compares(tmp_path, policy, config):
+    """1.25x of the default against 1.21x of HINT; beside 300 us of the host both are 1.05x, and the default stays."""
+    todo = task(tmp_path, whens=[UNIFORM, RAGGED], policy=policy)
+    measurer = FakeMeasurer(by({HINT: 80.0}, {HINT: 121.0}))
+    measurer.host_of = lambda config: 300.0
+    run(todo, measurer)
+    assert {entry.config for entry in select.load(todo.out).entries} == {config}

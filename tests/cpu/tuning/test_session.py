@@ -380,6 +380,12 @@ def test_a_damaged_or_foreign_measurements_file_is_an_error_that_names_it(tmp_pa
         (lambda shape: shape["when"].update(op="sleep"), r"shapes\[0\]: when.op: expected one of"),
         (lambda shape: shape.update(default_us=math.nan), r"shapes\[0\]: default_us: expected a number > 0"),
         (lambda shape: shape.update(runner_up_us="9"), r"shapes\[0\]: runner_up_us: expected a number > 0 or null"),
+        (
+            lambda shape: shape.update(policy="fast"),
+            r"shapes\[0\]: policy: expected one of \('graph', 'eager'\), got 'fast'",
+        ),
+        (lambda shape: shape.update(runner_up=3), r"shapes\[0\]: runner_up: expected an object, got 3"),
+        (lambda shape: shape["candidates"][0].update(sm_mhz="x"), r"candidates\[0\]\.sm_mhz: expected a number > 0 or"),
         (lambda shape: shape.update(chosen=[]), r"shapes\[0\]: chosen: expected an object, got \[\]"),
         (lambda shape: shape.update(made_with=None), r"shapes\[0\]: made_with: expected an object, got None"),
         (lambda shape: shape.update(candidates=[]), r"shapes\[0\]: candidates: expected the default first, got \[\]"),
@@ -416,3 +422,43 @@ def test_the_measurements_are_one_shape_a_line(tmp_path):
 def test_group_names():
     assert session.group_of(DECODE) == "decode, 16-bit cache"
     assert session.group_of(When("prefill", "group", True, 1, 1, 1, 1, 1)) == "prefill, group FP8, q e4m3"
+
+
+def test_rows_say_what_was_measured_beside_the_gpus_time(tmp_path):
+    todo, measurer = task(tmp_path, whens=[DECODE], policy="eager"), FakeMeasurer(faster)
+    measurer.at = search.Conditions(1500.0, 612.0, ("SW Power Cap",))
+    run(todo, measurer)
+    [shape] = store.load(todo.measurements)[1]
+    assert shape.policy == "eager"
+    chosen = next(row for row in shape.candidates if row["verdict"] == "chosen")
+    assert {name: chosen[name] for name in ("us", "us_chained", "host_us", "sm_mhz", "watts", "throttled")} == {
+        "us": 90.0, "us_chained": 45.0, "host_us": 20.0,
+        "sm_mhz": 1500.0, "watts": 612.0, "throttled": ["SW Power Cap"],
+    }  # fmt: skip
+    dropped = next(row for row in shape.candidates if row["verdict"].startswith("dropped"))
+    assert (dropped["us_chained"], dropped["host_us"]) == (None, 20.0)
+    todo = task(tmp_path / "plain", whens=[DECODE])
+    run(todo)
+    rows = store.load(todo.measurements)[1][0].candidates
+    assert {row[name] for row in rows for name in ("host_us", "sm_mhz", "watts", "throttled")} == {None}
+
+
+def test_a_shape_is_measured_again_for_another_policy(tmp_path):
+    graph, eager = (task(tmp_path, whens=[DECODE], policy=policy) for policy in ("graph", "eager"))
+    assert run(graph)[0].resumed == []
+    assert run(graph)[0].resumed == [DECODE]
+    assert run(eager)[0].resumed == []
+    assert run(eager)[0].resumed == [DECODE]
+
+
+def test_records_from_before_are_read(tmp_path):
+    todo = task(tmp_path, whens=[DECODE])
+    run(todo)
+    values = json.loads(todo.measurements.read_text())
+    for name in ("runner_up", "policy"):
+        del values["shapes"][0][name]
+    for row in values["shapes"][0]["candidates"]:
+        for name in ("us_chained", "host_us", "sm_mhz", "watts", "throttled"):
+            del row[name]
+    todo.measurements.write_text(json.dumps(values))
+    assert run(todo)[0].resumed == [DECODE]
