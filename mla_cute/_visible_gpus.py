@@ -1,7 +1,8 @@
-"""The GPUs that torch would see, for a process that must not initialise CUDA: run as a script by another one.
+"""What the driver says of GPUs: those that torch would see, and attributes of one.
 
-A driver that is initialised before a fork is lost to the forked process. As a script this file imports nothing of the
-package and no torch, so it takes the driver's own time and little more.
+`visible` is for a process that must not initialise CUDA, and is run as a script by another one: a driver that
+is initialised before a fork is lost to the forked process. As a script this file imports nothing of the package and no
+torch, so it takes the driver's own time and little more.
 """
 
 import ctypes
@@ -11,6 +12,8 @@ from typing import Any
 
 _NO_DEVICE = 100
 _MULTIPROCESSOR_COUNT = 16
+# CU_DEVICE_ATTRIBUTE_*: kHz, kHz, bits.
+CLOCK_RATE, MEMORY_CLOCK_RATE, GLOBAL_MEMORY_BUS_WIDTH = 13, 36, 37
 
 
 def visible(cuda: Any) -> list[tuple[str, int]]:
@@ -37,6 +40,17 @@ def visible(cuda: Any) -> list[tuple[str, int]]:
         check("cuDeviceGetAttribute", ctypes.byref(sm_count), _MULTIPROCESSOR_COUNT, device)
         found.append((name.value.decode(errors="replace"), sm_count.value))
     return found
+
+
+def attribute(cuda: Any, index: int, number: int) -> int | None:
+    """An attribute of GPU `index` from a loaded libcuda, in a process that has initialised it; None where the driver
+    does not say, or says 0."""
+    device, value = ctypes.c_int(0), ctypes.c_int(0)
+    if cuda.cuDeviceGet(ctypes.byref(device), index):
+        return None
+    if cuda.cuDeviceGetAttribute(ctypes.byref(value), number, device):
+        return None
+    return value.value if value.value > 0 else None
 
 
 def main() -> None:

@@ -4,7 +4,8 @@ import dataclasses
 import functools
 from typing import Any
 
-from .dims import TILE16_M
+from .dims import BLOCK, TILE16_M, TILE_M
+from .gpu import H200, GpuSpeed
 from .kernels.keys import LaunchConfig
 
 KERNELS = ("auto", "tile64", "tile16")
@@ -70,6 +71,11 @@ class KernelConfig:
         return config
 
 
+def differences(config: KernelConfig, base: KernelConfig) -> dict[str, Any]:
+    """The fields of `config` that differ from `base`, in their order, with their values in `config`."""
+    return {name: value for name, value in config.to_dict().items() if value != getattr(base, name)}
+
+
 _TYPES = {field.name: type(field.default) for field in dataclasses.fields(KernelConfig)}
 
 
@@ -111,12 +117,57 @@ def why_infeasible(config: KernelConfig) -> str | None:
     return None
 
 
+# ------------------------------------------------------------------------------------------------------------ defaults
+#
+# What was measured is microseconds on an H200. The planner counts in blocks of 64 tokens, which take another time on
+# another GPU, so that a cost of so many us is another number of blocks there. Records are in tune/measurements, the
+# sections in docs/performance.md.
+
+# Bytes of a block of a 16-bit cache of 512 + 64 channels, and what of the peak reads get: 4431 of 4917 GB/s in
+# NVIDIA_H200/table_untuned_2026-11-28.json, 3063 of 3352 in NVIDIA_H100_80GB_HBM3/table_2026-11-28.json.
+_BLOCK_BYTES, _READ_SHARE = BLOCK * 2 * (512 + 64), 0.9
+# Cycles of a tile of 64 tokens. tile64: half of a pair's 5700, in 4352 of which the tensor cores work (section Open).
+# tile16: 1.0 us, the slope between 128 heads, 1 x 8192 and 4 x 8192 with L2 emptied, 18.3 and 41.2 us for 7.8 and 31
+# tiles (section "Code that is not in L2"); its tensor cores work a quarter of tile64's, for a quarter of the rows.
+_TILE64_CYCLES, _TILE64_TENSOR_CYCLES = 2850, 2176
+_TILE16_CYCLES, _TILE16_TENSOR_CYCLES = 1980, 544
+
+# An item that a CTA starts counts as 4 of the H200's blocks, 8.8 us up to 64 heads. Starting takes 1 to 2 us, and
+# counting 2, 1 or 0 blocks was 0 to 3 % faster or slower in ragged batches (section "tile16 over 16-bit caches").
+_ITEM_BLOCKS = 4
+# What cutting costs whatever is cut, in the H200's blocks, 4.4 us up to 64 heads: merging took 3.7 to 5.7 us (section
+# "Merging what was cut").
+_MERGE_BLOCKS = 2
+# And for each 64 heads. It is memory traffic, and so as many blocks on every GPU: 64 partial rows of 512 floats, as
+# they were when this was chosen, are 262 KB written and read, 3.6 blocks. In 16 bits, as now, they are half of it.
+_PARTIAL_BLOCKS = 4
+
+
+def block_us(num_heads: int, gpu: GpuSpeed, decodes: bool = True) -> float:
+    """Time of a 64-token block of a CTA while all SMs of the GPU work, over a 16-bit cache: of its loads or, where that
+    is more, of the tile. Row tiles share the loads of a block, and those of a prefill are so many that loads do not
+    count."""
+    is_tile16 = decodes and num_heads <= TILE16_M
+    cycles, tensor = (_TILE16_CYCLES, _TILE16_TENSOR_CYCLES) if is_tile16 else (_TILE64_CYCLES, _TILE64_TENSOR_CYCLES)
+    tile_us = max(cycles, tensor / gpu.tensor_share) / gpu.clock_mhz
+    loads_us = _BLOCK_BYTES / (_READ_SHARE * gpu.gbps_per_sm * 1e3) / -(-num_heads // TILE_M)
+    return max(loads_us, tile_us) if decodes else tile_us
+
+
 @functools.lru_cache(maxsize=4096)
-def default_config(num_heads: int, page_size: int, batch: int, num_sms: int) -> KernelConfig:
-    """The configuration used when no tuned entry applies."""
-    del page_size, batch, num_sms
-    config = KernelConfig(split_penalty=2 + (4 * min(num_heads, 128) + 63) // 64)
-    return _with_pieces(config, tile16=num_heads <= TILE16_M)
+def default_config(num_heads: int, gpu: GpuSpeed, decodes: bool = True) -> KernelConfig:
+    """The configuration used when no tuned entry applies, for decode (and sparse) or prefill.
+
+    On an H200 it is what was measured; on other GPUs a cost in us is as many us, in blocks of theirs. It depends on the
+    GPU and the heads alone, so that results of one GPU do not go by what else is in a batch.
+    """
+    heads = min(num_heads, 128) if decodes else TILE_M
+    blocks = block_us(heads, H200, decodes) / block_us(heads, gpu, decodes)
+    config = KernelConfig(
+        item_overhead=max(1, round(_ITEM_BLOCKS * blocks)),
+        split_penalty=round(_MERGE_BLOCKS * blocks) - (-_PARTIAL_BLOCKS * heads // TILE_M),
+    )
+    return _with_pieces(config, tile16=decodes and num_heads <= TILE16_M)
 
 
 def _with_pieces(config: KernelConfig, tile16: bool) -> KernelConfig:
@@ -131,8 +182,9 @@ def with_kernel(config: KernelConfig, kv_format: str, kernel: str) -> KernelConf
     return dataclasses.replace(config, fp8_kernel=kernel) if kv_format else dataclasses.replace(config, kernel=kernel)
 
 
-# For up to 32, for up to 64 and for more heads: tiles per SM up to which a step is small. See `is_small_step`.
-_SMALL_STEP_TILES = {
+# For up to 32, for up to 64 and for more heads: us of tile16's work on an SM up to which a step is small; on an H200,
+# where a tile takes 1 us, as many tiles. See `is_small_step`.
+_SMALL_STEP_US = {
     "16-bit cache": (20, 12, 6),
     "FP8 cache, 16-bit queries": (36, 18, 16),
     "FP8 cache, e4m3 queries": (20, 10, 8),
@@ -141,7 +193,7 @@ _SMALL_STEP_TILES = {
 
 
 def is_small_step(
-    kv_format: str, q_fp8: bool, num_heads: int, batch: int, kv_len: int, num_sms: int, gathers: bool
+    kv_format: str, q_fp8: bool, num_heads: int, batch: int, kv_len: int, gpu: GpuSpeed, gathers: bool
 ) -> bool:
     """Whether a decode step of more than 16 heads is so small that tile16 is the faster kernel.
 
@@ -149,9 +201,15 @@ def is_small_step(
     weights of a layer empty it in an engine, and without (docs/performance.md). A tile costs tile16 more: as many times
     as its heads take tiles, the keys come from L2 again. A row-tile step costs more to begin, most of all where 16-bit
     queries are converted for an FP8 cache. `gathers`: keys come one by one, for each tile of heads anew.
+
+    What row tiles take longer to begin is us, mostly of fetching code. A tile is cycles: L2 and mma.sync run with the
+    SMs, and a tile over half the bytes, in FP8, takes as long. So the limit in tiles goes with the clock. It goes by
+    neither the memory's bandwidth, from which both kernels read each key once, nor slower tensor cores, which slow both
+    (what that does to their ratio was not measured).
     """
-    tiles = batch * -(-kv_len // 64) * -(-num_heads // TILE16_M) / num_sms
+    tile_us = _TILE16_CYCLES / gpu.clock_mhz
+    us = batch * -(-kv_len // BLOCK) * -(-num_heads // TILE16_M) / gpu.sm_count * tile_us
     of_cache = "16-bit cache"
     if kv_format:
         of_cache = f"FP8 cache, {'gathered' if gathers else 'e4m3 queries' if q_fp8 else '16-bit queries'}"
-    return tiles <= _SMALL_STEP_TILES[of_cache][0 if num_heads <= 32 else 1 if num_heads <= 64 else 2]
+    return us <= _SMALL_STEP_US[of_cache][0 if num_heads <= 32 else 1 if num_heads <= 64 else 2]

@@ -3,6 +3,7 @@
 Nothing here initialises CUDA in a process that has no GPU, and nothing raises: a fact that cannot be read is None.
 """
 
+import ctypes
 import functools
 import json
 import pathlib
@@ -27,6 +28,63 @@ _PACKAGES = {
     "tvm_ffi": "apache-tvm-ffi",
     "cuda_bindings": "cuda-bindings",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class GpuSpeed:
+    """What the default configuration on a GPU follows from (config.py). None: not known, which counts as an H200's.
+
+    sm_count       SMs
+    memory_gbps    peak of the memory, GB/s (1e9 bytes): twice its clock times the width of its bus
+    sm_mhz         the highest clock of the SMs
+    tensor_share   products a cycle of an SM's tensor cores, as a share of an H200's
+    """
+
+    sm_count: int
+    memory_gbps: float | None = None
+    sm_mhz: float | None = None
+    tensor_share: float = 1.0
+
+    @property
+    def gbps_per_sm(self) -> float:
+        return _H200_GBPS / _H200_SMS if self.memory_gbps is None else self.memory_gbps / self.sm_count
+
+    @property
+    def clock_mhz(self) -> float:
+        return _H200_MHZ if self.sm_mhz is None else self.sm_mhz
+
+
+# Clocks as its records in tune/measurements have them, and a bus of 6144 bits: 2 * 3201 MHz * 768 bytes.
+_H200_SMS, _H200_GBPS, _H200_MHZ = 132, 4916.7, 1980.0
+H200 = GpuSpeed(_H200_SMS, _H200_GBPS, _H200_MHZ)
+
+# No attribute tells how fast tensor cores are. NVIDIA names 148 TFLOP/s of bf16 for the 78 SMs of an H20, 989 for the
+# 132 of an H100: a quarter of the products a cycle, at like clocks.
+_H20, _H20_TENSOR_SHARE = re.compile(r"\bH20\b"), 0.25
+
+
+def speed(device: torch.device) -> GpuSpeed:
+    """Of a CUDA device, in a process that has initialised CUDA. Asks the driver for attributes and starts nothing: the
+    first call of a server does it, perhaps under CUDA-graph capture."""
+    properties = torch.cuda.get_device_properties(device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    clock, memory_clock, bus = _attributes(
+        index, _visible_gpus.CLOCK_RATE, _visible_gpus.MEMORY_CLOCK_RATE, _visible_gpus.GLOBAL_MEMORY_BUS_WIDTH
+    )
+    return GpuSpeed(
+        sm_count=properties.multi_processor_count,
+        memory_gbps=None if memory_clock is None or bus is None else round(2 * memory_clock * bus / 8e6, 1),
+        sm_mhz=None if clock is None else clock / 1e3,
+        tensor_share=_H20_TENSOR_SHARE if _H20.search(properties.name) else 1.0,
+    )
+
+
+def _attributes(index: int, *numbers: int) -> list[int | None]:
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return [None for _ in numbers]
+    return [_visible_gpus.attribute(cuda, index, number) for number in numbers]
 
 
 @dataclass(frozen=True)

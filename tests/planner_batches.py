@@ -4,6 +4,7 @@ import dataclasses
 import random
 
 from mla_cute.config import KernelConfig, default_config
+from mla_cute.gpu import H200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ def random_batches(count: int, seed: int) -> list[Batch]:
         num_heads = rng.choice([1, 8, 16, 64, 65, 128])
         config = rng.choice(
             [
-                default_config(num_heads, 64, size, 132),
+                default_config(num_heads, H200),
                 KernelConfig(min_blocks=2, item_overhead=0, split_penalty=0),
                 KernelConfig(min_blocks=8, item_overhead=9, split_penalty=3),
                 KernelConfig(min_blocks=64, item_overhead=1, split_penalty=1000),

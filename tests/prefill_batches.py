@@ -4,6 +4,7 @@ import dataclasses
 import random
 
 from mla_cute.config import KernelConfig, default_config
+from mla_cute.gpu import H200
 
 HEADS = (1, 6, 12, 16, 24, 48, 64, 96, 128)
 MOST_TILES = 3000  # of 64 rows: plain Python has to rank them
@@ -50,7 +51,7 @@ def random_prefill_batches(count: int, seed: int) -> list[PrefillBatch]:
             kv_lens = [rng.randint(0, 2 * q) for q in q_lens]
         config = rng.choice(
             [
-                default_config(num_heads, 64, size, 132),
+                default_config(num_heads, H200),
                 KernelConfig(min_blocks=2, item_overhead=0, split_penalty=0),
                 KernelConfig(min_blocks=8, item_overhead=9, split_penalty=3),
                 KernelConfig(min_blocks=64, item_overhead=1, split_penalty=1000),

@@ -375,7 +375,9 @@ FP8_BARS = tuple(
 
 GRID_HEADS, GRID_BATCHES = (8, 16, 32, 64, 128), (1, 4, 16, 64, 128)
 GRID_LENGTHS = (1024, 4096, 8192, 32768, 131072)
-RAGGED = tuple(Case(h, b, 1024, longest=32768) for h in (16, 64, 128) for b in (16, 64, 128))
+# The longest request of a ragged batch over its shortest, at least.
+RAGGED_SPAN = 32
+RAGGED = tuple(Case(h, b, 32768 // RAGGED_SPAN, longest=32768) for h in (16, 64, 128) for b in (16, 64, 128))
 
 
 def _sparse(num_heads: int, tokens: int, context: int = 0, **options: Any) -> Case:

@@ -36,9 +36,9 @@ class KvPool:
         self._generator = torch.Generator(device=device).manual_seed(seed)
 
     @classmethod
-    def of(cls, cases: Iterable[Case | PrefillCase], device: torch.device) -> "KvPool":
+    def of(cls, cases: Iterable[Case | PrefillCase], device: torch.device, seed: int = 0) -> "KvPool":
         """Large enough for each of the cases."""
-        return cls(max([64, *(-(-case.pool_bytes // TOKEN_BYTES[""]) for case in cases)]), device)
+        return cls(max([64, *(-(-case.pool_bytes // TOKEN_BYTES[""]) for case in cases)]), device, seed)
 
     def caches(self, case: Case | PrefillCase) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]]:
         """ckv [num_pages, page_size, ckv_dim], kpe [.., kpe_dim], the pool as one fused buffer, and the scale

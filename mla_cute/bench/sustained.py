@@ -25,6 +25,16 @@ SLICE_S = 0.005
 SLICES_AHEAD = 3
 
 
+# NVML's bits of what keeps the clock down under load, by nvidia-smi's names. An application's clock is none of them.
+THROTTLES = {
+    0x04: "SW Power Cap",
+    0x08: "HW Slowdown",
+    0x20: "SW Thermal Slowdown",
+    0x40: "HW Thermal Slowdown",
+    0x80: "HW Power Brake Slowdown",
+}
+
+
 class Meter(Protocol):
     def read(self) -> tuple[int, int]:
         """Energy in mJ, counted from any moment, and the SM clock in MHz, of now."""
@@ -51,6 +61,18 @@ class NvmlMeter:
             self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._gpu),
             self._nvml.nvmlDeviceGetClockInfo(self._gpu, self._nvml.NVML_CLOCK_SM),
         )
+
+    def moment(self) -> tuple[int, float, int]:
+        """The SM clock in MHz, power in W and the bits of THROTTLES and others, of now. RuntimeError where NVML does
+        not say."""
+        try:
+            return (
+                self._nvml.nvmlDeviceGetClockInfo(self._gpu, self._nvml.NVML_CLOCK_SM),
+                self._nvml.nvmlDeviceGetPowerUsage(self._gpu) * 1e-3,
+                self._nvml.nvmlDeviceGetCurrentClocksThrottleReasons(self._gpu),
+            )
+        except self._nvml.NVMLError as error:
+            raise RuntimeError(f"NVML reads no clocks of this GPU: {error}") from None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.progress import TextColumn
 
+from ..tuned import diff
 from ..tuning import command
 from ..tuning.options import OPTIONS, REPORT_OPTIONS
 from .parameters import takes
@@ -43,8 +44,9 @@ class RichScreen:
         self._bar.update(self._task, completed=done, total=total, description=label, left=left)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        options: dict[str, Any] = {"drop": _DROP, "fold": columns[:1], "wide": self._wide}
-        show_table(title, columns, rows, on=self._above_the_bar(), **options)
+        texts = 3 if columns == diff.COLUMNS else 1
+        options: dict[str, Any] = {"drop": _DROP, "fold": columns[:texts], "wide": self._wide}
+        show_table(title, columns, rows, text_columns=texts, on=self._above_the_bar(), **options)
 
     def _above_the_bar(self) -> Console | None:
         """The console of the bar where both are seen in one terminal: lines of another would begin in the bar's."""

@@ -305,7 +305,7 @@ def _gpus() -> list[tuple[str, int]]:
     if not torch.cuda.is_initialized():
         return _ask_for_gpus()
     gpu = select.gpu_of(torch.device("cuda", torch.cuda.current_device()))
-    return [] if gpu is None else [gpu]
+    return [] if gpu is None else [(gpu[0], gpu[1].sm_count)]
 
 
 def _ask_for_gpus() -> list[tuple[str, int]]:

@@ -6,12 +6,12 @@ import dataclasses
 
 import torch
 
-from ..config import KernelConfig
+from ..config import KernelConfig, differences
 from ..dims import MAX_HEADS
 from ..expect import expect_bool, expect_int
 from ..plan import expect_hints, num_sms
 from . import select
-from .file import TUNED_OPS
+from .file import TUNED_OPS, Entry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,15 +39,28 @@ class Explanation:
         if entry is not None:
             runner_up = "" if entry.runner_up_us is None else f", next best {entry.runner_up_us:g} us"
             lines += [
+                f"  why       nearest of {selection.among} in its class: {self._apart(entry)}",
                 f"  timed     {entry.when}; distance {self.distance:.2f}",
                 f"            {entry.us:g} us, default {entry.default_us:g} us{runner_up}: "
                 f"{entry.default_us / entry.us:.3f}x",
             ]
+            if entry.runner_up is not None:
+                changed = differences(entry.runner_up, entry.config).items()
+                lines.append(f"  next best {', '.join(f'{name}={value!r}' for name, value in changed)}")
         return "\n".join([*lines, f"  config    {selection.config}", f"  kernel    {self.kernel}"])
+
+    def _apart(self, entry: Entry) -> str:
+        """ "batch 64 by 32, length 16384 by 8192": in what the call is not the shape that was timed, the call first."""
+        call, timed = self.selection.when, entry.when
+        names = {"op": "op", "num_heads": "heads", "page_size": "page size", "q_len": "query tokens", "batch": "batch"}
+        if call.kv_len is not None:
+            names["kv_len"] = "length"
+        pairs = [(text, getattr(call, name), getattr(timed, name)) for name, text in names.items()]
+        return ", ".join(f"{text} {own} by {its}" for text, own, its in pairs if own != its) or "the same shape"
 
     def _device_name(self) -> str:
         gpu = select.gpu_of(self.device)
-        return str(self.device) if gpu is None else f"{gpu[0]} ({self.device}, {gpu[1]} SMs)"
+        return str(self.device) if gpu is None else f"{gpu[0]} ({self.device}, {gpu[1].sm_count} SMs)"
 
 
 def explain(

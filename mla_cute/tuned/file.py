@@ -2,13 +2,17 @@
 
     {"schema": 1,
     "gpu": {"name": "NVIDIA H200", "sm_count": 132, "clock_mhz": 1980, "memory_gbps": 4350.0},
-    "made_with": {"mla_cute": "0.1.0", "cutlass_dsl": "4.8.1", "driver": "580.159.04", "date": "2026-11-24"},
+    "made_with": {"mla_cute": "0.1.0", "cutlass_dsl": "4.8.1", "driver": "580.159.04", "date": "2026-11-24",
+    "torch": "2.13.0+cu130", "toolkit": "cu13", "command": "mla-cute tune --recipe small", "seed": 0, "commit": "1a0c"},
     "entries": [
-    {"when": {"op": "decode", ...}, "config": {...}, "us": 48.1, "default_us": 49.2, "runner_up_us": 48.3}
+    {"when": {"op": "decode", ...}, "config": {...}, "us": 48.1, "default_us": 49.2, "runner_up_us": 48.3,
+    "runner_up": {"min_blocks": 4}}
     ]}
 
 `when` are the fields of :class:`When`, `config` those of :class:`~mla_cute.KernelConfig` (absent ones have their
-default). A file is valid as a whole or refused as a whole, with an error that names file and entry.
+default), `runner_up` those in which the next best configuration differs from `config`. What is in the second line of
+`made_with`, and `runner_up`, may be missing. A file is valid as a whole or refused as a whole, with an error that names
+file and entry.
 """
 
 from __future__ import annotations
@@ -23,15 +27,17 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..compile.jit import replace_file
-from ..config import KernelConfig, why_infeasible
+from ..config import KernelConfig, differences, why_infeasible
 from ..dims import KV_FORMATS, MAX_HEADS
 from ..kernels.registry import OPS
 
 SCHEMA = 1
 # "sparse": mla_sparse, which decode's kernels run.
 TUNED_OPS = (*OPS, "sparse")
+LENGTHS = ("uniform", "ragged")
 _GPU_FIELDS = ("name", "sm_count", "clock_mhz", "memory_gbps")
 _MADE_WITH_FIELDS = ("mla_cute", "cutlass_dsl", "driver", "date")
+_MADE_WITH_LATER = ("torch", "toolkit", "command", "seed", "commit")
 # A merge reads and writes one small file: a holder that takes longer is stuck.
 _LOCK_TIMEOUT_S = 60.0
 
@@ -49,6 +55,8 @@ class When:
     batch       requests; of sparse query tokens
     kv_len      no request has more keys than this; None: not known. Of an entry: the length that was timed. Of sparse
                 columns of the lists
+    lengths     of an entry, "uniform": every request had kv_len tokens; "ragged", decode only: between kv_len / 32 and
+                kv_len, log-uniform. Of calls always "uniform": no host knows it
     """
 
     op: str
@@ -59,6 +67,7 @@ class When:
     q_len: int
     batch: int
     kv_len: int | None
+    lengths: str = "uniform"
 
     @property
     def decodes(self) -> bool:
@@ -73,27 +82,35 @@ class When:
             return f"sparse, {self.num_heads} heads, {self.batch} query tokens, {lists}, {cache}"
         queries = f", {self.q_len} query tokens" if self.op == "prefill" else ""
         keys = "length not known" if self.kv_len is None else f"length {self.kv_len}"
+        if self.lengths == "ragged":
+            keys = f"ragged lengths up to {self.kv_len}"
         return (
             f"{self.op}, {self.num_heads} heads, page size {self.page_size}, batch {self.batch}{queries}, {keys}, "
             f"{cache}"
         )
 
 
+_WHEN_FIELDS = tuple(field.name for field in dataclasses.fields(When) if field.name != "lengths")
+
+
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A shape that was timed: the configuration chosen, and medians in us of it, the default and the next best."""
+    """A shape that was timed: the configuration chosen, and medians in us of it, the default and the next best, which
+    is `runner_up` where that is known."""
 
     when: When
     config: KernelConfig
     us: float
     default_us: float
     runner_up_us: float | None
+    runner_up: KernelConfig | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class TunedFile:
-    """`gpu`: name, sm_count, clock_mhz and memory_gbps (the last two may be None). `made_with`: versions of mla_cute,
-    cutlass_dsl and driver, and a date, as texts (or None) of what wrote the file last."""
+    """`gpu`: name, sm_count, clock_mhz and memory_gbps (the last two may be None). `made_with` is of what wrote the
+    file last, in texts or None: versions of mla_cute, cutlass_dsl and driver, a date; and in files of today the version
+    of torch, the DSL's toolkit ("cu13"), the command, the seed of its inputs (an int) and the commit."""
 
     gpu: dict[str, Any]
     made_with: dict[str, Any]
@@ -127,7 +144,7 @@ def load(path: str | os.PathLike[str]) -> TunedFile:
 
 def when_of(values: object) -> When:
     """A `When` from its fields. ValueError that names the first wrong one."""
-    found = _fields("when", values, tuple(field.name for field in dataclasses.fields(When)))
+    found = _fields("when", values, _WHEN_FIELDS, ("lengths",))
     _one_of("when.op", found["op"], TUNED_OPS)
     _one_of("when.kv_format", found["kv_format"], ("", *KV_FORMATS))
     if type(found["q_fp8"]) is not bool:
@@ -143,7 +160,18 @@ def when_of(values: object) -> When:
         raise ValueError(f"when.page_size: expected 1 for sparse, got {found['page_size']}")
     if found["kv_len"] is not None:
         _int_from("when.kv_len", found["kv_len"], 1)
+    _one_of("when.lengths", lengths := found.get("lengths", "uniform"), LENGTHS)
+    if lengths == "ragged" and (found["op"] != "decode" or found["kv_len"] is None):
+        raise ValueError(f"when.lengths: expected 'uniform' but of decode with a kv_len, got 'ragged' of {found['op']}")
     return When(**found)
+
+
+def values_of(when: When) -> dict[str, Any]:
+    """Its fields in JSON; uniform lengths go without saying."""
+    values = dataclasses.asdict(when)
+    if when.lengths == "uniform":
+        del values["lengths"]
+    return values
 
 
 def _parse(values: object) -> TunedFile:
@@ -159,9 +187,11 @@ def _parse(values: object) -> TunedFile:
     for name in ("clock_mhz", "memory_gbps"):
         if gpu[name] is not None:
             _positive(f"gpu.{name}", gpu[name])
-    made_with = _fields("made_with", found["made_with"], _MADE_WITH_FIELDS)
+    made_with = _fields("made_with", found["made_with"], _MADE_WITH_FIELDS, _MADE_WITH_LATER)
     for name, value in made_with.items():
-        if value is not None:
+        if name == "seed":
+            _int_from("made_with.seed", value, 0)
+        elif value is not None:
             _text(f"made_with.{name}", value)
     if not isinstance(found["entries"], list):
         raise ValueError(f"entries: expected a list, got {_short(found['entries'])}")
@@ -180,34 +210,45 @@ def _parse(values: object) -> TunedFile:
 
 
 def _entry(values: object) -> Entry:
-    found = _fields("", values, tuple(field.name for field in dataclasses.fields(Entry)))
+    found = _fields("", values, ("when", "config", "us", "default_us", "runner_up_us"), ("runner_up",))
     when = when_of(found["when"])
     if when.kv_len is None:
         raise ValueError("when.kv_len: expected the length that was timed, got null")
-    if not isinstance(found["config"], dict):
-        raise ValueError(f"config: expected an object, got {_short(found['config'])}")
-    try:
-        config = KernelConfig.from_dict(found["config"])
-    except TypeError as error:
-        raise ValueError(str(error)) from None
-    if reason := why_infeasible(config):
-        raise ValueError(f"config: {reason}")
+    config = _config("config", found["config"], {})
     runner_up = found["runner_up_us"]
+    next_best = found.get("runner_up")
+    if next_best is not None and runner_up is None:
+        raise ValueError("runner_up: expected none without a runner_up_us")
     return Entry(
         when,
         config,
         _positive("us", found["us"]),
         _positive("default_us", found["default_us"]),
         None if runner_up is None else _positive("runner_up_us", runner_up),
+        None if next_best is None else _config("runner_up", next_best, config.to_dict()),
     )
 
 
-def _fields(name: str, values: object, expected: tuple[str, ...]) -> dict[str, Any]:
+def _config(name: str, values: object, base: dict[str, Any]) -> KernelConfig:
+    """Of fields that it has beside those of `base`."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{name}: expected an object, got {_short(values)}")
+    try:
+        config = KernelConfig.from_dict(base | values)
+    except (TypeError, ValueError) as error:
+        # They begin with the config that they are of, "config.min_blocks: ...".
+        raise ValueError(f"{name}{str(error).removeprefix('config')}") from None
+    if reason := why_infeasible(config):
+        raise ValueError(f"{name}: {reason}")
+    return config
+
+
+def _fields(name: str, values: object, expected: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, Any]:
     prefix = f"{name}: " if name else ""
     if not isinstance(values, dict):
         raise ValueError(f"{prefix}expected an object, got {_short(values)}")
-    if unknown := sorted(set(values) - set(expected)):
-        raise ValueError(f"{prefix}unknown fields {unknown}; known are {list(expected)}")
+    if unknown := sorted(set(values) - {*expected, *optional}):
+        raise ValueError(f"{prefix}unknown fields {unknown}; known are {[*expected, *optional]}")
     if missing := [field for field in expected if field not in values]:
         raise ValueError(f"{prefix}missing fields {missing}")
     return values
@@ -246,6 +287,7 @@ def sort_key(when: When) -> tuple[Any, ...]:
     """Entries in files stand in this order."""
     return (
         when.op, when.kv_format, when.q_fp8, when.num_heads, when.page_size, when.q_len, when.batch, when.kv_len or 0,
+        when.lengths != "uniform",
     )  # fmt: skip
 
 
@@ -253,7 +295,10 @@ def dump(file: TunedFile) -> str:
     """The JSON text: entries sorted, one a line, times to the ns, so that version control shows which changed."""
     lines = []
     for entry in sorted(file.entries, key=lambda entry: sort_key(entry.when)):
-        values = dataclasses.asdict(entry)
+        values = dataclasses.asdict(entry) | {"when": values_of(entry.when)}
+        del values["runner_up"]
+        if entry.runner_up is not None:
+            values["runner_up"] = differences(entry.runner_up, entry.config)
         for name in ("us", "default_us", "runner_up_us"):
             if values[name] is not None:
                 values[name] = round(float(values[name]), 3)

@@ -32,7 +32,8 @@ Head dimensions are none of it: entries were measured with 512 + 64 and serve ca
 Of these the one at the smallest distance, the sum of |log2| of the four ratios; of several the one with the nearest
 page_size, then the largest kv_len, then the first of a sorted file. A call that knows no kv_len leaves its ratio out.
 Batch-invariant plans take the default: an entry's kernel would depend on the batch, and results with it. The default
-of a decode step with more than 16 heads and a known, small kv_len is the tile16 kernel (config.is_small_step).
+of a GPU follows from its SMs, memory and clock (config.default_config); of a decode step with more than 16 heads and a
+known, small kv_len it is the tile16 kernel (config.is_small_step).
 
 MLA_CUTE_LOG=1 logs each new selection. Logger "mla_cute": without the variable selections are DEBUG and that there is
 no file is INFO, with it both are WARNING, which logging shows unless told otherwise. All three variables are read when
@@ -52,9 +53,11 @@ from collections.abc import Sequence
 
 import torch
 
+from .. import gpu as gpu_facts
 from ..compile import jit
 from ..config import KernelConfig, default_config, is_small_step, with_kernel
 from ..dims import TILE16_M, TILE_M
+from ..gpu import H200, GpuSpeed
 from ..kernels.registry import box_rows_of, step_of, takes_tile16
 from .file import SCHEMA, Entry, TunedFile, When, dump, file_name, load, merge, parse, sort_key
 from .shape_log import read_shapes
@@ -80,13 +83,15 @@ _SPAN = 2.0 - 1e-9
 class Selection:
     """The configuration of a call and where it is from: "shipped NVIDIA_H200.json entry 17", or "default: " and why.
 
-    `entry` is None for a default; `when` is the call's.
+    `entry` is None for a default; `when` is the call's. `among`: entries of the file that are of the call's class, with
+    `entry` the nearest of them that can serve it.
     """
 
     config: KernelConfig
     source: str
     entry: Entry | None
     when: When
+    among: int = 0
 
     @property
     def kernel(self) -> str:
@@ -138,15 +143,14 @@ def select(when: When, device: torch.device, batch_invariant: bool = False) -> S
     )  # fmt: skip
 
 
-def default_for(when: When, sm_count: int, batch_invariant: bool = False) -> KernelConfig:
-    """The configuration of a call that no entry serves."""
-    rows = when.num_heads if when.decodes else TILE_M
-    config = default_config(rows, when.page_size, when.batch, sm_count)
+def default_for(when: When, gpu: GpuSpeed | None, batch_invariant: bool = False) -> KernelConfig:
+    """The configuration of a call that no entry serves; `gpu` is None where there is none."""
+    config = default_config(when.num_heads, gpu or H200, when.decodes)
     # Another kernel is other bits: not by what else is in the batch, where a request's bits are its own.
     may_change = when.decodes and when.num_heads > TILE16_M and not batch_invariant
-    if may_change and sm_count and when.kv_len is not None:
+    if may_change and gpu is not None and when.kv_len is not None:
         gathers = box_rows_of(when.page_size) == 0
-        if is_small_step(when.kv_format, when.q_fp8, when.num_heads, when.batch, when.kv_len, sm_count, gathers):
+        if is_small_step(when.kv_format, when.q_fp8, when.num_heads, when.batch, when.kv_len, gpu, gathers):
             config = with_kernel(config, when.kv_format, "tile16")
     return config
 
@@ -169,20 +173,19 @@ def clear() -> None:
 
 
 @functools.lru_cache
-def gpu_of(device: torch.device) -> tuple[str, int] | None:
-    """Name and SMs of a GPU, None for other devices."""
+def gpu_of(device: torch.device) -> tuple[str, GpuSpeed] | None:
+    """Name and speed of a GPU, None for other devices."""
     if device.type != "cuda":
         return None
-    properties = torch.cuda.get_device_properties(device)
-    return properties.name, properties.multi_processor_count
+    return torch.cuda.get_device_properties(device).name, gpu_facts.speed(device)
 
 
 def _select(when: When, device: torch.device, batch_invariant: bool) -> Selection:
     gpu = gpu_of(device)
     if gpu is None:
-        return Selection(default_for(when, 0), f"default: {device} is no GPU", None, when)
-    name, sm_count = gpu
-    untuned = default_for(when, sm_count, batch_invariant)
+        return Selection(default_for(when, None), f"default: {device} is no GPU", None, when)
+    name, speed = gpu
+    untuned = default_for(when, speed, batch_invariant)
     default = functools.partial(Selection, untuned, entry=None, when=when)
     if is_off():
         return default("default: MLA_CUTE_TUNED=0")
@@ -197,13 +200,13 @@ def _select(when: When, device: torch.device, batch_invariant: bool) -> Selectio
         return default(f"default: no tuned file {file_name(name)}")
     label, path = found
     source = f"{label} {path.name}"
-    grid = _grid(path)
+    grid = _grid(path, speed)
     made_on = grid.file.gpu
     if made_on["name"] != name:
         raise ValueError(f"{path}: made on another GPU: expected gpu.name {name!r}, got {made_on['name']!r}")
-    if made_on["sm_count"] != sm_count:
-        _say_once(f"{path} is not used: made with {made_on['sm_count']} SMs, this {name} has {sm_count}")
-        return default(f"default: {source} was made with {made_on['sm_count']} SMs, this GPU has {sm_count}")
+    if (sms := made_on["sm_count"]) != speed.sm_count:
+        _say_once(f"{path} is not used: made with {sms} SMs, this {name} has {speed.sm_count}")
+        return default(f"default: {source} was made with {sms} SMs, this GPU has {speed.sm_count}")
     small = when.decodes and takes_tile16(when.kv_format, when.num_heads, untuned)
     index = grid.nearest(when, small)
     if index is None and when.op == "sparse":
@@ -211,7 +214,7 @@ def _select(when: When, device: torch.device, batch_invariant: bool) -> Selectio
     if index is None:
         return default(f"default: no entry of {source} is near")
     entry = grid.file.entries[index]
-    return Selection(entry.config, f"{source} entry {index}", entry, when)
+    return Selection(entry.config, f"{source} entry {index}", entry, when, grid.among(entry.when))
 
 
 # ----------------------------------------------------------------------------------------------------------- files
@@ -265,26 +268,31 @@ def distance(call: When, entry: When) -> float:
 
 
 class Grid:
-    """The entries of a file, arranged for the search."""
+    """The entries of a file, arranged for the search on the GPU that it is of."""
 
-    def __init__(self, file: TunedFile):
+    def __init__(self, file: TunedFile, gpu: GpuSpeed | None = None):
         self.file = file
         classes: dict[tuple[object, ...], list[int]] = {}
         for index, entry in enumerate(file.entries):
             classes.setdefault(_class_of(entry.when), []).append(index)
-        sms = file.gpu["sm_count"]
-        self._classes = {key: _Class(file.entries, indices, sms) for key, indices in classes.items()}
+        gpu = gpu or GpuSpeed(file.gpu["sm_count"])
+        self._classes = {key: _Class(file.entries, indices, gpu) for key, indices in classes.items()}
 
     def nearest(self, when: When, small: bool = False) -> int | None:
         """Index of the entry that serves `when`; None if none does. `small`: the default is tile16."""
         found = self._classes.get(_class_of(when))
         return found.nearest(when, small) if found is not None else None
 
+    def among(self, when: When) -> int:
+        """How many entries are of the class of `when`."""
+        found = self._classes.get(_class_of(when))
+        return 0 if found is None else len(found)
+
 
 class _Class:
     """Entries that differ in nothing but coordinates and configuration."""
 
-    def __init__(self, entries: Sequence[Entry], indices: Sequence[int], sm_count: int):
+    def __init__(self, entries: Sequence[Entry], indices: Sequence[int], gpu: GpuSpeed):
         # The better of two at one distance comes first.
         in_order = sorted(
             indices, key=lambda index: (-(entries[index].when.kv_len or 0), sort_key(entries[index].when))
@@ -294,12 +302,15 @@ class _Class:
                 index,
                 math.log2(entries[index].when.page_size),
                 _coordinates(entries[index].when),
-                *_work_span(entries[index], sm_count),
+                *_work_span(entries[index], gpu),
             )
             for index in in_order
         ]
         columns = zip(*(coordinates for _, _, coordinates, *_ in self._points), strict=True)
         self._spans = [(min(column), max(column)) for column in columns]
+
+    def __len__(self) -> int:
+        return len(self._points)
 
     def nearest(self, when: When, small: bool) -> int | None:
         at = tuple(
@@ -331,7 +342,7 @@ def _work(when: When) -> float:
     return math.inf if when.kv_len is None else when.batch * when.kv_len * -(-when.num_heads // TILE16_M)
 
 
-def _work_span(entry: Entry, sm_count: int) -> tuple[float, float]:
+def _work_span(entry: Entry, gpu: GpuSpeed) -> tuple[float, float]:
     """(least, most) of `_work` of the calls that an entry serves. The least holds only for calls whose default is
     tile16: smaller ones than the entry's own may be faster with that. The most keeps tile16, which reads the keys again
     for every 16 heads, from calls larger than the one it was timed on."""
@@ -340,7 +351,7 @@ def _work_span(entry: Entry, sm_count: int) -> tuple[float, float]:
         return 0.0, math.inf
     if takes_tile16(when.kv_format, when.num_heads, entry.config):
         return 0.0, _work(when)
-    won = takes_tile16(when.kv_format, when.num_heads, default_for(when, sm_count))
+    won = takes_tile16(when.kv_format, when.num_heads, default_for(when, gpu))
     return _work(when) if won else math.inf, math.inf
 
 
@@ -358,5 +369,5 @@ def _coordinates(when: When) -> tuple[float, ...]:
 
 
 @functools.lru_cache(maxsize=16)
-def _grid(path: pathlib.Path) -> Grid:
-    return Grid(load(path))
+def _grid(path: pathlib.Path, gpu: GpuSpeed) -> Grid:
+    return Grid(load(path), gpu)

@@ -9,14 +9,13 @@ The variable is read when mla_cute is imported.
 from __future__ import annotations
 
 import atexit
-import dataclasses
 import json
 import logging
 import os
 import pathlib
 from collections import Counter
 
-from .file import When, when_of
+from .file import When, values_of, when_of
 
 log = logging.getLogger("mla_cute")
 
@@ -53,7 +52,7 @@ class ShapeLog:
     def _append(self, facts: Facts, count: int) -> None:
         if not self._works:
             return
-        line = (json.dumps({"when": dataclasses.asdict(When(*facts)), "count": count}) + "\n").encode()
+        line = (json.dumps({"when": values_of(When(*facts)), "count": count}) + "\n").encode()
         try:
             # One write under O_APPEND: lines of several processes do not mix.
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)

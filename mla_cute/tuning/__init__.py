@@ -6,6 +6,7 @@ search     check, time in interleaved rounds, halve, choose: one shape, against 
 workers    compiling processes, and the measuring process that may hang or crash
 device     what runs in the measuring process: pool, graphs, rounds
 store      the measurements file
+pairs      the entries of a shape timed with uniform and with ragged lengths
 session    many shapes under a budget, resumed and interrupted
 report     what was won, as text, Markdown and PNG
 command    the argparse command line

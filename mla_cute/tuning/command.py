@@ -1,7 +1,7 @@
 """The command of tuning: what it does with its options, and `main`, which reads them with argparse.
 
 Needs torch and the DSL alone; `mla-cute tune` calls `run` with the same options read by typer. Exit status: 0, 1 when a
-shape could not be tuned, 2 for usage and for what cannot run here, 130 after Ctrl-C.
+shape could not be tuned or two files differ (--diff), 2 for usage and for what cannot run here, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ import dataclasses
 import datetime
 import math
 import pathlib
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
+
+import torch
 
 from .. import gpu as gpu_facts
 from .. import option
@@ -22,16 +25,15 @@ from ..bench import outputs
 from ..bench.report import text_table
 from ..bench.runner import source_digest
 from ..extras import install_command
+from ..gpu import H200
 from ..option import UsageError
-from ..tuned import select
+from ..tuned import diff, select
 from ..tuned.select import When
 from . import device, recipes, report, session, space, store
 from .options import GRID_OPTIONS, OPTIONS, REPORT_OPTIONS
-from .search import StartError
+from .search import POLICIES, StartError
 from .workers import ChildMeasurer, compile_variants
 
-# What a dry run counts candidates for when it sees no GPU: an H100 SXM or H200.
-ASSUMED_SMS = 132
 DEFAULT_KV_LENS = (8192,)
 
 
@@ -69,12 +71,14 @@ class Options:
     grid: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
     from_log: pathlib.Path | None = None
     dtype: str = "bfloat16"
+    policy: str = "graph"
     budget_s: float = math.inf
     out: pathlib.Path | None = None
     measurements: pathlib.Path | None = None
     report: pathlib.Path | None = None
     workers: int | None = None
     timeout_s: float = 20.0
+    diff: tuple[pathlib.Path, pathlib.Path] | None = None
     dry_run: bool = False
 
 
@@ -83,6 +87,25 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def command_of(options: Options) -> str:
+    """The command that measures the same shapes in the same way: of `options` what decides that, and not where to."""
+    parts = ["mla-cute", "tune"]
+    for name in options.recipes:
+        parts += ["--recipe", name]
+    if options.from_log is not None:
+        parts += ["--from-log", str(options.from_log)]
+    for one in GRID_OPTIONS:
+        if values := options.grid.get(one.dest):
+            parts += [one.name] if one.is_switch else [one.name, ",".join(str(value) or "none" for value in values)]
+    if options.dtype != Options.dtype:
+        parts += ["--dtype", options.dtype]
+    if options.policy != Options.policy:
+        parts += ["--policy", options.policy]
+    if options.budget_s < math.inf:
+        parts += ["--budget", f"{options.budget_s:g}s"]
+    return shlex.join(parts)
 
 
 def shapes_of(options: Options) -> list[When]:
@@ -109,6 +132,8 @@ def shapes_of(options: Options) -> list[When]:
 
 def run(options: Options, screen: Screen) -> int:
     """Tune; returns the exit status. UsageError for what cannot be or cannot run here."""
+    if options.diff is not None:
+        return show_diff(*options.diff, screen)
     whens = shapes_of(options)
     if options.dry_run:
         _describe(whens, screen)
@@ -169,6 +194,20 @@ def show_report(path: pathlib.Path, folder: pathlib.Path | None, screen: Screen)
     return 0
 
 
+def show_diff(a: pathlib.Path, b: pathlib.Path, screen: Screen) -> int:
+    """Print what is different in tuned file `b`; 0 where calls choose the same from both, else 1. UsageError when one
+    cannot be read."""
+    try:
+        found = diff.compare(select.load(a), select.load(b))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if rows := found.rows():
+        screen.table(f"A {a}, B {b}", diff.COLUMNS, rows)
+    for text in found.lines():
+        screen.say(text)
+    return 0 if found.is_none else 1
+
+
 def _task(options: Options, whens: Sequence[When], facts: dict[str, Any]) -> session.Task:
     gpu = facts["gpu"]
     out = options.out
@@ -176,12 +215,17 @@ def _task(options: Options, whens: Sequence[When], facts: dict[str, Any]) -> ses
         out = next((path for label, path in select.search_path(gpu["name"]) if label == "user"), None)
     if out is None:
         raise UsageError("--out: expected a file, as there is no home directory")
-    versions = gpu_facts.versions()
+    versions, git = gpu_facts.versions(), gpu_facts.git_state()
     made_with = {
         "mla_cute": versions["mla_cute"],
         "cutlass_dsl": versions["cutlass_dsl"],
         "driver": facts["driver"],
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "torch": versions["torch"],
+        "toolkit": versions["cutlass_dsl_toolkit"],
+        "command": command_of(options),
+        "seed": device.SEED,
+        "commit": None if git is None else git["commit"] + (" with changes" if git["dirty"] else ""),
     }
     return session.Task(
         whens=whens,
@@ -189,20 +233,22 @@ def _task(options: Options, whens: Sequence[When], facts: dict[str, Any]) -> ses
         out=out,
         measurements=options.measurements or out.with_suffix(".measurements.json"),
         gpu=gpu,
+        speed=facts["speed"],
         made_with=made_with,
         digest=source_digest(),
         budget_s=options.budget_s,
+        policy=options.policy,
     )
 
 
 def _describe(whens: Sequence[When], screen: Screen) -> None:
     gpu = gpu_facts.facts()
-    num_sms = gpu.sm_count if gpu is not None else ASSUMED_SMS
+    speed = H200 if gpu is None else gpu_facts.speed(torch.device("cuda", gpu.index))
     groups: dict[str, list[int]] = {}
     for when in whens:
-        groups.setdefault(session.group_of(when), []).append(len(space.candidates(when, num_sms)))
+        groups.setdefault(session.group_of(when), []).append(len(space.candidates(when, speed)))
     rows = [(name, str(len(counts)), str(sum(counts)), str(max(counts))) for name, counts in groups.items()]
-    on = f"{gpu.name}" if gpu is not None else f"a GPU of {ASSUMED_SMS} SMs (none is seen here)"
+    on = f"{gpu.name}" if gpu is not None else f"an H200 of {H200.sm_count} SMs (no GPU is seen here)"
     screen.table(f"what would be tuned on {on}", ("op, cache", "shapes", "candidates", "most of a shape"), rows)
     total = sum(sum(counts) for counts in groups.values())
     screen.say(f"{len(whens)} shapes, {total} candidates; nothing was run")
@@ -224,6 +270,8 @@ def options_of(values: dict[str, Any]) -> Options:
         grid["q_fp8"] = [True]  # a list, as of every key of a recipe's table
     if values["workers"] is not None and values["workers"] < 1:
         raise UsageError(f"--workers: expected at least 1, got {values['workers']}")
+    if values["policy"] not in POLICIES:
+        raise UsageError(f"--policy: expected one of {', '.join(POLICIES)}, got {values['policy']!r}")
     if not 0 < values["timeout"] < math.inf:  # NaN compares with nothing
         raise UsageError(f"--timeout: expected more than 0 s, got {values['timeout']}")
     return Options(
@@ -231,12 +279,14 @@ def options_of(values: dict[str, Any]) -> Options:
         grid=grid,
         from_log=values["from_log"],
         dtype=values["dtype"],
+        policy=values["policy"],
         budget_s=math.inf if values["budget"] is None else values["budget"],
         out=values["out"],
         measurements=values["measurements"],
         report=values["report"],
         workers=values["workers"],
         timeout_s=values["timeout"],
+        diff=None if values["diff"] is None else tuple(values["diff"]),
         dry_run=values["dry_run"],
     )
 

@@ -3,6 +3,8 @@
 Pool, inputs, slots and graphs are the bench's: random page order, as many disjoint page sets as put more than 300 MB
 between two reads of a page, one graph per slot with one call under a plan (main kernel and merge). In a round every
 configuration replays once, in random order, each replay on the next slot, so that none finds what another left in L2.
+A GPU that was kept down while it was timed rests and is timed once more; clock, power and what kept it down are
+read with NVML, where nvidia-ml-py is installed.
 The default is judged by the bench's spot check against float32; every other configuration by the default's outputs,
 over all requests of the same three slots.
 """
@@ -13,23 +15,32 @@ import dataclasses
 import functools
 import math
 import random
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 
 from .. import gpu as gpu_facts
-from ..bench import runner
+from ..bench import runner, sustained
 from ..bench.cases import Case, PrefillCase
 from ..bench.inputs import Inputs, KvPool, make_inputs
 from ..bench.timing import CudaTimer, Replay, read_gbps
 from ..config import KernelConfig
 from ..tuned.select import When
 from .recipes import case_of
-from .search import CandidateError, ShapeError, StartError
+from .search import CandidateError, Conditions, ShapeError, StartError
 
 # The share of free memory that pool and inputs of a shape may take; the rest is for plans, graphs and references.
 MEMORY_SHARE = 0.75
+# Of inputs, page order and the order of candidates; tuned files name it.
+SEED = 0
+# Calls in a graph of several, on slots of their own; how often it is replayed, L2 emptied in front of each; and for how
+# many seconds at most, the first time aside.
+CHAIN, CHAIN_REPLAYS, CHAIN_SECONDS = 8, 8, 0.1
+# What a GPU at its limit of power or heat is given before it is timed once more.
+REST_S = 0.5
 
 Alive = Callable[[], None]
 
@@ -48,6 +59,14 @@ class Timer(Protocol):
 
     def sequence(self, replays: Sequence[Replay], alive: Alive) -> list[float]:
         """Microseconds of each of `replays`, run once and in order; calls `alive` now and then."""
+
+    def host_us(self, fn: Replay, calls: int, chunks: int) -> float:
+        """Host microseconds of one call of `fn`: median over chunks of `calls` calls."""
+
+
+class Meter(Protocol):
+    def moment(self) -> tuple[int, float, int]:
+        """The SM clock in MHz, power in W, and bits of sustained.THROTTLES. RuntimeError where it cannot say."""
 
 
 class RoundTimer(CudaTimer):
@@ -77,7 +96,17 @@ def on_gpu(whens: Sequence[When], dtype: str, alive: Alive) -> Device:
         raise StartError(f"nothing to tune on: {why}")
     timer = RoundTimer()
     free, _ = torch.cuda.mem_get_info(timer.device)
-    return Device(whens, dtype, timer, runner.Library.installed(), int(MEMORY_SHARE * free), alive)
+    return Device(whens, dtype, timer, runner.Library.installed(), int(MEMORY_SHARE * free), alive, _meter())
+
+
+def _meter() -> Meter | None:
+    found = gpu_facts.facts()
+    if found is None or found.uuid is None:
+        return None
+    try:
+        return sustained.NvmlMeter(found.uuid)
+    except (ImportError, RuntimeError):
+        return None
 
 
 @dataclasses.dataclass
@@ -101,17 +130,26 @@ class Device:
     """Answers the measuring process's requests."""
 
     def __init__(
-        self, whens: Sequence[When], dtype: str, timer: Timer, library: runner.Library, memory: int, alive: Alive
+        self,
+        whens: Sequence[When],
+        dtype: str,
+        timer: Timer,
+        library: runner.Library,
+        memory: int,
+        alive: Alive,
+        meter: Meter | None = None,
     ):
-        """`memory`: bytes that pool and inputs of a shape may take; larger shapes are refused when they are opened."""
+        """`memory`: bytes that pool and inputs of a shape may take; larger shapes are refused when they are opened.
+        `meter`: None where nothing tells clocks."""
+        self._meter, self._moments = meter, list[tuple[int, float, int]]()
         self._dtype, self._timer, self._library, self._memory, self._alive = dtype, timer, library, memory, alive
         cases = [case_of(when, dtype) for when in whens]
-        self._pool = KvPool.of([case for case in cases if footprint(case) <= memory], timer.device)
+        self._pool = KvPool.of([case for case in cases if footprint(case) <= memory], timer.device, SEED)
         self._shape: _Open | None = None
-        self._random = random.Random(0)
+        self._random = random.Random(SEED)
 
     def facts(self) -> dict[str, Any]:
-        """{"gpu": for the tuned file, "driver"}; measures the read bandwidth (4 GB, freed again)."""
+        """{"gpu": for the tuned file, "speed", "driver"}; measures the read bandwidth (4 GB, freed again)."""
         found = gpu_facts.facts()
         assert found is not None
         bandwidth = read_gbps(self._timer)  # type: ignore[arg-type]
@@ -122,7 +160,7 @@ class Device:
             "clock_mhz": found.max_sm_mhz,
             "memory_gbps": round(bandwidth, 1),
         }
-        return {"gpu": gpu, "driver": found.driver}
+        return {"gpu": gpu, "speed": gpu_facts.speed(self._timer.device), "driver": found.driver}
 
     def is_usable(self) -> bool:
         """Whether kernels still run: after an illegal access none does in this process."""
@@ -139,7 +177,7 @@ class Device:
             raise ShapeError(
                 f"needs {footprint(case) / 1e9:.1f} GB of GPU memory, {self._memory / 1e9:.1f} GB are there"
             )
-        inputs = make_inputs(case, self._pool, self._timer.device)
+        inputs = make_inputs(case, self._pool, self._timer.device, SEED)
         self._shape = _Open(inputs)
         self._alive()
         self._run(self._shape, default)
@@ -183,10 +221,51 @@ class Device:
                     self._alive()
             replays.append(running.graphs[slot])
         self._timer.warm(fresh)
+        times = self._timed(replays)
+        if (found := self.conditions()) is not None and found.throttled:
+            time.sleep(REST_S)
+            self._alive()
+            times = self._timed(replays)
         taken: list[list[float]] = [[] for _ in configs]
-        for (index, _), us in zip(order, self._timer.sequence(replays, self._alive), strict=True):
+        for (index, _), us in zip(order, times, strict=True):
             taken[index].append(us)
         return taken
+
+    def conditions(self) -> Conditions | None:
+        if not self._moments:
+            return None
+        clocks, watts, bits = zip(*self._moments, strict=True)
+        kept_down = [name for bit, name in sustained.THROTTLES.items() if any(bit & one for one in bits)]
+        return Conditions(round(statistics.fmean(clocks)), round(statistics.fmean(watts)), tuple(kept_down))
+
+    def chained(self, config: KernelConfig) -> float:
+        shape = self._open_shape()
+        calls = self._running(shape, config).calls
+        chain = self._timer.capture(lambda: [calls[i % len(calls)]() for i in range(CHAIN)])
+        self._timer.warm([chain])
+        taken = self._timer.sequence([chain], self._alive)
+        more = min(CHAIN_REPLAYS - 1, int(CHAIN_SECONDS * 1e6 / taken[0]))
+        if more:
+            taken += self._timer.sequence([chain] * more, self._alive)
+        return statistics.median(taken) / CHAIN
+
+    def host_us(self, config: KernelConfig) -> float:
+        calls = self._running(self._open_shape(), config).calls
+        return self._timer.host_us(calls[0], calls=20, chunks=5)
+
+    def _timed(self, replays: Sequence[Replay]) -> list[float]:
+        """The times of `replays`; sets what the GPU ran at, which is asked after each burst of them."""
+        self._moments.clear()
+
+        def alive() -> None:
+            self._alive()
+            if self._meter is not None:
+                try:
+                    self._moments.append(self._meter.moment())
+                except RuntimeError:
+                    self._meter = None
+
+        return self._timer.sequence(replays, alive)
 
     def _open_shape(self) -> _Open:
         if self._shape is None:

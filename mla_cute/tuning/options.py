@@ -10,6 +10,7 @@ from ..kernels.registry import DTYPES
 from ..option import DTYPE_ALIASES, Option, numbers, words
 from ..tuned.file import TUNED_OPS
 from . import recipes
+from .search import POLICIES
 
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 
@@ -46,6 +47,7 @@ GRID_OPTIONS = (
         numbers,
     ),
     Option("--q-len", "grid: query tokens per request, prefill only", "N,..", numbers),
+    Option("--lengths", "grid: uniform, ragged (decode; from kv_len / 32 to kv_len)", "L,..", words),
     Option("--page-size", "grid: tokens per page", "N,..", numbers),
     Option("--kv-format", "grid: none, tensor, token, group", "F,..", parse_formats),
     Option("--q-fp8", "grid: e4m3 queries, with FP8 caches"),
@@ -55,12 +57,16 @@ OPTIONS = (
     Option("--from-log", "shapes recorded by MLA_CUTE_LOG_SHAPES", "FILE", Path),
     *GRID_OPTIONS,
     Option("--dtype", "bf16 or fp16", "T", parse_dtype, default="bf16"),
+    Option("--policy", "what is chosen by: the GPU's time, or that and the host's", choices=POLICIES, default="graph"),
     Option("--budget", "as 10m: ends the run then", "TIME", parse_budget),
     Option("--out", "tuned file; default: this user's for this GPU", "FILE", Path),
     Option("--measurements", "raw data; default: beside the tuned file", "FILE", Path),
     Option("--report", "folder for what was won, Markdown and PNG", "DIR", Path),
     Option("--workers", "compiling processes; default: one per core, at most 16", "N", int),
     Option("--timeout", "seconds of silence after which a candidate is hung", "S", float, default=20.0),
+    Option(
+        "--diff", "print what B has other than A, two tuned files; 1 where there is something", "A B", Path, count=2
+    ),
     Option("--dry-run", "print shapes and candidates, run nothing"),
 )
 REPORT_OPTIONS = (

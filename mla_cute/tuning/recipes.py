@@ -8,8 +8,11 @@ stands for their product:
     batch      requests; of sparse query tokens           q_fp8      e4m3 queries, with an FP8 cache only
     kv_len     tokens of each request, those of its queries included; of sparse, tokens of each list
     q_len      query tokens of each request; decode and sparse have 1
+    lengths    "uniform" (every request has kv_len tokens) or, of decode, "ragged": between kv_len / 32 and kv_len,
+               log-uniform, the same in every run, as the bench's preset `ragged`
 
-Members that cannot be are left out: e4m3 queries over a 16-bit cache, more query tokens than keys.
+Members that cannot be are left out: e4m3 queries over a 16-bit cache, more query tokens than keys, ragged lengths of
+one request.
 """
 
 from __future__ import annotations
@@ -22,10 +25,10 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..bench.cases import TOKEN_BYTES, Case, PrefillCase
+from ..bench.cases import RAGGED_SPAN, TOKEN_BYTES, Case, PrefillCase
 from ..dims import MAX_HEADS
 from ..extras import install_command
-from ..tuned.file import TUNED_OPS
+from ..tuned.file import LENGTHS, TUNED_OPS
 from ..tuned.select import When, read_shapes
 
 FOLDER = pathlib.Path(__file__).parent / "recipes"
@@ -39,9 +42,16 @@ _TYPES: dict[str, type] = {
     "page_size": int,
     "kv_format": str,
     "q_fp8": bool,
+    "lengths": str,
 }
-_DEFAULTS: dict[str, list[Any]] = {"q_len": [1], "page_size": [64], "kv_format": [""], "q_fp8": [False]}
-_CHOICES: dict[str, Sequence[str]] = {"op": TUNED_OPS, "kv_format": tuple(TOKEN_BYTES)}
+_DEFAULTS: dict[str, list[Any]] = {
+    "q_len": [1],
+    "page_size": [64],
+    "kv_format": [""],
+    "q_fp8": [False],
+    "lengths": ["uniform"],
+}
+_CHOICES: dict[str, Sequence[str]] = {"op": TUNED_OPS, "kv_format": tuple(TOKEN_BYTES), "lengths": LENGTHS}
 
 
 def names() -> list[str]:
@@ -100,13 +110,17 @@ def product(table: Mapping[str, Any], where: str) -> list[When]:
             raise ValueError(f"{where}.q_len: {op} has one query token per request, got {lists['q_len']}")
     if "page_size" in table and "sparse" in lists["op"]:
         raise ValueError(f"{where}.page_size: sparse gathers from pages of every size alike, got {lists['page_size']}")
+    if "ragged" in lists["lengths"] and (other := [op for op in lists["op"] if op != "decode"]):
+        raise ValueError(f"{where}.lengths: ragged are those of decode, got {other[0]} beside it")
     whens = [
-        When(op, kv_format, q_fp8, heads, 1 if op == "sparse" else page_size, q_len, batch, kv_len)
-        for op, heads, batch, kv_len, q_len, page_size, kv_format, q_fp8 in itertools.product(*lists.values())
-        if q_len <= kv_len and (kv_format or not q_fp8)
+        When(op, kv_format, q_fp8, heads, 1 if op == "sparse" else page_size, q_len, batch, kv_len, lengths)
+        for op, heads, batch, kv_len, q_len, page_size, kv_format, q_fp8, lengths in itertools.product(*lists.values())
+        if q_len <= kv_len and (kv_format or not q_fp8) and (batch > 1 or lengths == "uniform")
     ]
     if not whens:
-        raise ValueError(f"{where}: no shape is left: q_fp8 needs a kv_format, q_len at most kv_len")
+        raise ValueError(
+            f"{where}: no shape is left: q_fp8 needs a kv_format, q_len at most kv_len, ragged lengths a batch above 1"
+        )
     return whens
 
 
@@ -147,8 +161,9 @@ def from_log(path: pathlib.Path, kv_lens: Iterable[int]) -> list[When]:
 
 
 def case_of(when: When, dtype: str) -> Case | PrefillCase:
-    """The bench case that stands for a shape: every request has its q_len and kv_len. Lists are of tokens that no other
-    list has, in pages of 64, over format group in the rows of 656 bytes that engines keep for them."""
+    """The bench case that stands for a shape: every request has its q_len and, where they are not ragged, kv_len. Lists
+    are of tokens that no other list has, in pages of 64, over format group in the rows of 656 bytes that engines keep
+    for them."""
     assert when.kv_len is not None
     if when.op == "sparse":
         layout = "fused" if when.kv_format == "group" else "separate"
@@ -160,6 +175,8 @@ def case_of(when: When, dtype: str) -> Case | PrefillCase:
         "kv_format": when.kv_format,
         "q_fp8": when.q_fp8,
     }
+    if when.lengths == "ragged":
+        return Case(when.num_heads, when.batch, -(-when.kv_len // RAGGED_SPAN), longest=when.kv_len, **common)
     if when.op == "decode":
         return Case(when.num_heads, when.batch, when.kv_len, **common)
     return PrefillCase(when.num_heads, ((when.batch, when.q_len, when.kv_len),), **common)

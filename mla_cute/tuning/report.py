@@ -9,10 +9,9 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from ..config import KernelConfig
+from ..config import KernelConfig, differences
 from .search import ORDINARY
 from .session import group_of
-from .space import changes
 from .store import Measured
 
 GROUP_COLUMNS = ("op, cache", "shapes", "not the default", "geometric mean", "least", "most", "failed")
@@ -79,7 +78,7 @@ class Report:
     def markdown(self, picture: str | None) -> str:
         """The report as one Markdown page; `picture` is the name of the PNG beside it."""
         made = self.shapes[0].made_with if self.shapes else {}
-        origin = ", ".join(f"{name} {value}" for name, value in made.items() if value)
+        origin = ", ".join(f"{name} {value}" for name, value in made.items() if value is not None)
         parts = [f"# Tuning on {self.gpu['name']}", f"Made with {origin}.", "\n".join(f"* {x}" for x in self.lines())]
         if picture is not None:
             parts.append(f"![gain over the default, by its time]({picture})")
@@ -104,11 +103,8 @@ def default_of(shape: Measured) -> KernelConfig:
 def changed_fields(shape: Measured) -> str:
     """ "evict_first=False split_penalty=12", or "-" for the default."""
     assert shape.chosen is not None
-    default = default_of(shape)
-    if not changes(shape.chosen, default):
-        return "-"
-    values = shape.chosen.to_dict().items()
-    return " ".join(f"{name}={value}" for name, value in values if value != getattr(default, name))
+    changed = differences(shape.chosen, default_of(shape))
+    return " ".join(f"{name}={value}" for name, value in changed.items()) or "-"
 
 
 def write(report: Report, folder: pathlib.Path) -> list[pathlib.Path]:

@@ -1,5 +1,8 @@
 """The search of one shape: check, time in interleaved rounds, halve, choose. Knows no GPU, only a `Measurer`.
 
+What is compared is the GPU's time (policy "graph": the host is out of the way) or that and the host's time of the call
+("eager").
+
 A round times every live candidate once, in an order of the measurer's. After each rung of rounds the better half stays,
 what is within KEEP_WITHIN of the best, and the default, so that every candidate can be compared with the default over
 the same rounds. The default is chosen unless another candidate of the last rung is faster by more than GAIN, over all
@@ -32,6 +35,7 @@ SAME = 0.005
 # Candidates that may be picked and not confirmed before the default stays.
 DUELS = 3
 # A verdict that begins with one of ORDINARY is no failure.
+POLICIES = ("graph", "eager")
 NO_TIME = "not compiled: no time was left"
 ORDINARY = ("chosen", "default", "not chosen", "dropped", "not compiled")
 
@@ -48,6 +52,16 @@ class StartError(Exception):
     """Nothing can be measured or compiled here; the text says why."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Conditions:
+    """What the GPU ran at while it was timed: means of the SM clock in MHz and of power in W, and what kept the clock
+    down, of `bench.sustained.THROTTLES`."""
+
+    sm_mhz: float
+    watts: float
+    throttled: tuple[str, ...] = ()
+
+
 class Measurer(Protocol):
     """Checks and times configurations of one shape at a time."""
 
@@ -61,19 +75,41 @@ class Measurer(Protocol):
         """Microseconds of each configuration in each of `rounds` interleaved rounds. CandidateError as for `check`,
         whichever of them was the cause."""
 
+    def conditions(self) -> Conditions | None:
+        """Of the last `samples`; None where nothing tells them."""
+
+    def chained(self, config: KernelConfig) -> float:
+        """Microseconds of a call in a graph of several, back to back. CandidateError as for `check`."""
+
+    def host_us(self, config: KernelConfig) -> float:
+        """Microseconds that the host takes for a call with a plan. CandidateError as for `check`."""
+
 
 @dataclasses.dataclass
 class Trial:
-    """One candidate. `verdict` is empty while it is live, `rung` the number of rungs it was timed in."""
+    """One candidate. `verdict` is empty while it is live, `rung` the number of rungs it was timed in, `conditions` are
+    those of the last of these. `us_chained` has who was timed to the end, `host_us` who is compared by it."""
 
     config: KernelConfig
     verdict: str = ""
     rung: int = 0
     samples: list[float] = dataclasses.field(default_factory=list)
+    conditions: Conditions | None = None
+    us_chained: float | None = None
+    host_us: float | None = None
 
     @property
     def us(self) -> float:
         return statistics.median(self.samples)
+
+    @property
+    def costs(self) -> list[float]:
+        """What is compared, of each sample."""
+        return with_host(self.samples, self.host_us)
+
+    @property
+    def cost(self) -> float:
+        return statistics.median(self.costs)
 
 
 @dataclasses.dataclass
@@ -90,11 +126,15 @@ class Result:
     default_us: float = 0.0
 
     @property
-    def runner_up_us(self) -> float | None:
+    def runner_up(self) -> Trial | None:
         """The next best of the last rung, the default included."""
         last = max(trial.rung for trial in self.trials)
         others = [trial for trial in self.trials if trial.rung == last and trial is not self.chosen]
-        return min((trial.us for trial in others), default=None) if last else None
+        return min(others, key=lambda trial: trial.cost, default=None) if last else None
+
+
+def with_host(samples: Sequence[float], host_us: float | None) -> list[float]:
+    return [us + (host_us or 0.0) for us in samples]
 
 
 def tune_shape(
@@ -103,8 +143,10 @@ def tune_shape(
     candidates: Sequence[KernelConfig],
     unfit: Mapping[KernelConfig, str] | None = None,
     step: Callable[[int], None] = lambda live: None,
+    policy: str = "graph",
 ) -> Result:
-    """Search `candidates`, of which the first is the default. `unfit` are verdicts known beforehand.
+    """Search `candidates`, of which the first is the default. `unfit` are verdicts known beforehand, `policy` is one of
+    POLICIES.
 
     A shape fails, with a reason and no choice, when its default does. `step` is told how many candidates are live, at
     every check and rung.
@@ -119,11 +161,14 @@ def tune_shape(
             if not trial.verdict:
                 step(len(_live(trials)))
                 trial.verdict = _verdict(measurer.check, trial.config)
+        if policy == "eager":
+            _measure(trials, "host_us", measurer.host_us)
         for number, most in enumerate(RUNGS):
             _run_rung(measurer, trials, most)
             if number + 1 < len(RUNGS):
                 _halve(trials)
             step(len(_live(trials)))
+        _measure(trials, "us_chained", measurer.chained)
         _choose(measurer, result)
     except ShapeError as error:
         result.chosen = None
@@ -143,6 +188,17 @@ def _verdict(run: Callable[..., object], *args: object) -> str:
     return ""
 
 
+def _measure(trials: Sequence[Trial], field: str, run: Callable[[KernelConfig], float]) -> None:
+    """Sets a field of every live trial; those that fail are given their verdicts. ShapeError when the default does."""
+    for trial in _live(trials):
+        try:
+            setattr(trial, field, run(trial.config))
+        except CandidateError as error:
+            trial.verdict = str(error)
+            if trial is trials[0]:
+                raise ShapeError(f"the default configuration: {error}") from None
+
+
 def _run_rung(measurer: Measurer, trials: Sequence[Trial], most: int) -> None:
     """Add a rung's samples to every live trial; those that fail are given their verdicts."""
     while True:
@@ -153,12 +209,14 @@ def _run_rung(measurer: Measurer, trials: Sequence[Trial], most: int) -> None:
             rounds = max(LEAST_ROUNDS, min(most, int(RUNG_SECONDS / a_round)))
         try:
             taken = measurer.samples([trial.config for trial in live], rounds)
+            conditions = measurer.conditions()
         except CandidateError as together:
             _find_failing(measurer, live, together)
             continue
         for trial, us in zip(live, taken, strict=True):
             trial.samples += us
             trial.rung += 1
+            trial.conditions = conditions
         return
 
 
@@ -173,10 +231,10 @@ def _find_failing(measurer: Measurer, live: Sequence[Trial], together: Candidate
 
 
 def _halve(trials: Sequence[Trial]) -> None:
-    limit = min(trial.us for trial in _live(trials)) * (1 + KEEP_WITHIN)
-    others = sorted(_live(trials)[1:], key=lambda trial: trial.us)
+    limit = min(trial.cost for trial in _live(trials)) * (1 + KEEP_WITHIN)
+    others = sorted(_live(trials)[1:], key=lambda trial: trial.cost)
     for trial in others[-(-len(others) // 2) :]:
-        if trial.us > limit:
+        if trial.cost > limit:
             trial.verdict = f"dropped after rung {trial.rung}"
 
 
@@ -205,16 +263,17 @@ def _choose(measurer: Measurer, result: Result) -> None:
 
 def _best(live: Sequence[Trial], default: Trial) -> Trial | None:
     """Of the trials faster than the default the fastest, or one of its speed that differs less from the default."""
-    faster = [trial for trial in live[1:] if is_faster(trial.samples, default.samples)]
+    faster = [trial for trial in live[1:] if is_faster(trial.costs, default.costs)]
     if not faster:
         return None
-    least = min(trial.us for trial in faster)
-    tied = [trial for trial in faster if trial.us <= least * (1 + SAME)]
+    least = min(trial.cost for trial in faster)
+    tied = [trial for trial in faster if trial.cost <= least * (1 + SAME)]
     return min(tied, key=lambda trial: changes(trial.config, default.config))
 
 
 def _duel(measurer: Measurer, best: Trial, default: Trial) -> tuple[float, float] | None:
-    """Medians of `best` and the default over new rounds: the best of many candidates was lucky in the old ones, too.
+    """Medians of `best` and the default over new rounds: the best of many candidates was lucky in the old ones, too,
+    and with the host, whose time is measured again where it counts.
 
     None, and a verdict on `best`, when it is not faster now, or its output is wrong.
     """
@@ -225,11 +284,14 @@ def _duel(measurer: Measurer, best: Trial, default: Trial) -> tuple[float, float
     rounds = max(LEAST_ROUNDS, min(RUNGS[-1], int(RUNG_SECONDS / a_round)))
     try:
         mine, others = measurer.samples([best.config, default.config], rounds)
+        if best.host_us is not None:
+            best.host_us, default.host_us = measurer.host_us(best.config), measurer.host_us(default.config)
     except CandidateError as together:
         _find_failing(measurer, [default, best], together)
         return None
-    if not is_faster(mine, others):
-        ratio = statistics.median(others) / statistics.median(mine)
+    costs = with_host(mine, best.host_us), with_host(others, default.host_us)
+    if not is_faster(*costs):
+        ratio = statistics.median(costs[1]) / statistics.median(costs[0])
         best.verdict = f"not chosen: {ratio:.3f}x the default's speed in new rounds"
         return None
     return statistics.median(mine), statistics.median(others)

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from ..bench.cases import TOKEN_BYTES
-from ..config import KernelConfig
+from ..config import KernelConfig, differences
+from ..gpu import GpuSpeed
 from ..tuned import select
 from ..tuned.select import TunedFile, When
-from . import search, space
+from . import pairs, search, space
 from .recipes import coarse_first
 from .search import Measurer, StartError
 from .space import Variant
@@ -43,8 +44,10 @@ class Screen(Protocol):
 class Task:
     """What to tune and where to.
 
+    speed       of the GPU, which its default configurations follow from
     budget_s    wall time for everything; math.inf: no end
     digest      of the sources; a shape measured with another one is measured again
+    policy      of search.POLICIES; as digest
     """
 
     whens: Sequence[When]
@@ -52,9 +55,11 @@ class Task:
     out: pathlib.Path
     measurements: pathlib.Path
     gpu: dict[str, Any]
+    speed: GpuSpeed
     made_with: dict[str, Any]
     digest: str
     budget_s: float = math.inf
+    policy: str = "graph"
 
 
 @dataclasses.dataclass
@@ -90,7 +95,7 @@ def run(
     deadline = clock() + task.budget_s
     ordered = coarse_first(task.whens)
     outcome = Outcome(resumed=[when for when in ordered if _is_done(store, task, when)])
-    _merge(task, [store.shapes[when, task.dtype] for when in outcome.resumed])
+    _merge(task, store, [store.shapes[when, task.dtype] for when in outcome.resumed])
     outcome.left_out = [when for when in ordered if when not in set(outcome.resumed)]
     if outcome.resumed:
         screen.say(f"{len(outcome.resumed)} of {len(ordered)} shapes are in {task.measurements} already")
@@ -105,11 +110,13 @@ def run(
 
 def _is_done(store: Store, task: Task, when: When) -> bool:
     shape = store.shapes.get((when, task.dtype))
-    return shape is not None and shape.source_sha256 == task.digest and shape.chosen is not None
+    if shape is None or shape.chosen is None:
+        return False
+    return (shape.source_sha256, shape.policy) == (task.digest, task.policy)
 
 
-def _merge(task: Task, shapes: Sequence[Measured]) -> None:
-    if entries := tuple(entry for shape in shapes if (entry := shape.entry()) is not None):
+def _merge(task: Task, store: Store, shapes: Sequence[Measured]) -> None:
+    if entries := pairs.entries(shapes, store.shapes, task.speed.sm_count):
         select.merge(task.out, TunedFile(task.gpu, task.made_with, entries))
 
 
@@ -123,10 +130,10 @@ def _tune(
     clock: Callable[[], float],
     deadline: float,
 ) -> None:
-    num_sms, todo = task.gpu["sm_count"], list(outcome.left_out)
+    todo = list(outcome.left_out)
     if not todo:
         return
-    candidates = {when: space.candidates(when, num_sms) for when in todo}
+    candidates = {when: space.candidates(when, task.speed) for when in todo}
     missing = _compile(task, candidates, compile_variants, screen, clock, deadline)
     took: list[float] = []
     for done, when in enumerate(todo):
@@ -143,12 +150,12 @@ def _tune(
         if unfit.get(candidates[when][0]) == search.NO_TIME:
             continue  # left out: the same command goes on with it
         step(len(candidates[when]) - len(unfit))
-        result = search.tune_shape(measurer, when, candidates[when], unfit, step)
-        shape = Measured.of(when, task.dtype, task.digest, task.made_with, clock() - now, result)
+        result = search.tune_shape(measurer, when, candidates[when], unfit, step, task.policy)
+        shape = Measured.of(when, task.dtype, task.digest, task.made_with, clock() - now, result, task.policy)
         store.add(shape)
         outcome.left_out.remove(when)
         (outcome.failed if shape.chosen is None else outcome.tuned).append(shape)
-        _merge(task, [shape])
+        _merge(task, store, [shape])
         screen.say(line(shape))
         took.append(clock() - now)
     screen.step(len(todo), len(todo), "done", 0.0)
@@ -192,9 +199,7 @@ def line(shape: Measured) -> str:
     default = KernelConfig.from_dict(shape.candidates[0]["config"])
     if shape.chosen == default:
         return f"{shape.when}: the default, {shape.us:.1f} us{tail}"
-    changed = ", ".join(
-        f"{name}={value!r}" for name, value in shape.chosen.to_dict().items() if value != getattr(default, name)
-    )
+    changed = ", ".join(f"{name}={value!r}" for name, value in differences(shape.chosen, default).items())
     return f"{shape.when}: {shape.default_us:.1f} -> {shape.us:.1f} us ({shape.gain:.3f}x), {changed}{tail}"
 
 
@@ -218,4 +223,4 @@ def group_of(when: When) -> str:
     """Op and cache of a shape: "decode, 16-bit cache", "decode, group FP8, q e4m3"."""
     assert when.kv_format in TOKEN_BYTES
     cache = f"{when.kv_format} FP8, q {'e4m3' if when.q_fp8 else '16 bit'}" if when.kv_format else "16-bit cache"
-    return f"{when.op}, {cache}"
+    return f"{when.op}, {cache}" + (", ragged" if when.lengths == "ragged" else "")

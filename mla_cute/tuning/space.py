@@ -16,27 +16,29 @@ import functools
 import itertools
 from collections.abc import Hashable, Iterator
 
-from ..config import KernelConfig, why_infeasible, with_kernel
+from ..config import KernelConfig, differences, why_infeasible, with_kernel
+from ..gpu import H200, GpuSpeed
 from ..kernels.keys import MAX_PARTS
 from ..kernels.planner import model, model_prefill
-from ..kernels.registry import Variant, decode_parts, planner_variant, step_variant, takes_tile16
+from ..kernels.registry import Variant, decode_parts, planner_variant, step_of, step_variant, takes_tile16
 from ..tuned.select import When, default_for
+from .recipes import case_of
 
 MIN_BLOCKS = (1, 2, 4, 8, 16)
 ITEM_OVERHEADS = (2, 4, 8)
 # In blocks. With 0 the planner cuts whenever that balances the work; with 64, or 4096 tokens per CTA, hardly ever.
-# In decode no penalty above the default's is tried: the batches timed here are uniform and balance by themselves, so a
-# large penalty would look good, but a ragged batch that is not cut waits for its longest request.
+# In decode no penalty above the default's is tried on uniform batches: they balance by themselves, so a large penalty
+# would look good, but a ragged batch that is not cut waits for its longest request. Ragged ones are timed with all.
 SPLIT_PENALTIES = (0, 3, 6, 12, 64)
 
 
-def candidates(when: When, num_sms: int = 132) -> list[KernelConfig]:
-    """Feasible configurations worth timing for a shape on a GPU of `num_sms` SMs, the default first.
+def candidates(when: When, gpu: GpuSpeed = H200) -> list[KernelConfig]:
+    """Feasible configurations worth timing for a shape on a GPU, the default first.
 
     The planner's numbers are crossed with evict_first; the other main kernel gets the planner's numbers only.
     """
-    default = default_for(when, num_sms)
-    planned = _planned(when, default, num_sms)
+    default = default_for(when, gpu)
+    planned = _planned(when, default, gpu)
     found = [
         dataclasses.replace(config, evict_first=evict_first)
         for evict_first in (default.evict_first, not default.evict_first)
@@ -44,17 +46,17 @@ def candidates(when: When, num_sms: int = 132) -> list[KernelConfig]:
     ]
     if when.decodes:
         kernel = "tile64" if takes_tile16(when.kv_format, when.num_heads, default) else "tile16"
-        found += _planned(when, with_kernel(default, when.kv_format, kernel), num_sms)
+        found += _planned(when, with_kernel(default, when.kv_format, kernel), gpu)
     return [config for config in dict.fromkeys(found) if why_infeasible(config) is None]
 
 
-def _planned(when: When, default: KernelConfig, num_sms: int) -> list[KernelConfig]:
+def _planned(when: When, default: KernelConfig, gpu: GpuSpeed) -> list[KernelConfig]:
     """`default` with the planner's numbers varied, one configuration for each plan, itself first."""
     planned: dict[Hashable, KernelConfig] = {}
     for config in (default, *_planner_grid(default)):
-        cuts_less = when.decodes and config.split_penalty > default.split_penalty
+        cuts_less = when.decodes and when.lengths == "uniform" and config.split_penalty > default.split_penalty
         if why_infeasible(config) is None and not cuts_less:
-            planned.setdefault(plan_signature(when, config, num_sms), config)
+            planned.setdefault(plan_signature(when, config, gpu.sm_count), config)
     return list(planned.values())
 
 
@@ -70,19 +72,32 @@ def _planner_grid(default: KernelConfig) -> Iterator[KernelConfig]:
 
 def changes(config: KernelConfig, default: KernelConfig) -> int:
     """Fields in which `config` differs from `default`."""
-    return sum(getattr(config, f.name) != getattr(default, f.name) for f in dataclasses.fields(default))
+    return len(differences(config, default))
 
 
 def variants_of(when: When, config: KernelConfig, dtype: str) -> list[Variant]:
     """(kernel, key, launch config) of what a call with a plan compiles, from page lists or from lists of tokens."""
-    assert when.kv_len is not None
-    lengths = "seq_lens" if when.op == "sparse" else "csr_last" if when.kv_len % when.page_size else "csr"
+    lengths = "seq_lens"
+    if when.op != "sparse":
+        lengths = "csr_last" if any(n % when.page_size for n in kv_lens(when)) else "csr"
     step = step_variant(when.op, when.kv_format, when.q_fp8, when.num_heads, when.page_size, dtype, config)
     return [step, planner_variant(when.op, lengths, config)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# plans of equal requests
+# plans
+
+
+@functools.lru_cache(maxsize=64)  # all configurations of a shape have the same
+def kv_lens(when: When) -> tuple[int, ...]:
+    """Tokens of each request of a shape, or of each list."""
+    return tuple(kv_len for _, kv_len in case_of(when, "bfloat16").requests)
+
+
+def run_key(when: When, config: KernelConfig, num_sms: int) -> Hashable:
+    """A value that two configurations share only if this shape runs the same with both."""
+    kernel = step_of(when.op, when.kv_format, when.num_heads, config)
+    return kernel, config.launch(), plan_signature(when, config, num_sms)
 
 
 def plan_signature(when: When, config: KernelConfig, num_sms: int) -> Hashable:
@@ -90,8 +105,7 @@ def plan_signature(when: When, config: KernelConfig, num_sms: int) -> Hashable:
     assert when.kv_len is not None
     if when.decodes:
         parts = decode_parts(when.kv_format, when.num_heads, config, num_sms)
-        blocks = model.blocks_of([when.kv_len], config.cut_unit)
-        return model.cut(blocks * when.batch, parts, config)
+        return model.cut(model.blocks_of(kv_lens(when), config.cut_unit), parts, config)
     parts = min(MAX_PARTS, num_sms)
     tail = _prefill_tail(when.num_heads, when.q_len, when.batch, when.kv_len, parts)
     return model_prefill.tail_sizes(tail, parts, config)

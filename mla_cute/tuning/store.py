@@ -15,9 +15,9 @@ from typing import Any
 
 from ..compile.jit import replace_file
 from ..config import KernelConfig
-from ..tuned.file import when_of
+from ..tuned.file import values_of, when_of
 from ..tuned.select import Entry, When
-from .search import GAIN, KEEP_WITHIN, RUNGS, Result
+from .search import GAIN, KEEP_WITHIN, POLICIES, RUNGS, Result
 
 SCHEMA = 1
 KIND = "mla_cute.tuning"
@@ -28,6 +28,11 @@ METHOD = {
     f"{KEEP_WITHIN:.0%} of the best, and the default",
     "choice": f"the default, unless another is more than {GAIN:.0%} faster over all rounds and each half of them, "
     "and over new rounds after it was picked; us and default_us of a shape are the medians of these",
+    "policy": "graph: us is what is compared; eager: us and host_us, the host's time of a call with a plan",
+    "us_chained": "of what was timed to the end: a call in a graph of several, back to back over the slots, L2 emptied "
+    "in front of the first; nothing is chosen by it",
+    "sm_mhz, watts, throttled": "means of NVML after each burst of the last rung, and what kept the clock down; a rung "
+    "that was kept down is timed once more after a rest, and that counts; null without nvidia-ml-py",
     "rung": "number of rungs the candidate was timed in; 0: not timed",
 }
 
@@ -49,12 +54,21 @@ class Measured:
     default_us: float | None
     runner_up_us: float | None
     candidates: tuple[dict[str, Any], ...]
+    runner_up: KernelConfig | None = None
+    policy: str = "graph"
 
     @classmethod
     def of(
-        cls, when: When, dtype: str, digest: str, made_with: dict[str, Any], seconds: float, result: Result
+        cls,
+        when: When,
+        dtype: str,
+        digest: str,
+        made_with: dict[str, Any],
+        seconds: float,
+        result: Result,
+        policy: str = "graph",
     ) -> Measured:
-        chosen, runner_up = result.chosen, result.runner_up_us
+        chosen, runner_up = result.chosen, result.runner_up if result.chosen else None
         tried = tuple(
             {
                 "config": trial.config.to_dict(),
@@ -62,6 +76,11 @@ class Measured:
                 "samples": len(trial.samples),
                 "rung": trial.rung,
                 "verdict": trial.verdict,
+                "us_chained": None if trial.us_chained is None else round(trial.us_chained, 3),
+                "host_us": None if trial.host_us is None else round(trial.host_us, 2),
+                "sm_mhz": trial.conditions and trial.conditions.sm_mhz,
+                "watts": trial.conditions and trial.conditions.watts,
+                "throttled": None if trial.conditions is None else list(trial.conditions.throttled),
             }
             for trial in result.trials
         )
@@ -75,8 +94,10 @@ class Measured:
             why=result.why,
             us=round(result.us, 3) if chosen else None,
             default_us=round(result.default_us, 3) if chosen else None,
-            runner_up_us=round(runner_up, 3) if chosen and runner_up is not None else None,
+            runner_up_us=round(runner_up.us, 3) if runner_up else None,
             candidates=tried,
+            runner_up=runner_up.config if runner_up else None,
+            policy=policy,
         )
 
     @property
@@ -92,19 +113,23 @@ class Measured:
             return None
         assert self.us is not None
         assert self.default_us is not None
-        return Entry(self.when, self.chosen, self.us, self.default_us, self.runner_up_us)
+        return Entry(self.when, self.chosen, self.us, self.default_us, self.runner_up_us, self.runner_up)
 
     def to_dict(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        values["when"] = dataclasses.asdict(self.when)
-        values["chosen"] = self.chosen.to_dict() if self.chosen else None
+        values["when"] = values_of(self.when)
+        for name in ("chosen", "runner_up"):
+            config = getattr(self, name)
+            values[name] = config.to_dict() if config else None
         return values
 
     @classmethod
     def from_dict(cls, values: Any) -> Measured:
         """Raises ValueError, which names the field, on anything that `to_dict` does not make."""
         names = [field.name for field in dataclasses.fields(cls)]
-        _object("", values, names)
+        # Records from before these were there do without.
+        _object("", values, [name for name in names if name not in ("runner_up", "policy")])
+        _expect(values.get("policy", "graph") in POLICIES, "policy", f"one of {POLICIES}", values.get("policy"))
         if unknown := sorted(set(values) - set(names)):
             raise ValueError(f"unknown fields {unknown}; known are {names}")
         when = when_of(values["when"])
@@ -118,14 +143,17 @@ class Measured:
         _expect(isinstance(candidates, list), "candidates", "a list", candidates)
         for index, trial in enumerate(candidates):
             _check_trial(f"candidates[{index}]", trial)
-        config = None if values["chosen"] is None else _config("chosen", values["chosen"])
+        config, next_best = (
+            None if values.get(name) is None else _config(name, values[name]) for name in ("chosen", "runner_up")
+        )
         if config is not None:
             _expect(bool(candidates), "candidates", "the default first", candidates)
             for name in ("us", "default_us"):
                 _expect(_is_time(values[name]), name, "a number > 0 of a tuned shape", values[name])
         runner_up = values["runner_up_us"]
         _expect(runner_up is None or _is_time(runner_up), "runner_up_us", "a number > 0 or null", runner_up)
-        return cls(**{**values, "when": when, "chosen": config, "candidates": tuple(candidates)})
+        configs = {"chosen": config, "runner_up": next_best}
+        return cls(**{**values, **configs, "when": when, "candidates": tuple(candidates)})
 
 
 def _expect(is_right: bool, name: str, what: str, got: object) -> None:
@@ -158,6 +186,9 @@ def _check_trial(name: str, trial: Any) -> None:
     _config(f"{name}.config", trial["config"])
     _expect(isinstance(trial["verdict"], str), f"{name}.verdict", "a text", trial["verdict"])
     _expect(trial["us"] is None or _is_time(trial["us"]), f"{name}.us", "a number > 0 or null", trial["us"])
+    for field in ("us_chained", "host_us", "sm_mhz", "watts"):  # of newer records
+        value = trial.get(field)
+        _expect(value is None or _is_time(value), f"{name}.{field}", "a number > 0 or null", value)
     for field in ("samples", "rung"):
         _expect(type(trial[field]) is int, f"{name}.{field}", "an integer", trial[field])
 

@@ -19,7 +19,7 @@ from typing import Any
 from ..compile import jit, warmup
 from ..config import KernelConfig
 from ..tuned.select import When
-from .search import NO_TIME, CandidateError, ShapeError, StartError
+from .search import NO_TIME, CandidateError, Conditions, ShapeError, StartError
 from .space import Variant
 
 # The measuring process starts: it imports torch, initialises CUDA, fills the pool (a fifth of a second per 10 GB).
@@ -69,8 +69,8 @@ class ChildMeasurer:
     """The search's Measurer, in a process of its own that is started again when it is lost.
 
     Args:
-        make: picklable; called in the process, see `serve`. The object it returns has `open`, `check` and `samples` as
-            a Measurer has, `facts`, and `is_usable`, which is False once nothing can run in the process any more.
+        make: picklable; called in the process, see `serve`. The object it returns has what a Measurer
+            has, `facts`, and `is_usable`, which is False once nothing can run in the process any more.
         timeout_s: silence of a candidate after which it counts as hung.
     """
 
@@ -108,6 +108,15 @@ class ChildMeasurer:
 
     def samples(self, configs: Sequence[KernelConfig], rounds: int) -> list[list[float]]:
         return self._ask_candidate("samples", (list(configs), rounds))
+
+    def conditions(self) -> Conditions | None:
+        return self._ask_candidate("conditions", ())
+
+    def chained(self, config: KernelConfig) -> float:
+        return self._ask_candidate("chained", (config,))
+
+    def host_us(self, config: KernelConfig) -> float:
+        return self._ask_candidate("host_us", (config,))
 
     def _open(self, when: When, default: KernelConfig) -> None:
         self._start()

@@ -5,12 +5,14 @@ import json
 import torch
 
 from mla_cute.config import KernelConfig
+from mla_cute.gpu import H200
 from mla_cute.tuned import select
 from mla_cute.tuned.select import Entry, TunedFile, When
 
 # Plans on the meta device allocate as on a GPU; selection is told that it is one.
 META = torch.device("meta")
 NAME, SMS = "NVIDIA Test/1 X", 132
+SPEED = H200
 FILE = "NVIDIA_Test_1_X.json"
 MADE_WITH = {"mla_cute": "0.1.0", "cutlass_dsl": "4.8.1", "driver": "580.1", "date": "2026-11-24"}
 
@@ -55,7 +57,7 @@ class Folders:
             monkeypatch.delenv(variable, raising=False)
         monkeypatch.setenv("MLA_CUTE_CACHE_DIR", str(tmp_path / "cache"))
         monkeypatch.setattr(select, "_SHIPPED", self.shipped.parent)
-        monkeypatch.setattr(select, "gpu_of", lambda device: (NAME, SMS) if device == META else None)
+        monkeypatch.setattr(select, "gpu_of", lambda device: (NAME, SPEED) if device == META else None)
         select.clear()
 
     def use_named(self) -> None:

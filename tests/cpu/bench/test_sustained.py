@@ -152,6 +152,12 @@ def test_without_the_library_or_a_counter_it_says_so(monkeypatch):
         command._sustain(1.0, gpu)
     fake.nvmlDeviceGetTotalEnergyConsumption = lambda handle: 7
     assert NvmlMeter("abc").read() == (7, 1500)
+    fake.nvmlDeviceGetPowerUsage = lambda handle: 612_500
+    fake.nvmlDeviceGetCurrentClocksThrottleReasons = lambda handle: 0x24
+    assert NvmlMeter("abc").moment() == (1500, 612.5, 0x24)
+    fake.nvmlDeviceGetCurrentClocksThrottleReasons = refuse
+    with pytest.raises(RuntimeError, match="NVML reads no clocks of this GPU: Not Supported"):
+        NvmlMeter("abc").moment()
     assert command._sustain(None, None) is None
     with pytest.raises(UsageError, match="--sustained: torch does not tell which GPU"):
         command._sustain(1.0, types.SimpleNamespace(uuid=None))

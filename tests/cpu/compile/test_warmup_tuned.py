@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tuned_case import FILE, NAME, SMS, Folders, entry, write
+from tuned_case import FILE, NAME, SMS, SPEED, Folders, entry, write
 
 from mla_cute.cli import info
 from mla_cute.compile import warmup as warmup_module
@@ -23,7 +23,7 @@ def folders(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(select, "gpu_of", lambda device: (NAME, SMS) if device.type == "cuda" else None)
+    monkeypatch.setattr(select, "gpu_of", lambda device: (NAME, SPEED) if device.type == "cuda" else None)
     yield found
     select.clear()
 

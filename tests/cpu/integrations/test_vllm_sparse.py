@@ -12,6 +12,7 @@ from integration_case import ABSURD, SM_SCALE, Case, rows_of_656
 from recorded_signatures import of
 from vllm_case import LAYER, RECORD, TOPK, make_builder, make_impl, make_metadata, make_sparse_config
 
+from mla_cute.gpu import H200
 from mla_cute.integrations import _vllm_plugin
 from mla_cute.plan import Plan
 from mla_cute.tuned import select
@@ -280,7 +281,7 @@ def test_vllm_compiles_the_configurations_that_steps_choose(backend, monkeypatch
         asked.append(facts)
         op, kv_format, q_fp8, num_heads, page_size, q_len, batch, kv_len, device, invariant = facts
         when = select.When(op, kv_format, q_fp8, num_heads, page_size, q_len, batch, kv_len)
-        return select.Selection(select.default_for(when, 132, invariant), "made up", None, when)
+        return select.Selection(select.default_for(when, H200, invariant), "made up", None, when)
 
     monkeypatch.setattr(select, "choose", choose)
     builder = make_builder(backend.MlaCuteSparseMetadataBuilder, make_sparse_config("fp8_ds_mla", heads=128))

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import mla_cute
+from mla_cute.config import default_config
+from mla_cute.gpu import H200, GpuSpeed
 from mla_cute.tuned import select
 from mla_cute.tuning import command, recipes
 
@@ -137,11 +139,11 @@ def test_recipe_of_the_page_is_one():
 
 def test_commands_of_tune_are_understood():
     lines = re.findall(r"^mla-cute tune (.*)$", text_of("tuning"), re.MULTILINE)
-    assert len(lines) == 4
+    assert len(lines) == 5
     for line in lines:
         values = command.parser().parse_args(shlex.split(line))
         options = command.options_of(vars(values))
-        if options.from_log is None:
+        if options.from_log is None and options.diff is None:
             assert command.shapes_of(options), line
 
 
@@ -220,7 +222,7 @@ def runs_tile16(case):
 def test_times_of_queries_are_the_records(monkeypatch):
     rows, few = {}, {}
     gpu = record("fp8")["gpu"]
-    monkeypatch.setattr(select, "gpu_of", lambda device: (gpu["name"], gpu["sm_count"]))
+    monkeypatch.setattr(select, "gpu_of", lambda device: (gpu["name"], H200))
     select.clear()
     for row in record("fp8")["rows"] + record("fp8_prefill")["rows"]:
         case = row["case"]
@@ -417,3 +419,22 @@ def test_architecture_names_every_file():
     assert found <= known, sorted(found - known)
     for target in re.findall(r"\]\(([^)]+)\)", text):
         assert (DOCS / target).is_file(), target
+
+
+def test_defaults_of_gpus_are_the_formulas():
+    gpus = {
+        "H200": H200,
+        "H100 SXM": GpuSpeed(132, 3352.3, 1980.0),
+        "H100 PCIe": GpuSpeed(114, 2039.0, 1755.0),
+        "H20": GpuSpeed(78, 4022.8, 1980.0, tensor_share=0.25),
+    }
+    found = {row[0]: row[1:] for row in tables("performance") if row[0] in gpus}
+    assert found.keys() == gpus.keys()
+    for name, cells in found.items():
+        configs = [default_config(heads, gpus[name]) for heads in (16, 64, 128)]
+        wanted = [[getattr(c, field) for c in configs] for field in ("item_overhead", "split_penalty")]
+        assert list(cells) == [", ".join(map(str, numbers)) for numbers in wanted], name
+    # GB/s of an SM, in the order in which the page tells them.
+    shares = [round(gpus[name].gbps_per_sm) for name in ("H20", "H200", "H100 SXM", "H100 PCIe")]
+    text = "(H20: {} GB/s of the peak each, H200 {}, H100 {}, H100 PCIe {})".format(*shares)
+    assert text in prose("performance")

@@ -1,5 +1,6 @@
 """`mla_cute.explain`: the answer is the one that plans get, and its text names every part of it."""
 
+import dataclasses
 import re
 
 import pytest
@@ -30,6 +31,7 @@ def test_an_entry_is_explained(folders):
     assert str(found).splitlines() == [
         f"decode, 16 heads, page size 64, batch 64, length 16384, 16-bit cache, on {NAME} (meta, {SMS} SMs)",
         f"  from      user {FILE} entry 1",
+        "  why       nearest of 2 in its class: batch 64 by 32, length 16384 by 8192",
         "  timed     decode, 16 heads, page size 64, batch 32, length 8192, 16-bit cache; distance 2.00",
         "            40 us, default 44 us, next best 42.5 us: 1.100x",
         f"  config    {CONFIG}",
@@ -38,6 +40,18 @@ def test_an_entry_is_explained(folders):
     again = mla_cute.explain(num_heads=16, page_size=64, batch=64, max_kv_len=16384, device=META)
     assert again == found
     assert str(again) == str(found)
+
+
+def test_the_next_best_configuration_is_told(folders):
+    """In what it is not the chosen one; entries of old files do not say it."""
+    best = dataclasses.replace(CONFIG, evict_first=False, min_blocks=2)
+    write(folders.user, dataclasses.replace(entry(CONFIG), runner_up=best), entry(CONFIG, batch=64))
+    shape = {"num_heads": 16, "page_size": 64, "max_kv_len": 8192, "device": META}
+    lines = str(mla_cute.explain(batch=8, **shape)).splitlines()
+    assert lines[2] == "  why       nearest of 2 in its class: the same shape"
+    assert lines[4].startswith("            40 us, default 44 us, next best 42.5 us: ")
+    assert lines[5] == "  next best evict_first=False, min_blocks=2"
+    assert "  next best" not in str(mla_cute.explain(batch=64, **shape))
 
 
 def test_a_default_is_explained(folders):
@@ -118,9 +132,10 @@ def test_lists_of_tokens_are_explained(folders, monkeypatch):
     write(folders.user, entry(page_size=64, kv_len=2048), entry(CONFIG, page_size=1, kv_len=2048))
     by_decode = mla_cute.explain("sparse", **shape)
     assert (by_decode.config, by_decode.distance, by_decode.kernel) == (CONFIG, 0.0, "decode_tile16")
-    assert str(by_decode).splitlines()[:3] == [
+    assert str(by_decode).splitlines()[:4] == [
         f"sparse, 16 heads, 8 query tokens, lists of 2048 tokens, 16-bit cache, on {NAME} (meta, {SMS} SMs)",
         f"  from      user {FILE} entry 0",
+        "  why       nearest of 1 in its class: op sparse by decode",
         "  timed     decode, 16 heads, page size 1, batch 8, length 2048, 16-bit cache; distance 0.00",
     ]
     own = KernelConfig(evict_first=False)

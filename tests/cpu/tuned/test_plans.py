@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from tuned_case import FILE, META, SMS, Folders, entry, when, write
+from tuned_case import FILE, META, SMS, SPEED, Folders, entry, when, write
 
 import mla_cute
 from mla_cute import attend, plan
@@ -76,7 +76,7 @@ def test_plans_run_with_the_tuned_configuration(folders, no_kernels):
     for made in make_plans(config=OTHER).values():
         assert (made.config, made.selection) == (OTHER, None)
     for made in make_plans(batch_invariant=True).values():
-        assert made.config == select.default_for(made.selection.when, SMS)
+        assert made.config == select.default_for(made.selection.when, SPEED)
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])

@@ -11,7 +11,7 @@ import re
 import pytest
 import torch
 from limits import PROCESS_S
-from tuned_case import FILE, META, NAME, SMS, Folders, entry, tuned_file, values_of, when, write
+from tuned_case import FILE, META, NAME, SPEED, Folders, entry, tuned_file, values_of, when, write
 
 import mla_cute
 from mla_cute.compile import jit
@@ -99,6 +99,20 @@ def without_entry_field(name: str) -> dict:
             values_of() | {"made_with": values_of()["made_with"] | {"date": 2026}},
             "made_with.date: expected a text, got 2026",
         ),
+        (
+            values_of() | {"made_with": values_of()["made_with"] | {"seed": "0"}},
+            "made_with.seed: expected an int >= 0, got '0'",
+        ),
+        (
+            values_of() | {"made_with": values_of()["made_with"] | {"command": ""}},
+            "made_with.command: expected a text, got ''",
+        ),
+        (values_of() | {"made_with": values_of()["made_with"] | {"host": "x"}}, "made_with: unknown fields ['host']"),
+        (with_entry(runner_up=[1]), "entry 1: runner_up: expected an object, got [1]"),
+        (with_entry(runner_up={"stages": 3}), "entry 1: runner_up: unknown fields ['stages']; known are ["),
+        (with_entry(runner_up={"min_blocks": "4"}), "entry 1: runner_up.min_blocks: expected int, got '4'"),
+        (with_entry(runner_up={"min_blocks": 3}), "entry 1: runner_up: min_blocks: expected a positive multiple of"),
+        (with_entry(runner_up={}, runner_up_us=None), "entry 1: runner_up: expected none without a runner_up_us"),
         (values_of() | {"entries": {}}, "entries: expected a list, got {}"),
         (values_of() | {"entries": [7]}, "entry 0: expected an object, got 7"),
         (without_entry_field("us"), "entry 1: missing fields ['us']"),
@@ -124,6 +138,8 @@ def without_entry_field(name: str) -> dict:
         (with_when(op="sparse"), "entry 1: when.page_size: expected 1 for sparse, got 64"),
         (with_when(kv_len=0), "entry 1: when.kv_len: expected an int >= 1, got 0"),
         (with_when(kv_len=None), "entry 1: when.kv_len: expected the length that was timed, got null"),
+        (with_when(lengths="long"), "entry 1: when.lengths: expected one of ('uniform', 'ragged'), got 'long'"),
+        (with_when(lengths="ragged", op="prefill"), "entry 1: when.lengths: expected 'uniform' but of decode with a"),
         (with_when(batch=1), "entry 1: when: expected a shape of its own, got that of entry 0"),
         (with_entry(config=None), "entry 1: config: expected an object, got None"),
         (with_config(stages=3), "entry 1: config: unknown fields ['stages']; known are ["),
@@ -150,6 +166,50 @@ def without_entry_field(name: str) -> dict:
 def test_what_is_wrong_with_a_file_is_said_with_its_name_and_entry(values, message):
     with pytest.raises(ValueError, match=r"^some\.json: " + re.escape(message)):
         select.parse(values, "some.json")
+
+
+def test_a_file_says_how_to_make_it_again(tmp_path):
+    """Files that were made before do not, and are read."""
+    made = tuned_file(entry())
+    later = {
+        "torch": "2.13.0+cu130",
+        "toolkit": "cu13",
+        "command": "mla-cute tune --recipe small",
+        "seed": 0,
+        "commit": None,
+    }
+    newer = dataclasses.replace(made, made_with=made.made_with | later)
+    for file in (made, newer):
+        assert select.parse(json.loads(select.dump(file)), "here") == file
+    path = write(tmp_path / FILE, entry(batch=1))
+    assert select.merge(path, newer).made_with == newer.made_with
+
+
+def test_only_ragged_entries_name_their_lengths():
+    file = tuned_file(entry(), entry(OTHER, lengths="ragged"))
+    values = json.loads(select.dump(file))
+    assert [at["when"].get("lengths") for at in values["entries"]] == [None, "ragged"]
+    assert select.parse(values, "here") == file
+    assert str(file.entries[1].when).endswith("batch 8, ragged lengths up to 8192, 16-bit cache")
+
+
+def test_a_call_takes_ragged_entries_as_others(folders):
+    """It does not know its lengths; of two at one distance the uniform one."""
+    write(
+        folders.user, entry(OTHER, batch=32, lengths="ragged"), entry(batch=8, lengths="ragged"), entry(OTHER, batch=8)
+    )
+    found = select.select(when(batch=32), META)
+    assert (found.config, found.entry.when.lengths, found.when.lengths) == (OTHER, "ragged", "uniform")
+    assert select.select(when(batch=8), META).entry.when.lengths == "uniform"
+
+
+def test_the_runner_up_is_kept_as_what_it_has_other_than_the_chosen_one(tmp_path):
+    best = dataclasses.replace(OTHER, evict_first=True, split_penalty=0)
+    file = tuned_file(dataclasses.replace(entry(OTHER), runner_up=best), entry(batch=9))
+    values = json.loads(select.dump(file))
+    assert values["entries"][0]["runner_up"] == {"evict_first": True, "split_penalty": 0}
+    assert "runner_up" not in values["entries"][1]
+    assert select.parse(values, "here") == file
 
 
 def test_fields_of_a_config_that_a_file_does_not_name_have_their_default():
@@ -301,7 +361,7 @@ def test_files_can_be_turned_off(folders, monkeypatch):
     monkeypatch.setenv("MLA_CUTE_TUNED", "0")
     selection = select.select(when(), META)
     assert selection.source == "default: MLA_CUTE_TUNED=0"
-    assert (selection.config, selection.entry) == (select.default_for(when(), SMS), None)
+    assert (selection.config, selection.entry) == (select.default_for(when(), SPEED), None)
 
 
 @pytest.mark.parametrize(
@@ -329,7 +389,7 @@ def test_a_device_that_is_no_gpu_takes_the_default(folders):
 def test_batch_invariant_plans_take_the_default(folders):
     write(folders.shipped, entry(OTHER))
     selection = select.select(when(), META, batch_invariant=True)
-    assert (selection.config, selection.entry) == (select.default_for(when(), SMS), None)
+    assert (selection.config, selection.entry) == (select.default_for(when(), SPEED), None)
     assert select.select(when(), META).config == OTHER
 
 
@@ -348,7 +408,7 @@ def test_a_file_made_with_other_sms_is_not_used_and_that_is_said(folders, caplog
         selection = select.select(when(), META)
         select.select(when(batch=1), META)
     assert selection.source == f"default: user {FILE} was made with 114 SMs, this GPU has 132"
-    assert selection.config == select.default_for(when(), SMS)
+    assert selection.config == select.default_for(when(), SPEED)
     assert caplog.messages == [f"{folders.user} is not used: made with 114 SMs, this {NAME} has 132"]
 
 

@@ -3,9 +3,10 @@
 import dataclasses
 
 import pytest
-from tuned_case import SMS, when
+from tuned_case import when
 
 from mla_cute.config import default_config, why_infeasible, with_kernel
+from mla_cute.gpu import H200
 from mla_cute.tuned import select
 
 
@@ -14,7 +15,7 @@ from mla_cute.tuned import select
     ("kv_format", "field", "other"), [("", "kernel", "fp8_kernel"), ("group", "fp8_kernel", "kernel")]
 )
 def test_another_kernel_comes_with_its_pieces(kv_format, field, other, num_heads):
-    config = dataclasses.replace(default_config(num_heads, 64, 8, SMS), evict_first=False, item_overhead=7)
+    config = dataclasses.replace(default_config(num_heads, H200), evict_first=False, item_overhead=7)
     for kernel, unit in (("tile64", 2), ("tile16", 1)):
         changed = with_kernel(config, kv_format, kernel)
         assert (getattr(changed, field), getattr(changed, other)) == (kernel, "auto")
@@ -64,9 +65,9 @@ def test_another_kernel_comes_with_its_pieces(kv_format, field, other, num_heads
 def test_small_steps_of_many_heads_take_tile16_by_default(facts, few):
     shape = when(**{"kv_format": "tensor", "q_fp8": True} | facts)
     field, other = ("fp8_kernel", "kernel") if shape.kv_format else ("kernel", "fp8_kernel")
-    config = select.default_for(shape, 132)
+    config = select.default_for(shape, H200)
     assert getattr(config, field) == ("tile16" if few else "auto")
     assert getattr(config, other) == "auto"
     runs_few = few or (shape.op == "decode" and shape.num_heads <= 16)
     assert config.cut_unit == config.min_blocks == (1 if runs_few else 2)
-    assert getattr(select.default_for(shape, 132, batch_invariant=True), field) == "auto"
+    assert getattr(select.default_for(shape, H200, batch_invariant=True), field) == "auto"

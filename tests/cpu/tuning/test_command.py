@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+import shlex
 import subprocess
 import sys
 
@@ -13,12 +14,15 @@ import pytest
 from limits import PROCESS_S
 from test_session import faster, run, task
 from tune_case import DECODE, GPU, FakeMeasurer
+from tuned_case import entry, tuned_file
 from typer.testing import CliRunner
 
 import mla_cute
 from mla_cute.cli import app as app_module
 from mla_cute.cli import tune as cli_tune
+from mla_cute.config import KernelConfig
 from mla_cute.extras import install_command
+from mla_cute.gpu import H200
 from mla_cute.tuned import select
 from mla_cute.tuned.select import When
 from mla_cute.tuning import command, options, recipes, report, session, space, store
@@ -44,7 +48,7 @@ class FakeChild(FakeMeasurer):
         pass
 
     def facts(self):
-        return {"gpu": GPU, "driver": "580.1"}
+        return {"gpu": GPU, "speed": H200, "driver": "580.1"}
 
 
 @pytest.fixture
@@ -68,6 +72,27 @@ def both(*arguments):
 
 
 # -------------------------------------------------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--recipe", "small"],
+        ["--recipe", "small", "--recipe", "a b.toml", "--budget", "1.5h", "--dtype", "fp16"],
+        ["--from-log", "x.jsonl", "--kv-len", "64,128", "--policy", "eager"],
+        ["--op", "decode,prefill", "--heads", "16", "--batch", "1,4", "--kv-format", "none,tensor", "--q-fp8"],
+    ],
+)
+def test_the_command_that_a_file_names_asks_for_the_same(arguments):
+    def read(words):
+        return command.options_of(vars(command.parser().parse_args(words)))
+
+    asked = read(arguments)
+    named = shlex.split(command.command_of(asked))
+    assert named[:2] == ["mla-cute", "tune"]
+    assert read(named[2:]) == asked
+    beside = ["--out", "x.json", "--report", "y", "--workers", "3", "--measurements", "z.json"]
+    assert command.command_of(read([*arguments, *beside])) == command.command_of(asked), "not where to"
 
 
 @pytest.mark.parametrize(
@@ -172,6 +197,18 @@ def test_an_option_that_does_not_parse_is_named():
         assert f"{arguments[0]}: expected" in done.output
 
 
+def test_a_policy_is_one_of_two(fake_gpu, tmp_path, capsys):
+    arguments = ("--recipe", "small", "--out", tmp_path / "X.json", "--policy")
+    with pytest.raises(SystemExit):
+        command.main([str(x) for x in (*arguments, "fast")])
+    assert "invalid choice: 'fast'" in capsys.readouterr().err
+    done = typer_run(*arguments, "fast")
+    assert (done.exit_code, "--policy: expected one of graph, eager, got 'fast'" in done.output) == (2, True)
+    assert both(*arguments, "eager") == (0, 0)
+    assert {shape.policy for shape in store.load(tmp_path / "X.measurements.json")[1]} == {"eager"}
+    assert select.load(tmp_path / "X.json").made_with["command"] == "mla-cute tune --recipe small --policy eager"
+
+
 def test_without_a_gpu_no_process_is_started(monkeypatch, capsys):
     monkeypatch.setattr(command, "ChildMeasurer", lambda *args: pytest.fail("it was started"))
     monkeypatch.setattr(command.gpu_facts, "why_no_gpu", lambda: "there is no GPU in this test")
@@ -202,9 +239,9 @@ def test_a_dry_run_counts_and_starts_nothing(monkeypatch, capsys):
     monkeypatch.setattr(command.gpu_facts, "facts", lambda: None)
     assert both("--recipe", "small", "--dry-run") == (0, 0)
     text = capsys.readouterr().out
-    counts = [len(space.candidates(when, 132)) for when in recipes.load("small")]
+    counts = [len(space.candidates(when, H200)) for when in recipes.load("small")]
     assert f"7 shapes, {sum(counts)} candidates; nothing was run" in text
-    assert "a GPU of 132 SMs (none is seen here)" in text
+    assert "an H200 of 132 SMs (no GPU is seen here)" in text
     assert ["decode,", "16-bit", "cache", "4"] in [row.split()[:4] for row in text.splitlines()]
     assert both("--op", "sparse", "--heads", "16", "--batch", "1,64", "--kv-len", "2048", "--dry-run") == (0, 0)
     rows = [row.split()[:4] for row in capsys.readouterr().out.splitlines()]
@@ -241,6 +278,9 @@ def test_a_run_with_named_files(fake_gpu, tmp_path, capsys):
     file = select.load(out)
     assert {entry.when for entry in file.entries} == set(whens)
     assert file.made_with["driver"] == "580.1"
+    assert (file.made_with["command"], file.made_with["seed"]) == ("mla-cute tune --recipe small --budget 480s", 0)
+    versions = command.gpu_facts.versions()
+    assert (file.made_with["torch"], file.made_with["toolkit"]) == (versions["torch"], versions["cutlass_dsl_toolkit"])
     assert fake_gpu[0].timeout_s == 7
     assert fake_gpu[0].make.args == (whens, "bfloat16")
     assert "7 shapes tuned, 0 were done before, 0 failed" in printed.out
@@ -301,6 +341,37 @@ def test_options_are_the_same_on_both_command_lines():
     assert all(flag in helped for flag in flags)
     parameters = cli_tune.tune.__annotations__.keys() - {"context", "wide", "return"}
     assert parameters == {action.dest for action in command.parser()._actions} - {"help"}
+
+
+# ------------------------------------------------------------------------------------------------------------- diff
+
+
+def test_two_files_are_compared(tmp_path, capsys):
+    a, b = tmp_path / "A.json", tmp_path / "B.json"
+    select.merge(a, tuned_file(entry(batch=1), entry(batch=2)))
+    select.merge(b, tuned_file(entry(batch=1, us=20.0), entry(KernelConfig(min_blocks=8), batch=2, us=20.0)))
+    assert both("--diff", a, a) == (0, 0)
+    capsys.readouterr()
+    assert command.main(["--diff", str(a), str(b)]) == 1
+    plain = capsys.readouterr().out
+    done = typer_run("--diff", a, b)
+    assert done.exit_code == 1
+    for text in (plain, done.output):
+        assert f"A {a}, B {b}" in text
+        assert "min_blocks 2 -> 8" in text
+        assert "Time in A over time in B, geometric mean of what is changed: 2.000x." in text
+
+
+@pytest.mark.parametrize("content", ["{", None, '{"schema": 1}'])
+def test_a_file_that_cannot_be_compared_is_named(content, tmp_path, capsys):
+    good, bad = tmp_path / "A.json", tmp_path / "B.json"
+    select.merge(good, tuned_file(entry()))
+    if content is not None:
+        bad.write_text(content)
+    for pair in ((good, bad), (bad, good)):
+        assert both("--diff", *pair) == (2, 2)
+        assert capsys.readouterr().err.startswith(f"autotune.py: {bad}: ")
+        assert str(bad) in "".join(typer_run("--diff", *pair).output.split("\n"))
 
 
 # ----------------------------------------------------------------------------------------------------------- report

@@ -44,6 +44,10 @@ class CpuTimer:
     def synchronize(self):
         pass
 
+    def host_us(self, fn, calls, chunks):
+        fn()
+        return 20.0 + calls + chunks / 100
+
     def warm(self, replays):
         self.warmed.append(len(replays))
 
@@ -78,9 +82,11 @@ def library_with(change=None):
     return dataclasses.replace(library, **{name: changing(getattr(library, name)) for name in names})
 
 
-def make(whens=(DECODE, PREFILL, FP8, SPARSE, SPARSE_FP8), change=None, memory=GB, timer=None, dtype="bfloat16"):
+def make(
+    whens=(DECODE, PREFILL, FP8, SPARSE, SPARSE_FP8), change=None, memory=GB, timer=None, dtype="bfloat16", meter=None
+):
     signs = []
-    made = Device(list(whens), dtype, timer or CpuTimer(), library_with(change), memory, lambda: signs.append(1))
+    made = Device(list(whens), dtype, timer or CpuTimer(), library_with(change), memory, lambda: signs.append(1), meter)
     made.signs = signs
     return made
 
@@ -215,3 +221,93 @@ def test_usable_asks_the_device():
 
     timer.synchronize = dead
     assert not measured.is_usable()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# clocks, graphs of several calls, the host
+
+
+class Meter:
+    """A GPU whose moments are told one after the other, the last one for ever."""
+
+    def __init__(self, *moments):
+        self.moments = list(moments)
+
+    def moment(self):
+        found = self.moments.pop(0) if len(self.moments) > 1 else self.moments[0]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+
+@pytest.fixture
+def rests(monkeypatch):
+    taken = []
+    monkeypatch.setattr(device_module.time, "sleep", taken.append)
+    return taken
+
+
+def test_clocks_are_those_under_load(rests):
+    timer = CpuTimer()
+    measured = make([DECODE], timer=timer, meter=Meter((1980, 500.0, 0), (1900, 600.0, 0x2)))
+    measured.open(DECODE, DEFAULT)
+    assert measured.conditions() is None, "nothing was timed"
+    measured.samples([DEFAULT], 3)
+    assert measured.conditions() == search.Conditions(1980, 500)
+    measured.samples([DEFAULT], 3)
+    # The clock of an application (0x2) is what somebody wanted.
+    assert measured.conditions() == search.Conditions(1900, 600, ())
+    assert (timer.order, rests) == ([3, 3], [])
+
+
+@pytest.mark.parametrize(
+    ("second", "throttled"), [((1950, 550.0, 0), ()), ((1700, 700.0, 0x24), ("SW Power Cap", "SW Thermal Slowdown"))]
+)
+def test_what_was_kept_down_is_timed_once_more_after_a_rest(rests, second, throttled):
+    timer = CpuTimer()
+    measured = make([DECODE], timer=timer, meter=Meter((1500, 700.0, 0x4), second))
+    measured.open(DECODE, DEFAULT)
+    [taken] = measured.samples([DEFAULT], 5)
+    assert (timer.order, rests) == ([5, 5], [device_module.REST_S])
+    assert len(taken) == 5
+    assert measured.conditions() == search.Conditions(*map(round, second[:2]), throttled)
+
+
+def test_without_a_meter_nothing_is_known_and_nothing_waits(rests):
+    for meter in (None, Meter(RuntimeError("NVML reads no clocks of this GPU: Not Supported"))):
+        measured = make([DECODE], meter=meter)
+        measured.open(DECODE, DEFAULT)
+        assert [len(us) for us in measured.samples([DEFAULT], 3)] == [3]
+        assert measured.conditions() is None
+    assert rests == []
+
+
+def test_a_call_in_a_row_is_a_share_of_its_graph():
+    timer = CpuTimer()
+    measured = make([DECODE], timer=timer)
+    measured.open(DECODE, DEFAULT)
+    written = measured._shape.inputs.out
+    written.fill_(float("nan"))
+    us = measured.chained(config(9))
+    assert timer.captured == 1
+    # The fake's first replay takes 100 us, those of the second sequence 100 to 106.
+    assert us == pytest.approx(102.5 / device_module.CHAIN)
+    assert timer.order == [1, device_module.CHAIN_REPLAYS - 1]
+    assert not written.isnan().any(), "all six slots, round and round"
+
+
+def test_long_calls_are_not_replayed_for_long(monkeypatch):
+    timer = CpuTimer()
+    monkeypatch.setattr(
+        timer, "sequence", lambda replays, alive: [60_000.0] * len(timer.order.append(len(replays)) or replays)
+    )
+    measured = make([DECODE], timer=timer)
+    measured.open(DECODE, DEFAULT)
+    assert measured.chained(DEFAULT) == 60_000.0 / device_module.CHAIN
+    assert timer.order == [1, 1]
+
+
+def test_the_host_is_timed_with_a_plan():
+    measured = make([DECODE])
+    measured.open(DECODE, DEFAULT)
+    assert measured.host_us(config(9)) == 20.0 + 20 + 0.05

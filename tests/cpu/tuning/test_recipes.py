@@ -4,11 +4,12 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 
 import pytest
 from tune_case import DECODE
 
-from mla_cute.bench.cases import Case, PrefillCase
+from mla_cute.bench.cases import RAGGED, Case, PrefillCase
 from mla_cute.tuned.select import When
 from mla_cute.tuning import recipes
 
@@ -22,6 +23,8 @@ COUNTS = {
     "deepseek-v3.2": 4 * 10 * 3,
     "kimi-k2-tp8": DECODE_GRID + 2 * 2 * 2,
     # 16-bit caches have no e4m3 queries: 7 kinds of cache and query.
+    # One kind of queries over format tensor.
+    "ragged": 3 * 3 * 2 * 2 * 2,
     "full": 5 * 5 * 5 * 2 * 7 + 5 * 3 * 3 * 2 * 2 * 7,
 }
 
@@ -47,7 +50,8 @@ def test_every_shape_of_every_recipe_is_a_bench_case():
     for name in recipes.names():
         for when in recipes.load(name):
             case = recipes.case_of(when, "bfloat16")
-            assert case.requests[0] == (when.q_len, when.kv_len)
+            if when.lengths == "uniform":
+                assert case.requests[0] == (when.q_len, when.kv_len)
             assert len(case.requests) == when.batch
             assert (case.kv_format, case.q_fp8) == (when.kv_format, when.q_fp8)
             if when.op != "sparse":
@@ -79,6 +83,25 @@ def test_case_of_both_ops():
     assert recipes.case_of(DECODE, "float16") == Case(16, 16, 8192, dtype="float16")
     prefill = When("prefill", "group", True, 8, 32, 4, 3, 100)
     assert recipes.case_of(prefill, "bfloat16") == PrefillCase(8, ((3, 4, 100),), 32, kv_format="group", q_fp8=True)
+
+
+def test_ragged_shapes_are_those_of_the_bench():
+    """Preset `ragged` has 1024 to 32768 tokens."""
+    text = """[[shapes]]
+op = "decode"
+heads = [16, 64, 128]
+batch = [1, 16, 64, 128]
+kv_len = 32768
+lengths = ["uniform", "ragged"]
+"""
+    found = recipes.parse(text, "here")
+    # One request is as long as itself.
+    assert [when.lengths for when in found].count("ragged") == len(found) - 12 == 9
+    cases = {recipes.case_of(when, "bfloat16") for when in found if when.lengths == "ragged"}
+    assert cases == set(RAGGED)
+    short = dataclasses.replace(DECODE, kv_len=33, lengths="ragged")
+    assert {2, 3} <= {n for _, n in recipes.case_of(short, "float16").requests}
+    assert max(n for _, n in recipes.case_of(short, "float16").requests) <= 33
 
 
 def test_a_file_beside_the_package_works_and_values_need_no_list(tmp_path):
@@ -128,9 +151,28 @@ def test_errors_name_file_table_and_key(text, message):
         recipes.parse(text, "R")
 
 
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ('lengths = "long"', "a.toml: shapes[0].lengths: expected one of 'uniform', 'ragged', got 'long'"),
+        ('lengths = ["ragged"]\nbatch = 1', "a.toml: shapes[0]: no shape is left: q_fp8 needs a kv_format, q_len at"),
+        (
+            'lengths = "ragged"\nop = ["decode", "prefill"]',
+            "a.toml: shapes[0].lengths: ragged are those of decode, got prefill beside it",
+        ),
+    ],
+)
+def test_lengths_that_cannot_be_are_named(lines, message):
+    keys = {"op": '"decode"', "heads": "16", "batch": "16", "kv_len": "8192"}
+    keys |= dict(line.split(" = ") for line in lines.splitlines())
+    text = "\n".join(["[[shapes]]", *(f"{key} = {value}" for key, value in keys.items())])
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        recipes.parse(text, "a.toml")
+
+
 def test_an_unknown_name_lists_the_recipes_and_a_missing_file_is_named(tmp_path):
     with pytest.raises(
-        ValueError, match=r"-formats, deepseek-v3-tp8, deepseek-v3\.2, full, kimi-k2-tp8, small, got 'deepseek'"
+        ValueError, match=r"-formats, deepseek-v3-tp8, deepseek-v3\.2, full, kimi-k2-tp8, ragged, small, got 'deepseek'"
     ):
         recipes.load("deepseek")
     with pytest.raises(FileNotFoundError, match=r"none\.toml"):

@@ -153,7 +153,8 @@ def test_every_candidate_is_checked_before_any_is_timed_and_the_chosen_once_more
     tune_shape(measurer, DECODE, CONFIGS)
     kinds = [call[0] for call in measurer.asked]
     assert kinds[: len(CONFIGS)] == ["open", *["check"] * (len(CONFIGS) - 1)]
-    assert kinds[len(CONFIGS) :] == ["samples"] * len(RUNGS) + ["check", "samples"]
+    # Nothing but the two was left for the graphs of several calls.
+    assert kinds[len(CONFIGS) :] == ["samples"] * len(RUNGS) + ["chained"] * 2 + ["check", "samples"]
     assert measurer.asked[-2] == ("check", config(2))
     assert measurer.asked[-1] == ("samples", (config(2), DEFAULT), RUNGS[-1])
 
@@ -225,21 +226,21 @@ def test_a_shape_fails_with_its_default(how):
         unfit[DEFAULT] = "not compiled: no time was left"
     result = tune_shape(measurer, DECODE, CONFIGS, unfit)
     assert result.chosen is None
-    assert result.runner_up_us is None
+    assert result.runner_up is None
     assert result.why.startswith("the default configuration: ")
 
 
 def test_the_default_alone_is_timed_and_chosen():
     result = tune_shape(FakeMeasurer(lambda when, asked: 12.5), DECODE, [DEFAULT])
-    assert (result.chosen.config, result.us, result.default_us, result.runner_up_us) == (DEFAULT, 12.5, 12.5, None)
+    assert (result.chosen.config, result.us, result.default_us, result.runner_up) == (DEFAULT, 12.5, 12.5, None)
 
 
 def test_the_runner_up_is_the_next_best_of_the_last_rung():
     result = tune_shape(FakeMeasurer(times({config(1): 80.0, config(2): 81.0, config(3): 95.0})), DECODE, CONFIGS)
     assert result.us == 80.0
-    assert result.runner_up_us == 81.0
+    assert result.runner_up.us == 81.0
     result = tune_shape(FakeMeasurer(times({config(1): 50.0})), DECODE, CONFIGS)
-    assert result.runner_up_us == 100.0  # only the default was left beside it
+    assert result.runner_up.us == 100.0  # only the default was left beside it
 
 
 def test_ctrl_c_is_not_a_verdict():
@@ -248,3 +249,82 @@ def test_ctrl_c_is_not_a_verdict():
 
     with pytest.raises(KeyboardInterrupt):
         tune_shape(FakeMeasurer(interrupt), DECODE, CONFIGS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is measured beside the GPU's time of a call
+
+
+def test_what_was_timed_to_the_end_is_timed_in_a_row_too():
+    result = tune_shape(FakeMeasurer(times({config(1): 80.0, config(2): 81.0})), DECODE, CONFIGS)
+    chained = {trial.config: trial.us_chained for trial in result.trials if trial.us_chained is not None}
+    assert chained == {DEFAULT: 50.0, config(1): 40.0, config(2): 40.5}
+    assert all((trial.us_chained is None) == trial.verdict.startswith("dropped") for trial in result.trials)
+    assert [trial.host_us for trial in result.trials] == [None] * len(CONFIGS), "nothing asked for it"
+
+
+def test_what_cannot_run_in_a_row_is_out():
+    measurer = FakeMeasurer(times({config(1): 80.0}))
+    fails = {config(1)}
+
+    def chained(asked):
+        if asked in fails:
+            raise search.CandidateError("hung after 20 s")
+        return 50.0
+
+    measurer.chained = chained
+    result = tune_shape(measurer, DECODE, [DEFAULT, config(1)])
+    assert (result.chosen.config, by_config(result)[config(1)].verdict) == (DEFAULT, "hung after 20 s")
+    fails.add(DEFAULT)
+    result = tune_shape(measurer, DECODE, [DEFAULT, config(1)])
+    assert (result.chosen, result.why) == (None, "the default configuration: hung after 20 s")
+
+
+def test_a_trial_has_the_conditions_of_its_last_rung():
+    measurer = FakeMeasurer(times({asked: 100.0 + i for i, asked in enumerate(CONFIGS)}))
+    moments = [search.Conditions(1000.0 + rung, 500.0) for rung in range(len(RUNGS))]
+    rungs = iter(moments)
+    measurer.conditions = lambda: next(rungs)
+    result = tune_shape(measurer, DECODE, CONFIGS)
+    assert {trial.rung for trial in result.trials} > {1, len(RUNGS)}
+    for trial in result.trials:
+        assert trial.conditions == moments[trial.rung - 1]
+
+
+def test_the_eager_policy_counts_the_host():
+    """config(1) is faster on the GPU, by less than what its calls take longer."""
+    speeds, host = times({config(1): 90.0, config(2): 95.0}), {config(1): 40.0}
+
+    def chosen(policy):
+        measurer = FakeMeasurer(speeds)
+        measurer.host_of = lambda asked: host.get(asked, 20.0)
+        return tune_shape(measurer, DECODE, [DEFAULT, config(1), config(2)], policy=policy)
+
+    assert chosen("graph").chosen.config == config(1)
+    result = chosen("eager")
+    assert (result.chosen.config, result.us, result.default_us) == (config(2), 95.0, 100.0), "times are the GPU's"
+    assert [trial.host_us for trial in result.trials] == [20.0, 40.0, 20.0]
+    assert result.runner_up.config == DEFAULT
+
+
+def test_a_gain_of_a_hundredth_is_of_what_counts():
+    """3 % of the GPU's time are less than 1 % of a call that the host takes 300 us for."""
+    measurer = FakeMeasurer(times({config(1): 97.0}))
+    measurer.host_of = lambda asked: 300.0
+    assert tune_shape(measurer, DECODE, [DEFAULT, config(1)], policy="eager").chosen.config == DEFAULT
+    assert tune_shape(measurer, DECODE, [DEFAULT, config(1)]).chosen.config == config(1)
+
+
+def test_a_lucky_host_time_wins_nothing():
+    """It is measured again with the rounds that decide."""
+    asked_for = []
+
+    def host_of(asked):
+        asked_for.append(asked)
+        return 10.0 if asked == config(1) and asked_for.count(asked) == 1 else 20.0
+
+    measurer = FakeMeasurer()
+    measurer.host_of = host_of
+    result = tune_shape(measurer, DECODE, [DEFAULT, config(1)], policy="eager")
+    assert result.chosen.config == DEFAULT
+    assert by_config(result)[config(1)].verdict == "not chosen: 1.000x the default's speed in new rounds"

@@ -8,6 +8,7 @@ import pytest
 from tune_case import DECODE, GPU, MADE_WITH, FakeMeasurer
 
 from mla_cute.config import KernelConfig
+from mla_cute.gpu import H200
 from mla_cute.tuned import select
 from mla_cute.tuned.select import When
 from mla_cute.tuning import search, session, space, store
@@ -58,6 +59,7 @@ def task(folder, **changes):
         "out": folder / "tuned" / "Test_GPU.json",
         "measurements": folder / "raw.json",
         "gpu": GPU,
+        "speed": H200,
         "made_with": MADE_WITH,
         "digest": "abc",
     }
@@ -97,7 +99,7 @@ def test_a_run_fills_both_files(tmp_path):
     entries = {entry.when: entry for entry in file.entries}
     assert set(entries) == set(WHENS)
     for when, entry in entries.items():
-        default = select.default_for(when, 132)
+        default = select.default_for(when, H200)
         assert entry.default_us == 100.0
         if when.batch == 1:
             assert (entry.config, entry.us) == (default, 100.0)
@@ -108,7 +110,7 @@ def test_a_run_fills_both_files(tmp_path):
     assert {shape.when: shape.entry() for shape in shapes} == entries
     for shape in shapes:
         tried = [KernelConfig.from_dict(trial["config"]) for trial in shape.candidates]
-        assert tried == space.candidates(shape.when, 132)
+        assert tried == space.candidates(shape.when, H200)
         assert all(trial["verdict"] for trial in shape.candidates)
         assert all(trial["us"] > 0 and trial["samples"] > 0 and trial["rung"] > 0 for trial in shape.candidates)
     assert any("100.0 -> 90.0 us (1.111x), evict_first=False" in text for text in screen.lines)
@@ -232,7 +234,7 @@ def test_failed_shapes_have_no_entry_and_are_tried_again(tmp_path):
 
 def test_failing_candidates_are_counted_in_the_line_and_kept_in_the_file(tmp_path):
     todo, measurer = task(tmp_path, whens=[DECODE]), FakeMeasurer(faster)
-    found = space.candidates(DECODE, 132)
+    found = space.candidates(DECODE, H200)
     measurer.fails = {found[1]: "hung after 20 s", found[2]: "exit -11"}
     _, _, screen = run(todo, measurer)
     assert screen.lines[-1].endswith("; 2 candidates failed")
@@ -277,7 +279,7 @@ def test_compiling_takes_its_share_of_the_budget_and_what_is_missing_is_left_out
 
     outcome, measurer, screen = run(task(tmp_path, budget_s=60.0), compiling=compiling, clock=clock)
     assert len(variants) == 3  # half the budget: the default's two, and one more
-    default = select.default_for(DECODE, 132)
+    default = select.default_for(DECODE, H200)
     assert list(variants)[:2] == space.variants_of(DECODE, default, "bfloat16")
     assert len(outcome.tuned) == 6
     launches = {trial["verdict"] for trial in outcome.tuned[0].candidates}
@@ -310,7 +312,7 @@ def test_the_defaults_kernels_may_take_more_of_the_budget(tmp_path):
         return {}
 
     outcome, _, _ = run(task(tmp_path, budget_s=100.0), compiling=compiling, clock=clock)
-    assert compiled == space.variants_of(DECODE, select.default_for(DECODE, 132), "bfloat16")
+    assert compiled == space.variants_of(DECODE, select.default_for(DECODE, H200), "bfloat16")
     assert len(outcome.tuned) == 6
 
 
@@ -378,6 +380,12 @@ def test_a_damaged_or_foreign_measurements_file_is_an_error_that_names_it(tmp_pa
         (lambda shape: shape["when"].update(op="sleep"), r"shapes\[0\]: when.op: expected one of"),
         (lambda shape: shape.update(default_us=math.nan), r"shapes\[0\]: default_us: expected a number > 0"),
         (lambda shape: shape.update(runner_up_us="9"), r"shapes\[0\]: runner_up_us: expected a number > 0 or null"),
+        (
+            lambda shape: shape.update(policy="fast"),
+            r"shapes\[0\]: policy: expected one of \('graph', 'eager'\), got 'fast'",
+        ),
+        (lambda shape: shape.update(runner_up=3), r"shapes\[0\]: runner_up: expected an object, got 3"),
+        (lambda shape: shape["candidates"][0].update(sm_mhz="x"), r"candidates\[0\]\.sm_mhz: expected a number > 0 or"),
         (lambda shape: shape.update(chosen=[]), r"shapes\[0\]: chosen: expected an object, got \[\]"),
         (lambda shape: shape.update(made_with=None), r"shapes\[0\]: made_with: expected an object, got None"),
         (lambda shape: shape.update(candidates=[]), r"shapes\[0\]: candidates: expected the default first, got \[\]"),
@@ -414,3 +422,43 @@ def test_the_measurements_are_one_shape_a_line(tmp_path):
 def test_group_names():
     assert session.group_of(DECODE) == "decode, 16-bit cache"
     assert session.group_of(When("prefill", "group", True, 1, 1, 1, 1, 1)) == "prefill, group FP8, q e4m3"
+
+
+def test_rows_say_what_was_measured_beside_the_gpus_time(tmp_path):
+    todo, measurer = task(tmp_path, whens=[DECODE], policy="eager"), FakeMeasurer(faster)
+    measurer.at = search.Conditions(1500.0, 612.0, ("SW Power Cap",))
+    run(todo, measurer)
+    [shape] = store.load(todo.measurements)[1]
+    assert shape.policy == "eager"
+    chosen = next(row for row in shape.candidates if row["verdict"] == "chosen")
+    assert {name: chosen[name] for name in ("us", "us_chained", "host_us", "sm_mhz", "watts", "throttled")} == {
+        "us": 90.0, "us_chained": 45.0, "host_us": 20.0,
+        "sm_mhz": 1500.0, "watts": 612.0, "throttled": ["SW Power Cap"],
+    }  # fmt: skip
+    dropped = next(row for row in shape.candidates if row["verdict"].startswith("dropped"))
+    assert (dropped["us_chained"], dropped["host_us"]) == (None, 20.0)
+    todo = task(tmp_path / "plain", whens=[DECODE])
+    run(todo)
+    rows = store.load(todo.measurements)[1][0].candidates
+    assert {row[name] for row in rows for name in ("host_us", "sm_mhz", "watts", "throttled")} == {None}
+
+
+def test_a_shape_is_measured_again_for_another_policy(tmp_path):
+    graph, eager = (task(tmp_path, whens=[DECODE], policy=policy) for policy in ("graph", "eager"))
+    assert run(graph)[0].resumed == []
+    assert run(graph)[0].resumed == [DECODE]
+    assert run(eager)[0].resumed == []
+    assert run(eager)[0].resumed == [DECODE]
+
+
+def test_records_from_before_are_read(tmp_path):
+    todo = task(tmp_path, whens=[DECODE])
+    run(todo)
+    values = json.loads(todo.measurements.read_text())
+    for name in ("runner_up", "policy"):
+        del values["shapes"][0][name]
+    for row in values["shapes"][0]["candidates"]:
+        for name in ("us_chained", "host_us", "sm_mhz", "watts", "throttled"):
+            del row[name]
+    todo.measurements.write_text(json.dumps(values))
+    assert run(todo)[0].resumed == [DECODE]

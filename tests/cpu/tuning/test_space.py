@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from mla_cute.config import KERNELS, KernelConfig, why_infeasible
 from mla_cute.dims import BLOCK
+from mla_cute.gpu import H200
 from mla_cute.kernels.keys import MAX_PARTS, DecodeKey
 from mla_cute.kernels.planner import model, model_prefill
 from mla_cute.tuned.select import When, default_for
@@ -117,8 +118,8 @@ def test_long_prefill_whose_costs_share_classes():
 @pytest.mark.parametrize("name", ["small", "deepseek-v3-tp8", "deepseek-v3-dp", "deepseek-v3.2"])
 def test_candidates_begin_with_the_default_and_can_run(name):
     for when in recipes.load(name)[::7]:
-        found = space.candidates(when, 132)
-        default = default_for(when, 132)
+        found = space.candidates(when, H200)
+        default = default_for(when, H200)
         assert found[0] == default
         assert len(found) == len(set(found)) <= 80
         for config in found:
@@ -134,7 +135,7 @@ def test_candidates_begin_with_the_default_and_can_run(name):
 @pytest.mark.parametrize("num_heads", [16, 64, 128])
 def test_no_two_candidates_run_the_same(num_heads, kv_format):
     when = When("decode", kv_format, False, num_heads, 64, 1, 4, 1024)
-    found = space.candidates(when, 132)
+    found = space.candidates(when, H200)
     runs = [(tile16(when, config), config.launch(), str(decode_plan(when, config, 132))) for config in found]
     assert len(set(runs)) == len(runs)
     # 1024 tokens of 4 requests leave several ways to cut on 132 SMs, for either kernel
@@ -146,7 +147,7 @@ def test_the_kernel_is_tuned_where_there_are_two():
     def kernels(op, num_heads, kv_format, batch=16):
         when = When(op, kv_format, False, num_heads, 64, 1, batch, 8192)
         field, other = ("fp8_kernel", "kernel") if kv_format else ("kernel", "fp8_kernel")
-        found = space.candidates(when, 132)
+        found = space.candidates(when, H200)
         assert {getattr(config, other) for config in found} == {"auto"}
         return {getattr(config, field) for config in found}
 
@@ -164,7 +165,7 @@ def test_each_kernel_is_tuned_with_the_pieces_it_takes(num_heads, kv_format):
     # One request: how far it is cut is what min_blocks says.
     when = When("decode", kv_format, False, num_heads, 64, 1, 1, 8192)
     pieces = {True: set(), False: set()}
-    for config in space.candidates(when, 132):
+    for config in space.candidates(when, H200):
         assert why_infeasible(config) is None
         assert config.cut_unit == (1 if tile16(when, config) else 2)
         pieces[tile16(when, config)].add(config.min_blocks)
@@ -177,7 +178,45 @@ def test_each_kernel_is_tuned_with_the_pieces_it_takes(num_heads, kv_format):
 def test_no_decode_candidate_cuts_less_than_the_default(op, most):
     """Uniform batches balance when left whole; the ragged ones that an entry also serves would not."""
     when = When(op, "", False, 16, 64, 1 if op == "decode" else 500, 64, 1024)
-    assert max(config.split_penalty for config in space.candidates(when, 132)) <= most
+    assert max(config.split_penalty for config in space.candidates(when, H200)) <= most
+
+
+RAGGED_DECODE = When("decode", "", False, 64, 64, 1, 64, 32768, "ragged")
+
+
+@pytest.mark.parametrize("num_heads", [16, 64, 128])
+def test_ragged_shapes_are_planned_with_their_lengths(num_heads):
+    """Candidates are those that the planner cuts apart there, and not on a uniform batch."""
+    ragged = dataclasses.replace(RAGGED_DECODE, num_heads=num_heads)
+    lengths = space.kv_lens(ragged)
+    assert (len(lengths), len(set(lengths)), max(lengths) <= 32768 < 33 * min(lengths)) == (64, 64, True)
+    assert set(space.kv_lens(dataclasses.replace(ragged, lengths="uniform"))) == {32768}
+    plans = []
+    for config in space.candidates(ragged, H200):
+        parts = max(1, min(MAX_PARTS, 132 // -(-num_heads // (16 if tile16(ragged, config) else 64))))
+        plan = model.plan(lengths, [0] * 64, parts, num_heads, config)
+        plans.append((tile16(ragged, config), config.launch(), str(plan)))
+    assert len(set(plans)) == len(plans) > 3
+
+
+def test_ragged_shapes_may_cut_less_than_the_default():
+    """Where that is another plan: 64 requests of up to 32768 tokens are cut whatever it costs."""
+    short = dataclasses.replace(RAGGED_DECODE, kv_len=4096)
+    default = default_for(short, H200)
+    found = space.candidates(short, H200)
+    assert found[0] == default
+    assert any(config.split_penalty > default.split_penalty for config in found)
+    uniform = space.candidates(dataclasses.replace(short, lengths="uniform"), H200)
+    assert all(config.split_penalty <= default.split_penalty for config in uniform)
+
+
+def test_ragged_lengths_that_fill_no_page_are_told_to_the_planner():
+    def lengths(when):
+        return space.variants_of(when, KernelConfig(), "bfloat16")[1][1].lengths
+
+    assert lengths(RAGGED_DECODE) == "csr_last"
+    assert lengths(dataclasses.replace(RAGGED_DECODE, lengths="uniform")) == "csr"
+    assert lengths(dataclasses.replace(RAGGED_DECODE, page_size=1)) == "csr"
 
 
 def test_variants_are_what_a_call_compiles():
@@ -209,8 +248,8 @@ def test_variants_are_what_a_call_compiles():
 def test_lists_are_tuned_as_decode_over_pages_of_one_token(num_heads, kv_format, q_fp8):
     sparse = When("sparse", kv_format, q_fp8, num_heads, 1, 1, 8, 2048)
     decode = dataclasses.replace(sparse, op="decode")
-    found = space.candidates(sparse, 132)
-    assert found == space.candidates(decode, 132)
+    found = space.candidates(sparse, H200)
+    assert found == space.candidates(decode, H200)
     assert len({tile16(sparse, config) for config in found}) == 2
     for config in found:
         assert space.plan_signature(sparse, config, 132) == space.plan_signature(decode, config, 132)

@@ -11,7 +11,7 @@ from tune_case import DECODE, GPU, ToyDevice, broken_device, no_gpu, toy_device
 from mla_cute.compile import jit, warmup
 from mla_cute.config import KernelConfig
 from mla_cute.tuning import device, workers
-from mla_cute.tuning.search import CandidateError, ShapeError, StartError, tune_shape
+from mla_cute.tuning.search import CandidateError, Conditions, ShapeError, StartError, tune_shape
 from mla_cute.tuning.workers import ChildMeasurer, compile_variants
 
 pytestmark = pytest.mark.slow  # every test starts processes
@@ -36,6 +36,8 @@ def test_facts_and_samples_come_from_another_process(child):
     child.open(DECODE, DEFAULT)
     child.check(config(5))
     assert child.samples([DEFAULT, config(5)], 3) == [[20.0] * 3, [21.0] * 3]
+    assert child.conditions() == Conditions(1500.0, 600.0, ("SW Power Cap",))
+    assert (child.chained(config(5)), child.host_us(config(5))) == (7.5, 21.5)
     assert child.facts()["pid"] == facts["pid"]
 
 

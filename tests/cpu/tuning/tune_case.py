@@ -5,7 +5,7 @@ import random
 import time
 
 from mla_cute.tuned.select import When
-from mla_cute.tuning.search import CandidateError, ShapeError, StartError
+from mla_cute.tuning.search import CandidateError, Conditions, ShapeError, StartError
 
 DECODE = When("decode", "", False, 16, 64, 1, 16, 8192)
 GPU = {"name": "Test GPU", "sm_count": 132, "clock_mhz": 1980, "memory_gbps": 4350.0}
@@ -22,6 +22,8 @@ class FakeMeasurer:
         self.fails_timed = {}  # config -> verdict whenever it is timed
         self.fails_open = {}  # when -> why
         self.timed = {}  # config -> samples taken
+        self.at = None  # Conditions
+        self.host_of = lambda config: 20.0
 
     def open(self, when, default):
         self.asked.append(("open", when, default))
@@ -46,6 +48,17 @@ class FakeMeasurer:
             mean = self.us_of(self.when, config)
             taken.append([mean * (1 + self.noise * self.random.gauss(0, 1)) for _ in range(rounds)])
         return taken
+
+    def conditions(self):
+        return self.at
+
+    def chained(self, config):
+        self.asked.append(("chained", config))
+        return 0.5 * self.us_of(self.when, config)
+
+    def host_us(self, config):
+        self.asked.append(("host_us", config))
+        return self.host_of(config)
 
 
 class ToyDevice:
@@ -77,6 +90,17 @@ class ToyDevice:
         for config in configs:
             self._act(config)
         return [[float(self.when.batch + config.item_overhead)] * rounds for config in configs]
+
+    def conditions(self):
+        return Conditions(1500.0, 600.0, ("SW Power Cap",))
+
+    def chained(self, config):
+        self._act(config)
+        return 7.5
+
+    def host_us(self, config):
+        self._act(config)
+        return 21.5
 
     def _act(self, config):
         what = config.item_overhead

@@ -9,6 +9,7 @@ from planner_batches import random_batches
 import mla_cute
 from mla_cute.config import KernelConfig, default_config, why_infeasible
 from mla_cute.dims import BLOCK
+from mla_cute.gpu import H200
 from mla_cute.kernels.keys import FIXED_MAX_PIECES, FIXED_MIN_BLOCKS
 from mla_cute.kernels.planner import model
 
@@ -78,7 +79,7 @@ def test_no_part_is_much_longer_than_the_mean(batch):
 
 @pytest.mark.parametrize("length", [1, 1000, 5000, 8192, 100000])
 def test_invariant_cuts_depend_on_the_own_length_alone(length):
-    config = default_config(16, 64, 1, NUM_SMS)
+    config = default_config(16, H200)
 
     def cuts(lengths, at):
         plan = model.plan(lengths, [0] * len(lengths), NUM_SMS, 16, config, batch_invariant=True)
@@ -103,7 +104,7 @@ def test_invariant_cuts_depend_on_the_own_length_alone(length):
 )
 def test_what_is_chosen_for_common_batches(lengths, num_heads, how, largest):
     parts = NUM_SMS // -(-num_heads // 64)
-    config = default_config(num_heads, 64, len(lengths), NUM_SMS)
+    config = default_config(num_heads, H200)
     plan = model.plan(lengths, [0] * len(lengths), parts, num_heads, config)
     assert plan.how == how
     assert max(plan.loads) == largest

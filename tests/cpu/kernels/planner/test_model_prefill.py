@@ -8,6 +8,7 @@ from prefill_batches import random_prefill_batches
 
 from mla_cute.config import KernelConfig, default_config
 from mla_cute.dims import BLOCK, TILE_M
+from mla_cute.gpu import H200
 from mla_cute.kernels.keys import FIXED_MAX_ITEMS, FIXED_MAX_PIECES, TAIL_ITEMS_PER_PART
 from mla_cute.kernels.planner import model, model_prefill
 from mla_cute.kernels.planner.model_prefill import Request
@@ -129,7 +130,7 @@ def test_longer_tiles_come_first(batch):
 )
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_longest_part_is_near_the_mean(q_lens, kv_lens, num_heads, within, causal):
-    config = default_config(num_heads, 64, len(q_lens), NUM_SMS)
+    config = default_config(num_heads, H200)
     plan = model_prefill.plan(requests_of(q_lens, kv_lens), NUM_SMS, num_heads, causal, config)
     line = sum(tile.blocks + config.item_overhead for tile in plan.tiles if tile.blocks)
     assert max(plan.loads(config.item_overhead)) <= (1 + within) * line / NUM_SMS
