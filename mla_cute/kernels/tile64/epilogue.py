@@ -26,11 +26,11 @@ class Epilogue(Variant):
             smem.sL[wg * TILE_M + regs.row + 8] = regs.rL[1]
             if const_expr(wg == 0):
                 for r in cutlass.range_constexpr(2):
-                    smem.sMax[0, regs.row + 8 * r] = regs.rRef[r]
+                    smem.sRef[regs.row + 8 * r] = regs.rRef[r]
         Bar.EPI.sync()
         if const_expr(wg == 0):
             if regs.t < rows:
-                lse = cute.math.log2(smem.sL[regs.t] + smem.sL[regs.t + TILE_M]) + smem.sMax[0, regs.t]
+                lse = cute.math.log2(smem.sL[regs.t] + smem.sL[regs.t + TILE_M]) + smem.sRef[regs.t]
                 if self.rows.is_partial(smem, slot):
                     partials.put_lse(params, part_row + regs.t, lse)
                 else:

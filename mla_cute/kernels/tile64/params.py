@@ -160,6 +160,7 @@ class Smem:
     sVt: cute.Tensor  # the same bytes as V^T: (512, 64, stage)
     sR: cute.Tensor  # rope of K: (64, 64, stage)
     sMax: cute.Tensor  # (consumer, row): row maxima of its tile, in log2 units, where references are chosen or raised
+    sRef: cute.Tensor  # (row,): references, in the epilogue. Not in sMax, where the next item's first pair writes
     sRaise: cute.Tensor  # (consumer,): 1 + the turn of the last pair in which some of its P was out of range
     sL: cute.Tensor  # (2 x 64,) row sums of each consumer, in the epilogue
     sItem: cute.Tensor  # (slot, word): lib/row_map.py's Word
