@@ -99,7 +99,8 @@ def format_of(case: Case | PrefillCase) -> str:
             parts.append(f"out {dtype}")
     if case.layout != "separate":
         parts.append(case.layout)
-    parts += filter(None, (case.dims_label, case.accuracy))
+    if case.dims_label:
+        parts.append(case.dims_label)
     if isinstance(case, Case) and case.sparse:
         parts.append("sparse")
     return ", ".join(parts)

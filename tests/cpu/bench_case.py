@@ -5,7 +5,6 @@ import torch
 from mla_cute.bench import cases as cases_module
 from mla_cute.bench import runner, timing
 from mla_cute.bench.cases import PUBLIC_BEST_GPU, Case
-from mla_cute.config import KernelConfig
 from mla_cute.gpu import GpuFacts
 from mla_cute.reference import decode_reference, prefill_reference, sparse_reference
 
@@ -58,8 +57,8 @@ class FakeTimer:
 
 
 class Plan:
-    def __init__(self, config=None):
-        self.updates, self.config = 0, config or KernelConfig()
+    def __init__(self):
+        self.updates = 0
 
     def update(self):
         self.updates += 1
@@ -74,7 +73,7 @@ class FakeLibrary(runner.Library):
 
         def plan(*indptrs, **options):
             asked.append((*indptrs, options))
-            plans.append(Plan(options["config"]))
+            plans.append(Plan())
             return plans[-1]
 
         def calling(function):
