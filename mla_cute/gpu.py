@@ -54,8 +54,8 @@ class GpuSpeed:
         return _H200_MHZ if self.sm_mhz is None else self.sm_mhz
 
 
-# Clocks as its records in tune/measurements have them, and a bus of 6144 bits: 2 * 3201 MHz * 768 bytes.
-_H200_SMS, _H200_GBPS, _H200_MHZ = 132, 4916.7, 1980.0
+# As its driver says: 3201 MHz and a bus of 6016 bits, of the 6144 of its six stacks; 2 * 3201 MHz * 752 bytes.
+_H200_SMS, _H200_GBPS, _H200_MHZ = 132, 4814.3, 1980.0
 H200 = GpuSpeed(_H200_SMS, _H200_GBPS, _H200_MHZ)
 
 # No attribute tells how fast tensor cores are. NVIDIA names 148 TFLOP/s of bf16 for the 78 SMs of an H20, 989 for the

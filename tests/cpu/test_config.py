@@ -20,7 +20,7 @@ from mla_cute.tuned.select import When, default_for
 H100 = GpuSpeed(132, 3352.3, 1980.0)
 H100_PCIE = GpuSpeed(114, 2039.0, 1755.0)
 H20 = GpuSpeed(78, 4022.8, 1980.0, tensor_share=0.25)
-GPUS = (H200, H100, H100_PCIE, H20, GpuSpeed(132, 3938.0, 1785.0), GpuSpeed(132, 4916.7, 1785.0), GpuSpeed(78))
+GPUS = (H200, H100, H100_PCIE, H20, GpuSpeed(132, 3938.0, 1785.0), GpuSpeed(132, 4814.3, 1785.0), GpuSpeed(78))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,12 +179,12 @@ def times(found: dict) -> dict[Case, float]:
     return {case_of(row): row["us"] for row in found["rows"]}
 
 
-def test_reads_get_nine_tenths_of_the_peak():
-    for found, gpu, bus_bits in ((OF_H100, H100, 5120), (OF_H200, H200, 6144)):
+def test_what_reads_get_of_the_peak():
+    for found, gpu, bus_bits in ((OF_H100, H100, 5120), (OF_H200, H200, 6016)):
         assert found["gpu"]["sm_count"] == gpu.sm_count
         assert found["gpu"]["max_sm_mhz"] == gpu.sm_mhz
         assert 2 * found["gpu"]["max_memory_mhz"] * bus_bits / 8e3 == pytest.approx(gpu.memory_gbps, abs=0.1)
-        assert found["ceilings"]["used"]["read_gbps"] / gpu.memory_gbps == pytest.approx(0.9, abs=0.02)
+        assert found["ceilings"]["used"]["read_gbps"] / gpu.memory_gbps == pytest.approx(0.92, abs=0.01)
 
 
 @pytest.mark.parametrize("num_heads", [16, 64])

@@ -90,7 +90,7 @@ def gpus(monkeypatch):
     return make
 
 
-H200_ATTRIBUTES = {13: 1_980_000, 36: 3_201_000, 37: 6144}
+H200_ATTRIBUTES = {13: 1_980_000, 36: 3_201_000, 37: 6016}
 
 
 @pytest.mark.parametrize("device", ["cuda:1", "cuda"])
@@ -121,7 +121,7 @@ def test_what_the_driver_does_not_say_is_not_known(gpus, attributes, memory_gbps
     gpus("NVIDIA H100 80GB HBM3", attributes)
     found = gpu.speed(torch.device("cuda", 1))
     assert found == gpu.GpuSpeed(132, memory_gbps, sm_mhz)
-    assert found.gbps_per_sm == pytest.approx((memory_gbps or 4916.7) / 132)
+    assert found.gbps_per_sm == pytest.approx((memory_gbps or 4814.3) / 132)
     assert found.clock_mhz == (sm_mhz or 1980)
 
 
