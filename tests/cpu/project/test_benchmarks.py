@@ -270,6 +270,31 @@ def test_ragged_batches_cost_what_the_page_says():
         assert f"\n| {heads} | {cells} |\n" in notes
 
 
+def test_drafts_and_their_energy_are_the_record():
+    notes = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    [path] = set(re.findall(rf"{RECORDS}drafts_[\w-]+\.json", notes))
+    bursts, energies = [], []
+    for row in json.loads((ROOT / path).read_text(encoding="utf-8"))["rows"]:
+        case, own = row["case"], row["sustained"]
+        peers = {name: peer["sustained"]["mj"] for name, peer in row["peers"].items()}
+        least = min(peers, key=peers.__getitem__)
+        bursts.append(best_peer(row) / row["us_amortised"])
+        energies.append(peers[least] / own["mj"])
+        requests, tokens, _ = case["groups"][0]
+        assert (
+            f"\n| {case['num_heads']}, {requests} x {tokens} | {report.beside(row)} | "
+            f"{own['mj']:.0f} ({peers[least]:.0f} {report.SHORT_NAMES[least]}) | "
+            f"{own['us']:.0f} us, {own['watts']:.0f} W, {own['sm_mhz']:.0f} MHz |\n"
+        ) in notes
+    assert len(bursts) == 6
+    (slow, fast), (dear, cheap) = ((min(ratios), max(ratios)) for ratios in (bursts, energies))
+    means = [statistics.geometric_mean(ratios) for ratios in (bursts, energies)]
+    said = re.sub(r"\s+", " ", notes)
+    assert f"that is {slow:.3f}x to {fast:.3f}x, by a geometric mean of {means[0]:.3f}x" in said
+    assert f"by energy {dear:.3f}x to {cheap:.3f}x, {means[1]:.3f}x." in said
+    assert f"are {slow:.2f}x to {fast:.2f}x as fast as the fastest" in TEXT
+
+
 def test_fp8_shares_of_the_bf16_time_are_the_records():
     bf16 = decode_rows("table")
     prefill = prefill_rows()
