@@ -51,14 +51,19 @@ def row_max(s_rc, row: int, num_cols: int):
     return quad_max(mx)
 
 
-def exp_row(s_rc, to, row: int, num_cols: int, scale_log2, ref):
-    """to <- 2^(s * scale_log2 - ref) along a row of two (row, column) views; returns this thread's part of the sum."""
+def sum_row(p_rc, row: int, num_cols: int):
+    """This thread's part of a row's sum."""
     total = Float32(0.0)
     for n in range(num_cols):
-        e = exp2(s_rc[row, n] * scale_log2 - ref)
-        to[row, n] = e
-        total = total + e
+        total = total + p_rc[row, n]
     return total
+
+
+def exp_row(s_rc, to, row: int, num_cols: int, scale_log2, ref):
+    """to <- 2^(s * scale_log2 - ref) along a row of two (row, column) views; returns this thread's part of the sum."""
+    for n in range(num_cols):
+        to[row, n] = exp2(s_rc[row, n] * scale_log2 - ref)
+    return sum_row(to, row, num_cols)
 
 
 def multiply_rows(acc_rc, num_cols: int, scale0, scale1) -> None:

@@ -49,6 +49,7 @@ def make_fragments(params: Params, smem: Smem, t: Int32, dtype, ckv_dim: int) ->
         rPc=rPc,
         rQr=rQr,
         rL=cute.make_rmem_tensor((2,), Float32),
+        rW=cute.make_rmem_tensor((2,), Float32),
         rRef=cute.make_rmem_tensor((2,), Float32),
         S=wgmma.row_col_view(rS, TILE_N // 8),
         O=wgmma.row_col_view(rO, ckv_dim // 2 // 8),
@@ -96,25 +97,40 @@ def put_rows(smem: Smem, regs: Fragments, wg: Constexpr, values):
 
 
 def make_p(params: Params, regs: Fragments, part: int) -> list:
-    """A part of P under the references, in 16 bits. Returns this thread's shares of its row sums. S stays as it is."""
+    """A part of P under the references, in 16 bits. S stays as it is.
+
+    Returns this thread's shares of its row sums, [exact, rounded] of each row: as it was in float32, and as it is. O is
+    divided by the latter: where one key has nearly all the weight its P is not 1, and its rounding has to cancel. The
+    log-sum-exp is of the former."""
     n = S_COLS // PARTS
     rE = cute.make_rmem_tensor(2 * n, Float32)
     E = wgmma.row_col_view(rE, TILE_N // 8 // PARTS)
     S = cute.make_tensor(regs.rS.iterator + part * 2 * n, E.layout)
-    sums = [softmax.exp_row(S, E, r, n, params.scale_log2, regs.rRef[r]) for r in range(2)]
-    _part_of(regs.rPc, part).store(rE.load().to(regs.rPc.element_type))
-    return sums
+    exact = [softmax.exp_row(S, E, r, n, params.scale_log2, regs.rRef[r]) for r in range(2)]
+    # Words made one by one: the compiler would round each value by itself, by an instruction of the EX2's unit.
+    words = _words_of(regs.rPc, part)
+    for i in range(n):
+        words[i] = ptx.to_16bit_pair(rE[2 * i], rE[2 * i + 1], regs.rPc.element_type)
+        rE[2 * i], rE[2 * i + 1] = ptx.unpack_16bit(words[i], regs.rPc.element_type)
+    return [[exact[r], softmax.sum_row(E, r, n)] for r in range(2)]
 
 
-def _part_of(rPc, part: int):
-    """The values of a part of P, in the order of S."""
+def add_sums(regs: Fragments, sums: list) -> None:
+    """To the item's: `sums` as `make_p` returns them."""
+    for r in range(2):
+        regs.rL[r] = regs.rL[r] + sums[r][0]
+        regs.rW[r] = regs.rW[r] + sums[r][1]
+
+
+def _words_of(rPc, part: int):
+    """A part of P as words of two values, in the order of S."""
     n = 2 * S_COLS // PARTS
-    return cute.make_tensor(rPc.iterator + part * n, cute.make_layout(n))
+    return cute.recast_tensor(cute.make_tensor(rPc.iterator + part * n, cute.make_layout(n)), Uint32)
 
 
 def clear_p(regs: Fragments, part: int) -> None:
     """A part of P becomes 0."""
-    words = cute.recast_tensor(_part_of(regs.rPc, part), Uint32)
+    words = _words_of(regs.rPc, part)
     zero = ptx.opaque_zero()
     for i in range(S_COLS // PARTS):
         words[i] = zero

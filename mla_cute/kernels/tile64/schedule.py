@@ -46,8 +46,8 @@ there, in its registers and in shared memory, and it does not release V. Behind 
 warps read whether one of them asks for other references (sRaise). If so, all meet in `_raise_if_asked`, which raises
 them and multiplies what did not count.
 
-Shared memory: Q 72 KiB, two K tiles of 72 KiB, P0 8 KiB, row maxima and sums 1 KiB: 226 of 227 KiB. Q's ninth
-sub-tile (the rope) is read to registers at the start of an item, and its bytes hold P1 from then on.
+Shared memory: Q 72 KiB, two K tiles of 72 KiB, P0 8 KiB, what goes by rows 1.3 KiB: 226 of 227 KiB. Q's ninth sub-tile
+(the rope) is read to registers at the start of an item, and its bytes hold P1 from then on.
 
 Head dimensions. Heads of 256 + 64 leave room for a second pair: stages 0 and 1 are one place, 2 and 3 another, each
 with a P0 and a P1, and pairs take the places by turns. What is said of stages 0 and 1 above holds of each place. Of a
@@ -98,8 +98,9 @@ class Consumer(Epilogue):
         Bar.P0.arrive()
         warpgroup.wait_group(0)
         self._release_unless(smem, 0, stage0, asks[-1])
-        math.zero_v_tail(smem, regs, stage1, 0, valid1)
+        # Behind P1, which says that wg 1 has seen the tile arrive: TMA would write over zeros that were there before.
         Bar.P1.sync()
+        math.zero_v_tail(smem, regs, stage1, 0, valid1)
         math.add_pv(params.mma_pv, regs, of_place(regs.tOrP1, place, rank=3), 0, stage1)
         # This PV is not left in flight over the back-edge: ptxas then puts a wait behind every wgmma of the loop.
         warpgroup.wait_group(0)
@@ -118,7 +119,8 @@ class Consumer(Epilogue):
         math.put_p(regs, of_place(regs.tPs1, place, rank=3))
         Bar.P1.arrive()
         # P0 V0 does not go first, although stage 0 would then be released sooner: the refill of (stage 1, half 1), with
-        # which this consumer's next QK begins, would come later, and that costs more (2 to 3 % at 128 heads).
+        # which this consumer's next QK begins, would come later. Even in front of this consumer's softmax, where it has
+        # nothing to wait for, it costs 1 to 2 % in decode of 128 heads and 7 to 11 % in prefill.
         Bar.P0.sync()
         math.zero_v_tail(smem, regs, stage0, 1, valid0)
         math.add_pv(params.mma_pv, regs, of_place(regs.tOrP0, place, rank=3), 1, stage0)
@@ -142,6 +144,7 @@ class Consumer(Epilogue):
         for it in cutlass.range(num_items, unroll=1):
             regs.rO.fill(0.0)
             regs.rL.fill(0.0)
+            regs.rW.fill(0.0)
             cute.arch.mbarrier_wait(smem.mbar + self.mbars.q_full, q_phase)
             q_phase ^= 1
             kv_begin = smem.sItem[it % ITEM_SLOTS, Word.KV_BEGIN]
@@ -208,23 +211,21 @@ class Consumer(Epilogue):
 
     @cute.jit
     def _own_pv(self, params: Params, smem: Smem, regs: Fragments, wg: Constexpr, stage, turn):
-        """P of this consumer's tile in regs.rP, its row sums added to rL, and its PV started, part by part.
+        """P of this consumer's tile in regs.rP, its row sums added to rL and rW, and its PV started, part by part.
 
         Returns for each part whether some P of the warp's rows was out of range in it or in one in front of it: then
         the part does not count, and the warp asks to raise references."""
         most = softmax.MAX_P if const_expr(self.dtype is Float16) else softmax.MAX_P_BF16
         asks = []
         for part in cutlass.range_constexpr(math.PARTS):
-            sum0, sum1 = math.make_p(params, regs, part)
-            out_of_range = cute.arch.vote_any_sync((sum0 > most) | (sum1 > most))
+            sums = math.make_p(params, regs, part)
+            out_of_range = cute.arch.vote_any_sync((sums[0][0] > most) | (sums[1][0] > most))
             if const_expr(part > 0):
                 out_of_range = out_of_range | asks[part - 1]
             if out_of_range:
                 math.clear_p(regs, part)
-                sum0 = Float32(0.0)
-                sum1 = Float32(0.0)
-            regs.rL[0] = regs.rL[0] + sum0
-            regs.rL[1] = regs.rL[1] + sum1
+            else:
+                math.add_sums(regs, sums)
             math.add_pv(params.mma_pv_rs, regs, regs.rP, wg, stage, part)
             asks = [*asks, out_of_range]
         if asks[-1] & (regs.lane == 0):
@@ -253,12 +254,12 @@ class Consumer(Epilogue):
                 factors[r] = softmax.exp2(regs.rRef[r] - ref)
                 regs.rRef[r] = ref
                 regs.rL[r] = regs.rL[r] * factors[r]
+                regs.rW[r] = regs.rW[r] * factors[r]
             softmax.multiply_rows(regs.O, math.o_cols(regs), *factors)
             for part in cutlass.range_constexpr(math.PARTS):
                 sums = math.make_p(params, regs, part)
                 if asks[part]:
-                    regs.rL[0] = regs.rL[0] + sums[0]
-                    regs.rL[1] = regs.rL[1] + sums[1]
+                    math.add_sums(regs, sums)
                 else:
                     math.clear_p(regs, part)
             math.put_p(regs, of_place((regs.tPs0, regs.tPs1)[wg], place, rank=3))

@@ -165,6 +165,7 @@ class Tile64(Producer, Consumer):
         class Storage:
             mbar: cute.struct.MemRange[Int64, self.mbars.total]
             sMax: cute.struct.MemRange[Float32, 2 * TILE_M]
+            sSum: cute.struct.MemRange[Float32, TILE_M]
             sRaise: cute.struct.MemRange[Int32, 2]
             sL: cute.struct.MemRange[Float32, 2 * TILE_M]
             sItem: cute.struct.MemRange[Int32, ITEM_SLOTS * ITEM_WORDS]
@@ -198,6 +199,7 @@ class Tile64(Producer, Consumer):
             sVt=view(st.sK, params.lay_vt),
             sR=view(st.sR, params.lay_r) if const_expr(self.dims.kpe > 0) else None,
             sMax=st.sMax.get_tensor(cute.make_layout((2, TILE_M), stride=(TILE_M, 1))),
+            sSum=st.sSum.get_tensor(cute.make_layout(TILE_M)),
             sRaise=st.sRaise.get_tensor(cute.make_layout(2)),
             sL=st.sL.get_tensor(cute.make_layout(2 * TILE_M)),
             sItem=st.sItem.get_tensor(cute.make_layout((ITEM_SLOTS, ITEM_WORDS), stride=(ITEM_WORDS, 1))),
