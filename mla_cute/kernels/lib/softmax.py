@@ -19,6 +19,9 @@ LOWEST = -(2.0 - 2.0**-23) * 2.0**127
 MAX_P = 2.0**14
 # Where P is bfloat16, which has float32's range: what P is multiplied by and added to has to stay within that.
 MAX_P_BF16 = 2.0**40
+# Above it a key may have nearly all the weight, and a P that is not 1. Then O is divided by the sum of P as it was
+# rounded to 16 bits, so that the rounding cancels. Below it the sum is of P as it was before.
+LARGE_P = 16.0
 # Where P is float16 and is multiplied by scales of up to MAX_UNITS.
 MAX_SCALED_P = 2.0**9
 # Scales of V are counted in a unit, which is chosen anew when a scale exceeds MAX_UNITS of it: 2^6 units times an e4m3,

@@ -97,29 +97,30 @@ def put_rows(smem: Smem, regs: Fragments, wg: Constexpr, values):
 
 
 def make_p(params: Params, regs: Fragments, part: int) -> list:
-    """A part of P under the references, in 16 bits. S stays as it is.
-
-    Returns this thread's shares of its row sums, [exact, rounded] of each row: as it was in float32, and as it is. O is
-    divided by the latter: where one key has nearly all the weight its P is not 1, and its rounding has to cancel. The
-    log-sum-exp is of the former."""
+    """A part of P under the references, in 16 bits. Returns this thread's shares of its row sums, in float32 and not of
+    what was rounded. S stays as it is."""
     n = S_COLS // PARTS
     rE = cute.make_rmem_tensor(2 * n, Float32)
     E = wgmma.row_col_view(rE, TILE_N // 8 // PARTS)
     S = cute.make_tensor(regs.rS.iterator + part * 2 * n, E.layout)
-    exact = [softmax.exp_row(S, E, r, n, params.scale_log2, regs.rRef[r]) for r in range(2)]
-    # Words made one by one: the compiler would round each value by itself, by an instruction of the EX2's unit.
+    sums = [softmax.exp_row(S, E, r, n, params.scale_log2, regs.rRef[r]) for r in range(2)]
+    # Words made one by one: where values are read again (`rounded_sums`), the compiler would round each by itself, by
+    # an instruction of the unit that EX2 needs.
     words = _words_of(regs.rPc, part)
     for i in range(n):
         words[i] = ptx.to_16bit_pair(rE[2 * i], rE[2 * i + 1], regs.rPc.element_type)
+    return sums
+
+
+def rounded_sums(regs: Fragments, part: int) -> list:
+    """The same sums of P as it was rounded."""
+    n = S_COLS // PARTS
+    words = _words_of(regs.rPc, part)
+    rE = cute.make_rmem_tensor(2 * n, Float32)
+    for i in range(n):
         rE[2 * i], rE[2 * i + 1] = ptx.unpack_16bit(words[i], regs.rPc.element_type)
-    return [[exact[r], softmax.sum_row(E, r, n)] for r in range(2)]
-
-
-def add_sums(regs: Fragments, sums: list) -> None:
-    """To the item's: `sums` as `make_p` returns them."""
-    for r in range(2):
-        regs.rL[r] = regs.rL[r] + sums[r][0]
-        regs.rW[r] = regs.rW[r] + sums[r][1]
+    E = wgmma.row_col_view(rE, TILE_N // 8 // PARTS)
+    return [softmax.sum_row(E, r, n) for r in range(2)]
 
 
 def _words_of(rPc, part: int):

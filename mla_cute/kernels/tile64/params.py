@@ -162,7 +162,7 @@ class Smem:
     sMax: cute.Tensor  # (consumer, row): row maxima of its tile, in log2 units, where references are chosen or raised
     sSum: cute.Tensor  # (row,): wg 1's sums of P in float32, in the epilogue
     sRaise: cute.Tensor  # (consumer,): 1 + the turn of the last pair in which some of its P was out of range
-    sL: cute.Tensor  # (2 x 64,) sums of rounded P of each consumer, in the epilogue
+    sL: cute.Tensor  # (2 x 64,) each consumer's sums that O is divided by, in the epilogue
     sItem: cute.Tensor  # (slot, word): lib/row_map.py's Word
     sChosen: Any  # (producer warp, stage): which of its 16 rows hold tokens; None where it is not sparse
     k_words: cute.Tensor  # K as 64-bit words
@@ -186,8 +186,8 @@ class Fragments:
     rP: cute.Tensor  # P in 16 bits, as operand A
     rPc: cute.Tensor  # the same registers in the order of rS
     rQr: cute.Tensor  # rope of Q, as operand A
-    rL: cute.Tensor  # (2,) this thread's part of the row sums of P, as it was in float32
-    rW: cute.Tensor  # (2,) and of P as it was rounded to 16 bits
+    rL: cute.Tensor  # (2,) this thread's part of the row sums of P, as it was in float32: of the log-sum-exp
+    rW: cute.Tensor  # (2,) and of P as it was rounded, where that matters (LARGE_P): what O is divided by
     rRef: cute.Tensor  # (2,) references of its rows, in log2 units: P = 2^(score - reference)
     S: cute.Tensor  # rS and rO as (row 0 or 1, column)
     O: cute.Tensor

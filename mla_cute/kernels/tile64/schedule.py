@@ -41,6 +41,10 @@ References (lib/softmax.py). The consumers exchange row maxima in an item's firs
 After that neither waits for the other's softmax, and P of 32 tokens is multiplied while that of the other 32 is made.
 Exchanging maxima in every pair, which one consumer handed to the other, took 3 to 5 % longer at 128 heads.
 
+P of a later key may be above 1 then. In bfloat16 that costs up to 2^-9 of the output where this key has nearly all the
+weight, whose P would be 1 under its own score. So parts of P with a large row sum (LARGE_P) enter O / l with the sum of
+what was rounded; the log-sum-exp is of what was not.
+
 A warp some of whose P is out of range counts neither that part of its tile nor the one behind it: its rows of P are 0
 there, in its registers and in shared memory, and it does not release V. Behind the barriers P0 and P1 all consumer
 warps read whether one of them asks for other references (sRaise). If so, all meet in `_raise_if_asked`, which raises
@@ -67,7 +71,7 @@ Arguments that recur:
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Float16, Float32, Int32, const_expr
+from cutlass import Boolean, Constexpr, Float16, Float32, Int32, const_expr
 from cutlass.cute.nvgpu import warpgroup
 
 from ..lib import barriers, softmax, wgmma
@@ -211,21 +215,28 @@ class Consumer(Epilogue):
 
     @cute.jit
     def _own_pv(self, params: Params, smem: Smem, regs: Fragments, wg: Constexpr, stage, turn):
-        """P of this consumer's tile in regs.rP, its row sums added to rL and rW, and its PV started, part by part.
+        """P of this consumer's tile in regs.rP, its row sums added to rL and rW, its PV started, part by part.
 
         Returns for each part whether some P of the warp's rows was out of range in it or in one in front of it: then
         the part does not count, and the warp asks to raise references."""
         most = softmax.MAX_P if const_expr(self.dtype is Float16) else softmax.MAX_P_BF16
         asks = []
         for part in cutlass.range_constexpr(math.PARTS):
-            sums = math.make_p(params, regs, part)
-            out_of_range = cute.arch.vote_any_sync((sums[0][0] > most) | (sums[1][0] > most))
+            sum0, sum1 = math.make_p(params, regs, part)
+            weight0, weight1 = sum0, sum1
+            out_of_range = Boolean(False)
+            if cute.arch.vote_any_sync((sum0 > softmax.LARGE_P) | (sum1 > softmax.LARGE_P)):
+                weight0, weight1 = math.rounded_sums(regs, part)
+                out_of_range = cute.arch.vote_any_sync((sum0 > most) | (sum1 > most))
             if const_expr(part > 0):
                 out_of_range = out_of_range | asks[part - 1]
             if out_of_range:
                 math.clear_p(regs, part)
-            else:
-                math.add_sums(regs, sums)
+                sum0, sum1, weight0, weight1 = (Float32(0.0) for _ in range(4))
+            regs.rL[0] = regs.rL[0] + sum0
+            regs.rL[1] = regs.rL[1] + sum1
+            regs.rW[0] = regs.rW[0] + weight0
+            regs.rW[1] = regs.rW[1] + weight1
             math.add_pv(params.mma_pv_rs, regs, regs.rP, wg, stage, part)
             asks = [*asks, out_of_range]
         if asks[-1] & (regs.lane == 0):
@@ -259,7 +270,10 @@ class Consumer(Epilogue):
             for part in cutlass.range_constexpr(math.PARTS):
                 sums = math.make_p(params, regs, part)
                 if asks[part]:
-                    math.add_sums(regs, sums)
+                    # No P is above 1 now.
+                    for r in cutlass.range_constexpr(2):
+                        regs.rL[r] = regs.rL[r] + sums[r]
+                        regs.rW[r] = regs.rW[r] + sums[r]
                 else:
                     math.clear_p(regs, part)
             math.put_p(regs, of_place((regs.tPs0, regs.tPs1)[wg], place, rank=3))
