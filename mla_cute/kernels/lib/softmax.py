@@ -1,8 +1,8 @@
-"""Online softmax in the base-2 domain on wgmma accumulators, with a reference maximum that is raised lazily.
+"""Online softmax in the base-2 domain on accumulators, relative to references that are raised when they have to be.
 
-Scores are S * scale_log2. The reference m of a row is raised only when the row's maximum exceeds it by more than
-LAZY_LOG2; P = 2^(s - m) may therefore reach 2^8, which bf16, f16 and the float32 sums hold without loss, and the
-reference cancels in O / l and in lse = m + log2(l). Rescaling O (64 FMUL per row) is then rare.
+P = 2^(score - reference), and a reference cancels in O / l and in lse = reference + log2(l). So any reference does that
+keeps P, l and O within their types. It is the largest score of a row's first tiles; later ones may exceed it until a
+thread's part of a row sum does MAX_P, which is rare. So a tile needs no row maxima, and nobody waits for anybody's.
 """
 
 import cutlass
@@ -11,16 +11,18 @@ from cutlass import Float32, Uint32
 
 from . import ptx
 
-# Running maxima start at the lowest finite float32 rather than at -inf: -inf - -inf would be NaN in a row whose scores
-# are all masked. Any number above it would hide scores below it.
+# The reference of a row that has seen no key. Every score exceeds it by more than any limit, and -inf less it is -inf,
+# where less -inf it would be NaN.
 LOWEST = -(2.0 - 2.0**-23) * 2.0**127
-# By how much a row's maximum exceeds its reference, in log2 units, before the reference is raised.
-LAZY_LOG2 = 8.0
 
-# Over FP8 caches P is float16, and the reference goes by row sums: it is raised when a thread's part of one exceeds
-# MAX_P. That is within float16, and so far above 1 that it is rare, so a pair of tiles needs no row maxima.
+# Where P is float16: within its range, and so far above 1 that it is rare.
 MAX_P = 2.0**14
-# The same limit where P is multiplied by scales of up to MAX_UNITS.
+# Where P is bfloat16, which has float32's range: what P is multiplied by and added to has to stay within that.
+MAX_P_BF16 = 2.0**40
+# Above it a key may have nearly all the weight, and a P that is not 1. Then O is divided by the sum of P as it was
+# rounded to 16 bits, so that the rounding cancels. Below it the sum is of P as it was before.
+LARGE_P = 16.0
+# Where P is float16 and is multiplied by scales of up to MAX_UNITS.
 MAX_SCALED_P = 2.0**9
 # Scales of V are counted in a unit, which is chosen anew when a scale exceeds MAX_UNITS of it: 2^6 units times an e4m3,
 # which is below 2^9, fit float16.
@@ -52,28 +54,19 @@ def row_max(s_rc, row: int, num_cols: int):
     return quad_max(mx)
 
 
-@cute.jit
-def lazy_max(old, new):
-    """The new reference: `old` unless `new` exceeds it by more than LAZY_LOG2 (NaN keeps `old`)."""
-    ref = old
-    if new > old + LAZY_LOG2:
-        ref = new
-    return ref
-
-
-def exp_row(s_rc, row: int, num_cols: int, scale_log2, ref):
-    """s <- 2^(s * scale_log2 - ref) along a row; returns this thread's part of the row sum."""
+def sum_row(p_rc, row: int, num_cols: int):
+    """This thread's part of a row's sum."""
     total = Float32(0.0)
     for n in range(num_cols):
-        e = exp2(s_rc[row, n] * scale_log2 - ref)
-        s_rc[row, n] = e
-        total = total + e
+        total = total + p_rc[row, n]
     return total
 
 
-def any_rescale(scale0, scale1):
-    """Warp-uniform: some row of this warp has a scale other than 1 (1 is exact, so skipping changes no bit)."""
-    return cute.arch.vote_any_sync((scale0 != Float32(1.0)) | (scale1 != Float32(1.0)))
+def exp_row(s_rc, to, row: int, num_cols: int, scale_log2, ref):
+    """to <- 2^(s * scale_log2 - ref) along a row of two (row, column) views; returns this thread's part of the sum."""
+    for n in range(num_cols):
+        to[row, n] = exp2(s_rc[row, n] * scale_log2 - ref)
+    return sum_row(to, row, num_cols)
 
 
 def multiply_rows(acc_rc, num_cols: int, scale0, scale1) -> None:
@@ -81,13 +74,6 @@ def multiply_rows(acc_rc, num_cols: int, scale0, scale1) -> None:
     for n in range(num_cols):
         acc_rc[0, n] = acc_rc[0, n] * scale0
         acc_rc[1, n] = acc_rc[1, n] * scale1
-
-
-@cute.jit
-def scale_rows(acc_rc, num_cols: cutlass.Constexpr, scale0, scale1, need):
-    """The same, if `need`."""
-    if need:
-        multiply_rows(acc_rc, num_cols, scale0, scale1)
 
 
 @cute.jit

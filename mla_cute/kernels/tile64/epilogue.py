@@ -21,18 +21,23 @@ class Epilogue(Variant):
         part_row = self.rows.part_row(smem, slot, head0)
         for r in cutlass.range_constexpr(2):
             regs.rL[r] = softmax.quad_sum(regs.rL[r])
+            regs.rW[r] = softmax.quad_sum(regs.rW[r])
         if regs.lane % 4 == 0:
-            smem.sL[wg * TILE_M + regs.row] = regs.rL[0]
-            smem.sL[wg * TILE_M + regs.row + 8] = regs.rL[1]
+            for r in cutlass.range_constexpr(2):
+                smem.sL[wg * TILE_M + regs.row + 8 * r] = regs.rW[r]
+                if const_expr(wg == 1):
+                    smem.sSum[regs.row + 8 * r] = regs.rL[r]
         Bar.EPI.sync()
         if const_expr(wg == 0):
-            if regs.t < rows:
-                lse = cute.math.log2(smem.sL[regs.t] + smem.sL[regs.t + TILE_M]) + smem.sM[regs.t]
-                if self.rows.is_partial(smem, slot):
-                    partials.put_lse(params, part_row + regs.t, lse)
-                else:
-                    token, head = self.rows.token_and_head(params, smem, slot, head0, regs.t)
-                    params.mLse[token, head] = lse * params.lse_scale
+            for r in cutlass.range_constexpr(2):
+                row = regs.row + 8 * r
+                if (regs.lane % 4 == 0) & (row < rows):
+                    lse = cute.math.log2(regs.rL[r] + smem.sSum[row]) + regs.rRef[r]
+                    if self.rows.is_partial(smem, slot):
+                        partials.put_lse(params, part_row + row, lse)
+                    else:
+                        token, head = self.rows.token_and_head(params, smem, slot, head0, row)
+                        params.mLse[token, head] = lse * params.lse_scale
         # Outputs and partials are both rows of 16-bit values: one store path, from the address of each row.
         words = cute.make_rmem_tensor((2, o_cols(regs) // 2), Uint32)
         at0 = Int64(0)
@@ -47,15 +52,14 @@ class Epilogue(Variant):
         else:
             at0 = output_address(params, *self.rows.token_and_head(params, smem, slot, head0, regs.row))
             at1 = output_address(params, *self.rows.token_and_head(params, smem, slot, head0, regs.row + 8))
-            pack_output(smem, regs, words, self.dtype, self._sinks(params, smem, regs, head0))
+            pack_output(smem, regs, words, self.dtype, self._sinks(params, regs, head0))
         store_rows(regs, words, (at0, at1), rows, wg)
 
-    def _sinks(self, params: Params, smem: Smem, regs: Fragments, head0) -> list:
+    def _sinks(self, params: Params, regs: Fragments, head0) -> list:
         """What sinks add to the sums of this thread's two rows; None where there are no sinks."""
         if not self.loader.sparse:
             return [None, None]
-        rows = (regs.row, regs.row + 8)
-        return [scalars.sink_weight(params, head0 + row, smem.sM[row]) for row in rows]
+        return [scalars.sink_weight(params, head0 + regs.row + 8 * r, regs.rRef[r]) for r in range(2)]
 
 
 def inverse_sum(smem: Smem, regs: Fragments, row: int, sink=None):

@@ -2,16 +2,18 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Float32, Int32, Int64, const_expr
+from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr
 from cutlass.cute.nvgpu import warp, warpgroup
 
 from ...dims import TILE_M
-from ..lib import barriers, softmax, wgmma
+from ..lib import barriers, ptx, softmax, wgmma
 from ..lib.paged import SUB_ELEMS, TILE_N
 from .params import Bar, Fragments, Params, Smem
 
 # Columns of S that one thread has in each of its two rows.
 S_COLS = TILE_N // 4
+# P of a tile is made in so many parts, each of as many tokens; while one is made, the one before is multiplied.
+PARTS = 2
 
 
 def o_cols(regs: Fragments) -> int:
@@ -47,6 +49,8 @@ def make_fragments(params: Params, smem: Smem, t: Int32, dtype, ckv_dim: int) ->
         rPc=rPc,
         rQr=rQr,
         rL=cute.make_rmem_tensor((2,), Float32),
+        rW=cute.make_rmem_tensor((2,), Float32),
+        rRef=cute.make_rmem_tensor((2,), Float32),
         S=wgmma.row_col_view(rS, TILE_N // 8),
         O=wgmma.row_col_view(rO, ckv_dim // 2 // 8),
         ldm=ldm,
@@ -59,11 +63,17 @@ def make_fragments(params: Params, smem: Smem, t: Int32, dtype, ckv_dim: int) ->
     )
 
 
-def add_pv(tiled_mma, regs: Fragments, p, wg: int, stage) -> None:
-    """Start O += P V: V is this consumer's half of stage `stage`, `p` the fragment of P. One commit group."""
+def add_pv(tiled_mma, regs: Fragments, p, wg: int, stage, part: int | None = None) -> None:
+    """Start O += P V: V is this consumer's half of stage `stage`, `p` the fragment of P. One commit group. `part`: of
+    P, None for all of it."""
+    steps = TILE_N // 16  # of 16 tokens
+    if part is None:
+        first, last = 0, steps
+    else:
+        first, last = part * steps // PARTS, (part + 1) * steps // PARTS
     warpgroup.fence()
     v = wgmma.v_slice(regs.tOrV, wg, stage)
-    wgmma.issue(tiled_mma, regs.rO, p, v, [(k, k) for k in range(TILE_N // 16)], False)
+    wgmma.issue(tiled_mma, regs.rO, p, v, [(k, k) for k in range(first, last)], False)
     warpgroup.commit_group()
 
 
@@ -79,27 +89,52 @@ def row_maxima(params: Params, regs: Fragments) -> list:
 
 
 @cute.jit
-def put_row_stats(smem: Smem, regs: Fragments, wg: Constexpr, row, ref, scale):
-    """A row's new reference, and the factor from the one before to it, to shared memory."""
+def put_rows(smem: Smem, regs: Fragments, wg: Constexpr, values):
+    """A value of each of this thread's two rows to sMax, once for the four lanes that share a row."""
     if regs.lane % 4 == 0:
-        smem.sM[row] = ref
-        if const_expr(wg == 0):
-            smem.sScale0[row] = scale
-        else:
-            smem.sScale1[row] = scale
+        for r in cutlass.range_constexpr(2):
+            smem.sMax[wg, regs.row + 8 * r] = values[r]
 
 
-def exponentials(params: Params, regs: Fragments, ref: list, scale: list) -> None:
-    """S becomes P under the references `ref`; l and O, which carry the ones before, are multiplied by `scale`."""
-    for r in range(2):
-        regs.rL[r] = regs.rL[r] * scale[r] + softmax.exp_row(regs.S, r, S_COLS, params.scale_log2, ref[r])
-    softmax.scale_rows(regs.O, o_cols(regs), scale[0], scale[1], softmax.any_rescale(scale[0], scale[1]))
-    pack_p(regs)
+def make_p(params: Params, regs: Fragments, part: int) -> list:
+    """A part of P under the references, in 16 bits. Returns this thread's shares of its row sums, in float32 and not of
+    what was rounded. S stays as it is."""
+    n = S_COLS // PARTS
+    rE = cute.make_rmem_tensor(2 * n, Float32)
+    E = wgmma.row_col_view(rE, TILE_N // 8 // PARTS)
+    S = cute.make_tensor(regs.rS.iterator + part * 2 * n, E.layout)
+    sums = [softmax.exp_row(S, E, r, n, params.scale_log2, regs.rRef[r]) for r in range(2)]
+    # Words made one by one: where values are read again (`rounded_sums`), the compiler would round each by itself, by
+    # an instruction of the unit that EX2 needs.
+    words = _words_of(regs.rPc, part)
+    for i in range(n):
+        words[i] = ptx.to_16bit_pair(rE[2 * i], rE[2 * i + 1], regs.rPc.element_type)
+    return sums
 
 
-def pack_p(regs: Fragments) -> None:
-    """P in 16 bits."""
-    regs.rPc.store(regs.rS.load().to(regs.rPc.element_type))
+def rounded_sums(regs: Fragments, part: int) -> list:
+    """The same sums of P as it was rounded."""
+    n = S_COLS // PARTS
+    words = _words_of(regs.rPc, part)
+    rE = cute.make_rmem_tensor(2 * n, Float32)
+    for i in range(n):
+        rE[2 * i], rE[2 * i + 1] = ptx.unpack_16bit(words[i], regs.rPc.element_type)
+    E = wgmma.row_col_view(rE, TILE_N // 8 // PARTS)
+    return [softmax.sum_row(E, r, n) for r in range(2)]
+
+
+def _words_of(rPc, part: int):
+    """A part of P as words of two values, in the order of S."""
+    n = 2 * S_COLS // PARTS
+    return cute.recast_tensor(cute.make_tensor(rPc.iterator + part * n, cute.make_layout(n)), Uint32)
+
+
+def clear_p(regs: Fragments, part: int) -> None:
+    """A part of P becomes 0."""
+    words = _words_of(regs.rPc, part)
+    zero = ptx.opaque_zero()
+    for i in range(S_COLS // PARTS):
+        words[i] = zero
 
 
 @cute.jit

@@ -31,11 +31,10 @@ RELEASE_ORDER = ((0, 0), (1, 1), (0, 1), (1, 0))
 class Bar(NamedBarrier):
     """Who arrives -> who waits; where nobody is named before the arrow, everybody does both."""
 
-    SCALE0 = 1, CONSUMERS  # wg 0, its row maxima are published -> wg 1
-    SCALE1 = 2, CONSUMERS  # wg 1, the final maxima of the pair are published -> wg 0
+    FIRST = 1, CONSUMERS  # -> both: the row maxima of an item's first pair are in shared memory
+    RAISE = 2, CONSUMERS  # -> both, where references are raised: row maxima are there; P is; it has been multiplied
     P0 = 3, CONSUMERS  # wg 0, P0 is in shared memory -> wg 1
     P1 = 4, CONSUMERS  # wg 1, P1 is in shared memory -> wg 0
-    INIT = 5, WARPGROUP  # -> wg 0: the references of a new item are in shared memory
     EPI = 6, CONSUMERS  # -> both consumers: the row sums of an item are in shared memory
     FILL0 = 7, WARPGROUP  # -> wg 0: its zeros are in the rows of V past kv_end
     FILL1 = 8, WARPGROUP  # -> wg 1: likewise
@@ -72,17 +71,17 @@ class Variant:
     regs_producer: int
     mbars: Mbarriers
 
-    # A turn is what a role knows of the pair at hand: the parity of its mbarriers' phase, and above one pair in shared
-    # memory which of the two places its tiles have. It goes from item to item.
+    # A turn is the number of the pair at hand among all that a role has worked on, from `first_turn` on: the parity of
+    # its mbarriers' phase follows from it, and above one pair in shared memory which of the two places its tiles have.
 
     def first_turn(self, parity: int) -> Int32:
         return Int32(parity * (self.num_stages // 2))
 
     def next_turn(self, turn):
-        return turn ^ 1 if self.num_stages == 2 else (turn + 1) & 3
+        return turn + 1
 
     def parity_of(self, turn):
-        return turn if self.num_stages == 2 else turn >> 1
+        return turn & 1 if self.num_stages == 2 else (turn >> 1) & 1
 
     def place_of(self, turn):
         """0 or 1, warp-uniform, for descriptors are made of it; a constant where there is one place."""
@@ -160,10 +159,10 @@ class Smem:
     sK_sub: cute.Tensor  # its sub-tiles: (64, 64, 8 stage + sub)
     sVt: cute.Tensor  # the same bytes as V^T: (512, 64, stage)
     sR: cute.Tensor  # rope of K: (64, 64, stage)
-    sM: cute.Tensor  # (64,) references of the rows, in log2 units
-    sScale0: cute.Tensor  # (64,) what wg 0's new references scale the old sums and O by; and wg 1's
-    sScale1: cute.Tensor
-    sL: cute.Tensor  # (2 x 64,) row sums of each consumer, in the epilogue
+    sMax: cute.Tensor  # (consumer, row): row maxima of its tile, in log2 units, where references are chosen or raised
+    sSum: cute.Tensor  # (row,): wg 1's sums of P in float32, in the epilogue
+    sRaise: cute.Tensor  # (consumer,): 1 + the turn of the last pair in which some of its P was out of range
+    sL: cute.Tensor  # (2 x 64,) each consumer's sums that O is divided by, in the epilogue
     sItem: cute.Tensor  # (slot, word): lib/row_map.py's Word
     sChosen: Any  # (producer warp, stage): which of its 16 rows hold tokens; None where it is not sparse
     k_words: cute.Tensor  # K as 64-bit words
@@ -183,11 +182,13 @@ class Fragments:
     tOrP0: cute.Tensor
     tOrP1: cute.Tensor
     rO: cute.Tensor  # this consumer's half of O: 64 x 256 float32
-    rS: cute.Tensor  # scores of its K tile, then P in float32: 64 x 64
+    rS: cute.Tensor  # scores of its K tile: 64 x 64 float32
     rP: cute.Tensor  # P in 16 bits, as operand A
     rPc: cute.Tensor  # the same registers in the order of rS
     rQr: cute.Tensor  # rope of Q, as operand A
-    rL: cute.Tensor  # (2,) this thread's part of the row sums
+    rL: cute.Tensor  # (2,) this thread's part of the row sums of P, as it was in float32: of the log-sum-exp
+    rW: cute.Tensor  # (2,) and of P as it was rounded, where that matters (LARGE_P): what O is divided by
+    rRef: cute.Tensor  # (2,) references of its rows, in log2 units: P = 2^(score - reference)
     S: cute.Tensor  # rS and rO as (row 0 or 1, column)
     O: cute.Tensor
     ldm: cute.TiledCopy  # ldmatrix of the rope of Q: tQs -> tQr

@@ -27,24 +27,31 @@ The named barriers are params.py's Bar.
 
 Order in a pair      wg 0                                     wg 1
                      QK, wait, mask                           QK, wait, mask
-                     row maxima -> SCALE0                     row maxima; waits for SCALE0; -> SCALE1
-                     exponentials; P0 to shared memory        exponentials; P1 to shared memory -> P1
-                     PV with P0                               PV with P1
-                     waits for SCALE1, corrects P0 -> P0      waits for P0
-                     wait, releases its half of stage 0       PV with P0
-                     waits for P1, PV with P1                 wait, releases its half of stage 1
-                     wait, releases its half of stage 1       wait, releases its half of stage 0
+                     P0 and PV with it, in two parts          P1 and PV with it, in two parts
+                     P0 to shared memory -> P0                P1 to shared memory -> P1
+                     wait, releases its half of stage 0       waits for P0
+                     waits for P1, PV with P1                 PV with P0
+                     wait, releases its half of stage 1       wait, releases its half of stage 1
+                                                              wait, releases its half of stage 0
 
 "-> X" is an arrival at named barrier X, "wait" is for this consumer's own wgmmas. Where a tile goes past kv_end, which
 only the last pair's do, each consumer zeroes the rows past it in its half of V before the PV that reads them.
 
-The row maxima of a pair pass from one consumer to the other: wg 0 takes the reference of the last pair and its own
-maxima, wg 1 takes wg 0's. The reference is raised lazily (lib/softmax.py), so almost every pair rescales neither O nor
-P: P0 goes to shared memory without waiting for wg 1 and is corrected only when wg 1 raised the reference. Row maxima
-are published before the exponentials, so that the other warpgroup waits for 16 FMNMX and not for 32 EX2.
+References (lib/softmax.py). The consumers exchange row maxima in an item's first pair alone (`_choose_references`).
+After that neither waits for the other's softmax, and P of 32 tokens is multiplied while that of the other 32 is made.
+Exchanging maxima in every pair, which one consumer handed to the other, took 3 to 5 % longer at 128 heads.
 
-Shared memory: Q 72 KiB, two K tiles of 72 KiB, P0 8 KiB, statistics 1.5 KiB: 226 of 227 KiB. Q's ninth sub-tile (the
-rope) is read to registers at the start of an item, and its bytes hold P1 from then on.
+P of a later key may be above 1 then. In bfloat16 that costs up to 2^-9 of the output where this key has nearly all the
+weight, whose P would be 1 under its own score. So parts of P with a large row sum (LARGE_P) enter O / l with the sum of
+what was rounded; the log-sum-exp is of what was not.
+
+A warp some of whose P is out of range counts neither that part of its tile nor the one behind it: its rows of P are 0
+there, in its registers and in shared memory, and it does not release V. Behind the barriers P0 and P1 all consumer
+warps read whether one of them asks for other references (sRaise). If so, all meet in `_raise_if_asked`, which raises
+them and multiplies what did not count.
+
+Shared memory: Q 72 KiB, two K tiles of 72 KiB, P0 8 KiB, what goes by rows 1.3 KiB: 226 of 227 KiB. Q's ninth sub-tile
+(the rope) is read to registers at the start of an item, and its bytes hold P1 from then on.
 
 Head dimensions. Heads of 256 + 64 leave room for a second pair: stages 0 and 1 are one place, 2 and 3 another, each
 with a P0 and a P1, and pairs take the places by turns. What is said of stages 0 and 1 above holds of each place. Of a
@@ -57,15 +64,16 @@ Arguments that recur:
                      the tile goes past kv_end
     slot             where the item's record lies in sItem
     gap              RowMap.gap of the item
-    turn             of the pair (params.py's Variant); what it says of places is below
+    turn             of the pair (params.py's Variant)
+    first            the pair is its item's first
+    asks             of `_own_pv`
 """
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Float32, Int32, const_expr
+from cutlass import Boolean, Constexpr, Float16, Float32, Int32, const_expr
 from cutlass.cute.nvgpu import warpgroup
 
-from ...dims import TILE_M
 from ..lib import barriers, softmax, wgmma
 from ..lib.paged import TILE_N
 from ..lib.row_map import Word
@@ -79,50 +87,48 @@ class Consumer(Epilogue):
 
     # ---------------------------------------------------------- a pair of tiles
 
-    def _pair_wg0(self, params: Params, smem: Smem, regs: Fragments, turn, valid0, valid1, slot, gap) -> None:
+    def _pair_wg0(self, params: Params, smem: Smem, regs: Fragments, turn, first, valid0, valid1, slot, gap) -> None:
         place = self.place_of(turn)
         stage0, stage1 = (self.stage_of(place, tile) for tile in range(2))
-        to_p0 = of_place(regs.tPs0, place, rank=3)
         self._qk(params, smem, regs, 0, stage0, turn)
         self._release_q(smem, valid0)
         self._mask(params, smem, regs, stage0, turn, valid0, slot, gap)
-        self._softmax(params, smem, regs, 0)
+        self._choose_references(params, smem, regs, 0, first)
         math.zero_v_tail(smem, regs, stage0, 0, valid0)
+        asks = self._own_pv(params, smem, regs, 0, stage0, turn)
         # P0's place is free: this S0 needed (stage 0, half 1), refilled only after wg 1 drained its PV of the P0 that
         # was there.
-        math.put_p(regs, to_p0)
-        math.add_pv(params.mma_pv_rs, regs, regs.rP, 0, stage0)
-        Bar.SCALE1.sync()
-        scale = [smem.sScale1[regs.row], smem.sScale1[regs.row + 8]]
-        self._correct_wg0(regs, to_p0, scale[0], scale[1], softmax.any_rescale(scale[0], scale[1]))
+        math.put_p(regs, of_place(regs.tPs0, place, rank=3))
         Bar.P0.arrive()
-        for r in range(2):
-            regs.rL[r] = regs.rL[r] * scale[r]
         warpgroup.wait_group(0)
-        self._release(smem, 0, stage0)
-        math.zero_v_tail(smem, regs, stage1, 0, valid1)
+        self._release_unless(smem, 0, stage0, asks[-1])
+        # Behind P1, which says that wg 1 has seen the tile arrive: TMA would write over zeros that were there before.
         Bar.P1.sync()
+        math.zero_v_tail(smem, regs, stage1, 0, valid1)
         math.add_pv(params.mma_pv, regs, of_place(regs.tOrP1, place, rank=3), 0, stage1)
         # This PV is not left in flight over the back-edge: ptxas then puts a wait behind every wgmma of the loop.
         warpgroup.wait_group(0)
+        self._raise_if_asked(params, smem, regs, 0, place, asks, turn)
         self._release(smem, 0, stage1)
 
-    def _pair_wg1(self, params: Params, smem: Smem, regs: Fragments, turn, valid0, valid1, slot, gap) -> None:
+    def _pair_wg1(self, params: Params, smem: Smem, regs: Fragments, turn, first, valid0, valid1, slot, gap) -> None:
         place = self.place_of(turn)
         stage0, stage1 = (self.stage_of(place, tile) for tile in range(2))
         self._qk(params, smem, regs, 1, stage1, turn)
         self._release_q(smem, valid0)
         self._mask(params, smem, regs, stage1, turn, valid1, slot, gap)
-        self._softmax(params, smem, regs, 1)
-        math.put_p(regs, of_place(regs.tPs1, place, rank=3))
+        self._choose_references(params, smem, regs, 1, first)
         math.zero_v_tail(smem, regs, stage1, 1, valid1)
+        asks = self._own_pv(params, smem, regs, 1, stage1, turn)
+        math.put_p(regs, of_place(regs.tPs1, place, rank=3))
         Bar.P1.arrive()
-        math.add_pv(params.mma_pv_rs, regs, regs.rP, 1, stage1)
         # P0 V0 does not go first, although stage 0 would then be released sooner: the refill of (stage 1, half 1), with
-        # which this consumer's next QK begins, would come later, and that costs more (2 to 3 % at 128 heads).
+        # which this consumer's next QK begins, would come later. Even in front of this consumer's softmax, where it has
+        # nothing to wait for, it costs 1 to 2 % in decode of 128 heads and 7 to 11 % in prefill.
         Bar.P0.sync()
         math.zero_v_tail(smem, regs, stage0, 1, valid0)
         math.add_pv(params.mma_pv, regs, of_place(regs.tOrP0, place, rank=3), 1, stage0)
+        self._raise_if_asked(params, smem, regs, 1, place, asks, turn)
         warpgroup.wait_group(1)
         self._release(smem, 1, stage1)
         warpgroup.wait_group(0)
@@ -142,6 +148,7 @@ class Consumer(Epilogue):
         for it in cutlass.range(num_items, unroll=1):
             regs.rO.fill(0.0)
             regs.rL.fill(0.0)
+            regs.rW.fill(0.0)
             cute.arch.mbarrier_wait(smem.mbar + self.mbars.q_full, q_phase)
             q_phase ^= 1
             kv_begin = smem.sItem[it % ITEM_SLOTS, Word.KV_BEGIN]
@@ -150,16 +157,12 @@ class Consumer(Epilogue):
             gap = self.rows.gap(params, smem, it % ITEM_SLOTS)
             if const_expr(self.dims.kpe > 0):
                 cute.copy(regs.ldm, regs.tQs, regs.tQr)
-            if const_expr(wg == 0):
-                if regs.t < TILE_M:
-                    smem.sM[regs.t] = Float32(softmax.LOWEST)
-                Bar.INIT.sync()
             for pair in cutlass.range(num_pairs, unroll=1):
                 left = kv_end - kv_begin - pair * (2 * TILE_N)
                 if const_expr(wg == 0):
-                    self._pair_wg0(params, smem, regs, turn, left, left - TILE_N, it % ITEM_SLOTS, gap)
+                    self._pair_wg0(params, smem, regs, turn, pair == 0, left, left - TILE_N, it % ITEM_SLOTS, gap)
                 else:
-                    self._pair_wg1(params, smem, regs, turn, left, left - TILE_N, it % ITEM_SLOTS, gap)
+                    self._pair_wg1(params, smem, regs, turn, pair == 0, left, left - TILE_N, it % ITEM_SLOTS, gap)
                 turn = self.next_turn(turn)
             barriers.arrive_once_per_warp(smem.mbar + self.mbars.rope_empty)
             self._epilogue(params, smem, regs, it % ITEM_SLOTS, head0, wg)
@@ -198,32 +201,98 @@ class Consumer(Epilogue):
         else:
             self.rows.mask(params, smem, regs, slot, valid, gap)
 
-    def _softmax(self, params: Params, smem: Smem, regs: Fragments, wg: int) -> None:
-        """P of this consumer's tile in registers (regs.rP); publishes row maxima before the exponentials."""
-        rows = (regs.row, regs.row + 8)
-        maxima = math.row_maxima(params, regs)
-        if wg == 1:
-            Bar.SCALE0.sync()
-        old = [smem.sM[row] for row in rows]
-        ref = [softmax.lazy_max(old[r], maxima[r]) for r in range(2)]
-        scale = [softmax.exp2(old[r] - ref[r]) for r in range(2)]
-        # wg 1's O and l still carry the last pair's reference: they are scaled by what wg 0 raised it by, too.
-        total = scale if wg == 0 else [scale[r] * smem.sScale0[rows[r]] for r in range(2)]
-        cute.arch.sync_warp()
-        for r in range(2):
-            math.put_row_stats(smem, regs, wg, rows[r], ref[r], scale[r])
-        (Bar.SCALE0, Bar.SCALE1)[wg].arrive()
-        math.exponentials(params, regs, ref, total)
+    @cute.jit
+    def _choose_references(self, params: Params, smem: Smem, regs: Fragments, wg: Constexpr, first):
+        """In an item's first pair: the row maxima of both tiles, which the consumers exchange."""
+        if first:
+            maxima = math.row_maxima(params, regs)
+            math.put_rows(smem, regs, wg, maxima)
+            Bar.FIRST.sync()
+            for r in cutlass.range_constexpr(2):
+                # A row that sees no key of the pair has a reference that every score of a later one is out of range of.
+                other = cute.arch.fmax(smem.sMax[1 - wg, regs.row + 8 * r], Float32(softmax.LOWEST))
+                regs.rRef[r] = cute.arch.fmax(maxima[r], other)
 
     @cute.jit
-    def _correct_wg0(self, regs: Fragments, to_p0, scale0, scale1, need):
-        """wg 1 raised the reference: rescale the P0 already in shared memory, and O once its PV has drained."""
-        if need:
+    def _own_pv(self, params: Params, smem: Smem, regs: Fragments, wg: Constexpr, stage, turn):
+        """P of this consumer's tile in regs.rP, its row sums added to rL and rW, its PV started, part by part.
+
+        Returns for each part whether some P of the warp's rows was out of range in it or in one in front of it: then
+        the part does not count, and the warp asks to raise references."""
+        most = softmax.MAX_P if const_expr(self.dtype is Float16) else softmax.MAX_P_BF16
+        asks = []
+        for part in cutlass.range_constexpr(math.PARTS):
+            sum0, sum1 = math.make_p(params, regs, part)
+            weight0, weight1 = sum0, sum1
+            out_of_range = Boolean(False)
+            if cute.arch.vote_any_sync((sum0 > softmax.LARGE_P) | (sum1 > softmax.LARGE_P)):
+                weight0, weight1 = math.rounded_sums(regs, part)
+                out_of_range = cute.arch.vote_any_sync((sum0 > most) | (sum1 > most))
+            if const_expr(part > 0):
+                out_of_range = out_of_range | asks[part - 1]
+            if out_of_range:
+                math.clear_p(regs, part)
+                sum0, sum1, weight0, weight1 = (Float32(0.0) for _ in range(4))
+            regs.rL[0] = regs.rL[0] + sum0
+            regs.rL[1] = regs.rL[1] + sum1
+            regs.rW[0] = regs.rW[0] + weight0
+            regs.rW[1] = regs.rW[1] + weight1
+            math.add_pv(params.mma_pv_rs, regs, regs.rP, wg, stage, part)
+            asks = [*asks, out_of_range]
+        if asks[-1] & (regs.lane == 0):
+            smem.sRaise[wg] = turn + 1
+        return asks
+
+    @cute.jit
+    def _raise_if_asked(self, params: Params, smem: Smem, regs: Fragments, wg: Constexpr, place, asks, turn):
+        """Behind the barriers P0 and P1: if a warp of either consumer has asked, all come here and nobody else waits.
+
+        The references of the rows of those warps rise to their tile's row maxima. What was added up follows them, and
+        the parts of P that did not count are made and multiplied; what did count is 0 in this P. A stage is multiplied
+        if one of its consumer's warps asked, and only then is it still there.
+        """
+        asked = [smem.sRaise[tile] == turn + 1 for tile in range(2)]
+        if asked[0] | asked[1]:
             warpgroup.wait_group(0)
-            softmax.multiply_rows(regs.S, math.S_COLS, scale0, scale1)
-            math.pack_p(regs)
-            math.put_p(regs, to_p0)
-            softmax.multiply_rows(regs.O, math.o_cols(regs), scale0, scale1)
+            maxima = math.row_maxima(params, regs)
+            own = [maxima[r] if asks[-1] else Float32(softmax.LOWEST) for r in range(2)]
+            math.put_rows(smem, regs, wg, own)
+            Bar.RAISE.sync()
+            factors = [None, None]
+            for r in cutlass.range_constexpr(2):
+                highest = cute.arch.fmax(own[r], smem.sMax[1 - wg, regs.row + 8 * r])
+                ref = cute.arch.fmax(regs.rRef[r], highest)
+                factors[r] = softmax.exp2(regs.rRef[r] - ref)
+                regs.rRef[r] = ref
+                regs.rL[r] = regs.rL[r] * factors[r]
+                regs.rW[r] = regs.rW[r] * factors[r]
+            softmax.multiply_rows(regs.O, math.o_cols(regs), *factors)
+            for part in cutlass.range_constexpr(math.PARTS):
+                sums = math.make_p(params, regs, part)
+                if asks[part]:
+                    # No P is above 1 now.
+                    for r in cutlass.range_constexpr(2):
+                        regs.rL[r] = regs.rL[r] + sums[r]
+                        regs.rW[r] = regs.rW[r] + sums[r]
+                else:
+                    math.clear_p(regs, part)
+            math.put_p(regs, of_place((regs.tPs0, regs.tPs1)[wg], place, rank=3))
+            Bar.RAISE.sync()
+            for tile in cutlass.range_constexpr(2):
+                if asked[tile]:
+                    p = of_place((regs.tOrP0, regs.tOrP1)[tile], place, rank=3)
+                    math.add_pv(params.mma_pv, regs, p, wg, self.stage_of(place, tile))
+                    warpgroup.wait_group(0)
+            if const_expr(wg == 0):
+                if asks[-1]:
+                    self._release(smem, 0, self.stage_of(place, 0))
+            Bar.RAISE.sync()
+
+    @cute.jit
+    def _release_unless(self, smem: Smem, wg: Constexpr, stage, asks):
+        """A warp that asks to raise references multiplies V once more, and releases it behind that."""
+        if not asks:
+            self._release(smem, wg, stage)
 
     def _release(self, smem: Smem, wg: int, stage) -> None:
         """This consumer's half of V of `stage` is drained (K of that half was read earlier)."""

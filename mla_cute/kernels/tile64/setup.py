@@ -164,9 +164,9 @@ class Tile64(Producer, Consumer):
         @cute.struct
         class Storage:
             mbar: cute.struct.MemRange[Int64, self.mbars.total]
-            sM: cute.struct.MemRange[Float32, TILE_M]
-            sScale0: cute.struct.MemRange[Float32, TILE_M]
-            sScale1: cute.struct.MemRange[Float32, TILE_M]
+            sMax: cute.struct.MemRange[Float32, 2 * TILE_M]
+            sSum: cute.struct.MemRange[Float32, TILE_M]
+            sRaise: cute.struct.MemRange[Int32, 2]
             sL: cute.struct.MemRange[Float32, 2 * TILE_M]
             sItem: cute.struct.MemRange[Int32, ITEM_SLOTS * ITEM_WORDS]
             if self.loader.sparse:
@@ -198,9 +198,9 @@ class Tile64(Producer, Consumer):
             sK_sub=view(st.sK, params.lay_k_sub),
             sVt=view(st.sK, params.lay_vt),
             sR=view(st.sR, params.lay_r) if const_expr(self.dims.kpe > 0) else None,
-            sM=st.sM.get_tensor(cute.make_layout(TILE_M)),
-            sScale0=st.sScale0.get_tensor(cute.make_layout(TILE_M)),
-            sScale1=st.sScale1.get_tensor(cute.make_layout(TILE_M)),
+            sMax=st.sMax.get_tensor(cute.make_layout((2, TILE_M), stride=(TILE_M, 1))),
+            sSum=st.sSum.get_tensor(cute.make_layout(TILE_M)),
+            sRaise=st.sRaise.get_tensor(cute.make_layout(2)),
             sL=st.sL.get_tensor(cute.make_layout(2 * TILE_M)),
             sItem=st.sItem.get_tensor(cute.make_layout((ITEM_SLOTS, ITEM_WORDS), stride=(ITEM_WORDS, 1))),
             sChosen=st.sChosen.get_tensor(cute.make_layout((4, self.num_stages))) if self.loader.sparse else None,
@@ -224,6 +224,8 @@ class Tile64(Producer, Consumer):
                     cpasync.prefetch_descriptor(tma)
             with cute.arch.elect_one():
                 self.mbars.init(smem.mbar)
+                for i in range(2):
+                    smem.sRaise[i] = Int32(0)
         cute.arch.mbarrier_init_fence()
         part = cta // params.num_tiles
         head0 = (cta - part * params.num_tiles) * TILE_M
