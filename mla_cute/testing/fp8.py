@@ -176,7 +176,8 @@ def one_e4m3_part(q: torch.Tensor) -> torch.Tensor:
     if not x.shape[-1]:
         return x
     amax = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30)
-    return (x * (quant.E4M3_MAX / amax)).to(E4M3).float() * (amax / quant.E4M3_MAX)
+    # torch divides a number by a tensor as the number times the tensor's reciprocal, which rounds twice.
+    return (x * (torch.full_like(amax, quant.E4M3_MAX) / amax)).to(E4M3).float() * (amax / quant.E4M3_MAX)
 
 
 def _with_strides_of(template: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
