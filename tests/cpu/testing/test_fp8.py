@@ -54,7 +54,7 @@ def split_q(x: torch.Tensor) -> torch.Tensor:
 def round_q(x: torch.Tensor) -> torch.Tensor:
     """x as one e4m3 part under a scale per row. 448 / amax is multiplied, as `one_e4m3_part` says."""
     amax = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-30)
-    return to_e4m3(x.float() * (448 / amax), 1.0).float() * amax / 448
+    return to_e4m3(x.float() * (torch.full_like(amax, 448) / amax), 1.0).float() * amax / 448
 
 
 def as_a_kernel(fp8: Fp8Case, lengths=None, pages=None, parts_of=split_q) -> tuple[torch.Tensor, torch.Tensor]:
