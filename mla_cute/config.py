@@ -9,7 +9,7 @@ from .gpu import H200, GpuSpeed
 from .kernels.keys import LaunchConfig
 
 KERNELS = ("auto", "tile64", "tile16")
-ACCURACIES = ("high", "native")
+ACCURACIES = ("high", "native", "fast")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -20,10 +20,14 @@ class KernelConfig:
                       flight); "tile16" (decode: tiles of 16 heads on mma.sync, for few heads or few keys); or
                       "auto": tile16 up to 16 heads
     fp8_kernel        the same over FP8 caches
-    accuracy          of "tile64" on FP8 caches in formats tensor and token. e4m3 wgmma adds products up with about 14
-                      bits: "native" lets it add all 512 channels, "high" each 128, and those in float32, as format
-                      group always does: half the error for 0 to 2 % of the time. For tile16 and 16-bit caches both
-                      are the same
+    accuracy          of "tile64" on FP8 caches; for tile16 and 16-bit caches all three are the same.
+                      "high"    sums of 128 channels, which the tensor core adds up with about 14 bits, are added in
+                                float32; a 16-bit query is multiplied as two e4m3 parts
+                      "native"  formats tensor and token: the tensor core adds all channels up: twice the error for 0
+                                to 2 % less time. In format group as "high"
+                      "fast"    a 16-bit query is multiplied as one e4m3 part under a scale per row, its rope part
+                                too where the rope cache is e4m3: half the work of Q K^T, for an error of 3.7e-2 on
+                                normal data (docs/numerics.md). The rest is as "high", and all of it with e4m3 queries
     evict_first       KV loads carry the L2 evict-first hint
     use_pdl           launch planner, main and merge kernels with programmatic dependent launch
     cut_unit          decode: requests are cut at multiples of that many 64-token blocks: 2, since "tile64" takes

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..check import DTYPE_NAMES
+from ..config import ACCURACIES
 from ..dims import CKV_DIM, HEAD_DIMS, KPE_DIM, KV_FORMATS, NUM_SCALES, HeadDims
 from ..kernels.registry import has_format
 
@@ -67,6 +68,7 @@ class Shape(abc.ABC):
     q_fp8: bool
     ckv_dim: int
     kpe_dim: int
+    accuracy: str
 
     @property
     @abc.abstractmethod
@@ -102,6 +104,8 @@ class Shape(abc.ABC):
             raise ValueError(f"ckv_dim, kpe_dim: expected one of {', '.join(map(str, HEAD_DIMS))}, got {self.dims}")
         if not has_format(self.dims, self.kv_format):
             raise ValueError(f"kv_format: expected tensor with head dimensions {self.dims}, got {self.kv_format!r}")
+        if self.accuracy and self.accuracy not in ACCURACIES:
+            raise ValueError(f"accuracy: expected one of {', '.join(ACCURACIES)}, got {self.accuracy!r}")
 
     @property
     def dims(self) -> HeadDims:
@@ -167,8 +171,8 @@ class Shape(abc.ABC):
         """The end of a label."""
         fused = "" if self.layout == "separate" else f" {self.layout}"
         fp8 = f" {self.kv_format} FP8, q {'e4m3' if self.q_fp8 else '16 bit'}" if self.kv_format else ""
-        dims = f" {self.dims_label}" if self.dims_label else ""
-        return f"page {self.page_size} {self.dtype}{fused}{fp8}{dims}"
+        others = "".join(f" {name}" for name in (self.dims_label, self.accuracy) if name)
+        return f"page {self.page_size} {self.dtype}{fused}{fp8}{others}"
 
     @property
     @abc.abstractmethod
@@ -194,6 +198,7 @@ class Case(Shape):
     sparse: bool = False
     ckv_dim: int = CKV_DIM
     kpe_dim: int = KPE_DIM
+    accuracy: str = ""  # KernelConfig's, and tile64 runs; "": accuracy and kernel are those of the configuration chosen
 
     def __post_init__(self) -> None:
         self._check()
@@ -258,12 +263,13 @@ class PrefillCase(Shape):
     groups: tuple[tuple[int, int, int], ...]
     page_size: int = 64
     dtype: str = "bfloat16"
-    layout: str = "separate"  # this and the next two as in Case
+    layout: str = "separate"  # this and others that Case has, as there
     causal: bool = True
     kv_format: str = ""
     q_fp8: bool = False
     ckv_dim: int = CKV_DIM
     kpe_dim: int = KPE_DIM
+    accuracy: str = ""
 
     def __post_init__(self) -> None:
         # A case that comes out of a JSON record has lists here.
@@ -419,6 +425,15 @@ PRESETS: dict[str, tuple[Case | PrefillCase, ...]] = {
         for h in PREFILL_HEADS
         for kv_format in ("tensor", "token", "group")
         for q_fp8 in (False, True)
+    ),
+    # Both accuracies of 16-bit queries on the same kernel, also where the library takes tile16 for the step.
+    "fp8_fast": tuple(
+        Case(h, b, n, kv_format=kv_format, accuracy=accuracy)
+        for kv_format in KV_FORMATS
+        for h in (64, 128)
+        for b in (16, 128)
+        for n in (1024, 8192)
+        for accuracy in ("high", "fast")
     ),
     "grid": tuple(
         Case(h, b, n, page_size=p) for p in (64, 1) for h in GRID_HEADS for b in GRID_BATCHES for n in GRID_LENGTHS

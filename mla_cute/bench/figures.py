@@ -99,8 +99,7 @@ def format_of(case: Case | PrefillCase) -> str:
             parts.append(f"out {dtype}")
     if case.layout != "separate":
         parts.append(case.layout)
-    if case.dims_label:
-        parts.append(case.dims_label)
+    parts += filter(None, (case.dims_label, case.accuracy))
     if isinstance(case, Case) and case.sparse:
         parts.append("sparse")
     return ", ".join(parts)

@@ -49,14 +49,15 @@ def cells(row: dict[str, Any], peers: Sequence[str] = ()) -> tuple[str, ...]:
 
 def _types(case: Case | PrefillCase) -> str:
     """bf16; of an FP8 cache its format, the queries, and the 16-bit dtype if it is not theirs and not bf16:
-    tensor/bf16, token/e4m3, group/e4m3/fp16. Then head dimensions that are not 512 + 64: bf16/256+64."""
+    tensor/bf16, token/e4m3, group/e4m3/fp16. Then head dimensions that are not 512 + 64, bf16/256+64, and the accuracy
+    where the case has one, tensor/bf16/fast."""
     dtype = SHORT_DTYPE[case.dtype]
     if case.kv_format:
         queries = dtype if not case.q_fp8 else "e4m3" if case.dtype == "bfloat16" else f"e4m3/{dtype}"
         dtype = f"{case.kv_format}/{queries}"
     sparse = "/sparse" if isinstance(case, Case) and case.sparse else ""
-    dims = f"/{case.dims_label}" if case.dims_label else ""
-    return dtype + dims + ("" if case.layout == "separate" else "/fused") + sparse
+    others = "".join(f"/{name}" for name in (case.dims_label, case.accuracy) if name)
+    return dtype + others + ("" if case.layout == "separate" else "/fused") + sparse
 
 
 def _batch_and_length(case: Case | PrefillCase) -> tuple[str, str]:

@@ -33,15 +33,10 @@ from .keys import APPEND, AppendKey
 from .lib.dtypes import CUTLASS_DTYPES
 from .lib.e4m3 import E4M3_MAX, to_e4m3x4
 from .lib.fake import fake_tensor, sym64
-from .lib.ptx import asm, load_global_16, row_address, store_global, unpack_16bit
+from .lib.ptx import asm, divide, load_global_16, row_address, store_global, unpack_16bit
 
 NUM_WARPS = 4
 LANES_PER_GROUP = {"token": 32, "group": 8}
-
-
-def divide(a, b):
-    """IEEE division with subnormals, whatever the compiler's options."""
-    return Float32(asm(T.f32(), 1, [a, b], "div.rn.f32 $0, $1, $2;", "=f,f,f", False)[0])
 
 
 def multiply(a, b):

@@ -5,6 +5,7 @@ import torch
 from mla_cute.bench import cases as cases_module
 from mla_cute.bench import runner, timing
 from mla_cute.bench.cases import PUBLIC_BEST_GPU, Case
+from mla_cute.config import KernelConfig
 from mla_cute.gpu import GpuFacts
 from mla_cute.reference import decode_reference, prefill_reference, sparse_reference
 
@@ -57,8 +58,8 @@ class FakeTimer:
 
 
 class Plan:
-    def __init__(self):
-        self.updates = 0
+    def __init__(self, config=None):
+        self.updates, self.config = 0, config or KernelConfig()
 
     def update(self):
         self.updates += 1
@@ -73,7 +74,7 @@ class FakeLibrary(runner.Library):
 
         def plan(*indptrs, **options):
             asked.append((*indptrs, options))
-            plans.append(Plan())
+            plans.append(Plan(options["config"]))
             return plans[-1]
 
         def calling(function):

@@ -173,6 +173,11 @@ def to_16bit_pair(low, high, dtype: type[Numeric]) -> Uint32:
     return Uint32(asm(T.i32(), 1, [low, high], f"cvt.rn.{ptx_name(dtype)}x2.f32 $0, $2, $1;", "=r,f,f", False)[0])
 
 
+def divide(a, b) -> Float32:
+    """IEEE division with subnormals, whatever the compiler's options."""
+    return Float32(asm(T.f32(), 1, [a, b], "div.rn.f32 $0, $1, $2;", "=f,f,f", False)[0])
+
+
 def multiply_f16x2(a: Uint32, b: Uint32) -> Uint32:
     """The products of two float16 by two, each in a word."""
     return Uint32(asm(T.i32(), 1, [a, b], "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", False)[0])

@@ -54,7 +54,7 @@ class Variant(RingProducer):
 
     q_fp8: bool  # the queries are e4m3
     rope_dtype: type[Numeric]  # that Q's rope is multiplied in: e4m3 or `dtype`
-    q_terms: int  # e4m3 terms whose sum is Q: 1, or high and low ones for a 16-bit Q
+    q_terms: int  # e4m3 terms whose sum is Q: 1, or high and low ones for a 16-bit Q unless accuracy is "fast"
     rope_terms: int  # likewise of its rope; 1 where that is multiplied in `dtype`
     blocks: int  # of 64 channels of O^T, that a consumer owns
     score_chunks: int  # Q K^T is added up in float32 after each of so many parts of its depth
@@ -71,13 +71,13 @@ class Variant(RingProducer):
         self.q_fp8 = key.q_fp8
         self._set_cache(key.box_rows, config.evict_first, key.kv_format, key.sparse)
         self.rope_dtype = Float8E4M3FN if self.rope_fp8 else self.dtype
-        self.q_terms = 1 if self.q_fp8 else 2
+        self.q_terms = 1 if self.q_fp8 or config.accuracy == "fast" else 2
         self.rope_terms = self.q_terms if self.rope_fp8 else 1
         self.blocks = self.dims.ckv // 128
         # In format "group" each 128 channels have a scale of their own, so that their sums are apart anyway. In others,
         # accuracy "native" leaves all of them to the tensor core, which keeps fewer bits of the sum than float32.
-        self.score_chunks = self.dims.ckv // 128 if self.kv_format == "group" or config.accuracy == "high" else 1
-        self.num_stages = (4 if self.q_fp8 else 3) if self.dims.ckv == 512 else 6
+        self.score_chunks = self.dims.ckv // 128 if self.kv_format == "group" or config.accuracy != "native" else 1
+        self.num_stages = (4 if self.q_terms == 1 else 3) if self.dims.ckv == 512 else 6
         # Gathers from pages spill 8 bytes at 240 and 24 registers with 256 channels and with 512 + 32. At 232 and 40
         # the latter still do where a Q K^T is in flight behind a pair, so they are left without.
         from_pages = not self.by_tma and not key.sparse

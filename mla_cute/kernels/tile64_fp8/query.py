@@ -36,7 +36,7 @@ class QueryLoad(Variant):
             # A loop, and Q read again from L1: unrolled it keeps 200 registers and is 2000 instructions that run once.
             for i in cutlass.range(self.blocks, unroll=1):
                 at = [to_nope + i * SUB_BYTES + ((q4 // 2 + 2 * j) ^ r8) * 16 + q4 % 2 * 8 for j in range(4)]
-                self._put_split(nope + Int64(i * 256), inverse, at, TILE_M * self.dims.ckv)
+                self._put_parts(nope + Int64(i * 256), inverse, at, TILE_M * self.dims.ckv)
         if const_expr(self.dims.kpe > 0):
             scales[1] = self._load_q_rope(params, smem, token, head, row, q4)
         if q4 == 0:
@@ -47,7 +47,7 @@ class QueryLoad(Variant):
 
     @cute.jit
     def _load_q_rope(self, params: Params, smem: Smem, token, head, row, q4):
-        """The rope of a row; returns what an integer of its e4m3 parts is worth, 1 where there is one part."""
+        """The rope of a row; returns what an integer of the e4m3 parts made of a 16-bit one is worth, else 1."""
         rope = ptx.row_address(params.mQpe, token, head) + Int64(q4 * 16)
         to = Int32(smem.sQr.iterator.toint())
         scale = Float32(1.0)
@@ -57,7 +57,7 @@ class QueryLoad(Variant):
                 inverse, scale = self._row_scale(rope, self.dims.kpe // 32)
                 chunks = range(self.dims.kpe // 32)
                 at = [to + ((q4 // 2 + 2 * j) ^ (row // 2 % 4)) * 16 + q4 % 2 * 8 for j in chunks]
-                self._put_split(rope, inverse, at, TILE_M * KPE_DIM)
+                self._put_parts(rope, inverse, at, TILE_M * KPE_DIM)
             elif const_expr(self.dims.kpe == 64):
                 ptx.store_shared(to + (q4 ^ (row // 2 % 4)) * 16, ptx.load_global_16(rope, 0))
             else:
@@ -78,14 +78,23 @@ class QueryLoad(Variant):
                 pair = ptx.max_abs_16bit(pair, word, self.dtype)
         largest = cute.arch.fmax(*ptx.unpack_16bit(pair, self.dtype))
         largest = cute.arch.fmax(softmax.quad_max(largest), Float32(1.0e-30))
-        return cute.arch.rcp_approx(largest) * e4m3.E4M3_MAX, largest * Float32(1.0 / e4m3.E4M3_MAX)
+        if self.q_terms == 1:
+            # The division is IEEE: in a row whose amax is 1.75 times a power of two one bf16 value of sixteen lies
+            # halfway between two e4m3, and an inverse that is off by an ulp would send half of those to the odd one.
+            inverse = ptx.divide(Float32(e4m3.E4M3_MAX), largest)
+        else:
+            inverse = cute.arch.rcp_approx(largest) * e4m3.E4M3_MAX
+        return inverse, largest * Float32(1.0 / e4m3.E4M3_MAX)
 
-    def _put_split(self, address: Int64, inverse: Float32, to: list, low_offset: int) -> None:
-        """Split chunks of a row, 64 bytes apart from `address` on and multiplied by `inverse`, into e4m3 parts. The
-        high ones go to the addresses `to`, the low ones `low_offset` bytes behind them."""
+    def _put_parts(self, address: Int64, inverse: Float32, to: list, low_offset: int) -> None:
+        """Chunks of a row, 64 bytes apart from `address` on and multiplied by `inverse`, as e4m3: rounded to the
+        addresses `to`, or split, the high parts to `to` and the low ones `low_offset` bytes behind them."""
         for i, at in enumerate(to):
             words = ptx.load_global_16(address, i * 64)
             x = [v * inverse for word in words for v in ptx.unpack_16bit(word, self.dtype)]
+            if self.q_terms == 1:
+                ptx.store_shared(at, [e4m3.to_e4m3x4(x[:4]), e4m3.to_e4m3x4(x[4:])])
+                continue
             first, second = e4m3.split_e4m3(x[:4]), e4m3.split_e4m3(x[4:])
             ptx.store_shared(at, [first[0], second[0]])
             ptx.store_shared(at, [first[1], second[1]], low_offset)

@@ -2,10 +2,11 @@
 
     S = Q K^T on e4m3 wgmma (rows x tokens)          O^T [512 x 64] += V^T P^T on float16 wgmma
 
-K is multiplied as it is stored. A 16-bit Q becomes high + low e4m3 parts under a scale per row (8 significant bits; one
-part alone costs 4e-2 of the output's norm on normal data), an e4m3 Q is taken as it is. fp8 wgmma takes no MN-major
-operand, which V is in P V; so the product is transposed and V^T comes from registers: a transposing ldmatrix, a byte
-permute and exact conversions to float16. P stays float16: as e4m3 it costs 1.3e-2, more than all the rest.
+K is multiplied as it is stored. A 16-bit Q becomes high + low e4m3 parts under a scale per row (8 significant bits), or
+with accuracy "fast" one part (which costs 4e-2 of the output's norm on normal data); an e4m3 Q is taken as it is. fp8
+wgmma takes no MN-major operand, which V is in P V; so the product is transposed and V^T comes from registers: a
+transposing ldmatrix, a byte permute and exact conversions to float16. P stays float16: as e4m3 it costs 1.3e-2, more
+than all the rest of "high".
 
 One CTA of three warpgroups per SM, persistent over the planner's work items. KV tiles go in pairs, one per consumer;
 each consumer owns half of the channels of O^T.
@@ -44,8 +45,8 @@ S as column factors, and P V through P (format "token") or through V's fragments
 counted in a unit, a power of two near the largest scale, so that float16 holds them (lib/e4m3.py, unit_below); it is
 raised together with the references when a scale exceeds 64 units.
 
-Shared memory: Q 64 (e4m3: 32) KiB + its rope 8 or less, P 16, three (e4m3 Q: four) tiles of 36 to 41 KiB; of heads of
-256 + 64 six tiles of 20. lib/ring.py says how ropes of other widths lie in the tiles.
+Shared memory: Q 64 (of one e4m3 part: 32) KiB + its rope 8 or less, P 16, three (Q of one part: four) tiles of 36 to 41
+KiB; of heads of 256 + 64 six tiles of 20. lib/ring.py says how ropes of other widths lie in the tiles.
 
 Arguments that recur:
     wg, own, other   0 or 1: this consumer, which is also its own tile in a pair, and the other

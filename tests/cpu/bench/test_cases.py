@@ -12,6 +12,7 @@ from mla_cute.bench import cases as cases_module
 from mla_cute.bench import report, runner, targets
 from mla_cute.bench.cases import BARS, PRESETS, PUBLIC_BEST_US, Case
 from mla_cute.bench.inputs import KvPool, make_inputs
+from mla_cute.dims import KV_FORMATS
 
 # The cells of the project's table of public kernels, written out here once more: bench.cases must not drift from it.
 TABLE = """
@@ -188,6 +189,12 @@ def test_fp8_presets_and_bars():
     assert {(c.num_heads, c.groups, c.kv_format, c.q_fp8) for c in PRESETS["fp8_prefill"]} == {
         (h, ((4, 2048, 8192),), f, q) for h in (16, 128) for f in ("tensor", "token", "group") for q in (False, True)
     }
+    fast = PRESETS["fp8_fast"]
+    assert len(set(fast)) == len(fast) == 3 * 2 * 2 * 2 * 2
+    assert {case.accuracy for case in fast} == {"high", "fast"}
+    assert {dataclasses.replace(c, accuracy="") for c in fast} == {
+        Case(h, b, n, kv_format=f) for h in (64, 128) for b in (16, 128) for n in (1024, 8192) for f in KV_FORMATS
+    }
     got = {(b.case.num_heads, b.case.batch, b.case.q_fp8): (b.kind, b.reach) for b in cases_module.FP8_BARS}
     times = {(16, 128): 150, (64, 128): 185, (128, 128): 300, (16, 16): 27, (64, 16): 32, (128, 16): 48}
     assert got == {(h, b, q): ("us", us) for (h, b), us in times.items() for q in (False, True)}
@@ -198,7 +205,11 @@ def test_fp8_presets_and_bars():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"kv_format": "row"}, "kv_format: expected one of tensor, token, group, got 'row'"), ({"q_fp8": True}, "q_fp8:")],
+    [
+        ({"kv_format": "row"}, "kv_format: expected one of tensor, token, group, got 'row'"),
+        ({"q_fp8": True}, "q_fp8:"),
+        ({"accuracy": "best"}, "accuracy: expected one of high, native, fast, got 'best'"),
+    ],
 )
 def test_wrong_fp8_cases(options, message):
     with pytest.raises(ValueError, match=message):

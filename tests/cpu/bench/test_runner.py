@@ -14,7 +14,9 @@ from mla_cute.bench import cases as cases_module
 from mla_cute.bench import report, runner, targets
 from mla_cute.bench.cases import PUBLIC_BEST_GPU, Case
 from mla_cute.bench.inputs import KvPool, make_inputs
+from mla_cute.config import KernelConfig
 from mla_cute.reference import decode_reference
+from mla_cute.testing.fp8 import one_e4m3_part
 
 
 def test_record_rows_and_arithmetic(small_rotation):
@@ -111,6 +113,48 @@ def test_fp8_prefill_rows(small_rotation):
     record = bench(cases, cublas=lambda timer: 700.0)
     assert record["failed"] == 0, report.summary(record)
     assert {cases_module.case_of(row) for row in json.loads(json.dumps(record))["rows"]} == set(cases)
+
+
+FAST_CASES = [Case(4, 2, 100, 16, kv_format=kv_format, accuracy="fast") for kv_format in ("tensor", "token", "group")]
+
+
+def fast(*args, **options):
+    """As row tiles with that accuracy."""
+    q_nope, q_pe, ckv_cache, kpe_cache, *others = args
+    rope = one_e4m3_part(q_pe) if kpe_cache.dtype is torch.float8_e4m3fn else q_pe
+    return decode_reference(one_e4m3_part(q_nope), rope, ckv_cache, kpe_cache, *others, **options)
+
+
+def test_an_accuracy_of_the_case_is_planned_run_on_row_tiles_and_checked_for_itself(small_rotation):
+    high = [dataclasses.replace(case, accuracy="high") for case in FAST_CASES]
+    library = FakeLibrary.make(fast)
+    record = bench(FAST_CASES, library)
+    assert record["failed"] == 0, report.summary(record)
+    assert {cases_module.case_of(row) for row in json.loads(json.dumps(record))["rows"]} == set(FAST_CASES)
+    configs = [options["config"] for _, options in library.asked]
+    # Of each case the library's choice first, whose accuracy and kernel are then replaced. The host's calls have none.
+    assert len(configs) == 2 + 2 * len(FAST_CASES)
+    assert {config and (config.accuracy, config.fp8_kernel) for config in configs} == {None, ("fast", "tile64")}
+    assert bench(high)["failed"] == 0
+    # What rounds queries is wrong where they are to be multiplied as they are, and the other way round.
+    for cases, decode in ((high, fast), (FAST_CASES, decode_reference)):
+        assert not any(row["check"]["ok"] for row in bench(cases, FakeLibrary.make(decode))["rows"])
+    assert {report.cells(row)[4] for row in record["rows"]} == {f"{c.kv_format}/bf16/fast" for c in FAST_CASES}
+    assert FAST_CASES[0].label == "H=4 B=2 L=100 page 16 bfloat16 tensor FP8, q 16 bit fast"
+
+
+def test_queries_are_rounded_by_row_tiles_alone():
+    fast, high = (KernelConfig(accuracy=accuracy) for accuracy in ("fast", "high"))
+    fp8, e4m3 = (Case(64, 1, 64, kv_format="group", q_fp8=q_fp8) for q_fp8 in (False, True))
+    assert runner.rounds_queries(fp8, fast)
+    assert runner.rounds_queries(cases_module.PrefillCase(1, ((1, 2, 64),), kv_format="tensor"), fast)
+    for case, config in (
+        (fp8, high),
+        (e4m3, fast),
+        (Case(64, 1, 64), fast),
+        (dataclasses.replace(fp8, num_heads=16), fast),
+    ):
+        assert not runner.rounds_queries(case, config)
 
 
 def test_ceilings_of_start_and_end_the_larger_counts(small_rotation):

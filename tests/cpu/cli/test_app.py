@@ -26,6 +26,7 @@ from mla_cute.cli import check_fp8 as checking_fp8
 from mla_cute.cli import demo as showing
 from mla_cute.cli import info as facts
 from mla_cute.cli import watchdog
+from mla_cute.dims import KV_FORMATS
 from mla_cute.kernels import registry
 from mla_cute.testing import cases
 
@@ -234,10 +235,16 @@ def short_fp8_check(monkeypatch):
 
 def test_check_fp8_meets_every_format_query_data_and_head_count():
     specs = checking_fp8.specs()
-    native = [spec for spec in specs if spec.accuracy == "native"]
-    assert len(set(map(str, specs))) == len(specs) == 3 * 3 * 2 * 2 + len(native)
+    high, native, fast = (
+        [spec for spec in specs if spec.accuracy == accuracy] for accuracy in ("high", "native", "fast")
+    )
+    assert len(set(map(str, specs))) == len(specs) == len(high) + len(native) + len(fast)
+    assert len(high) == 3 * 3 * 2 * 2
     assert {(spec.kv_format, spec.num_heads) for spec in native} == {("tensor", 128), ("token", 128)}
     assert len(native) == 3 * 2 * 2
+    assert {(spec.kv_format, spec.num_heads) for spec in fast} == {(kv_format, 128) for kv_format in KV_FORMATS}
+    assert {spec.q for spec in fast} == {"bf16"}
+    assert len(fast) == 3 * 3
     assert {spec.kv_format for spec in specs} == {"tensor", "token", "group"}
     assert {spec.num_heads for spec in specs} == {16, 128}
     assert {spec.q for spec in specs} == {"bf16", "e4m3"}
@@ -447,7 +454,7 @@ def test_bench_without_a_gpu_says_so():
     [
         (
             ["nonsense"],
-            "fp8, fp8_prefill, grid, drafts, sparse, dims, ragged, quick, got",
+            "fp8, fp8_prefill, fp8_fast, grid, drafts, sparse, dims, ragged, quick, got",
         ),
         (["--heads", "16,x"], "--heads: expected integers separated by commas, got '16,x'"),
         (["--dtype", "fp8"], "--dtype: expected some of bfloat16"),

@@ -86,6 +86,12 @@ NATIVE_FP8 = [
         (registry.PREFILL_FP8, "token", True),
     )
 ]
+# One e4m3 part of 16-bit queries: where both parts of a key are multiplied in e4m3, and where scales and a gather leave
+# the fewest registers.
+FAST_FP8 = [
+    (kernel, registry.Fp8Key("bfloat16", box_rows, kv_format, False), KernelConfig(accuracy="fast").launch())
+    for kernel, box_rows, kv_format in ((registry.DECODE_FP8, 64, "tensor"), (registry.PREFILL_FP8, 0, "group"))
+]
 
 
 def _shipped():
@@ -94,7 +100,7 @@ def _shipped():
     for path in sorted((pathlib.Path(mla_cute.__file__).parent / "tuned" / "data").glob("*.json")):
         for entry in select.load(path).entries:
             found += space.variants_of(entry.when, entry.config, "bfloat16")
-    known = {*VARIANTS, *COVERED_FP8, *NATIVE_FP8}
+    known = {*VARIANTS, *COVERED_FP8, *NATIVE_FP8, *FAST_FP8}
     return [v for v in dict.fromkeys(found) if v not in known]
 
 
@@ -103,9 +109,9 @@ SHIPPED = _shipped()
 
 def name(variant):
     kernel, key, config = variant
-    native = ["native"] if config is not None and config.accuracy == "native" else []
+    accuracy = [] if config is None or config.accuracy == "high" else [config.accuracy]
     changed = [] if config is None else [f"no_{n}" for n in ("evict_first", "use_pdl") if not getattr(config, n)]
-    return "-".join([kernel.name, *(str(value) for value in vars(key).values()), *native, *changed])
+    return "-".join([kernel.name, *(str(value) for value in vars(key).values()), *accuracy, *changed])
 
 
 def of_variants(variants):
@@ -143,7 +149,9 @@ def test_registry_is_complete():
     assert len({repr(v) for v in VARIANTS}) == len(VARIANTS), "keys with equal repr would share a cache entry"
 
 
-@of_variants([*VARIANTS, *APPENDS, *MERGES, *COVERED_FP8, *COVERED_SPARSE, *OTHER_DIMS, *NATIVE_FP8, *SHIPPED])
+@of_variants(
+    [*VARIANTS, *APPENDS, *MERGES, *COVERED_FP8, *COVERED_SPARSE, *OTHER_DIMS, *NATIVE_FP8, *FAST_FP8, *SHIPPED]
+)
 def test_resources(variant, caplog):
     facts, opcodes = compiled(variant)
     assert facts["spill_bytes"] == 0
@@ -298,6 +306,20 @@ def test_high_accuracy_sums_the_depth_in_parts(variant):
     rope = 2 if key.kv_format == "tensor" else 0  # of 16-bit values otherwise, which are no QGMMA
     assert multiplied == [terms * (starts * first + 16 - first + rope) for first in (16, 4)]
     assert added[1] > added[0]
+
+
+@of_variants(FAST_FP8)
+def test_fast_multiplies_one_part_of_q(variant):
+    """As many products as with e4m3 queries, started in as many places. A thread converts its values of a row in pairs,
+    once each: 32 of 128 channels, in a loop, and 16 of the rope."""
+    _, opcodes = compiled(variant)
+    rope = variant[1].kv_format == "tensor"
+    products, conversions = (
+        sum(n for opcode, n in opcodes.items() if opcode.startswith(name))
+        for name in ("QGMMA", "F2FP.SATFINITE.E4M3.F32")
+    )
+    assert products == 2 * 4 + 12 + 2 * rope
+    assert conversions == 16 + 8 * rope
 
 
 @of_variants(PLANNERS)

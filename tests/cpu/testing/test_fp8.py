@@ -12,6 +12,7 @@ from mla_cute.call import Cache, Call
 from mla_cute.quant import to_e4m3
 from mla_cute.testing.cases import CACHE_LAYOUTS, Q_LAYOUTS, make_case
 from mla_cute.testing.fp8 import (
+    FAST_ERROR,
     LAYOUTS,
     LSE_LIMIT,
     OUTPUT_LIMIT,
@@ -21,6 +22,7 @@ from mla_cute.testing.fp8 import (
     expected_fp8,
     judge_fp8,
     make_fp8,
+    one_e4m3_part,
     run_fp8,
 )
 from mla_cute.testing.prefill import make_prefill_case
@@ -49,14 +51,21 @@ def split_q(x: torch.Tensor) -> torch.Tensor:
     return (high + to_e4m3(x.float() / scale - high, 1.0).float()) * scale
 
 
-def as_a_kernel(fp8: Fp8Case, lengths=None, pages=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a correct kernel might give: queries of two e4m3 parts, blocks of 64 keys, P in float16."""
+def round_q(x: torch.Tensor) -> torch.Tensor:
+    """x as one e4m3 part under a scale per row. 448 / amax is multiplied, as `one_e4m3_part` says."""
+    amax = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-30)
+    return to_e4m3(x.float() * (torch.full_like(amax, 448) / amax), 1.0).float() * amax / 448
+
+
+def as_a_kernel(fp8: Fp8Case, lengths=None, pages=None, parts_of=split_q) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a correct kernel might give: queries of two e4m3 parts (`parts_of` makes them), blocks of 64 keys, P in
+    float16."""
     real = fp8.real()
     true_pages, true_lengths = reference.requests_of(real.pages, real.page_size)
     q_nope, q_pe = real.q_nope, real.q_pe
     if not fp8.q_fp8:
-        q_nope = split_q(q_nope)
-        q_pe = split_q(q_pe) if fp8.kv_format == "tensor" else q_pe
+        q_nope = parts_of(q_nope)
+        q_pe = parts_of(q_pe) if fp8.kv_format == "tensor" else q_pe
     rows = real.queries[-1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "_CHUNK_TOKENS", 64)
@@ -193,6 +202,47 @@ def test_accepts_what_a_correct_kernel_gives(drift, layout, q_fp8):
             assert verdict.dtype_error < 0.7 * OUTPUT_LIMIT
             assert 3 * expected.noise.amax() < 1.5 * ROW_LIMIT
             assert 3 * expected.score_rounding.amax() < 3 * LSE_LIMIT
+
+
+@EVERY_LAYOUT
+@pytest.mark.parametrize("drift", [0.0, 60.0, -60.0])
+def test_fast_is_judged_by_queries_of_one_part(drift, layout):
+    """By the same limits: its own rounding is no error, that of two parts is one, and the other way round."""
+    case = make_case([1000, 3000], num_heads=32, page_size=16, drift=drift)
+    fp8 = make_fp8(case, layout, spread=1.0)
+    high, fast = (expected_fp8(fp8, accuracy=accuracy) for accuracy in ("high", "fast"))
+    verdict = compare_fp8(*as_a_kernel(fp8, parts_of=round_q), fast)
+    assert verdict.ok, verdict
+    assert 0 < verdict.relative_error < OUTPUT_LIMIT
+    if drift == 0:
+        lost = compare_fp8(*as_a_kernel(fp8, parts_of=round_q), high)
+        assert FAST_ERROR[0] < lost.relative_error < FAST_ERROR[1]
+        for wrong in (lost, compare_fp8(*as_a_kernel(fp8), fast)):
+            assert any(text.startswith("output: relative error") for text in wrong.failures)
+
+
+def test_one_part_is_the_nearest_e4m3_of_a_row():
+    rows = torch.tensor([[3.5, 0.126953125, 0.119140625, -0.0, 1e-4], [0.0] * 5, [448e30, 1e30, -17e30, 3e30, 0.0]])
+    got = one_e4m3_part(rows.bfloat16())
+    # Under 3.5 / 448 = 2^-7 the second and third are 16.25 and 15.25, and steps there are 2 and 1.
+    assert got[0].tolist() == [3.5, 16 / 128, 15 / 128, 0.0, 2.0**-9 * 7 / 128]
+    assert not got[1].any()
+    ratio = got[2] / rows[2].bfloat16().float()
+    assert (ratio[:4] - 1).abs().max() < 2.0**-4
+    # Halves go to the even neighbour: 17 and 19 lie between 16, 18 and 20.
+    halves = one_e4m3_part(torch.tensor([[448.0, 17.0, 19.0, -17.0]]).half() / 128)
+    assert (halves * 128).tolist() == [[448.0, 16.0, 20.0, -16.0]]
+    assert one_e4m3_part(torch.empty(3, 2, 0)).shape == (3, 2, 0)
+
+
+def test_fast_changes_no_e4m3_query_and_no_16_bit_rope():
+    for layout in LAYOUTS:
+        given, e4m3 = make(layout), make(layout, True)
+        for a, b in zip(e4m3.real().tensors, e4m3.real("fast").tensors, strict=True):
+            assert torch.equal(a.nan_to_num(), b.nan_to_num())
+        high, fast = given.real(), given.real("fast")
+        assert not torch.equal(high.q_nope, fast.q_nope)
+        assert torch.equal(high.q_pe, fast.q_pe) == (given.kv_format != "tensor")
 
 
 @BOTH_Q
