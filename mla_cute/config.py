@@ -5,7 +5,7 @@ import functools
 from typing import Any
 
 from .dims import BLOCK, TILE16_M, TILE_M
-from .gpu import H200, GpuSpeed
+from .gpu_speed import H200, GpuSpeed
 from .kernels.keys import LaunchConfig
 
 KERNELS = ("auto", "tile64", "tile16")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from . import _visible_gpus
+from .gpu_speed import GpuSpeed
 
 HOPPER = (9, 0)
 # The driver's start takes a second or two, more on a machine of many GPUs without persistence mode.
@@ -29,34 +30,6 @@ _PACKAGES = {
     "cuda_bindings": "cuda-bindings",
 }
 
-
-@dataclass(frozen=True, slots=True)
-class GpuSpeed:
-    """What the default configuration on a GPU follows from (config.py). None: not known, which counts as an H200's.
-
-    sm_count       SMs
-    memory_gbps    peak of the memory, GB/s (1e9 bytes): twice its clock times the width of its bus
-    sm_mhz         the highest clock of the SMs
-    tensor_share   products a cycle of an SM's tensor cores, as a share of an H200's
-    """
-
-    sm_count: int
-    memory_gbps: float | None = None
-    sm_mhz: float | None = None
-    tensor_share: float = 1.0
-
-    @property
-    def gbps_per_sm(self) -> float:
-        return _H200_GBPS / _H200_SMS if self.memory_gbps is None else self.memory_gbps / self.sm_count
-
-    @property
-    def clock_mhz(self) -> float:
-        return _H200_MHZ if self.sm_mhz is None else self.sm_mhz
-
-
-# As its driver says: 3201 MHz and a bus of 6016 bits, of the 6144 of its six stacks; 2 * 3201 MHz * 752 bytes.
-_H200_SMS, _H200_GBPS, _H200_MHZ = 132, 4814.3, 1980.0
-H200 = GpuSpeed(_H200_SMS, _H200_GBPS, _H200_MHZ)
 
 # No attribute tells how fast tensor cores are. NVIDIA names 148 TFLOP/s of bf16 for the 78 SMs of an H20, 989 for the
 # 132 of an H100: a quarter of the products a cycle, at like clocks.

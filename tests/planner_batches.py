@@ -4,7 +4,7 @@ import dataclasses
 import random
 
 from mla_cute.config import KernelConfig, default_config
-from mla_cute.gpu import H200
+from mla_cute.gpu_speed import H200
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ import dataclasses
 import random
 
 from mla_cute.config import KernelConfig, default_config
-from mla_cute.gpu import H200
+from mla_cute.gpu_speed import H200
 
 HEADS = (1, 6, 12, 16, 24, 48, 64, 96, 128)
 MOST_TILES = 3000  # of 64 rows: plain Python has to rank them

@@ -57,7 +57,7 @@ from .. import gpu as gpu_facts
 from ..compile import jit
 from ..config import KernelConfig, default_config, is_small_step, with_kernel
 from ..dims import TILE16_M, TILE_M
-from ..gpu import H200, GpuSpeed
+from ..gpu_speed import H200, GpuSpeed
 from ..kernels.registry import box_rows_of, step_of, takes_tile16
 from .file import SCHEMA, Entry, TunedFile, When, dump, file_name, load, merge, parse, sort_key
 from .shape_log import read_shapes

@@ -25,7 +25,7 @@ from ..bench import outputs
 from ..bench.report import text_table
 from ..bench.runner import source_digest
 from ..extras import install_command
-from ..gpu import H200
+from ..gpu_speed import H200
 from ..option import UsageError
 from ..tuned import diff, select
 from ..tuned.select import When

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from ..bench.cases import TOKEN_BYTES
 from ..config import KernelConfig, differences
-from ..gpu import GpuSpeed
+from ..gpu_speed import GpuSpeed
 from ..tuned import select
 from ..tuned.select import TunedFile, When
 from . import pairs, search, space

@@ -17,7 +17,7 @@ import itertools
 from collections.abc import Hashable, Iterator
 
 from ..config import KernelConfig, differences, why_infeasible, with_kernel
-from ..gpu import H200, GpuSpeed
+from ..gpu_speed import H200, GpuSpeed
 from ..kernels.keys import MAX_PARTS
 from ..kernels.planner import model, model_prefill
 from ..kernels.registry import Variant, decode_parts, planner_variant, step_of, step_variant, takes_tile16

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mla_cute.bench.cases import Case, case_of
 from mla_cute.config import KernelConfig, block_us, default_config, is_small_step, why_infeasible
-from mla_cute.gpu import H200, GpuSpeed
+from mla_cute.gpu_speed import H200, GpuSpeed
 from mla_cute.kernels.planner import model
 from mla_cute.kernels.registry import decode_parts
 from mla_cute.tuned.select import When, default_for

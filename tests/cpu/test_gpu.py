@@ -5,7 +5,7 @@ import types
 import pytest
 import torch
 
-from mla_cute import gpu
+from mla_cute import gpu, gpu_speed
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ H200_ATTRIBUTES = {13: 1_980_000, 36: 3_201_000, 37: 6016}
 @pytest.mark.parametrize("device", ["cuda:1", "cuda"])
 def test_the_speed_of_an_h200(gpus, device):
     gpus("NVIDIA H200", H200_ATTRIBUTES)
-    assert gpu.speed(torch.device(device)) == gpu.H200
+    assert gpu.speed(torch.device(device)) == gpu_speed.H200
 
 
 def test_the_numbers_of_attributes_are_cudas():
@@ -120,7 +120,7 @@ def test_the_numbers_of_attributes_are_cudas():
 def test_what_the_driver_does_not_say_is_not_known(gpus, attributes, memory_gbps, sm_mhz):
     gpus("NVIDIA H100 80GB HBM3", attributes)
     found = gpu.speed(torch.device("cuda", 1))
-    assert found == gpu.GpuSpeed(132, memory_gbps, sm_mhz)
+    assert found == gpu_speed.GpuSpeed(132, memory_gbps, sm_mhz)
     assert found.gbps_per_sm == pytest.approx((memory_gbps or 4814.3) / 132)
     assert found.clock_mhz == (sm_mhz or 1980)
 

@@ -5,7 +5,7 @@ import json
 import torch
 
 from mla_cute.config import KernelConfig
-from mla_cute.gpu import H200
+from mla_cute.gpu_speed import H200
 from mla_cute.tuned import select
 from mla_cute.tuned.select import Entry, TunedFile, When
 

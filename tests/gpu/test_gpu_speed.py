@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mla_cute import gpu
+from mla_cute import gpu, gpu_speed
 from mla_cute.tuned import select
 
 pytestmark = pytest.mark.gpu
@@ -20,7 +20,7 @@ def test_the_driver_says_what_nvidia_smi_says():
         assert bits == pytest.approx(64 * round(bits / 64), abs=1)
         assert 4096 <= bits <= 6144
     if facts.name == "NVIDIA H200":
-        assert found == gpu.H200
+        assert found == gpu_speed.H200
 
 
 def test_a_default_may_be_chosen_under_capture():

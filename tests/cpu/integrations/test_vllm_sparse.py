@@ -12,7 +12,7 @@ from integration_case import ABSURD, SM_SCALE, Case, rows_of_656
 from recorded_signatures import of
 from vllm_case import LAYER, RECORD, TOPK, make_builder, make_impl, make_metadata, make_sparse_config
 
-from mla_cute.gpu import H200
+from mla_cute.gpu_speed import H200
 from mla_cute.integrations import _vllm_plugin
 from mla_cute.plan import Plan
 from mla_cute.tuned import select

@@ -12,7 +12,7 @@ import torch
 
 import mla_cute
 from mla_cute.config import default_config
-from mla_cute.gpu import H200, GpuSpeed
+from mla_cute.gpu_speed import H200, GpuSpeed
 from mla_cute.tuned import select
 from mla_cute.tuning import command, recipes
 

@@ -19,11 +19,11 @@ RANKS = 4
 RANK = """
 import json, os, sys
 import torch
-from mla_cute import gpu
+from mla_cute import gpu_speed
 from mla_cute.tuned import select
 
 NAME = "NVIDIA Test/1 X"
-select.gpu_of = lambda device: (NAME, gpu.H200)
+select.gpu_of = lambda device: (NAME, gpu_speed.H200)
 device = torch.device("cuda", int(os.environ["RANK"]))
 chosen = []
 for values in json.load(sys.stdin):

@@ -6,7 +6,7 @@ import pytest
 from tuned_case import when
 
 from mla_cute.config import default_config, why_infeasible, with_kernel
-from mla_cute.gpu import H200
+from mla_cute.gpu_speed import H200
 from mla_cute.tuned import select
 
 

@@ -22,7 +22,7 @@ from mla_cute.cli import app as app_module
 from mla_cute.cli import tune as cli_tune
 from mla_cute.config import KernelConfig
 from mla_cute.extras import install_command
-from mla_cute.gpu import H200
+from mla_cute.gpu_speed import H200
 from mla_cute.tuned import select
 from mla_cute.tuned.select import When
 from mla_cute.tuning import command, options, recipes, report, session, space, store

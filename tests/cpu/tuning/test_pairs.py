@@ -6,7 +6,7 @@ import pytest
 from test_session import run, task
 from tune_case import DECODE, FakeMeasurer
 
-from mla_cute.gpu import H200
+from mla_cute.gpu_speed import H200
 from mla_cute.tuned import select
 from mla_cute.tuning import pairs, space
 

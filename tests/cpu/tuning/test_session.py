@@ -8,7 +8,7 @@ import pytest
 from tune_case import DECODE, GPU, MADE_WITH, FakeMeasurer
 
 from mla_cute.config import KernelConfig
-from mla_cute.gpu import H200
+from mla_cute.gpu_speed import H200
 from mla_cute.tuned import select
 from mla_cute.tuned.select import When
 from mla_cute.tuning import search, session, space, store

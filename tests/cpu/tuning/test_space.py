@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mla_cute.config import KERNELS, KernelConfig, why_infeasible
 from mla_cute.dims import BLOCK
-from mla_cute.gpu import H200
+from mla_cute.gpu_speed import H200
 from mla_cute.kernels.keys import MAX_PARTS, DecodeKey
 from mla_cute.kernels.planner import model, model_prefill
 from mla_cute.tuned.select import When, default_for

@@ -9,7 +9,7 @@ from planner_batches import random_batches
 import mla_cute
 from mla_cute.config import KernelConfig, default_config, why_infeasible
 from mla_cute.dims import BLOCK
-from mla_cute.gpu import H200
+from mla_cute.gpu_speed import H200
 from mla_cute.kernels.keys import FIXED_MAX_PIECES, FIXED_MIN_BLOCKS
 from mla_cute.kernels.planner import model
 

@@ -8,7 +8,7 @@ from prefill_batches import random_prefill_batches
 
 from mla_cute.config import KernelConfig, default_config
 from mla_cute.dims import BLOCK, TILE_M
-from mla_cute.gpu import H200
+from mla_cute.gpu_speed import H200
 from mla_cute.kernels.keys import FIXED_MAX_ITEMS, FIXED_MAX_PIECES, TAIL_ITEMS_PER_PART
 from mla_cute.kernels.planner import model, model_prefill
 from mla_cute.kernels.planner.model_prefill import Request
