@@ -11,13 +11,15 @@ and sgl-flash-mla 1.0.0 add to them is taken by keyword: in the two it stands in
 * DeepSeek-V4's rows, whose head_dim is 512, are not read, and the `extra_*` arguments raise NotImplementedError.
 * A query that sees no key gives output 0. Its log-sum-exp is +inf in sparse attention, as FlashMLA's, and -inf, which
   merging states needs, in dense attention.
-* `flash_mla_sparse_fwd` returns None for max_logits: these kernels write no exact row maximum.
+* `flash_mla_sparse_fwd` returns max_logits where it is asked for (`return_max_logits`), else None: these kernels write
+  no exact row maximum, so torch computes it anew, over float32 copies of the rows.
 * The log-sum-exp of several query tokens is a transposed view: [batch, heads, tokens] in the memory order of
   [batch, tokens, heads].
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +49,8 @@ from ..sparse import mla_sparse, plan_sparse
 __all__ = ["FlashMLASchedMeta", "flash_mla_sparse_fwd", "flash_mla_with_kvcache", "get_mla_metadata"]
 
 _HEAD_DIM = CKV_DIM + KPE_DIM
+# Elements of the rows that `_max_logits` has in float32 at a time, 64 MB.
+_GATHERED = 1 << 24
 # What sgl-flash-mla calls rows of 656 bytes.
 _V32 = "V32"
 
@@ -248,7 +252,8 @@ def flash_mla_sparse_fwd(
     out: torch.Tensor | None = None,
     use_legacy: bool = False,
     return_log2_lse: bool | None = None,
-) -> tuple[torch.Tensor, None, torch.Tensor | None]:
+    return_max_logits: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """MLA attention of query tokens that each attend to a list of tokens of a 16-bit latent cache without pages. Plans
     in the call.
 
@@ -264,11 +269,12 @@ def flash_mla_sparse_fwd(
             None: all.
         out: [s_q, heads, 512] in the dtype of q, which is written to it: as `mla_sparse` takes it. (Of vLLM.)
         use_legacy: True or False, changes nothing. (Of sgl-flash-mla.)
-        return_log2_lse: True: lse in base 2; False: None for lse. (Of sgl-flash-mla.)
+        return_log2_lse: True: lse and max_logits in base 2; False: None for both. (Of sgl-flash-mla.)
+        return_max_logits: whether max_logits is computed; see above. (Of this library.)
 
     Returns:
-        (out [s_q, heads, 512] in the dtype of q; None, in the place of max_logits, which these kernels do not have;
-        lse [s_q, heads] float32, natural log, +inf of a query token that sees no key)
+        (out [s_q, heads, 512] in the dtype of q; max_logits [s_q, heads] float32, the largest score times sm_scale,
+        -inf of a query token that sees no key, or None; lse [s_q, heads] float32, natural log, +inf of such a token)
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it. RuntimeError: a CUDA device that is not
@@ -279,6 +285,7 @@ def flash_mla_sparse_fwd(
     expect_bool("use_legacy", use_legacy)
     if return_log2_lse is not None:
         expect_bool("return_log2_lse", return_log2_lse)
+    expect_bool("return_max_logits", return_max_logits)
     expect_tensor("q", q)
     expect_shape("q", q, (None, None, _HEAD_DIM), f"[s_q, heads, {_HEAD_DIM}]")
     tokens, heads, _ = q.shape
@@ -291,19 +298,23 @@ def flash_mla_sparse_fwd(
     if topk_length is not None:
         expect_metadata("topk_length", topk_length, (tokens,), "[s_q]", q.device)
     _expect_sink(attn_sink, heads, q.device)
-    lists = indices[:, 0]
+    lists = indices[:, 0].where(indices[:, 0] < kv.shape[0], -1)
     result = mla_sparse(
         q[..., :CKV_DIM], q[..., CKV_DIM:],
         # Rows are pages of one token.
         kv[..., :CKV_DIM], kv[..., CKV_DIM:],
-        lists.where(lists < kv.shape[0], -1),
-        sm_scale, topk_lens=topk_length, out=out, lse_base=2 if return_log2_lse else "e",
+        lists, sm_scale, topk_lens=topk_length, out=out, lse_base=2 if return_log2_lse else "e",
         return_lse=return_log2_lse is not False, sink=attn_sink,
     )  # fmt: skip
     if isinstance(result, torch.Tensor):
         return result, None, None
     output, lse = result
-    return output, None, _with_inf(lse)
+    largest = None
+    if return_max_logits:
+        largest = _max_logits(
+            q, kv[:, 0], lists, topk_length, sm_scale * (math.log2(math.e) if return_log2_lse else 1.0)
+        )
+    return output, largest, _with_inf(lse)
 
 
 def _requests(step: FlashMLASchedMeta, q: torch.Tensor, block_table: Any, cache_seqlens: Any, causal: bool) -> Pages:
@@ -368,6 +379,27 @@ def _initialize(
             step.plan = plan_prefill_block_table(pages.queries, pages.lengths, **sizes)
             step.qo_indptr = pages.queries
     step.config, step.have_initialized = config, True
+
+
+def _max_logits(
+    q: torch.Tensor, rows: torch.Tensor, lists: torch.Tensor, topk_length: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """The largest score of each query token and head, [s_q, heads] float32. `rows`: [s_kv, 576]."""
+    tokens, topk = lists.shape
+    largest = torch.full(q.shape[:2], -torch.inf, dtype=torch.float32, device=q.device)
+    if topk == 0:
+        return largest
+    seen = lists >= 0
+    if topk_length is not None:
+        seen &= torch.arange(topk, device=q.device) < topk_length[:, None]
+    at_a_time = max(1, _GATHERED // (topk * _HEAD_DIM))
+    for i in range(0, tokens, at_a_time):
+        some = slice(i, i + at_a_time)
+        # A row that is in no list may be anything, NaN too: its score is replaced and not added to.
+        keys = rows[lists[some].where(seen[some], 0).long()].float()
+        scores = q[some].float() @ keys.transpose(1, 2) * scale
+        largest[some] = scores.masked_fill(~seen[some, None], -torch.inf).amax(-1)
+    return largest
 
 
 def _with_inf(lse: torch.Tensor) -> torch.Tensor:

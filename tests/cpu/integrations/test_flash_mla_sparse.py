@@ -268,6 +268,35 @@ def test_prompt(dtype):
     assert room[:, [0, 4]].isnan().all()
 
 
+def test_max_logits_are_the_largest_scores():
+    case = make(3)
+    given = prompt_of(case)
+    rows = case.cache.float().flatten(0, 1)
+    want = torch.full(case.q.shape[:2], -torch.inf)
+    for i, (ids, n) in enumerate(zip(case.indices.tolist(), case.topk_lens.tolist(), strict=True)):
+        for j in ids[:n]:
+            if j >= 0:
+                want[i] = torch.maximum(want[i], case.q[i].float() @ rows[j] * SM_SCALE)
+    assert (want == -torch.inf).any()
+    plain = flash_mla_sparse_fwd(**given)
+    out, largest, lse = flash_mla_sparse_fwd(**given, return_max_logits=True)
+    assert torch.equal(out, plain[0])
+    assert torch.equal(lse, plain[2])
+    torch.testing.assert_close(largest, want, rtol=1e-5, atol=1e-5)
+    in_base_2 = flash_mla_sparse_fwd(**given, return_max_logits=True, return_log2_lse=True)[1]
+    torch.testing.assert_close(in_base_2, want / torch.tensor(2.0).log(), rtol=1e-5, atol=1e-5)
+    assert flash_mla_sparse_fwd(**given, return_max_logits=True, return_log2_lse=False)[1] is None
+    none = given | {"indices": given["indices"][..., :0], "topk_length": None}
+    assert (flash_mla_sparse_fwd(**none, return_max_logits=True)[1] == -torch.inf).all()
+
+
+def test_max_logits_of_many_query_tokens_are_made_in_pieces(monkeypatch):
+    case = make(7)
+    whole = flash_mla_sparse_fwd(**prompt_of(case), return_max_logits=True)[1]
+    monkeypatch.setattr("mla_cute.integrations.flash_mla._GATHERED", 2 * 40 * 576 + 1)
+    assert torch.equal(flash_mla_sparse_fwd(**prompt_of(case), return_max_logits=True)[1], whole)
+
+
 def test_tokens_past_the_end_of_kv_are_none():
     case = make(3)
     for absurd in (len(case.cache.flatten(0, 1)), 2**31 - 1):
