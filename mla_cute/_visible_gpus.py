@@ -16,6 +16,14 @@ _MULTIPROCESSOR_COUNT = 16
 CLOCK_RATE, MEMORY_CLOCK_RATE, GLOBAL_MEMORY_BUS_WIDTH = 13, 36, 37
 
 
+def driver() -> Any:
+    """libcuda, None where the machine has no driver."""
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+
+
 def visible(cuda: Any) -> list[tuple[str, int]]:
     """Name and number of SMs of each GPU, in order, from a loaded libcuda. RuntimeError when a call of it fails."""
 
@@ -55,9 +63,8 @@ def attribute(cuda: Any, index: int, number: int) -> int | None:
 
 def main() -> None:
     """Print the GPUs as JSON, [] where the machine has no driver."""
-    try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError:
+    cuda = driver()
+    if cuda is None:
         print("[]")
         return
     try:

@@ -3,7 +3,6 @@
 Nothing here initialises CUDA in a process that has no GPU, and nothing raises: a fact that cannot be read is None.
 """
 
-import ctypes
 import functools
 import json
 import pathlib
@@ -30,7 +29,6 @@ _PACKAGES = {
     "cuda_bindings": "cuda-bindings",
 }
 
-
 # No attribute tells how fast tensor cores are. NVIDIA names 148 TFLOP/s of bf16 for the 78 SMs of an H20, 989 for the
 # 132 of an H100: a quarter of the products a cycle, at like clocks.
 _H20, _H20_TENSOR_SHARE = re.compile(r"\bH20\b"), 0.25
@@ -53,9 +51,8 @@ def speed(device: torch.device) -> GpuSpeed:
 
 
 def _attributes(index: int, *numbers: int) -> list[int | None]:
-    try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError:
+    cuda = _visible_gpus.driver()
+    if cuda is None:
         return [None for _ in numbers]
     return [_visible_gpus.attribute(cuda, index, number) for number in numbers]
 
@@ -188,6 +185,11 @@ def git_state(directory: pathlib.Path | None = None) -> dict[str, Any] | None:
     if not tracked.strip():  # a site-packages that happens to lie inside somebody else's repository
         return None
     return {"commit": commit, "dirty": bool(status.strip())}
+
+
+def commit_of(git: dict[str, Any], digits: int | None = None) -> str:
+    """What `git_state` found in words: "1a0c280 with changes". `digits` of the hash, None for all."""
+    return git["commit"][:digits] + (" with changes" if git["dirty"] else "")
 
 
 def _run(*command: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .. import gpu as gpu_facts
 from . import figures, outputs, plots, report, targets
 from .cases import PUBLIC_BEST_GPU
 from .document import Block, Heading, Items, Picture, Table, Text, pictures, to_html, to_markdown
@@ -226,7 +227,7 @@ def _facts(record: dict[str, Any]) -> list[tuple[str, str]]:
             ),
         ]
     rows.append(("versions", ", ".join(f"{name} {version}" for name, version in record["versions"].items())))
-    commit = "" if git is None else f"commit {git['commit'][:12]}{' with changes' if git['dirty'] else ''}, "
+    commit = "" if git is None else f"commit {gpu_facts.commit_of(git, 12)}, "
     rows.append(("code", f"{commit}sources sha256 {record['source_sha256'][:12]}"))
     config = record["config"]
     settings = "the library's choice" if config is None else ", ".join(f"{k}={v}" for k, v in config.items())

@@ -56,7 +56,7 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     told += [(name, version or "not installed") for name, version in found["versions"].items() if name != "cuda"]
     told.append(("CUDA of torch", found["versions"]["cuda"] or "none"))
     if found["git"] is not None:
-        told.append(("commit", found["git"]["commit"] + (" with changes" if found["git"]["dirty"] else "")))
+        told.append(("commit", gpu_facts.commit_of(found["git"])))
     told.append(("kernel cache", cache["directory"] or "none"))
     if "why" in cache:
         told.append(("", f"CANNOT BE WRITTEN: {cache['why']}. New kernels are not kept. {disk.ADVICE}"))

@@ -9,7 +9,6 @@ import typer
 from rich.console import Console
 from rich.progress import TextColumn
 
-from ..tuned import diff
 from ..tuning import command
 from ..tuning.options import OPTIONS, REPORT_OPTIONS
 from .parameters import takes
@@ -43,8 +42,7 @@ class RichScreen:
         left = "" if seconds_left is None else f"{command.duration(seconds_left)} left"
         self._bar.update(self._task, completed=done, total=total, description=label, left=left)
 
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        texts = 3 if columns == diff.COLUMNS else 1
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> None:
         options: dict[str, Any] = {"drop": _DROP, "fold": columns[:texts], "wide": self._wide}
         show_table(title, columns, rows, text_columns=texts, on=self._above_the_bar(), **options)
 

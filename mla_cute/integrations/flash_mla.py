@@ -298,7 +298,8 @@ def flash_mla_sparse_fwd(
     if topk_length is not None:
         expect_metadata("topk_length", topk_length, (tokens,), "[s_q]", q.device)
     _expect_sink(attn_sink, heads, q.device)
-    lists = indices[:, 0].where(indices[:, 0] < kv.shape[0], -1)
+    lists = indices[:, 0]
+    lists = lists.where(lists < kv.shape[0], -1)
     result = mla_sparse(
         q[..., :CKV_DIM], q[..., CKV_DIM:],
         # Rows are pages of one token.
@@ -389,9 +390,7 @@ def _max_logits(
     largest = torch.full(q.shape[:2], -torch.inf, dtype=torch.float32, device=q.device)
     if topk == 0:
         return largest
-    seen = lists >= 0
-    if topk_length is not None:
-        seen &= torch.arange(topk, device=q.device) < topk_length[:, None]
+    seen = (lists >= 0) & (torch.arange(topk, device=q.device) < topk_lens_of(lists, topk_length)[:, None])
     at_a_time = max(1, _GATHERED // (topk * _HEAD_DIM))
     for i in range(0, tokens, at_a_time):
         some = slice(i, i + at_a_time)

@@ -10,6 +10,7 @@ from ..config import KernelConfig, differences
 from .file import Entry, TunedFile
 
 COLUMNS = ("entry", "shape", "configuration", "us A", "us B", "A over B")
+TEXT_COLUMNS = 3  # of these, the first
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,7 +40,8 @@ DEFAULT_KV_LENS = (8192,)
 class Screen(session.Screen, Protocol):
     """What the command shows its results on."""
 
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None: ...
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> None:
+        """`texts`: the first so many columns are texts, the others numbers."""
 
 
 class PlainScreen:
@@ -59,7 +60,7 @@ class PlainScreen:
             self._shown = state
             print(f"{state} {label}", file=sys.stderr, flush=True)
 
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> None:
         print(f"{title}\n{text_table([columns, *rows])}", flush=True)
 
 
@@ -202,7 +203,7 @@ def show_diff(a: pathlib.Path, b: pathlib.Path, screen: Screen) -> int:
     except ValueError as error:
         raise UsageError(str(error)) from None
     if rows := found.rows():
-        screen.table(f"A {a}, B {b}", diff.COLUMNS, rows)
+        screen.table(f"A {a}, B {b}", diff.COLUMNS, rows, diff.TEXT_COLUMNS)
     for text in found.lines():
         screen.say(text)
     return 0 if found.is_none else 1
@@ -225,7 +226,7 @@ def _task(options: Options, whens: Sequence[When], facts: dict[str, Any]) -> ses
         "toolkit": versions["cutlass_dsl_toolkit"],
         "command": command_of(options),
         "seed": device.SEED,
-        "commit": None if git is None else git["commit"] + (" with changes" if git["dirty"] else ""),
+        "commit": None if git is None else gpu_facts.commit_of(git),
     }
     return session.Task(
         whens=whens,

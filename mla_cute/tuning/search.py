@@ -34,8 +34,8 @@ GAIN = 0.01
 SAME = 0.005
 # Candidates that may be picked and not confirmed before the default stays.
 DUELS = 3
-# A verdict that begins with one of ORDINARY is no failure.
 POLICIES = ("graph", "eager")
+# A verdict that begins with one of ORDINARY is no failure.
 NO_TIME = "not compiled: no time was left"
 ORDINARY = ("chosen", "default", "not chosen", "dropped", "not compiled")
 

@@ -84,7 +84,7 @@ def gpus(monkeypatch):
                 raise OSError
             return Driver(attributes)
 
-        monkeypatch.setattr(gpu.ctypes, "CDLL", load)
+        monkeypatch.setattr(gpu._visible_gpus.ctypes, "CDLL", load)
         monkeypatch.setattr(gpu.subprocess, "run", lambda *command, **options: pytest.fail("that starts a process"))
 
     return make
