@@ -38,12 +38,6 @@ def thread_index() -> Int32:
     return Int32(asm(T.i32(), 1, [], "mov.u32 $0, %tid.x;", "=r", True)[0])
 
 
-def opaque_zero() -> Uint32:
-    """0, which the compiler does not know to be one: a value set to it in a rare branch is set there, where a constant
-    would be selected, with an instruction a value, in front of the branch."""
-    return Uint32(asm(T.i32(), 1, [], "mov.u32 $0, 0;", "=r", True)[0])
-
-
 def row_address(x: cute.Tensor, i, j) -> Int64:
     """The address of x[i, j, 0]; its offset is made in 64 bits."""
     offset = Int64(i) * Int64(x.stride[0]) + Int64(j) * Int64(x.stride[1])

@@ -7,7 +7,7 @@ thread's part of a row sum does MAX_P, which is rare. So a tile needs no row max
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Uint32
+from cutlass import Float32, Int32, Uint32
 
 from . import ptx
 
@@ -44,6 +44,12 @@ def quad_sum(x):
     """Sum over the same lanes."""
     x = x + cute.arch.shuffle_sync_bfly(x, offset=1)
     return x + cute.arch.shuffle_sync_bfly(x, offset=2)
+
+
+def quad_any(condition, lane):
+    """1 if the condition holds in one of the same lanes, else 0."""
+    mask = cute.arch.vote_ballot_sync(condition)
+    return cutlass.select_(((mask >> (lane & ~3)) & 0xF) != 0, Int32(1), Int32(0))
 
 
 def row_max(s_rc, row: int, num_cols: int):

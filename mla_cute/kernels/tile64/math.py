@@ -129,12 +129,12 @@ def _words_of(rPc, part: int):
     return cute.recast_tensor(cute.make_tensor(rPc.iterator + part * n, cute.make_layout(n)), Uint32)
 
 
-def clear_p(regs: Fragments, part: int) -> None:
-    """A part of P becomes 0."""
+def clear_p(regs: Fragments, part: int, rows) -> None:
+    """A part of P becomes 0 in the rows of this thread's two whose bit is set in `rows`."""
     words = _words_of(regs.rPc, part)
-    zero = ptx.opaque_zero()
+    kept = [cutlass.select_((rows >> r) % 2 != 0, Uint32(0), Uint32(0xFFFFFFFF)) for r in range(2)]
     for i in range(S_COLS // PARTS):
-        words[i] = zero
+        words[i] = words[i] & kept[i % 2]
 
 
 @cute.jit

@@ -45,10 +45,11 @@ P of a later key may be above 1 then. In bfloat16 that costs up to 2^-9 of the o
 weight, whose P would be 1 under its own score. So parts of P with a large row sum (LARGE_P) enter O / l with the sum of
 what was rounded; the log-sum-exp is of what was not.
 
-A warp some of whose P is out of range counts neither that part of its tile nor the one behind it: its rows of P are 0
-there, in its registers and in shared memory, and it does not release V. Behind the barriers P0 and P1 all consumer
-warps read whether one of them asks for other references (sRaise). If so, all meet in `_raise_if_asked`, which raises
-them and multiplies what did not count.
+A row some of whose P is out of range counts neither that part of its tile nor the one behind it: its P is 0 there, in
+registers and in shared memory, and its warp does not release V. Behind the barriers P0 and P1 all consumer warps read
+whether one of them asks for other references (sRaise). If so, all meet in `_raise_if_asked`, which raises those of the
+rows that asked and multiplies what did not count. The other rows' P is 0 there and their references stay: what a row
+becomes never depends on the rows beside it, which may be another request's.
 
 Shared memory: Q 72 KiB, two K tiles of 72 KiB, P0 8 KiB, what goes by rows 1.3 KiB: 226 of 227 KiB. Q's ninth sub-tile
 (the rope) is read to registers at the start of an item, and its bytes hold P1 from then on.
@@ -66,12 +67,13 @@ Arguments that recur:
     gap              RowMap.gap of the item
     turn             of the pair (params.py's Variant)
     first            the pair is its item's first
-    asks             of `_own_pv`
+    asks             of `_own_pv`: of each part of this consumer's tile, in a bit per row of this thread's two, whether the
+                     row does not count
 """
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Constexpr, Float16, Float32, Int32, const_expr
+from cutlass import Constexpr, Float16, Float32, Int32, const_expr
 from cutlass.cute.nvgpu import warpgroup
 
 from ..lib import barriers, softmax, wgmma
@@ -101,7 +103,7 @@ class Consumer(Epilogue):
         math.put_p(regs, of_place(regs.tPs0, place, rank=3))
         Bar.P0.arrive()
         warpgroup.wait_group(0)
-        self._release_unless(smem, 0, stage0, asks[-1])
+        self._release_unless(smem, 0, stage0, asks)
         # Behind P1, which says that wg 1 has seen the tile arrive: TMA would write over zeros that were there before.
         Bar.P1.sync()
         math.zero_v_tail(smem, regs, stage1, 0, valid1)
@@ -217,29 +219,31 @@ class Consumer(Epilogue):
     def _own_pv(self, params: Params, smem: Smem, regs: Fragments, wg: Constexpr, stage, turn):
         """P of this consumer's tile in regs.rP, its row sums added to rL and rW, its PV started, part by part.
 
-        Returns for each part whether some P of the warp's rows was out of range in it or in one in front of it: then
-        the part does not count, and the warp asks to raise references."""
+        Returns `asks`: a part does not count for a row some of whose P is out of range in it or in one in front of
+        it, and the warp asks to raise references."""
         most = softmax.MAX_P if const_expr(self.dtype is Float16) else softmax.MAX_P_BF16
         asks = []
         for part in cutlass.range_constexpr(math.PARTS):
             sum0, sum1 = math.make_p(params, regs, part)
             weight0, weight1 = sum0, sum1
-            out_of_range = Boolean(False)
-            if cute.arch.vote_any_sync((sum0 > softmax.LARGE_P) | (sum1 > softmax.LARGE_P)):
-                weight0, weight1 = math.rounded_sums(regs, part)
-                out_of_range = cute.arch.vote_any_sync((sum0 > most) | (sum1 > most))
-            if const_expr(part > 0):
-                out_of_range = out_of_range | asks[part - 1]
-            if out_of_range:
-                math.clear_p(regs, part)
-                sum0, sum1, weight0, weight1 = (Float32(0.0) for _ in range(4))
+            rows = Int32(0) if const_expr(part == 0) else asks[part - 1]
+            if cute.arch.vote_any_sync((sum0 > softmax.LARGE_P) | (sum1 > softmax.LARGE_P) | (rows != 0)):
+                rounded0, rounded1 = math.rounded_sums(regs, part)
+                weight0 = rounded0 if sum0 > softmax.LARGE_P else sum0
+                weight1 = rounded1 if sum1 > softmax.LARGE_P else sum1
+                rows = rows | softmax.quad_any(sum0 > most, regs.lane) | softmax.quad_any(sum1 > most, regs.lane) * 2
+                math.clear_p(regs, part, rows)
+                if rows % 2 != 0:
+                    sum0, weight0 = Float32(0.0), Float32(0.0)
+                if rows >= 2:
+                    sum1, weight1 = Float32(0.0), Float32(0.0)
             regs.rL[0] = regs.rL[0] + sum0
             regs.rL[1] = regs.rL[1] + sum1
             regs.rW[0] = regs.rW[0] + weight0
             regs.rW[1] = regs.rW[1] + weight1
             math.add_pv(params.mma_pv_rs, regs, regs.rP, wg, stage, part)
-            asks = [*asks, out_of_range]
-        if asks[-1] & (regs.lane == 0):
+            asks = [*asks, rows]
+        if asks[-1] != 0:
             smem.sRaise[wg] = turn + 1
         return asks
 
@@ -247,15 +251,15 @@ class Consumer(Epilogue):
     def _raise_if_asked(self, params: Params, smem: Smem, regs: Fragments, wg: Constexpr, place, asks, turn):
         """Behind the barriers P0 and P1: if a warp of either consumer has asked, all come here and nobody else waits.
 
-        The references of the rows of those warps rise to their tile's row maxima. What was added up follows them, and
-        the parts of P that did not count are made and multiplied; what did count is 0 in this P. A stage is multiplied
-        if one of its consumer's warps asked, and only then is it still there.
+        The references of the rows that asked rise to their maxima in the tiles that they asked in. What was added up
+        follows them, and the parts of P that did not count are made and multiplied; what did count is 0 in this P. A
+        stage is multiplied if one of its consumer's warps asked, and only then is it still there.
         """
         asked = [smem.sRaise[tile] == turn + 1 for tile in range(2)]
         if asked[0] | asked[1]:
             warpgroup.wait_group(0)
             maxima = math.row_maxima(params, regs)
-            own = [maxima[r] if asks[-1] else Float32(softmax.LOWEST) for r in range(2)]
+            own = [maxima[r] if (asks[-1] >> r) % 2 != 0 else Float32(softmax.LOWEST) for r in range(2)]
             math.put_rows(smem, regs, wg, own)
             Bar.RAISE.sync()
             factors = [None, None]
@@ -269,13 +273,12 @@ class Consumer(Epilogue):
             softmax.multiply_rows(regs.O, math.o_cols(regs), *factors)
             for part in cutlass.range_constexpr(math.PARTS):
                 sums = math.make_p(params, regs, part)
-                if asks[part]:
-                    # No P is above 1 now.
-                    for r in cutlass.range_constexpr(2):
-                        regs.rL[r] = regs.rL[r] + sums[r]
-                        regs.rW[r] = regs.rW[r] + sums[r]
-                else:
-                    math.clear_p(regs, part)
+                # No P that counts is above 1 now.
+                for r in cutlass.range_constexpr(2):
+                    counts = sums[r] if (asks[part] >> r) % 2 != 0 else Float32(0.0)
+                    regs.rL[r] = regs.rL[r] + counts
+                    regs.rW[r] = regs.rW[r] + counts
+                math.clear_p(regs, part, ~asks[part])
             math.put_p(regs, of_place((regs.tPs0, regs.tPs1)[wg], place, rank=3))
             Bar.RAISE.sync()
             for tile in cutlass.range_constexpr(2):
@@ -284,14 +287,14 @@ class Consumer(Epilogue):
                     math.add_pv(params.mma_pv, regs, p, wg, self.stage_of(place, tile))
                     warpgroup.wait_group(0)
             if const_expr(wg == 0):
-                if asks[-1]:
+                if cute.arch.vote_any_sync(asks[-1] != 0):
                     self._release(smem, 0, self.stage_of(place, 0))
             Bar.RAISE.sync()
 
     @cute.jit
     def _release_unless(self, smem: Smem, wg: Constexpr, stage, asks):
         """A warp that asks to raise references multiplies V once more, and releases it behind that."""
-        if not asks:
+        if not cute.arch.vote_any_sync(asks[-1] != 0):
             self._release(smem, wg, stage)
 
     def _release(self, smem: Smem, wg: int, stage) -> None:
