@@ -67,8 +67,8 @@ Arguments that recur:
     gap              RowMap.gap of the item
     turn             of the pair (params.py's Variant)
     first            the pair is its item's first
-    asks             of `_own_pv`: of each part of this consumer's tile, in a bit per row of this thread's two, whether the
-                     row does not count
+    asks             of `_own_pv`: per part of this consumer's tile, a bit for each of this thread's two rows: set where
+                     the part does not count for the row
 """
 
 import cutlass
