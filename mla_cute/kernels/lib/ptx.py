@@ -76,6 +76,13 @@ def store_shared(address: Int32, words: list, offset: int = 0) -> None:
     _store("shared", "r", address, words, offset)
 
 
+def store_matrices(address: Int32, words: list, offset: int = 0) -> None:
+    """stmatrix: four 8 x 8 matrices of 16 bits, a word of each per lane. `address`: of row lane % 8 of matrix lane / 8,
+    16 bytes."""
+    text = f"stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0+{offset}], {{$1,$2,$3,$4}};"
+    asm(None, 0, [address, *words], text, "r,r,r,r,r,~{memory}", True)
+
+
 def _store(space: str, pointer: str, address, words: list, offset: int) -> None:
     n = len(words)
     names = ",".join(f"${i + 1}" for i in range(n))

@@ -2,10 +2,10 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Float32, Int64, Uint32, const_expr
+from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr
 
 from ...dims import PART_ROW, TILE_M
-from ..lib import partials, scalars, softmax
+from ..lib import partials, ptx, scalars, softmax
 from ..lib.row_map import output_address
 from .math import o_cols
 from .params import Bar, Fragments, Params, Smem, Variant
@@ -53,7 +53,7 @@ class Epilogue(Variant):
             at0 = output_address(params, *self.rows.token_and_head(params, smem, slot, head0, regs.row))
             at1 = output_address(params, *self.rows.token_and_head(params, smem, slot, head0, regs.row + 8))
             pack_output(smem, regs, words, self.dtype, self._sinks(params, regs, head0))
-        store_rows(regs, words, (at0, at1), rows, wg)
+        store_rows(smem, regs, words, (at0, at1), rows, wg)
 
     def _sinks(self, params: Params, regs: Fragments, head0) -> list:
         """What sinks add to the sums of this thread's two rows; None where there are no sinks."""
@@ -71,18 +71,11 @@ def inverse_sum(smem: Smem, regs: Fragments, row: int, sink=None):
 
 def pack_output(smem: Smem, regs: Fragments, words, dtype, sinks: list) -> None:
     """O, normalised, in the 16-bit dtype, to `words`: (row, pair of columns)."""
-    cols = o_cols(regs)
-    rOh = cute.make_rmem_tensor(2 * cols, dtype)
-    for r in range(2):
-        inverse = inverse_sum(smem, regs, r, sinks[r])
-        for n in range(cols):
-            regs.O[r, n] = regs.O[r, n] * inverse
-    rOh.store(cute.make_tensor(regs.rO.iterator, cute.make_layout(2 * cols)).load().to(dtype))
-    pairs = cute.make_layout((2, cols // 2), stride=(1, 2))
-    packed = cute.make_tensor(cute.recast_tensor(rOh, Uint32).iterator, pairs)
-    for r in range(2):
-        for j in range(cols // 2):
-            words[r, j] = packed[r, j]
+    inverse = [inverse_sum(smem, regs, r, sinks[r]) for r in range(2)]
+    for j in range(o_cols(regs) // 2):
+        for r in range(2):
+            pair = (regs.O[r, 2 * j + i] * inverse[r] for i in range(2))
+            words[r, j] = ptx.to_16bit_pair(*pair, dtype)
 
 
 def pack_int16(smem: Smem, regs: Fragments, words) -> list:
@@ -96,42 +89,41 @@ def pack_int16(smem: Smem, regs: Fragments, words) -> list:
         for r in range(2):
             pair = cute.math.absf(regs.O[r, n]) + cute.math.absf(regs.O[r, n + 1])
             maxima[r][n // 2 % 2] = cute.arch.fmax(maxima[r][n // 2 % 2], pair, nan=True)
-    worth = []
-    for r in range(2):
-        largest = cute.arch.fmax(maxima[r][0], maxima[r][1], nan=True)
-        for offset in (1, 2):
-            largest = cute.arch.fmax(largest, cute.arch.shuffle_sync_bfly(largest, offset=offset), nan=True)
-        factor = partials.int16_factor(largest)
-        for j in range(o_cols(regs) // 2):
-            words[r, j] = partials.int16_words((regs.O[r, 2 * j], regs.O[r, 2 * j + 1]), factor)[0]
-        worth.append(partials.int16_worth(largest * inverse_sum(smem, regs, r)))
-    return worth
+    largest = [cute.arch.fmax(*of_row, nan=True) for of_row in maxima]
+    for offset in (1, 2):
+        largest = [cute.arch.fmax(x, cute.arch.shuffle_sync_bfly(x, offset=offset), nan=True) for x in largest]
+    factors = [partials.int16_factor(x) for x in largest]
+    for j in range(o_cols(regs) // 2):
+        for r in range(2):
+            words[r, j] = partials.int16_words((regs.O[r, 2 * j], regs.O[r, 2 * j + 1]), factors[r])[0]
+    return [partials.int16_worth(largest[r] * inverse_sum(smem, regs, r)) for r in range(2)]
 
 
 @cute.jit
-def store_rows(regs: Fragments, words, row_at, rows, wg: Constexpr):
-    """This thread's columns of two 16-bit rows, to the addresses `row_at`, where the tile has them.
+def store_rows(smem: Smem, regs: Fragments, words, row_at, rows, wg: Constexpr):
+    """Store this consumer's columns of rows `regs.row` and `regs.row + 8` to the addresses `row_at`, where the tile has
+    them.
 
-    4 x 4 transposes of column pairs inside each quad, then 16 bytes per lane, 64 per quad.
+    A lane holds two columns of each 8 and shall store 8 of one row: 16 bytes a lane, 64 the four lanes of a row. They
+    pass through P0, of which each of the eight warps takes 1 KiB for 16 rows of 32 columns: nobody reads P0 any more
+    behind Bar.EPI, nor writes it before Bar.FIRST of the next item. (Transposed by shuffles inside the quads it was 128
+    shuffles, and 190 instructions more for each consumer, which a step of one item fetches for the first time.)
     """
-    q = regs.lane % 4
-    upper = q >= 2
-    odd = q % 2 == 1
-    v = cute.make_rmem_tensor(4, Uint32)
-    for r in cutlass.range_constexpr(2):
-        row = regs.row + 8 * r
-        at = row_at[r] + Int64(wg * (8 * o_cols(regs)) + q * 16)
-        for g in cutlass.range_constexpr(o_cols(regs) // 8):
-            a = [words[r, 4 * g + i] for i in range(4)]
-            b = [None] * 4
-            for i in cutlass.range_constexpr(2):
-                x = cute.arch.shuffle_sync_bfly(a[i] if upper else a[i + 2], offset=2)
-                b[i] = x if upper else a[i]
-                b[i + 2] = a[i + 2] if upper else x
-            for i in cutlass.range_constexpr(2):
-                x = cute.arch.shuffle_sync_bfly(b[2 * i] if odd else b[2 * i + 1], offset=1)
-                v[2 * i] = x if odd else b[2 * i]
-                v[2 * i + 1] = b[2 * i + 1] if odd else x
-            if row < rows:
-                to = cute.make_ptr(Uint32, at + 64 * g, cute.AddressSpace.gmem, assumed_align=16)
-                cute.autovec_copy(v, cute.make_tensor(to, cute.make_layout(4)))
+    # Of regs.t and regs.lane the compiler would make what follows once, and keep it in registers over all pairs.
+    t = Uint32(ptx.thread_index())
+    lane = t % 32
+    own = Uint32(smem.sP0.iterator.toint()) + t // 32 * 1024
+    # Four matrices of 8 x 8 beside each other. A row is 64 bytes; its units of 16 are permuted by two bits of its
+    # number, so that the eight rows of a matrix lie in all banks, as two whole rows do.
+    put = Int32(own + lane % 8 * 64 + ((lane // 8) ^ (lane % 8 // 2)) * 16)
+    get = Int32(own + lane // 4 * 64 + ((lane % 4) ^ (lane // 8)) * 16)
+    to = [at + Int64(wg * (8 * o_cols(regs)) + lane % 4 * 16) for at in row_at]
+    for g in cutlass.range_constexpr(o_cols(regs) // 8):
+        for r in cutlass.range_constexpr(2):
+            ptx.store_matrices(put, [words[r, 4 * g + i] for i in range(4)], 8 * 64 * r)
+        cute.arch.sync_warp()
+        both = [ptx.load_shared_16(get, 8 * 64 * r) for r in range(2)]
+        cute.arch.sync_warp()
+        for r in cutlass.range_constexpr(2):
+            if regs.row + 8 * r < rows:
+                ptx.store_global(to[r] + 64 * g, both[r])

@@ -28,9 +28,8 @@ def make_fragments(params: Params, smem: Smem, t: Int32, dtype, ckv_dim: int) ->
     rS = cute.make_rmem_tensor(thr_qk.partition_shape_C((TILE_M, TILE_N)), Float32)
     rP = cute.make_rmem_tensor(params.mma_pv_rs.get_slice(0).partition_shape_A((TILE_M, TILE_N)), dtype)
     rQr = cute.make_rmem_tensor(params.mma_qk_rs.get_slice(0).partition_shape_A((TILE_M, 64)), dtype)
-    load, store = (cute.make_copy_atom(op(False, 4), dtype) for op in (warp.LdMatrix8x8x16bOp, warp.StMatrix8x8x16bOp))
+    load = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, 4), dtype)
     ldm = cute.make_tiled_copy_A(load, params.mma_qk_rs).get_slice(t)
-    stm = cute.make_tiled_copy_C(store, params.mma_qk).get_slice(t)
     rPc = cute.make_tensor(rP.iterator, rS.layout)
     lane = t % 32
     return Fragments(
@@ -54,13 +53,17 @@ def make_fragments(params: Params, smem: Smem, t: Int32, dtype, ckv_dim: int) ->
         S=wgmma.row_col_view(rS, TILE_N // 8),
         O=wgmma.row_col_view(rO, ckv_dim // 2 // 8),
         ldm=ldm,
-        stm=stm,
         tQs=ldm.partition_S(smem.sQr),
         tQr=ldm.retile(rQr),
-        tPr=stm.retile(rPc),
-        tPs0=stm.partition_D(smem.sP0),
-        tPs1=stm.partition_D(smem.sP1),
+        p_row=_p_row(Uint32(t)),
     )
+
+
+def _p_row(t):
+    """Where in a tile of P the row lies whose address consumer thread `t` tells stmatrix, in bytes: a row is 128, its
+    16-byte units permuted as TMA and wgmma do."""
+    row = t // 32 * 16 + t % 16
+    return row * 128 + ((t // 16 % 2) ^ (row % 8)) * 16
 
 
 def add_pv(tiled_mma, regs: Fragments, p, wg: int, stage, part: int | None = None) -> None:
@@ -77,9 +80,13 @@ def add_pv(tiled_mma, regs: Fragments, p, wg: int, stage, part: int | None = Non
     warpgroup.commit_group()
 
 
-def put_p(regs: Fragments, to) -> None:
-    """P to shared memory, `to` of tPs0 or tPs1, before wgmmas that read it."""
-    cute.copy(regs.stm, regs.tPr, to)
+def put_p(regs: Fragments, sP, place) -> None:
+    """P to its place in shared memory, sP0 or sP1, before wgmmas that read it. By stmatrix: of 16 columns the 8 x 8
+    matrices of rows 0 to 7 and 8 to 15, then those of the next 8 columns."""
+    words = cute.recast_tensor(cute.make_tensor(regs.rPc.iterator, cute.make_layout(2 * S_COLS)), Uint32)
+    at = Uint32(sP.iterator.toint()) + Uint32(place * (SUB_ELEMS * 2)) + regs.p_row
+    for step in range(TILE_N // 16):
+        ptx.store_matrices(Int32(at ^ (32 * step)), [words[4 * step + i] for i in range(4)])
     barriers.fence_smem_writes()
 
 

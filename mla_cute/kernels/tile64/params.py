@@ -10,7 +10,7 @@ import dataclasses
 from typing import Any
 
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64
+from cutlass import Float32, Int32, Int64, Uint32
 
 from ...dims import HeadDims
 from ..lib.barriers import Mbarriers, NamedBarrier
@@ -31,11 +31,11 @@ RELEASE_ORDER = ((0, 0), (1, 1), (0, 1), (1, 0))
 class Bar(NamedBarrier):
     """Who arrives -> who waits; where nobody is named before the arrow, everybody does both."""
 
-    FIRST = 1, CONSUMERS  # -> both: the row maxima of an item's first pair are in shared memory
+    FIRST = 1, CONSUMERS  # -> both: row maxima of an item's first pair are in shared memory; P0 may be written
     RAISE = 2, CONSUMERS  # -> both, where references are raised: row maxima are there; P is; it has been multiplied
     P0 = 3, CONSUMERS  # wg 0, P0 is in shared memory -> wg 1
     P1 = 4, CONSUMERS  # wg 1, P1 is in shared memory -> wg 0
-    EPI = 6, CONSUMERS  # -> both consumers: the row sums of an item are in shared memory
+    EPI = 6, CONSUMERS  # -> both: the row sums of an item are in shared memory; nobody multiplies P0 any more
     FILL0 = 7, WARPGROUP  # -> wg 0: its zeros are in the rows of V past kv_end
     FILL1 = 8, WARPGROUP  # -> wg 1: likewise
 
@@ -192,12 +192,9 @@ class Fragments:
     S: cute.Tensor  # rS and rO as (row 0 or 1, column)
     O: cute.Tensor
     ldm: cute.TiledCopy  # ldmatrix of the rope of Q: tQs -> tQr
-    stm: cute.TiledCopy  # stmatrix of P: tPr -> tPs0 or tPs1
     tQs: cute.Tensor
     tQr: cute.Tensor
-    tPr: cute.Tensor
-    tPs0: cute.Tensor
-    tPs1: cute.Tensor
+    p_row: Uint32  # where in a tile of P this thread's stmatrix begins, in bytes
 
 
 def of_place(x, place, rank: int):

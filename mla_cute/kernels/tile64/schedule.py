@@ -100,7 +100,7 @@ class Consumer(Epilogue):
         asks = self._own_pv(params, smem, regs, 0, stage0, turn)
         # P0's place is free: this S0 needed (stage 0, half 1), refilled only after wg 1 drained its PV of the P0 that
         # was there.
-        math.put_p(regs, of_place(regs.tPs0, place, rank=3))
+        math.put_p(regs, smem.sP0, place)
         Bar.P0.arrive()
         warpgroup.wait_group(0)
         self._release_unless(smem, 0, stage0, asks)
@@ -122,7 +122,7 @@ class Consumer(Epilogue):
         self._choose_references(params, smem, regs, 1, first)
         math.zero_v_tail(smem, regs, stage1, 1, valid1)
         asks = self._own_pv(params, smem, regs, 1, stage1, turn)
-        math.put_p(regs, of_place(regs.tPs1, place, rank=3))
+        math.put_p(regs, smem.sP1, place)
         Bar.P1.arrive()
         # P0 V0 does not go first, although stage 0 would then be released sooner: the refill of (stage 1, half 1), with
         # which this consumer's next QK begins, would come later. Even in front of this consumer's softmax, where it has
@@ -146,28 +146,26 @@ class Consumer(Epilogue):
     @cute.jit
     def _consume_items(self, params: Params, smem: Smem, regs: Fragments, num_items, head0, wg: Constexpr):
         turn = self.first_turn(0)
-        q_phase = Int32(0)
         for it in cutlass.range(num_items, unroll=1):
             regs.rO.fill(0.0)
             regs.rL.fill(0.0)
             regs.rW.fill(0.0)
-            cute.arch.mbarrier_wait(smem.mbar + self.mbars.q_full, q_phase)
-            q_phase ^= 1
-            kv_begin = smem.sItem[it % ITEM_SLOTS, Word.KV_BEGIN]
-            kv_end = smem.sItem[it % ITEM_SLOTS, Word.KV_END]
-            num_pairs = (cute.ceil_div(kv_end, TILE_N) - kv_begin // TILE_N + 1) >> 1
-            gap = self.rows.gap(params, smem, it % ITEM_SLOTS)
+            cute.arch.mbarrier_wait(smem.mbar + self.mbars.q_full, it & 1)
+            slot = it & (ITEM_SLOTS - 1)
+            # An item begins at a multiple of TILE_N.
+            tokens = smem.sItem[slot, Word.KV_END] - smem.sItem[slot, Word.KV_BEGIN]
+            gap = self.rows.gap(params, smem, slot)
             if const_expr(self.dims.kpe > 0):
                 cute.copy(regs.ldm, regs.tQs, regs.tQr)
-            for pair in cutlass.range(num_pairs, unroll=1):
-                left = kv_end - kv_begin - pair * (2 * TILE_N)
+            for begin in cutlass.range(0, tokens, 2 * TILE_N, unroll=1):
+                first, left = begin == 0, tokens - begin
                 if const_expr(wg == 0):
-                    self._pair_wg0(params, smem, regs, turn, pair == 0, left, left - TILE_N, it % ITEM_SLOTS, gap)
+                    self._pair_wg0(params, smem, regs, turn, first, left, left - TILE_N, slot, gap)
                 else:
-                    self._pair_wg1(params, smem, regs, turn, pair == 0, left, left - TILE_N, it % ITEM_SLOTS, gap)
+                    self._pair_wg1(params, smem, regs, turn, first, left, left - TILE_N, slot, gap)
                 turn = self.next_turn(turn)
             barriers.arrive_once_per_warp(smem.mbar + self.mbars.rope_empty)
-            self._epilogue(params, smem, regs, it % ITEM_SLOTS, head0, wg)
+            self._epilogue(params, smem, regs, slot, head0, wg)
 
     # ---------------------------------------------------------- steps of a pair
 
@@ -279,7 +277,7 @@ class Consumer(Epilogue):
                     regs.rL[r] = regs.rL[r] + counts
                     regs.rW[r] = regs.rW[r] + counts
                 math.clear_p(regs, part, ~asks[part])
-            math.put_p(regs, of_place((regs.tPs0, regs.tPs1)[wg], place, rank=3))
+            math.put_p(regs, (smem.sP0, smem.sP1)[wg], place)
             Bar.RAISE.sync()
             for tile in cutlass.range_constexpr(2):
                 if asked[tile]:

@@ -26,9 +26,9 @@ ITEM_WORDS = 8
 
 def _registers(box_rows: int, rows: RowMap, dims: HeadDims) -> tuple[int, int]:
     """Of a consumer and of a producer thread."""
-    if box_rows > 8 and rows.header_is_item and dims != (512, 0):
+    if box_rows > 8 and rows.header_is_item and dims.ckv > 256 and dims.kpe > 0:
         return 240, 24
-    # Other head dimensions spill 8 to 48 bytes at 240 and 24 (512 + 0) or 232 and 40 (gathers).
+    # Other head dimensions spill 8 to 64 bytes at 240 and 24 (512 + 0, 256) or 232 and 40 (gathers).
     return (232, 40) if dims == HeadDims() else (224, 56)
 
 
