@@ -1,5 +1,5 @@
 """One run of a vLLM engine over the backend of mla_cute, in a process of its own (tests/gpu/test_vllm_engine.py, and
-of two GPUs test_vllm_two_gpus.py).
+of two GPUs test_vllm_two_gpus.py; of sparse attention tests/vllm_sparse_engine.py).
 
     python tests/vllm_engine.py RUN REPORT.json
 
@@ -17,6 +17,7 @@ import os
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ class Run:
         alone: requests that are generated once more, each by itself.
         ranks: of tensor parallelism, each a process with a GPU of its own, where calls are not seen.
         cold: with a cache of kernels of its own, which is empty.
+        model: what differs in the model's configuration.
         llm, env: further arguments of vllm.LLM, environment variables.
     """
 
@@ -62,6 +64,7 @@ class Run:
     alone: tuple[int, ...] = ()
     ranks: int = 1
     cold: bool = False
+    model: dict[str, Any] = field(default_factory=dict)
     llm: dict[str, Any] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
 
@@ -144,6 +147,13 @@ class Calls:
             return out, lse if wants_lse else None
 
         MlaCuteImpl.forward_mqa = forward_mqa
+
+    def begin(self) -> None:
+        """What was called before the first request does not count."""
+        self.layers.clear()
+
+    def report(self) -> dict[str, Any]:
+        return {"kinds": self.kinds, "errors": self.errors}
 
     def _check(
         self, impl: Any, q: Any, cache: torch.Tensor, metadata: Any, layer: Any, out: torch.Tensor, lse: torch.Tensor
@@ -288,6 +298,11 @@ def register_backend() -> None:
 
 def main(name: str, path: str) -> None:
     run = (RUNS | RUNS_OF_TWO)[name]
+    run_engine(run, path, lambda: Calls(check=run.checks))
+
+
+def run_engine(run: Run, path: str, make_calls: Callable[[], Calls]) -> None:
+    """Writes the report of `run`, with what the calls of one rank have seen, and ends the process."""
     faulthandler.dump_traceback_later(LIMIT_S, exit=True)
     os.environ.update(ENVIRONMENT | (ENVIRONMENT_OF_RANKS if run.ranks > 1 else {}) | run.env)
     if run.cold:
@@ -301,11 +316,11 @@ def main(name: str, path: str) -> None:
 
     register_backend()
     DummyModelLoader.load_weights = lambda loader, model, model_config: draw_weights(model)
-    calls = Calls(check=run.checks) if run.ranks == 1 else None
+    calls = make_calls() if run.ranks == 1 else None
     noted = note_compilations()
     replays = count_calls(torch.cuda.CUDAGraph, "replay")
     with tempfile.TemporaryDirectory() as folder:
-        write_model(Path(folder))
+        write_model(Path(folder), **run.model)
         llm = make_engine(run, folder)
     report = {
         "backend": AttentionBackendEnum[run.backend].get_path(),
@@ -314,7 +329,7 @@ def main(name: str, path: str) -> None:
     }
     if calls is not None:
         report["calls_before"] = calls.layers.total()
-        calls.layers.clear()
+        calls.begin()
     replays.clear()
     steps = count_calls(llm.llm_engine, "step")
     prompts = draw_prompts(run.prompts, run.shared)
@@ -328,7 +343,7 @@ def main(name: str, path: str) -> None:
         "compiled_by": noted,
     }
     if calls is not None:
-        report |= {"python_steps": calls.layers[FIRST_LAYER], "kinds": calls.kinds, "errors": calls.errors}
+        report |= {"python_steps": calls.layers[FIRST_LAYER]} | calls.report()
     if run.ranks > 1:
         report["ranks"] = llm.collective_rpc(facts_of)
     Path(path).write_text(json.dumps(report))

@@ -11,6 +11,7 @@ import vllm_case
 from integration_case import ABSURD, SM_SCALE, Case, rows_of_656
 from recorded_signatures import of
 from vllm_case import LAYER, RECORD, TOPK, make_builder, make_impl, make_metadata, make_sparse_config
+from vllm_sparse_engine import SparseCalls
 
 from mla_cute.gpu_speed import H200
 from mla_cute.integrations import _vllm_plugin
@@ -189,6 +190,29 @@ def test_result_is_attention_to_the_lists(backend, requests, dtype):
     impl, metadata, lists = make_step(backend, case)
     check(case, impl.forward_mqa(parts(case.q), case.cache, metadata, make_layer()), lists)
     check(case, impl.forward_mqa(case.q, case.cache, metadata, make_layer()), lists)
+
+
+@pytest.mark.parametrize("requests", [DECODE, MIXED], ids=["decode", "mixed"])
+def test_engines_are_checked_by_this(backend, monkeypatch, requests):
+    """What tests/gpu/test_vllm_sparse_engine.py sees of a call."""
+    for name in ("capture_begin", "replay"):  # which are undone with the test
+        monkeypatch.setattr(torch.cuda.CUDAGraph, name, getattr(torch.cuda.CUDAGraph, name))
+    calls = SparseCalls.of_engine()
+    case = Case(requests, dtype=torch.bfloat16)
+    impl, metadata, _ = make_step(backend, case)
+    layer = SimpleNamespace(layer_name=LAYER, _k_scale_float=1.0)
+    impl.forward_mqa(parts(case.q), case.cache, metadata, layer)
+    assert calls.report()["errors"]["output"][0] < 0, "checked before the first request"
+    calls.begin()
+    impl.forward_mqa(parts(case.q), case.cache, metadata, layer)
+    report = calls.report()
+    assert calls.layers == {LAYER: 1}
+    assert 0 <= report["errors"]["output"][0] < 5e-3
+    assert report["wrong_lists"] == 0
+    assert report["chosen"] == sum(kv_len - i > TOPK for q_len, kv_len in requests for i in range(q_len))
+    assert report["kinds"] == {
+        "decode": requests is DECODE, "several": requests is MIXED, "prefix": requests is MIXED, "replayed": 0,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("requests", [DECODE, MIXED], ids=["decode", "mixed"])
