@@ -71,11 +71,11 @@ def select_cases(
     kv_lens: list[int] | None = None,
     page_sizes: list[int] | None = None,
     dtype_names: list[str] | None = None,
-    layout: str = "separate",
+    layout: str | None = None,
     kv_format: str | None = None,
     q_fp8: bool = False,
 ) -> list[Case | PrefillCase]:
-    """Cases of the presets and of the grid, each once, in the order given.
+    """Cases of the presets and of the grid, each once, in the order given. A grid's caches are apart without `layout`.
 
     With a preset, `page_sizes`, `dtype_names` and `layout` replace those of its cases, and with `kv_format` it and
     `q_fp8` do. Raises ValueError for an unknown preset and for values a case cannot have.
@@ -94,7 +94,7 @@ def select_cases(
         for case in PRESETS[name]:
             sizes, names = page_sizes or [case.page_size], dtype_names or [case.dtype]
             cases += [
-                dataclasses.replace(case, page_size=size, dtype=dtype, layout=layout, **fp8)
+                dataclasses.replace(case, page_size=size, dtype=dtype, layout=layout or case.layout, **fp8)
                 for size, dtype in itertools.product(sizes, names)
             ]
     if not presets or heads or batches or kv_lens:
@@ -105,7 +105,7 @@ def select_cases(
             page_sizes or [64],
             dtype_names or ["bfloat16"],
         )
-        cases += [Case(*point, layout, **fp8) for point in itertools.product(*grid)]
+        cases += [Case(*point, layout or "separate", **fp8) for point in itertools.product(*grid)]
     return list(dict.fromkeys(cases))
 
 

@@ -58,7 +58,7 @@ RUN_OPTIONS = (
     Option("--kv-len", "grid: tokens per request", "L,..", numbers),
     Option("--page-size", "grid, or instead of the preset's page sizes", "P,..", numbers),
     Option("--dtype", "bf16, fp16; grid, or instead of the preset's", "T,..", dtypes),
-    Option("--layout", "caches apart, or one 576-wide buffer", default="separate", choices=LAYOUTS),
+    Option("--layout", "caches apart, or in one buffer of rows; grid, or instead of the preset's", choices=LAYOUTS),
     Option("--kv-format", "FP8 cache; grid, or instead of the preset's caches", choices=FP8_FORMATS),
     Option("--q-fp8", "e4m3 queries, with --kv-format"),
     Option("--config", "KernelConfig to time instead of the default", "JSON", kernel_config),

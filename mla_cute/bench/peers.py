@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from .inputs import Inputs
 
 
+# Of 64 query rows, of a request in FlashMLA's dense FP8: the SMs of the smallest Hopper GPU, an H20.
+MOST_FP8_TILES = 78
+
+
 class Unsupported(Exception):
     """The peer does not offer this case: a page size, a cache format."""
 
@@ -191,6 +195,10 @@ class FlashMLA(Peer):
         if case.kv_format and case.dtype != "bfloat16":
             raise Unsupported(f"{case.dtype} outputs: FlashMLA's dense FP8 has bfloat16 ones only")
         (q_len,) = q_lens
+        if case.kv_format and q_len * case.num_heads > 64 * MOST_FP8_TILES:
+            # It shares the SMs among tiles of 64 query rows of a request; with none for each its plan fails an
+            # assertion on the GPU, after which the process can launch nothing.
+            raise Unsupported(f"{q_len} query tokens: FlashMLA's dense FP8 has at most {MOST_FP8_TILES} tiles of rows")
         attend = self._dense_fp8(inputs, q_len) if case.kv_format else self._dense(inputs, q_len)
         cache = self._cache(inputs).unsqueeze(2)
         self.outputs = {}

@@ -57,6 +57,8 @@ def test_select_cases():
         Case(8, 1, 64, 32, "float16"),
         Case(8, 2, 64, 32, "float16"),
     ]
+    lists = command.select_cases(["sparse"])
+    assert lists == list(dict.fromkeys(PRESETS["sparse"]))  # FP8 rows are fused there, and stay so
     sizes = command.select_cases(["table"], page_sizes=[1, 16], layout="fused")
     assert len(sizes) == 60
     assert {c.page_size for c in sizes} == {1, 16}

@@ -88,11 +88,14 @@ def test_fp8_cases(layout, calls, small_rotation):
     others = [dataclasses.replace(e4m3, kv_format=name) for name in ("token", "group")]
     bf16, fp16 = dataclasses.replace(e4m3, q_fp8=False), dataclasses.replace(e4m3, dtype="float16")
     drafts = PrefillCase(4, ((2, 3, 100),), kv_format="tensor", q_fp8=True, layout=layout)
-    found = rows_of(e4m3, bf16, fp16, drafts, *others)
+    prompt = PrefillCase(64, ((1, 79, 100),), kv_format="tensor", q_fp8=True, layout=layout)
+    found = rows_of(e4m3, bf16, fp16, drafts, prompt, *others)
     assert ran(found[e4m3]) == ran(found[drafts]) == ["flash_mla", "sgl_flash_mla"]
     assert ran(found[bf16]) == ["flashinfer"]
     assert "16-bit ones only" in found[e4m3]["flashinfer"]["unsupported"]
     assert "FlashMLA's dense FP8 has e4m3 queries" in found[bf16]["flash_mla"]["unsupported"]
+    for name in ("flash_mla", "sgl_flash_mla"):
+        assert found[prompt][name]["unsupported"] == "79 query tokens: FlashMLA's dense FP8 has at most 78 tiles of rows"
     assert found[fp16]["sgl_flash_mla"]["unsupported"].startswith("float16 outputs")
     for case in others:
         assert ran(found[case]) == []
