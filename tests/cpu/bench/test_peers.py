@@ -95,7 +95,9 @@ def test_fp8_cases(layout, calls, small_rotation):
     assert "16-bit ones only" in found[e4m3]["flashinfer"]["unsupported"]
     assert "FlashMLA's dense FP8 has e4m3 queries" in found[bf16]["flash_mla"]["unsupported"]
     for name in ("flash_mla", "sgl_flash_mla"):
-        assert found[prompt][name]["unsupported"] == "79 query tokens: FlashMLA's dense FP8 has at most 78 tiles of rows"
+        assert (
+            found[prompt][name]["unsupported"] == "79 query tokens: FlashMLA's dense FP8 has at most 78 tiles of rows"
+        )
     assert found[fp16]["sgl_flash_mla"]["unsupported"].startswith("float16 outputs")
     for case in others:
         assert ran(found[case]) == []
