@@ -34,10 +34,12 @@ class Bar(NamedBarrier):
     FIRST = 1, CONSUMERS  # -> both: row maxima of an item's first pair are in shared memory; P0 may be written
     RAISE = 2, CONSUMERS  # -> both, where references are raised: row maxima are there; P is; it has been multiplied
     P0 = 3, CONSUMERS  # wg 0, P0 is in shared memory -> wg 1
-    P1 = 4, CONSUMERS  # wg 1, P1 is in shared memory -> wg 0
-    EPI = 6, CONSUMERS  # -> both: the row sums of an item are in shared memory; nobody multiplies P0 any more
-    FILL0 = 7, WARPGROUP  # -> wg 0: its zeros are in the rows of V past kv_end
-    FILL1 = 8, WARPGROUP  # -> wg 1: likewise
+    P0_OF_PLACE_1 = 4, CONSUMERS
+    P1 = 5, CONSUMERS  # wg 1, P1 is in shared memory -> wg 0
+    P1_OF_PLACE_1 = 6, CONSUMERS
+    EPI = 7, CONSUMERS  # -> both: the row sums of an item are in shared memory; nobody multiplies P0 any more
+    FILL0 = 8, WARPGROUP  # -> wg 0: its zeros are in the rows of V past kv_end
+    FILL1 = 9, WARPGROUP  # -> wg 1: likewise
 
 
 def make_mbarriers(loader: TmaLoader | GatherLoader, num_stages: int) -> Mbarriers:

@@ -55,9 +55,9 @@ Shared memory: Q 72 KiB, two K tiles of 72 KiB, P0 8 KiB, what goes by rows 1.3 
 (the rope) is read to registers at the start of an item, and its bytes hold P1 from then on.
 
 Head dimensions. Heads of 256 + 64 leave room for a second pair: stages 0 and 1 are one place, 2 and 3 another, each
-with a P0 and a P1, and pairs take the places by turns. What is said of stages 0 and 1 above holds of each place. Of a
-rope of 32 channels QK takes half the sub-tile (lib/paged.py); without one its sub-tile, rope_empty and Q's rope are not
-there.
+with a P0 and a P1 and their barriers, and pairs take the places by turns. What is said of stages 0 and 1 above holds of
+each place. Of a rope of 32 channels QK takes half the sub-tile (lib/paged.py); without one its sub-tile, rope_empty and
+Q's rope are not there.
 
 Arguments that recur:
     wg               0 or 1, a constant: the consumer
@@ -101,11 +101,11 @@ class Consumer(Epilogue):
         # P0's place is free: this S0 needed (stage 0, half 1), refilled only after wg 1 drained its PV of the P0 that
         # was there.
         math.put_p(regs, smem.sP0, place)
-        Bar.P0.arrive()
+        self._tell_p(Bar.P0, place)
         warpgroup.wait_group(0)
         self._release_unless(smem, 0, stage0, asks)
         # Behind P1, which says that wg 1 has seen the tile arrive: TMA would write over zeros that were there before.
-        Bar.P1.sync()
+        self._await_p(Bar.P1, place)
         math.zero_v_tail(smem, regs, stage1, 0, valid1)
         math.add_pv(params.mma_pv, regs, of_place(regs.tOrP1, place, rank=3), 0, stage1)
         # This PV is not left in flight over the back-edge: ptxas then puts a wait behind every wgmma of the loop.
@@ -123,11 +123,11 @@ class Consumer(Epilogue):
         math.zero_v_tail(smem, regs, stage1, 1, valid1)
         asks = self._own_pv(params, smem, regs, 1, stage1, turn)
         math.put_p(regs, smem.sP1, place)
-        Bar.P1.arrive()
+        self._tell_p(Bar.P1, place)
         # P0 V0 does not go first, although stage 0 would then be released sooner: the refill of (stage 1, half 1), with
         # which this consumer's next QK begins, would come later. Even in front of this consumer's softmax, where it has
         # nothing to wait for, it costs 1 to 2 % in decode of 128 heads and 7 to 11 % in prefill.
-        Bar.P0.sync()
+        self._await_p(Bar.P0, place)
         math.zero_v_tail(smem, regs, stage0, 1, valid0)
         math.add_pv(params.mma_pv, regs, of_place(regs.tOrP0, place, rank=3), 1, stage0)
         self._raise_if_asked(params, smem, regs, 1, place, asks, turn)
@@ -288,6 +288,23 @@ class Consumer(Epilogue):
                 if cute.arch.vote_any_sync(asks[-1] != 0):
                     self._release(smem, 0, self.stage_of(place, 0))
             Bar.RAISE.sync()
+
+    # A pair in the other place needs nothing that a consumer releases behind its wait for P. So a warp may arrive for P
+    # of that pair before another has arrived for P of this one: hence a barrier for each place. Before the next pair in
+    # the same place comes the wait for its K.
+
+    def _tell_p(self, first: Bar, place) -> None:
+        """P of `place` is in shared memory. `first`: the barrier of place 0."""
+        if self.num_stages == 2:
+            first.arrive()
+        else:
+            barriers.arrive_of(first, place)
+
+    def _await_p(self, first: Bar, place) -> None:
+        if self.num_stages == 2:
+            first.sync()
+        else:
+            barriers.sync_of(first, place)
 
     @cute.jit
     def _release_unless(self, smem: Smem, wg: Constexpr, stage, asks):
