@@ -4,7 +4,8 @@ sparse MLA layers over `mla_sparse`.
     vllm serve deepseek-ai/DeepSeek-V3.2 --attention-backend CUSTOM [--kv-cache-dtype fp8_ds_mla]
 
 Written for vLLM 0.33.0, and found as vllm.py is: CUSTOM means this backend where the model's configuration has
-index_topk (_vllm_plugin.py). It has run with that release's classes on CPU tensors, and in no engine.
+index_topk (_vllm_plugin.py). Engines of that release have run it with small models on an H200
+(tests/gpu/test_vllm_sparse_engine.py).
 
 * The indexer, which makes the lists, stays vLLM's, and so do prompts no longer than topk (`forward_mha`, if vLLM has a
   prefill backend for the model). `_forward_mqa_kernel`, which all other tokens come to, is this library's: any number
