@@ -1,4 +1,4 @@
-"""References of the row-tile kernel over 16-bit caches: raised in any part of any tile, by any warp, and never needed.
+"""References of the row-tile kernels: raised in any part of any tile, by any warp, and never needed, row by row.
 
 A peak is a token whose score is so much higher, for the 16 heads of a warp, that P relative to the reference of the
 tokens before it leaves its range. One request is one item here, so that its references live for all its tokens.
@@ -6,15 +6,16 @@ tokens before it leaves its range. One request is one item here, so that its ref
 
 import pytest
 import torch
-from gpu_helpers import check, owned, same_bits
+from gpu_helpers import same_bits
 
 import mla_cute
 from mla_cute.testing.cases import make_case
+from mla_cute.testing.fp8 import make_fp8
 from mla_cute.testing.prefill import make_prefill_case
 
 PAGE_SIZE, KV_LEN = 64, 700
 # Of one item, whatever the number of SMs.
-CONFIG = mla_cute.KernelConfig(kernel="tile64", min_blocks=64)
+CONFIG = mla_cute.KernelConfig(kernel="tile64", fp8_kernel="tile64", min_blocks=64)
 Q_OF_PEAK = 8.0
 PAIR = 128
 
@@ -101,10 +102,11 @@ def test_a_list_that_begins_without_tokens(dtype, hidden):
     expect_attention(call("sparse", q, cache, ids, hidden), q, tokens[hidden:])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("layout", ["bf16", "fp16", "tensor", "tensor, e4m3 q", "token", "group"])
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
-def test_a_peak_for_one_row_changes_no_bit_of_the_others(kind, dtype):
+def test_a_peak_for_one_row_changes_no_bit_of_the_others(kind, layout):
     """The rows of a tile are independent, as batch_invariant has it: a tile of prefill may hold another request's."""
+    dtype = torch.float16 if layout == "fp16" else torch.bfloat16
     sizes = {"page_size": PAGE_SIZE, "sm_scale": 0.125, "dtype": dtype, "device": "cuda"}
     if kind == "decode":
         case = make_case([KV_LEN, 300, 65], num_heads=64, **sizes)
@@ -122,8 +124,9 @@ def test_a_peak_for_one_row_changes_no_bit_of_the_others(kind, dtype):
     results = []
     for height in (0.0, 16.0):
         case.q_pe[:rows, :, 0] = torch.where(loud, height, 0.0).to(dtype)
-        check(case, batch_invariant=True, config=CONFIG)
-        results.append(owned(case))
+        call = case if "16" in layout else make_fp8(case, layout.split(",")[0], "e4m3 q" in layout)
+        out, lse = call.call(batch_invariant=True, config=CONFIG)
+        results.append((out[:rows].clone(), lse[:rows].clone()))
     (out, lse), (peaked_out, peaked_lse) = results
     assert bool((peaked_lse[loud] > lse[loud] + 20).all())
     assert same_bits(out[~loud], peaked_out[~loud])

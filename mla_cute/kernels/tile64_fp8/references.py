@@ -29,7 +29,7 @@ class References(PairMath):
         """This thread asks for new references: a P or a scale of its own tile would leave float16's range, or the pair
         is its item's first, whose references are not chosen yet. `totals` are its shares of P's row sums, which
         no P exceeds."""
-        most = MAX_SCALED_P if self.kv_format == "token" else MAX_P
+        most = self._most()
         first = [self._is_first(smem, regs, pair, r) for r in range(2)]
         asks = (totals[0] > most) | (totals[1] > most) | first[0]
         if self.loader.sparse:
@@ -37,6 +37,10 @@ class References(PairMath):
         if self.num_scales > 0:
             asks = asks | self._scale_out_of_range(smem, regs, slot, valid)
         return asks
+
+    def _most(self) -> float:
+        """Of a thread's share of a row sum, where P is in range."""
+        return MAX_SCALED_P if self.kv_format == "token" else MAX_P
 
     def _is_first(self, smem: Smem, regs: Fragments, pair: Pair, r: int):
         """No reference of this thread's row `r` has been chosen. That is so in the first pair of an item: all of the
@@ -68,13 +72,18 @@ class References(PairMath):
 
     @cute.jit
     def _raise_references(self, smem: Smem, regs: Fragments, pair: Pair, sums, first, slot, valid, wg):
-        """Both consumers together raise the references of all rows to the largest scores of the pair, and the unit to
-        its largest scale. P of the pair and `sums`, this thread's shares of its row sums, are made again; what was
-        added up before, O and rL, is multiplied to the new references. In an item's first pair nothing was added up and
-        the references begin at 0, so they may fall there, too."""
+        """Both consumers together raise the references of rows whose P is out of range to their largest scores of the
+        tiles where it is, and the unit to the pair's largest scale. P of the pair and `sums`, this thread's shares of
+        its row sums, are made again; what was added up before, O and rL, is multiplied to the new references. In an
+        item's first pair nothing was added up and the references begin at 0, so they may fall there, too.
+
+        Other rows keep their references and with them all their bits: what a row becomes does not depend on the rows
+        beside it, which may be another request's."""
         rows = (regs.row, regs.row + 8)
         largest = [softmax.row_max(regs.S, r, 16) for r in range(2)]
         for r in cutlass.range_constexpr(2):
+            asks = (softmax.quad_any(sums[r] > self._most(), regs.lane) != 0) | first[r]
+            largest[r] = largest[r] if asks else -Float32.inf
             put_row(regs, smem.sMax[wg, None], rows[r], largest[r])
         Bar.MAX.sync()
         unit_factor = self._raise_unit(smem, regs, pair)
