@@ -70,6 +70,20 @@ def test_fp8_caches(num_heads, layout, q_fp8, drift):
     accepted(fp8, lists, expected=expected, batch_invariant=True)
 
 
+@pytest.mark.parametrize("score", [-12.0, -24.0, -80.0], ids=lambda score: f"{score:.0f} nats")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@BOTH_KERNELS
+def test_lists_of_low_scores(num_heads, layout, score):
+    """P relative to 0 would be a float16 with few digits or none: an item's first references have to fall there."""
+    case = make_case([5, 40, 70, 700], num_heads=num_heads, page_size=64, sm_scale=0.125, device="cuda")
+    case.q_pe[..., 0] = 8.0
+    case.kpe_cache[..., 0] = torch.where(case.kpe_cache[..., 0].isnan(), torch.nan, score)
+    fp8 = make_fp8(case, layout, kpe_scale=0.25)
+    lists = lists_of(case, first_none=LATE)
+    accepted(fp8, lists)
+    accepted(fp8, lists, batch_invariant=True)
+
+
 @pytest.mark.parametrize("kernel", ["tile16", "tile64"])
 @pytest.mark.parametrize("num_heads", [16, 64])
 def test_both_kernels_at_every_head_count(num_heads, kernel):

@@ -17,9 +17,13 @@ from ..lib.softmax import MAX_P, MAX_SCALED_P, MAX_UNITS
 from .math import PairMath, put_row
 from .params import Bar, Fragments, Pair, Smem
 
-# A reference that has not been chosen: it changes no score. Sparse alone; else an item's first pair chooses.
-UNCHOSEN = -0.0
+# A reference that has not been chosen, -0.0: it changes no score. Sparse alone; else an item's first pair chooses.
 UNCHOSEN_BITS = Uint32(0x80000000)
+
+
+def unchosen() -> Float32:
+    """From its bits: the DSL keeps constants by value, and hands out the 0.0 that it has for -0.0."""
+    return Uint32(0x80000000).bitcast(Float32)
 
 
 class References(PairMath):
@@ -93,7 +97,7 @@ class References(PairMath):
             up = cute.arch.fmax(both, Float32(0.0))
             if first[r]:
                 # A row that sees no key of the pair keeps 0, or UNCHOSEN.
-                up = Float32(UNCHOSEN) if const_expr(self.loader.sparse) else Float32(0.0)
+                up = unchosen() if const_expr(self.loader.sparse) else Float32(0.0)
                 if both > -Float32.inf:
                     up = both
             ref = regs.rRef[r] + up

@@ -78,7 +78,7 @@ from .params import (
     Smem,
 )
 from .query import QueryLoad
-from .references import UNCHOSEN, References
+from .references import References, unchosen
 
 # An item's unit before its first pair. 64 of it are less than any scale that matters, so the first pair chooses another
 # unit; the inverse of this one is finite, because the first P of that pair is made with it.
@@ -195,7 +195,8 @@ class Consumer(QueryLoad, References, Epilogue):
             for m in cutlass.range_constexpr(self.blocks):
                 regs.rO[m].fill(0.0)
             regs.rL.fill(0.0)
-            regs.rRef.fill(UNCHOSEN if const_expr(self.loader.sparse) else 0.0)
+            for r in cutlass.range_constexpr(2):
+                regs.rRef[r] = unchosen() if const_expr(self.loader.sparse) else Float32(0.0)
             regs.rUnit[0] = Float32(FIRST_UNIT)
             left = smem.sItem[slot, Word.KV_END] - smem.sItem[slot, Word.KV_BEGIN]
             gap = self.rows.gap(params, smem, slot)

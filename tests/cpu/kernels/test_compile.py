@@ -3,6 +3,7 @@
 import collections
 import functools
 import pathlib
+import re
 
 import pytest
 
@@ -250,6 +251,15 @@ def test_sparse_instructions(variant):
     assert mnemonics["LDGSTS"] > 0
     # Q of tile64 over 16-bit caches comes by TMA, nothing else does
     assert (mnemonics["UTMALDG"] > 0) == (kernel is registry.DECODE)
+
+
+@pytest.mark.usefixtures("nvdisasm")
+def test_lists_begin_with_references_that_are_not_chosen():
+    """-0.0 is what tells them, and the DSL hands out 0.0 for the number -0.0 where it has had 0.0 before."""
+    [variant] = [v for v in COVERED_SPARSE if v[0] is registry.DECODE_FP8 and v[1].kv_format == "group"]
+    text = "".join(map(sass.disassemble, jit.cubins(*variant)))
+    assert len(re.findall(r"ISETP\.NE\S* P\d, PT, R\d+, -0x80000000", text)) >= 2  # is it chosen?
+    assert len(re.findall(r"MOV\S* R\d+, (?:RZ, RZ, )?-0x80000000", text)) >= 2
 
 
 def test_other_head_dims_are_complete():
