@@ -63,6 +63,14 @@ def limit_of(runs: Collection[str], limit_s: float, cores_each: int = 1) -> floa
     return (limit_s + SPARE_S) * -(-len(runs) // workers_of(runs, cores_each)) + SPARE_S
 
 
+def marks_of(why: str | None, runs: Collection[str], limit_s: float, cores_each: int = 1) -> list[pytest.MarkDecorator]:
+    """Of a module that tests `runs`: `why`, if any, skips its tests; each may take as long as all runs together."""
+    return [
+        pytest.mark.skipif(why is not None, reason=str(why)),
+        pytest.mark.timeout(limit_of(runs, limit_s, cores_each)),
+    ]
+
+
 def asked_for(request: pytest.FixtureRequest, runs: Iterable[str]) -> list[str]:
     """The runs that tests of the requesting module name among their parameters, if these tests were chosen to run."""
     items = [item for item in request.session.items if item.path == request.path]
@@ -95,3 +103,19 @@ def reports_of(
 
     yield report
     pool.shutdown(cancel_futures=True)
+
+
+def fixture_of(script: str, runs: Collection[str], limit_s: float, cores_each: int = 1) -> Any:
+    """A module's fixture: the report of a run of `script` by its name. Where tests are left out (-k), a run starts when
+    it is asked for."""
+
+    @pytest.fixture(scope="module")
+    def report_of(
+        tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
+    ) -> Iterator[Callable[[str], dict[str, Any]]]:
+        first = () if pytestconfig.option.keyword else runs
+        folder = tmp_path_factory.mktemp(Path(script).stem)
+        with reports_of(script, folder, limit_s, workers_of(runs, cores_each), first) as report:
+            yield report
+
+    return report_of

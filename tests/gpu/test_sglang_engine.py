@@ -8,28 +8,15 @@ chooses some.
 import pytest
 import sglang_engine
 from engine_case import TOKENS, check_same
-from engine_runs import limit_of, reports_of, why_not, workers_of
+from engine_runs import fixture_of, marks_of, why_not
 from sglang_engine import LIMIT_S, RELEASE, RUNS
 
 # An engine is three processes, whose imports and kernels' compilation take cores.
 CORES_EACH = 2
 OUTPUT_LIMIT = 2e-2  # of one token's head in the Frobenius norm, 2e-3 of which is the output's rounding to bf16
 
-WHY_NOT = why_not("SGLang", RELEASE)
-pytestmark = [
-    pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT)),
-    pytest.mark.timeout(limit_of(RUNS, LIMIT_S, CORES_EACH)),
-]
-
-
-@pytest.fixture(scope="module")
-def report_of(tmp_path_factory, pytestconfig):
-    """The report of a run by its name. Where tests are left out (-k), a run starts when it is asked for."""
-    first = () if pytestconfig.option.keyword else RUNS
-    folder = tmp_path_factory.mktemp("sglang_engine")
-    with reports_of(sglang_engine.__file__, folder, LIMIT_S, workers_of(RUNS, CORES_EACH), first) as report:
-        yield report
-
+pytestmark = marks_of(why_not("SGLang", RELEASE), RUNS, LIMIT_S, CORES_EACH)
+report_of = fixture_of(sglang_engine.__file__, RUNS, LIMIT_S, CORES_EACH)
 
 DRAFTING = {"extend", "target_verify", "draft model: extend", "draft model: decode", "draft model: draft_extend_v2"}
 

@@ -7,7 +7,7 @@ Each run of tests/vllm_engine.py is a process; all start with the first test, un
 import pytest
 import vllm_engine
 from engine_case import TOKENS, check_same
-from engine_runs import limit_of, reports_of, why_not, workers_of
+from engine_runs import fixture_of, marks_of, why_not
 from vllm_engine import LIMIT_S, RELEASE, RUNS
 
 from mla_cute.integrations._vllm_plugin import BACKEND
@@ -15,20 +15,8 @@ from mla_cute.integrations._vllm_plugin import BACKEND
 # Of one token's head in the Frobenius norm, 2e-3 of which is the output's rounding to bf16; absolute.
 OUTPUT_LIMIT, LSE_LIMIT = 2e-2, 2e-2
 
-WHY_NOT = why_not("vLLM", RELEASE)
-pytestmark = [
-    pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT)),
-    pytest.mark.timeout(limit_of(RUNS, LIMIT_S)),
-]
-
-
-@pytest.fixture(scope="module")
-def report_of(tmp_path_factory, pytestconfig):
-    """The report of a run by its name. Where tests are left out (-k), a run starts when it is asked for."""
-    first = () if pytestconfig.option.keyword else RUNS
-    folder = tmp_path_factory.mktemp("vllm_engine")
-    with reports_of(vllm_engine.__file__, folder, LIMIT_S, workers_of(RUNS), first) as report:
-        yield report
+pytestmark = marks_of(why_not("vLLM", RELEASE), RUNS, LIMIT_S)
+report_of = fixture_of(vllm_engine.__file__, RUNS, LIMIT_S)
 
 
 @pytest.mark.parametrize(

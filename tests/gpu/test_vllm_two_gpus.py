@@ -4,17 +4,14 @@ import pytest
 import torch
 import vllm_engine
 from engine_case import check_same
-from engine_runs import asked_for, limit_of, reports_of, why_not, workers_of
+from engine_runs import asked_for, marks_of, reports_of, why_not, workers_of
 from vllm_engine import LIMIT_S, RELEASE, RUNS_OF_TWO
 
 from mla_cute.integrations._vllm_plugin import BACKEND
 
 RANKS = 2
 WHY_NOT = "needs two GPUs" if torch.cuda.device_count() < 2 else why_not("vLLM", RELEASE)
-pytestmark = [
-    pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT)),
-    pytest.mark.timeout(limit_of(RUNS_OF_TWO, LIMIT_S, RANKS)),
-]
+pytestmark = marks_of(WHY_NOT, RUNS_OF_TWO, LIMIT_S, RANKS)
 
 
 @pytest.fixture(scope="module")
