@@ -52,6 +52,25 @@ def quad_any(condition, lane):
     return cutlass.select_(((mask >> (lane & ~3)) & 0xF) != 0, Int32(1), Int32(0))
 
 
+@cute.jit
+def put_row(column, row, lane, value):
+    """column[row] = value, once for the four lanes that share the row."""
+    if lane % 4 == 0:
+        column[row] = value
+
+
+def put_rows(column, row, lane, values) -> None:
+    """The same of a thread's two rows, `row` and `row + 8`."""
+    for r in range(2):
+        put_row(column, row + 8 * r, lane, values[r])
+
+
+def inverse_sum(total, sink=None):
+    """1 / (total + sink), and 0 for a row that saw no key: O is 0 there, and has to stay 0."""
+    divisor = total if sink is None else total + sink
+    return cutlass.select_(total != 0.0, cute.arch.rcp_approx(divisor), Float32(0.0))
+
+
 def row_max(s_rc, row: int, num_cols: int):
     """Maximum of row 0 or 1 of a (row, column) view (wgmma.row_col_view), over the lanes that share it."""
     mx = cute.arch.fmax(s_rc[row, 0], s_rc[row, 1])

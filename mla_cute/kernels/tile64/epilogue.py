@@ -62,16 +62,14 @@ class Epilogue(Variant):
         return [scalars.sink_weight(params, head0 + regs.row + 8 * r, regs.rRef[r]) for r in range(2)]
 
 
-def inverse_sum(smem: Smem, regs: Fragments, row: int, sink=None):
-    """1 / (l + sink), and 0 for a row that saw no key: O is 0 there, and has to stay 0."""
+def _inverse_sum(smem: Smem, regs: Fragments, row: int, sink=None):
     total = smem.sL[regs.row + 8 * row] + smem.sL[regs.row + 8 * row + TILE_M]
-    divisor = total if sink is None else total + sink
-    return cutlass.select_(total != 0.0, cute.arch.rcp_approx(divisor), Float32(0.0))
+    return softmax.inverse_sum(total, sink)
 
 
 def pack_output(smem: Smem, regs: Fragments, words, dtype, sinks: list) -> None:
     """O, normalised, in the 16-bit dtype, to `words`: (row, pair of columns)."""
-    inverse = [inverse_sum(smem, regs, r, sinks[r]) for r in range(2)]
+    inverse = [_inverse_sum(smem, regs, r, sinks[r]) for r in range(2)]
     for j in range(o_cols(regs) // 2):
         for r in range(2):
             pair = (regs.O[r, 2 * j + i] * inverse[r] for i in range(2))
@@ -96,7 +94,7 @@ def pack_int16(smem: Smem, regs: Fragments, words) -> list:
     for j in range(o_cols(regs) // 2):
         for r in range(2):
             words[r, j] = partials.int16_words((regs.O[r, 2 * j], regs.O[r, 2 * j + 1]), factors[r])[0]
-    return [partials.int16_worth(largest[r] * inverse_sum(smem, regs, r)) for r in range(2)]
+    return [partials.int16_worth(largest[r] * _inverse_sum(smem, regs, r)) for r in range(2)]
 
 
 @cute.jit

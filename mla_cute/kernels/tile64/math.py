@@ -95,14 +95,6 @@ def row_maxima(params: Params, regs: Fragments) -> list:
     return [softmax.row_max(regs.S, r, S_COLS) * params.scale_log2 for r in range(2)]
 
 
-@cute.jit
-def put_rows(smem: Smem, regs: Fragments, wg: Constexpr, values):
-    """A value of each of this thread's two rows to sMax, once for the four lanes that share a row."""
-    if regs.lane % 4 == 0:
-        for r in cutlass.range_constexpr(2):
-            smem.sMax[wg, regs.row + 8 * r] = values[r]
-
-
 def make_p(params: Params, regs: Fragments, part: int) -> list:
     """A part of P under the references, in 16 bits. Returns this thread's shares of its row sums, in float32 and not of
     what was rounded. S stays as it is."""

@@ -206,7 +206,7 @@ class Consumer(Epilogue):
         """In an item's first pair: the row maxima of both tiles, which the consumers exchange."""
         if first:
             maxima = math.row_maxima(params, regs)
-            math.put_rows(smem, regs, wg, maxima)
+            softmax.put_rows(smem.sMax[wg, None], regs.row, regs.lane, maxima)
             Bar.FIRST.sync()
             for r in cutlass.range_constexpr(2):
                 # A row that sees no key of the pair has a reference that every score of a later one is out of range of.
@@ -258,7 +258,7 @@ class Consumer(Epilogue):
             warpgroup.wait_group(0)
             maxima = math.row_maxima(params, regs)
             own = [maxima[r] if (asks[-1] >> r) % 2 != 0 else Float32(softmax.LOWEST) for r in range(2)]
-            math.put_rows(smem, regs, wg, own)
+            softmax.put_rows(smem.sMax[wg, None], regs.row, regs.lane, own)
             Bar.RAISE.sync()
             factors = [None, None]
             for r in cutlass.range_constexpr(2):

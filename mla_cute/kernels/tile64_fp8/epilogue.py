@@ -9,7 +9,6 @@ import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int64, const_expr
 
 from ..lib import barriers, partials, ptx, scalars, softmax
-from .math import put_rows
 from .params import FILL, Bar, Fragments, Params, Smem, Variant
 
 
@@ -26,9 +25,9 @@ class Epilogue(Variant):
         partial = self.rows.is_partial(smem, slot)
         for r in cutlass.range_constexpr(2):
             regs.rL[r] = softmax.quad_sum(regs.rL[r])
-        put_rows(regs, smem.sL[wg, None], [regs.rL[0], regs.rL[1]])
+        softmax.put_rows(smem.sL[wg, None], regs.row, regs.lane, regs.rL)
         if wg == 0:
-            put_rows(regs, smem.sMax[0, None], [regs.rRef[0], regs.rRef[1]])
+            softmax.put_rows(smem.sMax[0, None], regs.row, regs.lane, regs.rRef)
         else:
             if regs.t < rows:
                 token, head = self.rows.token_and_head(params, smem, slot, head0, regs.t)
@@ -59,10 +58,7 @@ def _row(regs: Fragments, j: int, e: int):
 
 
 def _inverse_sum(smem: Smem, row, sink=None):
-    """1 / (l + sink), and 0 for a row that saw no key: O is 0 there, and has to stay 0."""
-    total = smem.sL[0, row] + smem.sL[1, row]
-    divisor = total if sink is None else total + sink
-    return cutlass.select_(total != 0.0, cute.arch.rcp_approx(divisor), Float32(0.0))
+    return softmax.inverse_sum(smem.sL[0, row] + smem.sL[1, row], sink)
 
 
 def _channels(regs: Fragments, m: int, j: int, e: int):

@@ -46,19 +46,6 @@ def make_fragments(params: Params, smem: Smem, t: Int32, wg: Int32, blocks: int)
     )
 
 
-@cute.jit
-def put_row(regs: Fragments, column, row, value):
-    """column[row] = value, once for the four lanes that share the row."""
-    if regs.lane % 4 == 0:
-        column[row] = value
-
-
-def put_rows(regs: Fragments, column, values: list) -> None:
-    """Values of this thread's two rows."""
-    for r in range(2):
-        put_row(regs, column, regs.row + 8 * r, values[r])
-
-
 class PairMath(Variant):
     """Methods of Tile64Fp8. `tile` is a tile's number among all that the CTA runs, `slot` where it lies in the ring;
     `valid` are the tokens of the item from the tile's first one on."""

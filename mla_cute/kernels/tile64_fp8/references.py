@@ -14,7 +14,7 @@ from ..lib import e4m3, softmax
 from ..lib.paged import TILE_N
 from ..lib.row_map import Word
 from ..lib.softmax import MAX_P, MAX_SCALED_P, MAX_UNITS
-from .math import PairMath, put_row
+from .math import PairMath
 from .params import Bar, Fragments, Pair, Smem
 
 # A reference that has not been chosen, -0.0: it changes no score. Sparse alone; else an item's first pair chooses.
@@ -88,7 +88,7 @@ class References(PairMath):
         for r in cutlass.range_constexpr(2):
             asks = (softmax.quad_any(sums[r] > self._most(), regs.lane) != 0) | first[r]
             largest[r] = largest[r] if asks else -Float32.inf
-            put_row(regs, smem.sMax[wg, None], rows[r], largest[r])
+            softmax.put_row(smem.sMax[wg, None], rows[r], regs.lane, largest[r])
         Bar.MAX.sync()
         unit_factor = self._raise_unit(smem, regs, pair)
         for r in cutlass.range_constexpr(2):
@@ -108,7 +108,7 @@ class References(PairMath):
             # At most 1: where the reference falls, O and the sums are 0, which an infinite factor would make NaN.
             factor = softmax.exp2(cutlass.min(-up, Float32(0.0)))
             if wg == 0:
-                put_row(regs, smem.sFactor, rows[r], factor * unit_factor)
+                softmax.put_row(smem.sFactor, rows[r], regs.lane, factor * unit_factor)
             regs.rL[r] = regs.rL[r] * factor
             for n in cutlass.range_constexpr(16):
                 regs.S[r, n] = regs.S[r, n] - up
