@@ -33,6 +33,7 @@ GROUP_DIM = CKV_DIM // NUM_SCALES["group"]
 
 # Query rows of a tile of the tile64 kernels and of the tile16 ones; tokens of a K tile, which planners call a block.
 TILE_M = 64
+TILE32_M = 32
 TILE16_M = 16
 BLOCK = 64
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 
 from ..config import KernelConfig
-from ..dims import BLOCK, DTYPES, HEAD_DIMS, KV_FORMATS, TILE16_M, TILE_M, HeadDims
+from ..dims import BLOCK, DTYPES, HEAD_DIMS, KV_FORMATS, TILE16_M, TILE32_M, TILE_M, HeadDims
 from .keys import (
     APPEND,
     BOX_ROWS,
@@ -15,6 +15,7 @@ from .keys import (
     DECODE_FP8,
     DECODE_TILE16,
     DECODE_TILE16_FP8,
+    DECODE_TILE32_FP8,
     LENGTHS,
     MAX_PARTS,
     MERGE_STATES,
@@ -47,7 +48,9 @@ def step_of(op: str, kv_format: str, num_heads: int, config: KernelConfig) -> Ke
         return PREFILL_FP8 if kv_format else PREFILL
     if takes_tile16(kv_format, num_heads, config):
         return DECODE_TILE16_FP8 if kv_format else DECODE_TILE16
-    return DECODE_FP8 if kv_format else DECODE
+    if not kv_format:
+        return DECODE
+    return DECODE_TILE32_FP8 if num_heads <= TILE32_M else DECODE_FP8
 
 
 def takes_tile16(kv_format: str, num_heads: int, config: KernelConfig) -> bool:
@@ -132,7 +135,14 @@ def variants(
     config = config or KernelConfig()
     found: list[Variant] = []
     for op, main, key, main_fp8, planner, planner_key in (
-        ("decode", (DECODE, DECODE_TILE16), DecodeKey, (DECODE_FP8, DECODE_TILE16_FP8), PLANNER, PlannerKey),
+        (
+            "decode",
+            (DECODE, DECODE_TILE16),
+            DecodeKey,
+            (DECODE_FP8, DECODE_TILE32_FP8, DECODE_TILE16_FP8),
+            PLANNER,
+            PlannerKey,
+        ),
         ("prefill", (PREFILL,), PrefillKey, (PREFILL_FP8,), PREFILL_PLANNER, PrefillPlannerKey),
     ):
         if op in ops:
@@ -191,7 +201,7 @@ def sparse_variants(
             found += [(kernel, key, config.launch()) for kernel in (DECODE, DECODE_TILE16)]
         found += [
             (kernel, Fp8Key(dtype, 0, kv_format, q_fp8, sparse=True, dims=dims), config.launch())
-            for kernel in (DECODE_FP8, DECODE_TILE16_FP8)
+            for kernel in (DECODE_FP8, DECODE_TILE32_FP8, DECODE_TILE16_FP8)
             for kv_format in KV_FORMATS
             if kv_format in kv_formats and has_format(dims, kv_format)
             for q_fp8 in (False, True)

@@ -8,7 +8,7 @@ from mla_cute.kernels.registry import box_rows_of
 from mla_cute.testing.cases import make_case
 from mla_cute.testing.fp8 import LAYOUTS, Fp8Case, make_fp8
 
-# What these tests compile: (kernel, dtype, box rows, format, e4m3 queries). Full boxes in bfloat16 with every format
+# What these tests compile: (kernel, dtype, box rows, format, e4m3 queries), "tile64" with 32 and with 64 rows. Full boxes in bfloat16 with every format
 # and query; every other way of loading, which both kernels share, with every format.
 BF16, FP16 = torch.bfloat16, torch.float16
 VARIANTS = (
@@ -34,8 +34,8 @@ VARIANTS = (
 
 BOTH_Q = pytest.mark.parametrize("q_fp8", [False, True], ids=["q16", "q_e4m3"])
 EVERY_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
-# One head count for each kernel.
-BOTH_KERNELS = pytest.mark.parametrize("num_heads", [16, 128])
+# One head count for each kernel: tile16, and row tiles of 32 and of 64 rows.
+EVERY_KERNEL = pytest.mark.parametrize("num_heads", [16, 32, 128])
 
 
 def make(layout, q_fp8, lengths, num_heads=16, page_size=64, dtype=BF16, prepare=None, fp8=None, **kwargs) -> Fp8Case:

@@ -23,17 +23,18 @@ EVERY_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 def make_16_bit(op, lengths=None, **options):
-    """128 heads of decode, or as many rows of prefill that fewer heads have."""
+    """128 or 32 heads of decode, or more rows of prefill that fewer heads have."""
     options = {"page_size": 64, "device": "cuda"} | options
-    if op == "decode":
-        return make_case(lengths or [8192, 5000, 1000, 65, 64, 1, 0], **{"num_heads": 128} | options)
+    if op.startswith("decode"):
+        num_heads = 128 if op == "decode" else 32
+        return make_case(lengths or [8192, 5000, 1000, 65, 64, 1, 0], **{"num_heads": num_heads} | options)
     requests = [(70, 8192), (200, 1000), (1, 65), (0, 0)]
     return make_prefill_case(lengths or requests, **{"num_heads": 16} | options)
 
 
 @pytest.mark.parametrize("q_fp8", [False, True], ids=["q16", "q_e4m3"])
 @pytest.mark.parametrize("layout", ["tensor", "token"])
-@pytest.mark.parametrize("op", ["decode", "prefill"])
+@pytest.mark.parametrize("op", ["decode", "decode of 32 heads", "prefill"])
 def test_high_is_closer_than_native(op, layout, q_fp8):
     fp8 = make_fp8(make_16_bit(op), layout, q_fp8)
     expected = expected_fp8(fp8)
@@ -43,9 +44,9 @@ def test_high_is_closer_than_native(op, layout, q_fp8):
     assert high.relative_error < min(LIMIT, native.relative_error)
 
 
-@pytest.mark.parametrize("num_heads", [16, 128])
+@pytest.mark.parametrize("num_heads", [16, 32, 128])
 def test_where_high_and_native_are_the_same_no_bit_changes(num_heads):
-    layouts = ["group"] if num_heads == 128 else ["tensor", "token", "group"]
+    layouts = ["tensor", "token", "group"] if num_heads == 16 else ["group"]
     for layout in layouts:
         fp8 = make_fp8(make_case([3000, 70], num_heads=num_heads, page_size=64, device="cuda"), layout, False)
         high, native = fp8.call(config=HIGH), fp8.call(config=NATIVE)
@@ -189,8 +190,8 @@ def test_fast_in_a_graph():
 
 @pytest.mark.parametrize("layout", ["tensor", "token", "group"])
 def test_where_fast_is_as_high_no_bit_changes(layout):
-    """tile16 with queries of both kinds, row tiles with e4m3 queries."""
-    for num_heads, q_fp8 in ((16, False), (16, True), (128, True)):
+    """tile16 and row tiles of 32 rows with queries of both kinds, those of 64 with e4m3 queries."""
+    for num_heads, q_fp8 in ((16, False), (16, True), (32, False), (32, True), (128, True)):
         case = make_case([3000, 70], num_heads=num_heads, page_size=64, device="cuda")
         fp8 = make_fp8(case, layout, q_fp8)
         high, fast = fp8.call(config=HIGH), fp8.call(config=FAST)

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from fp8_decode_case import BF16, BOTH_KERNELS, BOTH_Q, EVERY_LAYOUT, FP16, VARIANTS, make
+from fp8_decode_case import BF16, BOTH_Q, EVERY_KERNEL, EVERY_LAYOUT, FP16, VARIANTS, make
 from gpu_helpers import ENTRIES, bits, plan_of, same_bits
 from gpu_helpers import check_fp8 as check
 
@@ -15,7 +15,7 @@ from mla_cute.testing.cases import CACHE_LAYOUTS, OUT_LAYOUTS, Q_LAYOUTS, make_c
 from mla_cute.testing.fp8 import LAYOUTS, Fp8Case, compare_fp8, expected_fp8
 
 PAGE_SIZES = {64: (64, 128), 32: (32,), 16: (16,), 8: (8, 24), 0: (1,)}
-HEADS = {"tile64": (24, 64, 100, 128), "tile16": (1, 8, 16)}
+HEADS = {"tile64": (24, 64, 100, 32, 128), "tile16": (1, 8, 16)}
 ROWS = mla_cute.KernelConfig(fp8_kernel="tile64")
 BOTH_ENTRIES = pytest.mark.parametrize("entry", ENTRIES)
 
@@ -157,14 +157,14 @@ def test_the_tile16_kernel_with_many_heads(layout, q_fp8, num_heads):
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True], ids=["balanced", "invariant"])
-@BOTH_KERNELS
+@EVERY_KERNEL
 @pytest.mark.parametrize(("layout", "q_fp8"), [("tensor", False), ("tensor", True), ("token", False), ("group", True)])
 def test_one_long_request(layout, q_fp8, num_heads, batch_invariant):
     check(make(layout, q_fp8, [131072], num_heads), batch_invariant=batch_invariant)
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True], ids=["balanced", "invariant"])
-@BOTH_KERNELS
+@EVERY_KERNEL
 @BOTH_Q
 @EVERY_LAYOUT
 def test_more_requests_than_sms(layout, q_fp8, num_heads, batch_invariant):
@@ -231,7 +231,7 @@ def test_a_row_does_not_see_its_neighbours(layout, q_fp8, num_heads, entry):
             assert same_bits(got_lse[at], lse[b]), where
 
 
-@BOTH_KERNELS
+@EVERY_KERNEL
 @BOTH_Q
 @EVERY_LAYOUT
 def test_twenty_repeats(layout, q_fp8, num_heads):
@@ -285,7 +285,7 @@ def test_full_last_pages_by_default(page_size):
     assert verdict.ok, verdict
 
 
-@BOTH_KERNELS
+@EVERY_KERNEL
 @BOTH_Q
 def test_both_caches_in_one_buffer_of_576_bytes(q_fp8, num_heads):
     fp8 = make("tensor", q_fp8, [1000, 0, 65, 5000], num_heads)
@@ -318,7 +318,7 @@ def test_strides_of_size_one_dimensions_do_not_matter(layout):
             assert same_bits(got, expected)
 
 
-@BOTH_KERNELS
+@EVERY_KERNEL
 @BOTH_Q
 @EVERY_LAYOUT
 def test_one_plan_for_16_bit_and_fp8_caches(layout, q_fp8, num_heads):

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from fp8_decode_case import BF16, BOTH_KERNELS, BOTH_Q, EVERY_LAYOUT, FP16, make
+from fp8_decode_case import BF16, BOTH_Q, EVERY_KERNEL, EVERY_LAYOUT, FP16, make
 from gpu_helpers import check_fp8 as check
 from gpu_helpers import same_bits
 
@@ -28,7 +28,7 @@ def put_scales(fp8: Fp8Case, b: int, values: torch.Tensor) -> None:
     array[fp8.slots(b)] = values.to("cuda").reshape(len(values), -1).expand(-1, array.shape[-1])
 
 
-@BOTH_KERNELS
+@EVERY_KERNEL
 @BOTH_Q
 @EVERY_LAYOUT
 def test_saturated_values(layout, q_fp8, num_heads):
@@ -52,7 +52,7 @@ def test_saturated_values(layout, q_fp8, num_heads):
     check(fp8)
 
 
-@BOTH_KERNELS
+@EVERY_KERNEL
 @pytest.mark.parametrize("page_size", [64, 1])
 @SCALED
 def test_zero_scales(layout, page_size, num_heads):
@@ -70,7 +70,7 @@ def test_zero_scales(layout, page_size, num_heads):
     assert fp8.case.lse[4].isfinite().all()
 
 
-@BOTH_KERNELS
+@EVERY_KERNEL
 def test_one_group_of_zero_scales(num_heads):
     for layout in ("group", "group656"):
         fp8 = make(layout, False, LENGTHS, num_heads)
@@ -120,7 +120,7 @@ def test_subnormal_values_are_exact(layout, q_fp8, num_heads, page_size, dtype, 
 
 @pytest.mark.parametrize("large", ["nowhere", "start", "end", "everywhere"])
 @pytest.mark.parametrize("drift", [0.0, 60.0, -60.0])
-@BOTH_KERNELS
+@EVERY_KERNEL
 @BOTH_Q
 @SCALED
 def test_scales_from_1_to_1e4(layout, q_fp8, num_heads, drift, large):
@@ -142,7 +142,7 @@ def test_scales_from_1_to_1e4(layout, q_fp8, num_heads, drift, large):
     check(fp8)
 
 
-@BOTH_KERNELS
+@EVERY_KERNEL
 @BOTH_Q
 @SCALED
 def test_large_scales_of_tokens_without_weight(layout, q_fp8, num_heads):
@@ -167,7 +167,7 @@ def test_large_scales_of_tokens_without_weight(layout, q_fp8, num_heads):
         check(fp8)
 
 
-@BOTH_KERNELS
+@EVERY_KERNEL
 @SCALED
 def test_scores_and_scales_that_rise_together(layout, num_heads):
     """Tokens whose P is 2^12 of those before and whose scales are 57 times as large: their product is no float16, and
@@ -192,7 +192,7 @@ def test_scores_and_scales_that_rise_together(layout, num_heads):
         check(fp8)
 
 
-@BOTH_KERNELS
+@EVERY_KERNEL
 @pytest.mark.parametrize("page_size", [64, 1])
 @SCALED
 def test_scales_of_unused_rows_do_not_matter(layout, page_size, num_heads):
@@ -230,7 +230,7 @@ def test_nan_in_a_token_stays_in_its_request(layout, what, page_size, num_heads)
 
 
 @pytest.mark.parametrize("channels", [64, 4], ids=["all_channels", "four_channels"])
-@BOTH_KERNELS
+@EVERY_KERNEL
 @BOTH_Q
 @EVERY_LAYOUT
 def test_rope_up_to_1000(layout, q_fp8, num_heads, channels):
@@ -244,7 +244,7 @@ def test_rope_up_to_1000(layout, q_fp8, num_heads, channels):
     check(fp8)
 
 
-@BOTH_KERNELS
+@EVERY_KERNEL
 @EVERY_LAYOUT
 def test_outlier_channels(layout, num_heads):
     """A few channels 50 times as large as the others, as real latents have them."""
@@ -256,7 +256,7 @@ def test_outlier_channels(layout, num_heads):
     check(make(layout, False, LENGTHS, num_heads, prepare=prepare, fp8={"ckv_scale": 250 / 448}))
 
 
-@BOTH_KERNELS
+@EVERY_KERNEL
 @BOTH_Q
 @EVERY_LAYOUT
 @pytest.mark.parametrize("exponent", [-20, 20])

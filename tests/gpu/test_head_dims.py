@@ -20,6 +20,7 @@ EVERY_PAIR = pytest.mark.parametrize("dims", HEAD_DIMS, ids=str)
 WITHOUT_ROPE = pytest.mark.parametrize("dims", [dims for dims in HEAD_DIMS if not dims.kpe], ids=str)
 BOTH_Q = pytest.mark.parametrize("q_fp8", [False, True], ids=["q16", "q_e4m3"])
 BOTH_KERNELS = pytest.mark.parametrize("num_heads", [16, 128])
+EVERY_FP8_KERNEL = pytest.mark.parametrize("num_heads", [16, 32, 128])
 
 # A few requests that are cut into pieces, and more than there are parts, most of which are not.
 LONG = [20000, 0, 5000, 1]
@@ -118,7 +119,7 @@ def test_decode_over_fp8(dims, num_heads, q_fp8, lengths, drift):
 
 
 @pytest.mark.parametrize(("page_size", "q_fp8", "dtype"), [(16, False, BF16), (1, True, BF16), (1, False, FP16)])
-@BOTH_KERNELS
+@EVERY_FP8_KERNEL
 @EVERY_PAIR
 def test_decode_over_fp8_pages_of_other_sizes(dims, num_heads, page_size, q_fp8, dtype):
     case = decode_case(dims, [*LONG, *SHORT[:12]], num_heads, page_size, dtype=dtype)
@@ -126,7 +127,7 @@ def test_decode_over_fp8_pages_of_other_sizes(dims, num_heads, page_size, q_fp8,
 
 
 @BOTH_Q
-@BOTH_KERNELS
+@EVERY_FP8_KERNEL
 @EVERY_PAIR
 def test_scales_on_the_device(dims, num_heads, q_fp8):
     fp8 = make_fp8(decode_case(dims, LONG, num_heads), "tensor", q_fp8)
@@ -184,7 +185,7 @@ def test_sparse(dims, num_heads, page_size):
 
 
 @BOTH_Q
-@BOTH_KERNELS
+@EVERY_FP8_KERNEL
 @EVERY_PAIR
 def test_sparse_over_fp8(dims, num_heads, q_fp8):
     fp8 = make_fp8(decode_case(dims, [*LONG, *SHORT[:12]], num_heads), "tensor", q_fp8)

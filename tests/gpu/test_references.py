@@ -103,13 +103,13 @@ def test_a_list_that_begins_without_tokens(dtype, hidden):
 
 
 @pytest.mark.parametrize("layout", ["bf16", "fp16", "tensor", "tensor, e4m3 q", "token", "group"])
-@pytest.mark.parametrize("kind", ["decode", "prefill"])
+@pytest.mark.parametrize("kind", ["decode", "decode of 32 heads", "prefill"])
 def test_a_peak_for_one_row_changes_no_bit_of_the_others(kind, layout):
     """The rows of a tile are independent, as batch_invariant has it: a tile of prefill may hold another request's."""
     dtype = torch.float16 if layout == "fp16" else torch.bfloat16
     sizes = {"page_size": PAGE_SIZE, "sm_scale": 0.125, "dtype": dtype, "device": "cuda"}
-    if kind == "decode":
-        case = make_case([KV_LEN, 300, 65], num_heads=64, **sizes)
+    if kind.startswith("decode"):
+        case = make_case([KV_LEN, 300, 65], num_heads=64 if kind == "decode" else 32, **sizes)
     else:
         case = make_prefill_case([(5, KV_LEN), (1, KV_LEN), (3, 300)], num_heads=12, **sizes)
     case.q_nope.mul_(0.02)

@@ -15,6 +15,7 @@ LENGTHS = [0, 1, 63, 64, 65, 127, 129, 1000, 2048, 20000, 17, 128]
 LATE = (0, 64, 130, 0, 700)
 BF16, FP16 = torch.bfloat16, torch.float16
 BOTH_KERNELS = pytest.mark.parametrize("num_heads", [16, 128])
+EVERY_FP8_KERNEL = pytest.mark.parametrize("num_heads", [16, 32, 128])
 
 
 def accepted(case, lists, **kwargs):
@@ -54,7 +55,7 @@ def test_16_bit_caches(num_heads, dtype, page_size, drift):
 @pytest.mark.parametrize("drift", [0.0, -60.0])
 @pytest.mark.parametrize("q_fp8", [False, True], ids=["q16", "q_e4m3"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@BOTH_KERNELS
+@EVERY_FP8_KERNEL
 def test_fp8_caches(num_heads, layout, q_fp8, drift):
     case = make_case(LENGTHS, num_heads=num_heads, page_size=64, drift=drift, device="cuda")
     fp8 = make_fp8(case, layout, q_fp8)
@@ -72,7 +73,7 @@ def test_fp8_caches(num_heads, layout, q_fp8, drift):
 
 @pytest.mark.parametrize("score", [-12.0, -24.0, -80.0], ids=lambda score: f"{score:.0f} nats")
 @pytest.mark.parametrize("layout", LAYOUTS)
-@BOTH_KERNELS
+@EVERY_FP8_KERNEL
 def test_lists_of_low_scores(num_heads, layout, score):
     """P relative to 0 would be a float16 with few digits or none: an item's first references have to fall there."""
     case = make_case([5, 40, 70, 700], num_heads=num_heads, page_size=64, sm_scale=0.125, device="cuda")

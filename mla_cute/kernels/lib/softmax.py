@@ -59,9 +59,9 @@ def put_row(column, row, lane, value):
         column[row] = value
 
 
-def put_rows(column, row, lane, values) -> None:
-    """The same of a thread's two rows, `row` and `row + 8`."""
-    for r in range(2):
+def put_rows(column, row, lane, values, count: int = 2) -> None:
+    """The same of a thread's `count` rows, `row` and `row + 8`."""
+    for r in range(count):
         put_row(column, row + 8 * r, lane, values[r])
 
 

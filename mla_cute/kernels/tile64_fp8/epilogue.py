@@ -23,11 +23,11 @@ class Epilogue(Variant):
         rows = self.rows.num_rows(params, smem, slot, head0)
         part_row = self.rows.part_row(smem, slot, head0)
         partial = self.rows.is_partial(smem, slot)
-        for r in cutlass.range_constexpr(2):
+        for r in cutlass.range_constexpr(self.own_rows):
             regs.rL[r] = softmax.quad_sum(regs.rL[r])
-        softmax.put_rows(smem.sL[wg, None], regs.row, regs.lane, regs.rL)
+        softmax.put_rows(smem.sL[wg, None], regs.row, regs.lane, regs.rL, self.own_rows)
         if wg == 0:
-            softmax.put_rows(smem.sMax[0, None], regs.row, regs.lane, regs.rRef)
+            softmax.put_rows(smem.sMax[0, None], regs.row, regs.lane, regs.rRef, self.own_rows)
         else:
             if regs.t < rows:
                 token, head = self.rows.token_and_head(params, smem, slot, head0, regs.t)
@@ -52,8 +52,13 @@ class Epilogue(Variant):
             store_output(smem, regs, rows, scale, self.dtype, wg, sinks, head0)
 
 
+def groups(regs: Fragments) -> int:
+    """Of eight rows, that a tile has."""
+    return cute.size(regs.rO[0]) // 4
+
+
 def _row(regs: Fragments, j: int, e: int):
-    """Row of the tile that this thread has as its (j, e)-th, j 0..7 and e 0..1."""
+    """Row of the tile that this thread has as its (j, e)-th, two of every eight."""
     return 8 * j + regs.lane % 4 * 2 + e
 
 
@@ -81,7 +86,7 @@ def _first_word(regs: Fragments, wg):
 def store_output(smem: Smem, regs: Fragments, rows, scale, dtype: Constexpr, wg, sinks, head0):
     """Store O, times `scale`, to the rows at smem.sAddress. `sinks`: the kernel's Params where there may be sinks, of
     heads from `head0` on, else None."""
-    for j in cutlass.range_constexpr(8):
+    for j in cutlass.range_constexpr(groups(regs)):
         for e in cutlass.range_constexpr(2):
             row = _row(regs, j, e)
             sink = None
@@ -100,7 +105,7 @@ def store_output(smem: Smem, regs: Fragments, rows, scale, dtype: Constexpr, wg,
 def store_partial(params: Params, smem: Smem, regs: Fragments, part_row, rows, scale, wg):
     """Store O to the rows at smem.sAddress as biased 16-bit integers, and what an integer is worth, times `scale`
     (lib/partials.py)."""
-    for j in cutlass.range_constexpr(8):
+    for j in cutlass.range_constexpr(groups(regs)):
         for e in cutlass.range_constexpr(2):
             largest = Float32(partials.SMALLEST)
             for m in cutlass.range_constexpr(len(regs.rO)):
@@ -110,7 +115,7 @@ def store_partial(params: Params, smem: Smem, regs: Fragments, part_row, rows, s
             if regs.lane < 4:
                 smem.scratch[_row(regs, j, e), regs.t // 32, wg] = largest
     barriers.sync_of(FILL, wg)
-    for j in cutlass.range_constexpr(8):
+    for j in cutlass.range_constexpr(groups(regs)):
         for e in cutlass.range_constexpr(2):
             row = _row(regs, j, e)
             largest = smem.scratch[row, 0, wg]

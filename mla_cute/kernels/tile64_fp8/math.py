@@ -11,38 +11,42 @@ from ..lib.paged import SUB_BYTES, TILE_N
 from .params import FILL, WARPGROUP, Fragments, Params, Smem, Variant
 
 
-def make_fragments(params: Params, smem: Smem, t: Int32, wg: Int32, blocks: int) -> Fragments:
-    """Descriptors and registers of consumer thread `t` of its warpgroup. `blocks`: Variant's."""
+def make_fragments(params: Params, smem: Smem, t: Int32, wg: Int32, blocks: int, tile_rows: int) -> Fragments:
+    """Descriptors and registers of consumer thread `t` of its warpgroup. `blocks` and `tile_rows`: Variant's."""
     thr_nope, thr_rope, thr_pv = (m.get_slice(0) for m in (params.mma_nope, params.mma_rope, params.mma_pv))
     acc = thr_nope.partition_shape_C((TILE_M, TILE_N))
     rS, rT = cute.make_rmem_tensor(acc, Float32), cute.make_rmem_tensor(acc, Float32)
-    rP = cute.make_rmem_tensor(32, Float16)
-    stm = cute.make_tiled_copy_C(cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), Float16), params.mma_p)
-    stm = stm.get_slice(t)
-    rPc = cute.make_tensor(rP.iterator, rS.layout)
+    own_rows = tile_rows // 32
+    rP = cute.make_rmem_tensor(16 * own_rows, Float16)
+    stm, tPr, tPs = None, None, None
+    if tile_rows == TILE_M:
+        stm = cute.make_tiled_copy_C(cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), Float16), params.mma_p)
+        stm = stm.get_slice(t)
+        rPc = cute.make_tensor(rP.iterator, rS.layout)
+        tPr, tPs = stm.retile(rPc), stm.partition_D(smem.sP[None, None, wg])
     lane = t % 32
     return Fragments(
         t=t,
         lane=lane,
-        row=(t // 32) * 16 + lane // 4,
+        row=(t // 32) * (8 * own_rows) + lane // 4,
         tSrQ=thr_nope.make_fragment_A(thr_nope.partition_A(smem.sQ)),
         tSrK=thr_nope.make_fragment_B(thr_nope.partition_B(smem.sK)),
         tSrQr=thr_rope.make_fragment_A(thr_rope.partition_A(smem.sQr)),
         tSrR=thr_rope.make_fragment_B(thr_rope.partition_B(smem.sR)),
         tOrP=thr_pv.make_fragment_B(thr_pv.partition_B(smem.sP)),
-        rO=tuple(cute.make_rmem_tensor(thr_pv.partition_shape_C((64, TILE_M)), Float32) for _ in range(blocks)),
+        rO=tuple(cute.make_rmem_tensor(thr_pv.partition_shape_C((64, tile_rows)), Float32) for _ in range(blocks)),
         rS=rS,
         rT=rT,
         rP=rP,
         rV=tuple(cute.make_rmem_tensor(thr_pv.partition_shape_A((64, TILE_N)), Float16) for _ in range(2)),
-        rL=cute.make_rmem_tensor((2,), Float32),
-        rRef=cute.make_rmem_tensor((2,), Float32),
+        rL=cute.make_rmem_tensor((own_rows,), Float32),
+        rRef=cute.make_rmem_tensor((own_rows,), Float32),
         rUnit=cute.make_rmem_tensor((1,), Float32),
         S=wgmma.row_col_view(rS, 8),
         T=wgmma.row_col_view(rT, 8),
         stm=stm,
-        tPr=stm.retile(rPc),
-        tPs=stm.partition_D(smem.sP[None, None, wg]),
+        tPr=tPr,
+        tPs=tPs,
     )
 
 
@@ -96,7 +100,7 @@ class PairMath(Variant):
         """S = b (Qr R^T) + a sum over scale groups of scale (Q K^T) - reference, in units of log2; ends what
         `_start_nope` began."""
         slot = self._slot(tile)
-        a, b = ([smem.sQScale[i, regs.row + 8 * r] for r in range(2)] for i in range(2))
+        a, b = ([smem.sQScale[i, regs.row + 8 * r] for r in range(self.own_rows)] for i in range(2))
         nope, rope = regs.S, regs.T
         if self.score_chunks == 1:
             nope, rope = regs.T, regs.S
@@ -108,10 +112,20 @@ class PairMath(Variant):
         for j in range(8):
             scales = self._column_scales(smem, regs, slot, 0, j) if self.num_scales == 1 else []
             for n in (2 * j, 2 * j + 1):
-                for r in range(2):
+                for r in range(self.own_rows):
                     factor = a[r] * scales[n % 2] if scales else a[r]
-                    first = rope[r, n] * b[r] - regs.rRef[r] if self.dims.kpe else -regs.rRef[r]
-                    regs.S[r, n] = first + nope[r, n] * factor
+                    first = -regs.rRef[r]
+                    if self.dims.kpe:
+                        first = self._of_parts(rope, r, n, self.rope_parts) * b[r] - regs.rRef[r]
+                    # What `_sum_parts` made is of both parts of Q already.
+                    q_parts = self.q_parts if self.score_chunks == 1 else 1
+                    regs.S[r, n] = first + self._of_parts(nope, r, n, q_parts) * factor
+
+    def _of_parts(self, scores, r: int, n: int, parts: int):
+        """Row r of a (row, column) view of an accumulator, from all parts of Q: of 32 rows they are two of its rows."""
+        if self.own_rows == 1 and parts == 2:
+            return scores[0, n] + scores[1, n]
+        return scores[r, n]
 
     def _sum_parts(self, params: Params, smem: Smem, regs: Fragments, tile: Uint32, slot: Int32) -> None:
         """S = sum over parts of the depth of Q K^T, each times its tokens' scales where parts have their own."""
@@ -127,8 +141,9 @@ class PairMath(Variant):
                     of_t = self._column_scales(smem, regs, slot, part if part > 1 else 0, j)
                     of_s = self._column_scales(smem, regs, slot, 1, j) if part == 1 else of_s
                 for n in (2 * j, 2 * j + 1):
-                    for r in range(2):
-                        regs.S[r, n] = regs.S[r, n] * of_s[n % 2] + regs.T[r, n] * of_t[n % 2]
+                    for r in range(self.own_rows):
+                        s = self._of_parts(regs.S, r, n, self.q_parts if part == 1 else 1)
+                        regs.S[r, n] = s * of_s[n % 2] + self._of_parts(regs.T, r, n, self.q_parts) * of_t[n % 2]
 
     def _column_scales(self, smem: Smem, regs: Fragments, slot: Int32, group: int, j: int) -> list[Float32]:
         """Scales of this thread's two of tokens 8 j .. 8 j + 7."""
@@ -143,8 +158,8 @@ class PairMath(Variant):
 
     def _exp(self, smem: Smem, regs: Fragments, slot: Int32, valid: Int32) -> list[Float32]:
         """P = 2^S as float16 in rP, times the token's scale in units in format "token"; returns this thread's share of
-        the sums of its two rows, without the scales."""
-        totals = [Float32(0.0), Float32(0.0)]
+        the sums of its rows, without the scales."""
+        totals = [Float32(0.0)] * self.own_rows
         words = cute.recast_tensor(regs.rP, Uint32)
         inverse = cute.arch.rcp_approx(regs.rUnit[0])
         for j in range(8):
@@ -154,15 +169,25 @@ class PairMath(Variant):
             if scales and self.has_tail:
                 token = 8 * j + regs.lane % 4 * 2
                 scales = [cutlass.select_(token + i < valid, scales[i], Float32(0.0)) for i in range(2)]
-            for r in range(2):
+            for r in range(self.own_rows):
                 e = [softmax.exp2(regs.S[r, 2 * j + i]) for i in range(2)]
                 totals[r] = totals[r] + (e[0] + e[1])
-                words[2 * j + r] = ptx.to_f16x2(*([e[i] * scales[i] for i in range(2)] if scales else e))
+                words[self.own_rows * j + r] = ptx.to_f16x2(*([e[i] * scales[i] for i in range(2)] if scales else e))
         return totals
 
-    def _put_p(self, regs: Fragments) -> None:
+    def _put_p(self, smem: Smem, regs: Fragments, wg) -> None:
         """P from rP to shared memory, for wgmma of both consumers to read once they have met."""
-        cute.copy(regs.stm, regs.tPr, regs.tPs)
+        if self.tile_rows == TILE_M:
+            cute.copy(regs.stm, regs.tPr, regs.tPs)
+        else:
+            # Of a warp's eight rows four 8 x 8 matrices beside each other, and the four behind them.
+            words = cute.recast_tensor(regs.rP, Uint32)
+            t = ptx.thread_index() % WARPGROUP
+            row = t // 32 * 8 + t % 8
+            at = Int32(smem.sP.iterator.toint()) + wg * (self.tile_rows * TILE_N * 2) + row * 128
+            for i in range(2):
+                chunk = (t % 32 // 8 + 4 * i) ^ (row % 8)
+                ptx.store_matrices(at + chunk * 16, [words[4 * i + j] for j in range(4)])
         barriers.fence_smem_writes()
 
     # -------------------------------------------------------------------- V

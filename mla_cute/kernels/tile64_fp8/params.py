@@ -11,6 +11,7 @@ from typing import Any
 import cutlass.cute as cute
 from cutlass import Float8E4M3FN, Float32, Int32, Int64, Numeric, Uint32
 
+from ...dims import TILE_M
 from ..keys import Fp8Key, LaunchConfig
 from ..lib.barriers import NamedBarrier
 from ..lib.dtypes import CUTLASS_DTYPES
@@ -54,8 +55,14 @@ class Variant(RingProducer):
 
     q_fp8: bool  # the queries are e4m3
     rope_dtype: type[Numeric]  # that Q's rope is multiplied in: e4m3 or `dtype`
-    q_terms: int  # e4m3 terms whose sum is Q: 1, or high and low ones for a 16-bit Q unless accuracy is "fast"
-    rope_terms: int  # likewise of its rope; 1 where that is multiplied in `dtype`
+    tile_rows: int  # query rows of a tile, 64 or 32
+    own_rows: int  # of S, that a thread has when the parts of Q are added up: 2 or 1
+    q_parts: (
+        int  # e4m3 parts whose sum is Q: 1, or high and low ones for a 16-bit Q (of 64 rows, unless accuracy is "fast")
+    )
+    rope_parts: int  # likewise of its rope; 1 where that is multiplied in `dtype`
+    q_terms: int  # of q_parts, that are multiplied one after the other; of 32 rows both are multiplied at once
+    rope_terms: int
     blocks: int  # of 64 channels of O^T, that a consumer owns
     score_chunks: int  # Q K^T is added up in float32 after each of so many parts of its depth
     ahead: bool  # a pair's Q K^T is started before the P V of the pair in front of it
@@ -64,15 +71,19 @@ class Variant(RingProducer):
     regs_producer: int
     mbars: RingMbarriers
 
-    def __init__(self, key: Fp8Key, rows: RowMap, config: LaunchConfig):
+    def __init__(self, key: Fp8Key, rows: RowMap, config: LaunchConfig, tile_rows: int = TILE_M):
         self.dtype = CUTLASS_DTYPES[key.dtype]
         self.dims = key.dims
         self.rows = rows
         self.q_fp8 = key.q_fp8
         self._set_cache(key.box_rows, config.evict_first, key.kv_format, key.sparse)
         self.rope_dtype = Float8E4M3FN if self.rope_fp8 else self.dtype
-        self.q_terms = 1 if self.q_fp8 or config.accuracy == "fast" else 2
-        self.rope_terms = self.q_terms if self.rope_fp8 else 1
+        self.tile_rows, self.own_rows = tile_rows, tile_rows // 32
+        # Of 32 rows both parts are multiplied at once, so that one of them would not be faster.
+        one_part = config.accuracy == "fast" and tile_rows == TILE_M
+        self.q_parts = 1 if self.q_fp8 or one_part else 2
+        self.rope_parts = self.q_parts if self.rope_fp8 else 1
+        self.q_terms, self.rope_terms = (self.q_parts, self.rope_parts) if tile_rows == TILE_M else (1, 1)
         self.blocks = self.dims.ckv // 128
         # In format "group" each 128 channels have a scale of their own, so that their sums are apart anyway. In others,
         # accuracy "native" leaves all of them to the tensor core, which keeps fewer bits of the sum than float32.
@@ -89,6 +100,9 @@ class Variant(RingProducer):
         self.regs_consumer, self.regs_producer = 240, 24
         if from_pages and (self.dims.ckv == 256 or self.dims == (512, 32)):
             self.regs_consumer, self.regs_producer = 232, 40
+        if tile_rows < TILE_M:
+            # O^T has half as many; lists spill 16 bytes at 24.
+            self.regs_consumer, self.regs_producer = 224, 56
         # A slot's empty mbarrier counts consumer warps.
         self.mbars = RingMbarriers(self.num_stages, self.loader.full_arrivals, NUM_CONSUMERS // 32)
 
@@ -148,7 +162,7 @@ class Smem:
     mbar: Any  # pointer to the first of Variant.mbars
     sQ: cute.Tensor  # (64, 512, q_terms) e4m3
     sQr: cute.Tensor  # (64, 64, rope_terms) of rope_dtype
-    sP: cute.Tensor  # (64, 64, 2) float16: P of both tiles
+    sP: cute.Tensor  # (tile_rows, 64, 2) float16: P of both tiles
     sK: cute.Tensor  # (64, 512, num_stages) e4m3: K, and V
     sK_sub: cute.Tensor  # the same as bytes in sub-tiles, for the producer
     sR: cute.Tensor  # (64, 64, num_stages): the rope
@@ -172,14 +186,15 @@ class Smem:
 class Fragments:
     """Descriptors and registers of one consumer thread.
 
-    S is the (row, column) view of rS: rows `row` and `row + 8`, two tokens of every eight. The accumulators rO hold
-    O^T: thread (g, l4) of warp w has, in rO[m], channels 64 m + 16 w + 2 g + {0, 1} of its warpgroup's half, and of
-    every eight rows the two from 2 l4 on.
+    S is the (row, column) view of rS: rows `row` and `row + 8`, two tokens of every eight; in tiles of 32 rows both are
+    of row `row`, from the high and from the low part of Q, and S[0] becomes their sum. The accumulators rO hold O^T:
+    thread (g, l4) of warp w has, in rO[m], channels 64 m + 16 w + 2 g + {0, 1} of its warpgroup's half, and of every
+    eight rows the two from 2 l4 on.
     """
 
     t: Int32  # thread of the warpgroup, 0..127
     lane: Int32
-    row: Int32  # the first of this thread's two rows of S
+    row: Int32  # the first of this thread's rows of the tile
     tSrQ: cute.Tensor
     tSrK: cute.Tensor
     tSrQr: cute.Tensor
@@ -190,14 +205,14 @@ class Fragments:
     rT: cute.Tensor  # a second accumulator of scores: of the next tile, of a part of the depth, or of the rope
     rP: cute.Tensor
     rV: tuple  # two fragments of V: one is multiplied while the other is made
-    rL: cute.Tensor  # this thread's share of the sums of the two rows
-    rRef: cute.Tensor  # references of the two rows
+    rL: cute.Tensor  # this thread's share of the sums of its rows
+    rRef: cute.Tensor  # their references
     rUnit: cute.Tensor  # the unit: P V counts channel scales as multiples of it, and O is multiplied by it at its end
     S: cute.Tensor  # views (row 0..1, column 0..15) of rS and rT
     T: cute.Tensor
-    stm: cute.TiledCopy  # stores P: rP is tPr, its place in sP, of the own tile, is tPs
-    tPr: cute.Tensor
-    tPs: cute.Tensor
+    stm: Any  # of 64 rows, stores P: rP is tPr, its place in sP, of the own tile, is tPs; else all three are None
+    tPr: Any
+    tPs: Any
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,10 +34,14 @@ class References(PairMath):
         is its item's first, whose references are not chosen yet. `totals` are its shares of P's row sums, which
         no P exceeds."""
         most = self._most()
-        first = [self._is_first(smem, regs, pair, r) for r in range(2)]
-        asks = (totals[0] > most) | (totals[1] > most) | first[0]
+        first = [self._is_first(smem, regs, pair, r) for r in range(self.own_rows)]
+        asks = totals[0] > most
+        for r in range(1, self.own_rows):
+            asks = asks | (totals[r] > most)
+        asks = asks | first[0]
         if self.loader.sparse:
-            asks = asks | first[1]
+            for r in range(1, self.own_rows):
+                asks = asks | first[r]
         if self.num_scales > 0:
             asks = asks | self._scale_out_of_range(smem, regs, slot, valid)
         return asks
@@ -71,7 +75,7 @@ class References(PairMath):
     def _raise_if_asked(self, smem: Smem, regs: Fragments, pair: Pair, sums, slot, valid, wg):
         """Behind Bar.P; `sums` as in `_raise_references`."""
         if smem.sRaise[pair.tile // 2 % 2] == pair.tile + 1:
-            first = tuple(self._is_first(smem, regs, pair, r) for r in range(2))
+            first = tuple(self._is_first(smem, regs, pair, r) for r in range(self.own_rows))
             self._raise_references(smem, regs, pair, sums, first, slot, valid, wg)
 
     @cute.jit
@@ -84,14 +88,14 @@ class References(PairMath):
         Other rows keep their references and with them all their bits: what a row becomes does not depend on the rows
         beside it, which may be another request's."""
         rows = (regs.row, regs.row + 8)
-        largest = [softmax.row_max(regs.S, r, 16) for r in range(2)]
-        for r in cutlass.range_constexpr(2):
+        largest = [softmax.row_max(regs.S, r, 16) for r in range(self.own_rows)]
+        for r in cutlass.range_constexpr(self.own_rows):
             asks = (softmax.quad_any(sums[r] > self._most(), regs.lane) != 0) | first[r]
             largest[r] = largest[r] if asks else -Float32.inf
             softmax.put_row(smem.sMax[wg, None], rows[r], regs.lane, largest[r])
         Bar.MAX.sync()
         unit_factor = self._raise_unit(smem, regs, pair)
-        for r in cutlass.range_constexpr(2):
+        for r in cutlass.range_constexpr(self.own_rows):
             # Scores in S are relative to the old reference already, so their maximum is what is added to it.
             both = cute.arch.fmax(largest[r], smem.sMax[1 - wg, rows[r]])
             up = cute.arch.fmax(both, Float32(0.0))
@@ -113,11 +117,11 @@ class References(PairMath):
             for n in cutlass.range_constexpr(16):
                 regs.S[r, n] = regs.S[r, n] - up
         again = self._exp(smem, regs, slot, valid)
-        for r in cutlass.range_constexpr(2):
+        for r in cutlass.range_constexpr(self.own_rows):
             sums[r] = again[r]
-        self._put_p(regs)
+        self._put_p(smem, regs, wg)
         Bar.P.sync()
-        for j in cutlass.range_constexpr(8):
+        for j in cutlass.range_constexpr(self.tile_rows // 8):
             for e in cutlass.range_constexpr(2):
                 scale = smem.sFactor[8 * j + regs.lane % 4 * 2 + e]
                 for m in cutlass.range_constexpr(self.blocks):

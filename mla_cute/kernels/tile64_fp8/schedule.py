@@ -118,10 +118,10 @@ class Consumer(QueryLoad, References, Epilogue):
             self.rows.mask(params, smem, regs, item_slot, own_valid, gap)
         totals = self._exp(smem, regs, own_slot, own_valid)
         barriers.sync_of(P_FREE, own)
-        sums = cute.make_rmem_tensor((2,), Float32)
-        for r in range(2):
+        sums = cute.make_rmem_tensor((self.own_rows,), Float32)
+        for r in range(self.own_rows):
             sums[r] = totals[r]
-        self._put_p(regs)
+        self._put_p(smem, regs, wg)
         if self.has_tail:
             for i in range(2):
                 self._zero_v_tail(smem, pair.slots[i], wg, pair.valid[i])
@@ -131,7 +131,7 @@ class Consumer(QueryLoad, References, Epilogue):
         self._ask_to_raise(smem, pair, self._out_of_range(smem, regs, pair, totals, own_slot, own_valid))
         Bar.P.sync()
         self._raise_if_asked(smem, regs, pair, sums, own_slot, own_valid, wg)
-        for r in range(2):
+        for r in range(self.own_rows):
             regs.rL[r] = regs.rL[r] + sums[r]
         self._multiply_v(params, smem, regs, pair, left, wg)
         barriers.arrive_of(P_FREE, other)
@@ -178,7 +178,7 @@ class Consumer(QueryLoad, References, Epilogue):
         smem.sLoop[LOOP_FIRST_ROW] = first_row
         smem.sLoop[LOOP_HEAD0] = head0
         smem.sLoop[LOOP_PART] = part
-        self._consume_items(params, smem, make_fragments(params, smem, t, wg, self.blocks), wg)
+        self._consume_items(params, smem, make_fragments(params, smem, t, wg, self.blocks, self.tile_rows), wg)
 
     @cute.jit
     def _consume_items(self, params: Params, smem: Smem, regs: Fragments, wg):
@@ -195,7 +195,7 @@ class Consumer(QueryLoad, References, Epilogue):
             for m in cutlass.range_constexpr(self.blocks):
                 regs.rO[m].fill(0.0)
             regs.rL.fill(0.0)
-            for r in cutlass.range_constexpr(2):
+            for r in cutlass.range_constexpr(self.own_rows):
                 regs.rRef[r] = unchosen() if const_expr(self.loader.sparse) else Float32(0.0)
             regs.rUnit[0] = Float32(FIRST_UNIT)
             left = smem.sItem[slot, Word.KV_END] - smem.sItem[slot, Word.KV_BEGIN]

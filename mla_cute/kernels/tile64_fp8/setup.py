@@ -6,7 +6,7 @@ import cutlass.utils.hopper_helpers as sm90
 from cutlass import Float8E4M3FN, Float16, Float32, Int32, Int64, Uint8, Uint32, const_expr, memory
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 
-from ...dims import KPE_DIM, TILE_M
+from ...dims import KPE_DIM, TILE32_M, TILE_M
 from ..keys import Fp8Key, LaunchConfig
 from ..lib.paged import TILE_N
 from ..lib.ring import smem_layout
@@ -31,15 +31,15 @@ class Tile64Fp8(Consumer):
         Kind = warpgroup.SmemLayoutAtomKind
         num_tiles = self.rows.num_tiles(args.num_heads)
 
-        def mma(dtype, a_source):
-            return sm90.make_trivial_tiled_mma(dtype, dtype, K, K, Float32, (1, 1, 1), (64, 64), a_source)
+        def mma(dtype, a_source, n=64):
+            return sm90.make_trivial_tiled_mma(dtype, dtype, K, K, Float32, (1, 1, 1), (64, n), a_source)
 
         rope_kind = Kind.K_SW64 if self.rope_fp8 else Kind.K_SW128
         params = Params(
             **self._cache_params(args.ckv, args.kpe),
             mma_nope=mma(Float8E4M3FN, SS),
             mma_rope=mma(self.rope_dtype, SS),
-            mma_pv=mma(Float16, RS),
+            mma_pv=mma(Float16, RS, self.tile_rows),
             mma_p=mma(Float16, SS),
             mQ=args.q_nope,
             mQpe=args.q_pe,
@@ -65,7 +65,7 @@ class Tile64Fp8(Consumer):
             lay_qr=smem_layout(rope_kind, self.rope_dtype, (TILE_M, KPE_DIM, self.rope_terms)),
             lay_k=smem_layout(Kind.K_SW128, Float8E4M3FN, (TILE_N, self.dims.ckv, self.num_stages)),
             lay_r=smem_layout(rope_kind, self.rope_dtype, (TILE_N, KPE_DIM, self.num_stages)),
-            lay_p=smem_layout(Kind.K_SW128, Float16, (TILE_M, TILE_N, 2)),
+            lay_p=smem_layout(Kind.K_SW128, Float16, (self.tile_rows, TILE_N, 2)),
         )
         self.kernel(params).launch(
             grid=[args.num_parts * num_tiles, 1, 1],
@@ -97,7 +97,7 @@ class Tile64Fp8(Consumer):
             sScales: cute.struct.Align[
                 cute.struct.MemRange[Float32, max(1, self.num_scales) * TILE_N * self.num_stages], 16
             ]
-            sP: cute.struct.Align[cute.struct.MemRange[Float16, 2 * TILE_M * TILE_N], 1024]
+            sP: cute.struct.Align[cute.struct.MemRange[Float16, 2 * self.tile_rows * TILE_N], 1024]
             sQ: cute.struct.Align[cute.struct.MemRange[Uint8, self.q_terms * TILE_M * self.dims.ckv], 1024]
             sQr: cute.struct.Align[cute.struct.MemRange[Uint8, self.rope_terms * rope_bytes], 1024]
             sK: cute.struct.Align[cute.struct.MemRange[Uint8, self.num_stages * TILE_N * self.dims.ckv], 1024]
@@ -178,9 +178,18 @@ class Tile64Fp8(Consumer):
             self._consume(params, smem, part, head0, tidx % WARPGROUP, wg)
 
 
+class Tile32Fp8(Tile64Fp8):
+    """Tiles of 32 rows, under a name of their own in profiles."""
+
+
 def decode(key: Fp8Key, config: LaunchConfig) -> Step:
     """A decode step: a row tile is 64 heads of one token."""
     return Step(Tile64Fp8(key, HeadRows(), config), key.dtype, False, config, key.sparse)
+
+
+def decode_32_rows(key: Fp8Key, config: LaunchConfig) -> Step:
+    """The same for up to 32 heads."""
+    return Step(Tile32Fp8(key, HeadRows(), config, TILE32_M), key.dtype, False, config, key.sparse)
 
 
 def prefill(key: Fp8Key, config: LaunchConfig) -> Step:
