@@ -60,10 +60,15 @@ _DECODE_KERNELS = (
     (40, "tile16", 9, _DECODE + 60 * ((1, 65),)),
     (128, "tile64", 10, _DECODE),
 )
+# Over FP8 caches row tiles of up to 32 heads are another kernel.
+_DECODE_FP8_KERNELS = (*_DECODE_KERNELS, (32, "tile64", 10, _DECODE))
 _PREFILL_KERNELS = ((16, "tile64", 2, _PREFILL),)
 # Lists of at most so many of the tokens that decode's requests have, some of them twice, whatever the page size.
 _TOPK = 2260
-_SPARSE_KERNELS = ((16, "tile16", 9), (128, "tile64", 10))
+_SPARSE_KERNELS = {
+    "": ((16, "tile16", 9), (128, "tile64", 10)),
+    "group": ((16, "tile16", 9), (32, "tile64", 10), (128, "tile64", 10)),
+}
 _OTHER_DIMS = ((16, "tile16", 9, HeadDims(256, 64)), (128, "tile64", 10, HeadDims(512, 0)))
 _FULL_PAGES = {"decode": ((1, 64), (1, 640)), "prefill": ((5, 64), (1, 640))}
 
@@ -191,8 +196,8 @@ def _attention_case(name: str, scenario: Scenario) -> Case:
 
 
 def _sparse_cases() -> Iterator[Case]:
-    for layout in ("", "group"):
-        for num_heads, kernel, min_blocks in _SPARSE_KERNELS:
+    for layout, kernels in _SPARSE_KERNELS.items():
+        for num_heads, kernel, min_blocks in kernels:
             config = _config(layout, kernel, min_blocks)
             scenario = _scenario("sparse", num_heads, 64, _DECODE, layout, config=config)
             scenario = dataclasses.replace(scenario, topk=_TOPK, entry="topk_lens", sinks=True)
@@ -213,7 +218,10 @@ def cases() -> dict[str, Case]:
     found = []
     for op in ("decode", "prefill"):
         for layout, q_fp8 in (("", False), *((layout, q) for layout in KV_FORMATS for q in (False, True))):
-            for num_heads, kernel, min_blocks, requests in _DECODE_KERNELS if op == "decode" else _PREFILL_KERNELS:
+            kernels = _PREFILL_KERNELS
+            if op == "decode":
+                kernels = _DECODE_FP8_KERNELS if layout else _DECODE_KERNELS
+            for num_heads, kernel, min_blocks, requests in kernels:
                 config = _config(layout, kernel, min_blocks)
                 for page_size in (64, 1):
                     scenario = _scenario(op, num_heads, page_size, requests, layout, q_fp8, config)

@@ -29,9 +29,9 @@ GPUS = (H200, H100, H100_PCIE, H20, GpuSpeed(132, 3938.0, 1785.0), GpuSpeed(132,
 # Tiles of 16 heads x 64 tokens per SM up to which tile16 was faster: docs/performance.md.
 MEASURED_TILES = {
     ("", False): (20, 12, 6),
-    ("fp8", False): (36, 18, 16),
-    ("fp8", True): (20, 10, 8),
-    ("gathered", False): (20, 6, 6),
+    ("fp8", False): (11, 18, 16),
+    ("fp8", True): (6, 10, 8),
+    ("gathered", False): (3, 6, 6),
 }
 
 

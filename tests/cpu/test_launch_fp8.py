@@ -30,7 +30,12 @@ def steps(monkeypatch):
 
 @pytest.mark.parametrize(
     ("num_heads", "decode_kernels"),
-    [(16, (registry.DECODE_TILE16, registry.DECODE_TILE16_FP8)), (17, (registry.DECODE, registry.DECODE_FP8))],
+    [
+        (16, (registry.DECODE_TILE16, registry.DECODE_TILE16_FP8)),
+        (17, (registry.DECODE, registry.DECODE_TILE32_FP8)),
+        (32, (registry.DECODE, registry.DECODE_TILE32_FP8)),
+        (33, (registry.DECODE, registry.DECODE_FP8)),
+    ],
 )
 @pytest.mark.parametrize("page_size", [64, 1, 24])
 def test_one_plan_asks_for_the_step_of_each_cache(steps, page_size, num_heads, decode_kernels):
@@ -70,6 +75,7 @@ def test_one_plan_asks_for_the_step_of_each_cache(steps, page_size, num_heads, d
         (17, "tile16", True),
         (128, "tile16", True),
         (17, "tile64", False),
+        (64, "tile64", False),
     ],
 )
 @pytest.mark.parametrize("field", ["kernel", "fp8_kernel"])
@@ -82,7 +88,8 @@ def test_the_config_chooses_the_kernel_of_tile16(steps, field, num_heads, chosen
     few_fp8, few_16bit = (few if field == name else num_heads <= 16 for name in ("fp8_kernel", "kernel"))
     steps.clear()
     made.launcher(decode_problem(4, num_heads, 64, 9, BF16, meta, "group", True), DECODE)
-    kernel = registry.DECODE_TILE16_FP8 if few_fp8 else registry.DECODE_FP8
+    row_tiles = registry.DECODE_TILE32_FP8 if num_heads <= 32 else registry.DECODE_FP8
+    kernel = registry.DECODE_TILE16_FP8 if few_fp8 else row_tiles
     assert steps == [(kernel, registry.Fp8Key("bfloat16", 64, "group", True))]
     steps.clear()
     made.launcher(decode_problem(4, num_heads, 64, 9, BF16, meta), DECODE)
@@ -258,7 +265,8 @@ def test_variants_of_fp8_caches():
     assert registry.variants(kv_formats=("",)) == registry.variants()
     everything = registry.variants(kv_formats=("", *registry.KV_FORMATS))
     assert [v for v in everything if not isinstance(v[1], registry.Fp8Key)] == registry.variants()
-    for kernel in (registry.DECODE_FP8, registry.DECODE_TILE16_FP8, registry.PREFILL_FP8):
+    decodes = (registry.DECODE_FP8, registry.DECODE_TILE32_FP8, registry.DECODE_TILE16_FP8)
+    for kernel in (*decodes, registry.PREFILL_FP8):
         keys = [key for of_kernel, key, _ in everything if of_kernel is kernel]
         assert len(keys) == len(set(keys)) == 3 * 2 * 2 * 5
         assert set(keys) == {
@@ -270,8 +278,6 @@ def test_variants_of_fp8_caches():
         }
     only = registry.variants(("bfloat16",), (64,), ops=("decode",), kv_formats=("group",))
     assert [(kernel, key) for kernel, key, _ in only if kernel is not registry.PLANNER] == [
-        (kernel, registry.Fp8Key("bfloat16", 64, "group", q_fp8))
-        for kernel in (registry.DECODE_FP8, registry.DECODE_TILE16_FP8)
-        for q_fp8 in (False, True)
+        (kernel, registry.Fp8Key("bfloat16", 64, "group", q_fp8)) for kernel in decodes for q_fp8 in (False, True)
     ]
-    assert len(only) == 4 + 6, "planners are needed for any cache"
+    assert len(only) == 6 + 6, "planners are needed for any cache"

@@ -228,7 +228,7 @@ def test_compiled_code_goes_through_the_op():
 def test_variants_are_gathers_with_lists():
     found = registry.sparse_variants(["bfloat16"], ["", "group"])
     steps = [key for kernel, key, _ in found if kernel is not registry.PLANNER]
-    assert len(steps) == 2 + 4
+    assert len(steps) == 2 + 6
     assert all(key.sparse and key.box_rows == 0 for key in steps)
     config = mla_cute.KernelConfig()
     for kv_format in ("", "group"):

@@ -8,8 +8,8 @@ from mla_cute.kernels.registry import box_rows_of
 from mla_cute.testing.cases import make_case
 from mla_cute.testing.fp8 import LAYOUTS, Fp8Case, make_fp8
 
-# What these tests compile: (kernel, dtype, box rows, format, e4m3 queries), "tile64" with 32 and with 64 rows. Full boxes in bfloat16 with every format
-# and query; every other way of loading, which both kernels share, with every format.
+# What these tests compile: (kernel, dtype, box rows, format, e4m3 queries); "tile64" has 32 or 64 rows. Full boxes
+# in bfloat16 with every format and query; every other way of loading, which both kernels share, with every format.
 BF16, FP16 = torch.bfloat16, torch.float16
 VARIANTS = (
     *(

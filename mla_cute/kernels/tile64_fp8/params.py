@@ -57,9 +57,7 @@ class Variant(RingProducer):
     rope_dtype: type[Numeric]  # that Q's rope is multiplied in: e4m3 or `dtype`
     tile_rows: int  # query rows of a tile, 64 or 32
     own_rows: int  # of S, that a thread has when the parts of Q are added up: 2 or 1
-    q_parts: (
-        int  # e4m3 parts whose sum is Q: 1, or high and low ones for a 16-bit Q (of 64 rows, unless accuracy is "fast")
-    )
+    q_parts: int  # e4m3 parts whose sum is Q: 1, or a high and a low one for a 16-bit Q unless accuracy is "fast"
     rope_parts: int  # likewise of its rope; 1 where that is multiplied in `dtype`
     q_terms: int  # of q_parts, that are multiplied one after the other; of 32 rows both are multiplied at once
     rope_terms: int
@@ -92,7 +90,7 @@ class Variant(RingProducer):
         # Gathers from pages spill 8 bytes at 240 and 24 registers with 256 channels and with 512 + 32. At 232 and 40
         # the latter still do where a Q K^T is in flight behind a pair, so they are left without.
         from_pages = not self.by_tma and not key.sparse
-        if from_pages and self.dims == (512, 32):
+        if from_pages and self.dims == (512, 32) and tile_rows == TILE_M:
             self.num_stages = 3
         # With three slots the next pair's tile may be waiting for the slots that this pair's P V reads.
         self.ahead = self.num_stages >= 4

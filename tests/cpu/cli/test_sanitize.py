@@ -88,17 +88,17 @@ def test_decode_cases_cut_and_go_on(num_sms):
             assert pieces[1][0] % 128 == (64 if "tile16" in case.kernel.name else 0)
             seen.add((case.kernel, "cut"))
     few = (registry.DECODE_TILE16, registry.DECODE_TILE16_FP8)
-    assert seen == {(kernel, "cut") for kernel in (*few, registry.DECODE, registry.DECODE_FP8)} | {
-        (kernel, "several items") for kernel in few
-    }
+    many = (registry.DECODE, registry.DECODE_FP8, registry.DECODE_TILE32_FP8)
+    assert seen == {(kernel, "cut") for kernel in (*few, *many)} | {(kernel, "several items") for kernel in few}
 
 
-def test_cases_of_lists_take_both_kernels_and_are_cut():
+def test_cases_of_lists_take_every_kernel_and_are_cut():
     found = {case.name: case.kernel for case, _ in scenarios_of("sparse")}
     assert found == {
         "sparse-bf16-h16": registry.DECODE_TILE16,
         "sparse-bf16-h128": registry.DECODE,
         "sparse-group-h16": registry.DECODE_TILE16_FP8,
+        "sparse-group-h32": registry.DECODE_TILE32_FP8,
         "sparse-group-h128": registry.DECODE_FP8,
     }
     for _, scenario in scenarios_of("sparse"):

@@ -143,7 +143,7 @@ def test_fp8_entries_name_the_kernel_that_runs(folders):
         entry(native, kv_format="tensor", op="prefill", q_len=7),
     )
     assert extra(kv_formats=("tensor", "token")) == {
-        (registry.DECODE_FP8, Fp8Key("bfloat16", 64, "token", False), rows.launch()),
+        (registry.DECODE_TILE32_FP8, Fp8Key("bfloat16", 64, "token", False), rows.launch()),
         (registry.DECODE_TILE16_FP8, Fp8Key("bfloat16", 64, "tensor", True), few.launch()),
         *planners(registry.PLANNER, PlannerKey, few),
         (registry.PREFILL_FP8, Fp8Key("bfloat16", 64, "tensor", False), native.launch()),

@@ -229,8 +229,9 @@ def test_variants_are_what_a_call_compiles():
     assert (key.box_rows, key.kv_format, key.q_fp8, key.dtype) == (32, "tensor", True, "bfloat16")
     assert planner_key.lengths == "csr"
     assert names(dataclasses.replace(decode, kv_len=65))[1][1].lengths == "csr_last"
-    assert names(decode, KernelConfig(fp8_kernel="tile64"))[0][0] == "decode_tile64_fp8"
-    assert names(dataclasses.replace(decode, num_heads=17))[0][0] == "decode_tile64_fp8"
+    assert names(decode, KernelConfig(fp8_kernel="tile64"))[0][0] == "decode_tile32_fp8"
+    assert names(dataclasses.replace(decode, num_heads=17))[0][0] == "decode_tile32_fp8"
+    assert names(dataclasses.replace(decode, num_heads=33))[0][0] == "decode_tile64_fp8"
     bf16 = dataclasses.replace(decode, kv_format="", q_fp8=False)
     assert names(bf16)[0] == ("decode_tile16", DecodeKey("bfloat16", 32))
     assert names(bf16, KernelConfig(kernel="tile64"))[0] == ("decode_tile64", DecodeKey("bfloat16", 32))
