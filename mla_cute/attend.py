@@ -88,7 +88,10 @@ def _verified(call: Call, problem: Problem, plan: Plan | None) -> Call:
     one."""
     if plan is not None and plan.other_metadata:
         call = call._replace(pages=plan.planned(call.pages))
-    verify(problem, call.pages, plan is not None and plan._spare_pages)
+    if plan is None:
+        verify(problem, call.pages)
+    else:
+        verify(problem, call.pages, plan._spare_pages, plan.max_q_len)
     cache = call.cache
     scales = {"ckv_scale": cache.ckv_scale, "kpe_scale": cache.kpe_scale, "q_scale": call.q_scale}
     on_device = {name: x for name, x in scales.items() if isinstance(x, torch.Tensor)}

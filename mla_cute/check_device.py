@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from .check import Problem
 
 
-def verify(problem: Problem, pages: Pages, spare_pages: bool = False) -> None:
+def verify(problem: Problem, pages: Pages, spare_pages: bool = False, max_q_len: int | None = None) -> None:
     """Check the values of metadata with one synchronisation.
 
     Raises ValueError naming the argument, the first offending position, its value and the bound:
 
-    * qo_indptr does not start at 0, decreases, or ends beyond the query tokens;
+    * qo_indptr does not start at 0, decreases, ends beyond the query tokens, or gives a request more than `max_q_len`;
     * page lists: kv_indptr starts below 0, decreases, or ends beyond kv_indices; kv_last_page_len of a request that has
       pages is not in 1..page_size; a page id in use is not in 0..num_pages - 1. Ids outside
       `kv_indices[kv_indptr[0]:kv_indptr[-1]]` and the last page length of a request without pages are not looked at;
@@ -34,7 +34,7 @@ def verify(problem: Problem, pages: Pages, spare_pages: bool = False) -> None:
     first ceil(keys / page_size) pages are looked at. The message calls the keys by the wrapper's name, kv_len_arr.
     """
     form, lengths, ids, last_len, queries, _ = pages
-    findings = [] if queries is None else _query_findings(queries, problem.total_q)
+    findings = [] if queries is None else _query_findings(queries, problem.total_q, max_q_len)
     if form.op == "sparse":
         findings += sparse_findings(problem.num_pages * problem.page_size, ids, lengths)
     elif form.by_table:
@@ -172,14 +172,26 @@ def sparse_findings(num_tokens: int, indices: torch.Tensor, topk_lens: torch.Ten
     ]
 
 
-def _query_findings(qo_indptr: torch.Tensor, total_q: int) -> list[Finding]:
-    return [
+def _query_findings(qo_indptr: torch.Tensor, total_q: int, max_q_len: int | None) -> list[Finding]:
+    findings: list[Finding] = [
         (
             first_of(qo_indptr[:1] != 0, qo_indptr),
             lambda at, value: f"qo_indptr: expected 0 at position 0, got {value}",
         ),
         *indptr_findings("qo_indptr", qo_indptr, total_q, "the query tokens of q_nope"),
     ]
+    if max_q_len is not None:
+        q_lens = qo_indptr.long().diff()
+        findings.append(
+            (
+                first_of(q_lens > max_q_len, q_lens),
+                lambda at, value: (
+                    f"qo_indptr: expected at most {max_q_len} query tokens a request (the plan's max_q_len), "
+                    f"got {value} of request {at}"
+                ),
+            )
+        )
+    return findings
 
 
 def scale_findings(scales: dict[str, torch.Tensor]) -> list[Finding]:

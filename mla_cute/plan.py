@@ -17,7 +17,7 @@ from .check import DTYPE_NAMES, MAX_PAGE_SIZE, Problem
 from .check_device import Finding, first_of
 from .compile import jit
 from .config import KernelConfig, expect_types, why_infeasible
-from .dims import KV_FORMATS, MAX_HEADS, PART_ROW
+from .dims import KV_FORMATS, MAX_HEADS, PART_ROW, TILE32_M
 from .expect import expect_bool, expect_int
 from .kernels.registry import step_variant
 from .tuned import select, shape_log
@@ -119,6 +119,7 @@ class Wanted(NamedTuple):
             known.
         table_stride: elements between the rows of a block table; 0 with page lists.
         max_kv_len: tokens that no request has more of; None: not known.
+        max_q_len: query tokens that no request has more of; None: not known, or decode.
         verifies: as MLA_CUTE_CHECK says; None reads it.
         partials: where to write partial rows, if there is room for them.
     """
@@ -138,6 +139,7 @@ class Wanted(NamedTuple):
     other_metadata: bool
     verifies: bool | None = None
     partials: torch.Tensor | None = None
+    max_q_len: int | None = None
 
 
 class Plan:
@@ -146,7 +148,8 @@ class Plan:
     __slots__ = (
         "_planner", "_table_stride", "_problem", "_launch", "_pages", "_planned", "_again",
         "_table", "_spare_pages", "__weakref__", "handle",
-        "batch", "num_heads", "page_size", "device", "config", "selection", "batch_invariant", "other_metadata",
+        "batch", "num_heads", "page_size", "max_q_len", "device", "config", "selection", "batch_invariant",
+        "other_metadata",
         "part", "rounds", "has_work", "verifies",
     )  # fmt: skip
 
@@ -162,6 +165,7 @@ class Plan:
 
     def __init__(self, wanted: Wanted):
         self.batch, self.num_heads, self.page_size = wanted.batch, wanted.num_heads, wanted.page_size
+        self.max_q_len = wanted.max_q_len
         self._pages = wanted.pages
         self.device = self._pages.lengths.device
         self.batch_invariant, self.other_metadata = wanted.batch_invariant, wanted.other_metadata
@@ -187,6 +191,12 @@ class Plan:
     def form(self) -> Form:
         """Of the calls that it is for."""
         return self._pages.form
+
+    @property
+    def has_few_rows(self) -> bool:
+        """No row tile of prefill has more than 32 rows, and the kernel may go by it. It has other bits, so it may not
+        where a request's bits are its own: what a caller promises may be what the batch at hand has."""
+        return not self.batch_invariant and self.max_q_len is not None and self.max_q_len * self.num_heads <= TILE32_M
 
     def _register(self) -> Self:
         """Give the plan a handle, by which it passes through a torch op."""
@@ -339,7 +349,7 @@ class Plan:
             return _no_kernel
         variant = step_variant(
             problem.op, problem.kv_format, problem.q_fp8, problem.num_heads, problem.page_size,
-            DTYPE_NAMES[problem.dtype], self.config, problem.dims,
+            DTYPE_NAMES[problem.dtype], self.config, problem.dims, self.has_few_rows,
         )  # fmt: skip
         return jit.get(*variant)
 

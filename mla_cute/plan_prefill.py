@@ -50,6 +50,7 @@ class PrefillPlan(Plan):
 
     Attributes:
         batch, total_q, num_heads, page_size, causal: what the plan is for.
+        max_q_len: query tokens that no request has more of; None: not known.
         config: the :class:`~mla_cute.config.KernelConfig` the calls will run with.
         selection: the :class:`~mla_cute.tuned.select.Selection` that config is from; None when it was given, and on the
             CPU.
@@ -166,6 +167,7 @@ def plan_prefill(
     kv_format: str = "",
     q_fp8: bool = False,
     max_kv_len: int | None = None,
+    max_q_len: int | None = None,
     other_metadata: bool = False,
 ) -> PrefillPlan:
     """Plan a prefill step from CSR page lists; one plan serves every layer of the step.
@@ -180,6 +182,10 @@ def plan_prefill(
         causal: what the calls will say.
         kv_last_page_len: [batch] int32, tokens in each request's last page; None: last pages are full.
         num_kv_indices: upper bound of kv_indptr[-1]; only bounds the workspace of batch-invariant plans.
+        max_q_len: query tokens that no request has more of, now and at every update: a few, as those of drafts are.
+            With at most 32 (token, head) rows a request, FP8 caches are read by the kernel for so many rows, unless
+            batch_invariant. Rows beyond those of a request that has more are not written then; MLA_CUTE_CHECK=1 raises
+            ValueError. None: not known.
         config: a KernelConfig; None takes the tuned one of the nearest shape (:mod:`mla_cute.tuned.select`), else a
             default.
         batch_invariant: cut each request by its own lengths alone, so that its result has the same bits whatever else
@@ -192,6 +198,8 @@ def plan_prefill(
     """
     batch = _expect_common(qo_indptr, num_heads, page_size, total_q, causal)
     expect_hints(kv_format, q_fp8, max_kv_len)
+    if max_q_len is not None:
+        expect_int("max_q_len", max_q_len, 0)
     expect_options(config, batch_invariant)
     expect_bool("other_metadata", other_metadata)
     if num_kv_indices is not None:
@@ -202,7 +210,7 @@ def plan_prefill(
     room = None if num_kv_indices is None else num_kv_indices * page_size
     wanted = Wanted(
         Pages(PREFILL, kv_indptr, None, kv_last_page_len, qo_indptr, causal), batch, total_q, num_heads, page_size,
-        room, 0, max_kv_len, kv_format, q_fp8, config, batch_invariant, other_metadata,
+        room, 0, max_kv_len, kv_format, q_fp8, config, batch_invariant, other_metadata, max_q_len=max_q_len,
     )  # fmt: skip
     return PrefillPlan(wanted)._register().update()
 
@@ -222,14 +230,15 @@ def plan_prefill_block_table(
     kv_format: str = "",
     q_fp8: bool = False,
     max_kv_len: int | None = None,
+    max_q_len: int | None = None,
     other_metadata: bool = False,
     partials: torch.Tensor | None = None,
 ) -> PrefillPlan:
     """Plan a prefill step of an engine that carries `block_table [batch, max_pages]` and `seq_lens [batch]`.
 
     Args:
-        qo_indptr, num_heads, page_size, total_q, causal, config, batch_invariant, kv_format, q_fp8, other_metadata: as
-            :func:`plan_prefill`.
+        qo_indptr, num_heads, page_size, total_q, causal, config, batch_invariant, kv_format, q_fp8, max_q_len,
+            other_metadata: as :func:`plan_prefill`.
         seq_lens: [batch] int32, keys per request (those of its query tokens included), on the device of qo_indptr.
         max_pages: columns of the block table.
         table_stride: elements between its rows, >= max_pages; None: max_pages.
@@ -242,6 +251,8 @@ def plan_prefill_block_table(
     """
     batch = _expect_common(qo_indptr, num_heads, page_size, total_q, causal)
     expect_hints(kv_format, q_fp8, max_kv_len)
+    if max_q_len is not None:
+        expect_int("max_q_len", max_q_len, 0)
     expect_options(config, batch_invariant)
     expect_bool("other_metadata", other_metadata)
     expect_partials(partials)
@@ -251,7 +262,7 @@ def plan_prefill_block_table(
     wanted = Wanted(
         Pages(PREFILL_TABLE, seq_lens, None, None, qo_indptr, causal), batch, total_q, num_heads, page_size, room,
         table_stride, bounded(max_kv_len, room), kv_format, q_fp8, config, batch_invariant, other_metadata,
-        partials=partials,
+        partials=partials, max_q_len=max_q_len,
     )  # fmt: skip
     return PrefillPlan(wanted)._register().update()
 

@@ -130,7 +130,7 @@ class Library:
             "max_kv_len": max(kv for _, kv in case.requests),
         }
         if isinstance(case, PrefillCase):
-            options |= {"total_q": case.total_q, "causal": case.causal}
+            options |= {"total_q": case.total_q, "causal": case.causal, "max_q_len": max(q for q, _ in case.requests)}
             return self.plan_prefill(inputs.qo_indptr, inputs.kv_indptr, **options)
         return self.plan(inputs.kv_indptr, **options)
 

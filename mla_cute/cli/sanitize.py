@@ -218,7 +218,7 @@ def cases() -> dict[str, Case]:
     found = []
     for op in ("decode", "prefill"):
         for layout, q_fp8 in (("", False), *((layout, q) for layout in KV_FORMATS for q in (False, True))):
-            kernels = _PREFILL_KERNELS
+            kernels: Sequence[tuple[int, str, int, tuple[tuple[int, int], ...]]] = _PREFILL_KERNELS
             if op == "decode":
                 kernels = _DECODE_FP8_KERNELS if layout else _DECODE_KERNELS
             for num_heads, kernel, min_blocks, requests in kernels:

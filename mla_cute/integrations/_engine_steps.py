@@ -12,7 +12,7 @@ import torch
 from ..attend import attend
 from ..call import DECODE_TABLE, PREFILL_TABLE, SPARSE, UNSCALED, Cache, Call, Pages
 from ..check import FP8
-from ..dims import CKV_DIM, TILE_M
+from ..dims import CKV_DIM, TILE32_M, TILE_M
 from ..kernels.keys import TAIL_ITEMS_PER_PART
 from ..kernels.registry import Variant, planner_variant, step_variant
 from ..launch import table_stride
@@ -216,6 +216,7 @@ class StepPlans:
         total_q: int = 0,
         *,
         max_kv_len: int | None = None,
+        max_q_len: int | None = None,
         keep: bool = False,
     ) -> Step:
         """The step over these tensors; its plan may be of earlier values of them until it is updated.
@@ -225,18 +226,19 @@ class StepPlans:
             qo_indptr: [batch + 1] int32 with `total_q` query tokens at most; None: one token per request.
             max_kv_len: keys that no request has more of, as far as the host knows; None: not known. The kernel of a
                 small step may be another one. Graphs are replayed with other lengths: `GRAPH_KV_LEN` stands for them.
+            max_q_len: query tokens that no request has more of, in no replay either; None: not known.
             keep: the step is about to be captured in a CUDA graph.
         """
         pages = Pages(DECODE_TABLE, seq_lens, block_table)
         queries = None
         if qo_indptr is not None:
             pages = Pages(PREFILL_TABLE, seq_lens, block_table, None, qo_indptr, True)
-            queries = (qo_indptr.data_ptr(), total_q)
+            queries = (qo_indptr.data_ptr(), total_q, max_q_len)
         # To the next power of two, so that a plan lasts while lengths grow.
         bound = None if max_kv_len is None else 1 << max(0, max_kv_len - 1).bit_length()
         bound = GRAPH_KV_LEN if keep else bound
         key = (*block_table.shape, table_stride(block_table), seq_lens.data_ptr(), queries)
-        return Step(pages, self._found(key, (*key, bound), keep, lambda: self._make(pages, total_q, bound)))
+        return Step(pages, self._found(key, (*key, bound), keep, lambda: self._make(pages, total_q, bound, max_q_len)))
 
     def list_step(self, tokens: int, topk: int, device: torch.device, *, keep: bool = False) -> ListStep:
         """The step of `tokens` query tokens over lists of `topk` columns, rows one behind the other; to be updated with
@@ -265,14 +267,14 @@ class StepPlans:
                 self._recent.popitem(last=False)
         return plan
 
-    def _make(self, pages: Pages, total_q: int, max_kv_len: int | None) -> Plan:
+    def _make(self, pages: Pages, total_q: int, max_kv_len: int | None, max_q_len: int | None) -> Plan:
         table = {"max_pages": pages.ids.shape[1], "table_stride": table_stride(pages.ids)}
         facts = self._facts | table | {"max_kv_len": max_kv_len, "partials": self._partials}
         plan: Plan
         if pages.queries is None:
             plan = plan_decode_block_table(pages.lengths, **facts)
         else:
-            plan = plan_prefill_block_table(pages.queries, pages.lengths, total_q=total_q, **facts)
+            plan = plan_prefill_block_table(pages.queries, pages.lengths, total_q=total_q, max_q_len=max_q_len, **facts)
         return self._shared(plan)
 
     def _shared(self, plan: Plan) -> Plan:
@@ -300,7 +302,10 @@ class StepPlans:
         for (op, q_len), (batch, kv_len) in itertools.product(_QUERIES, sizes):
             facts = (op, kv_format, q_fp8, num_heads, page_size, q_len, batch, kv_len)
             config = select.choose(*facts, device, invariant).config
-            found[step_variant(op, kv_format, q_fp8, num_heads, page_size, dtype, config)] = None
+            may_have_few = op == "prefill" and not invariant and q_len * num_heads <= TILE32_M
+            for few_rows in (False, True) if may_have_few else (False,):
+                step = step_variant(op, kv_format, q_fp8, num_heads, page_size, dtype, config, few_rows=few_rows)
+                found[step] = None
             found[planner_variant(op, "seq_lens", config, invariant)] = None
         return list(found)
 

@@ -376,7 +376,7 @@ def _initialize(
         if pages.queries is None:
             step.plan = plan_decode_block_table(pages.lengths, **sizes)
         else:
-            sizes |= {"total_q": problem.total_q, "causal": config.causal}
+            sizes |= {"total_q": problem.total_q, "causal": config.causal, "max_q_len": config.s_q}
             step.plan = plan_prefill_block_table(pages.queries, pages.lengths, **sizes)
             step.qo_indptr = pages.queries
     step.config, step.have_initialized = config, True

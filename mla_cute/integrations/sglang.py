@@ -201,13 +201,15 @@ class MlaCuteAttnBackend(AttentionBackend):
     def _step(self, forward_batch: Any, block_tables: torch.Tensor, bound: int | None, keep: bool = False) -> Step:
         batch, mode = forward_batch.batch_size, forward_batch.forward_mode
         queries: tuple[torch.Tensor | None, int] = (None, 0)
+        most = None
         if self._is_window(mode):
-            queries = (self._window_indptr[: batch + 1], batch * self._num_draft_tokens)
+            queries, most = (self._window_indptr[: batch + 1], batch * self._num_draft_tokens), self._num_draft_tokens
         elif not self._is_decode(mode):
             queries = (self._qo_indptr[: batch + 1], sum(forward_batch.extend_seq_lens_cpu))
         elif self._is_deterministic:  # decode kernels have other bits than those of prefill
             queries = (self._ones_indptr[: batch + 1], batch)
-        return self.plans.step(block_tables[:batch], self._seq_lens[:batch], *queries, max_kv_len=bound, keep=keep)
+        tables = block_tables[:batch], self._seq_lens[:batch]
+        return self.plans.step(*tables, *queries, max_kv_len=bound, max_q_len=most, keep=keep)
 
     def _fill(self, step: Step, forward_batch: Any, in_graph: bool) -> None:
         """Lengths, page ids and work items of the step, on the current stream: it may be recorded in a graph."""

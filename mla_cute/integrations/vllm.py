@@ -330,7 +330,9 @@ class MlaCuteMetadataBuilder(PlanningBuilder, MLACommonMetadataBuilder[MlaCuteMe
             max_query_len = int(query_start_loc_cpu.diff().max())
         is_decode = max_query_len == 1 and num_decode_tokens == seq_lens_device.shape[0] and not self._batch_invariant
         queries = (None, 0) if is_decode else (query_start_loc_device, num_decode_tokens)
+        max_q_len = max_query_len
         if self._tokens is not None and max_query_len > 1:
+            max_q_len = 1
             assert dcp_tot_seq_lens_device is not None
             is_decode = not self._batch_invariant
             room = self._tokens.room(num_decode_tokens, block_table_tensor)
@@ -340,7 +342,7 @@ class MlaCuteMetadataBuilder(PlanningBuilder, MLACommonMetadataBuilder[MlaCuteMe
         else:
             tables, refill = (block_table_tensor, seq_lens_device), None
             is_padded = not is_decode and (self._captures or int(query_start_loc_cpu[-1]) < num_decode_tokens)
-        step = self._plans.step(*tables, *queries, max_kv_len=max_seq_len, keep=self._captures)
+        step = self._plans.step(*tables, *queries, max_kv_len=max_seq_len, max_q_len=max_q_len, keep=self._captures)
         output = None
         if is_padded:
             output = self._plans.padded_output(num_decode_tokens, self.model_config.dtype, seq_lens_device.device)

@@ -127,6 +127,7 @@ PREFILL = KernelRef("prefill_tile64", "mla_cute.kernels.tile64.setup", "prefill"
 DECODE_FP8 = KernelRef("decode_tile64_fp8", "mla_cute.kernels.tile64_fp8.setup", "decode")
 PREFILL_FP8 = KernelRef("prefill_tile64_fp8", "mla_cute.kernels.tile64_fp8.setup", "prefill")
 DECODE_TILE32_FP8 = KernelRef("decode_tile32_fp8", "mla_cute.kernels.tile64_fp8.setup", "decode_32_rows")
+PREFILL_TILE32_FP8 = KernelRef("prefill_tile32_fp8", "mla_cute.kernels.tile64_fp8.setup", "prefill_32_rows")
 DECODE_TILE16 = KernelRef("decode_tile16", "mla_cute.kernels.tile16.setup", "decode")
 DECODE_TILE16_FP8 = KernelRef("decode_tile16_fp8", "mla_cute.kernels.tile16.setup", "decode_fp8")
 PLANNER = KernelRef("planner", "mla_cute.kernels.planner.decode", "Planner")

@@ -23,6 +23,7 @@ from .keys import (
     PREFILL,
     PREFILL_FP8,
     PREFILL_PLANNER,
+    PREFILL_TILE32_FP8,
     AppendKey,
     DecodeKey,
     Fp8Key,
@@ -42,10 +43,13 @@ Variant = tuple[KernelRef, object, LaunchConfig]
 # ------------------------------------------------------------------------------------------ which kernels a call runs
 
 
-def step_of(op: str, kv_format: str, num_heads: int, config: KernelConfig) -> KernelRef:
-    """The main kernel of a call; `kv_format` is "" for a 16-bit cache."""
+def step_of(op: str, kv_format: str, num_heads: int, config: KernelConfig, few_rows: bool = False) -> KernelRef:
+    """The main kernel of a call; `kv_format` is "" for a 16-bit cache. `few_rows`: no request of a prefill has more
+    than 32."""
     if op == "prefill":
-        return PREFILL_FP8 if kv_format else PREFILL
+        if not kv_format:
+            return PREFILL
+        return PREFILL_TILE32_FP8 if few_rows else PREFILL_FP8
     if takes_tile16(kv_format, num_heads, config):
         return DECODE_TILE16_FP8 if kv_format else DECODE_TILE16
     if not kv_format:
@@ -69,8 +73,10 @@ def step_variant(
     dtype: str,
     config: KernelConfig,
     dims: HeadDims = HeadDims(),
+    few_rows: bool = False,
 ) -> Variant:
-    """The step of a call: main kernel and merge. `dtype` is that of its output, "bfloat16" or "float16"."""
+    """The step of a call: main kernel and merge. `dtype` is that of its output, "bfloat16" or "float16"; `few_rows` as
+    `step_of`."""
     sparse = op == "sparse"
     box_rows = 0 if sparse else box_rows_of(page_size)
     key: object
@@ -78,7 +84,7 @@ def step_variant(
         key = Fp8Key(dtype, box_rows, kv_format, q_fp8, sparse, dims)
     else:
         key = PrefillKey(dtype, box_rows, dims) if op == "prefill" else DecodeKey(dtype, box_rows, sparse, dims)
-    return step_of(op, kv_format, num_heads, config), key, config.launch()
+    return step_of(op, kv_format, num_heads, config, few_rows), key, config.launch()
 
 
 def planner_variant(op: str, lengths: str, config: KernelConfig, batch_invariant: bool = False) -> Variant:
@@ -143,7 +149,7 @@ def variants(
             PLANNER,
             PlannerKey,
         ),
-        ("prefill", (PREFILL,), PrefillKey, (PREFILL_FP8,), PREFILL_PLANNER, PrefillPlannerKey),
+        ("prefill", (PREFILL,), PrefillKey, (PREFILL_FP8, PREFILL_TILE32_FP8), PREFILL_PLANNER, PrefillPlannerKey),
     ):
         if op in ops:
             if "" in kv_formats:

@@ -15,6 +15,8 @@ from mla_cute.call import DECODE, FORMS, call_of
 from mla_cute.compile import jit
 from mla_cute.kernels import registry
 from mla_cute.testing.cases import make_case
+from mla_cute.testing.prefill import make_prefill_case
+from mla_cute.testing.runs import plan_of
 
 # ------------------------------------------------------------------------------------------------ plans and launches
 
@@ -63,6 +65,44 @@ def test_one_plan_asks_for_the_step_of_each_cache(steps, page_size, num_heads, d
             assert steps == [(kernel, key)]
             made.launcher(problem, made.form)
             assert len(steps) == 1, "the same problem asks once"
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_invariant": True}], ids=["balanced", "invariant"])
+@pytest.mark.parametrize(
+    ("num_heads", "max_q_len", "few"), [(16, 2, True), (16, 3, False), (32, 1, True), (5, 6, True), (16, None, False)]
+)
+def test_a_prefill_of_few_rows_has_a_kernel_over_fp8_caches(steps, num_heads, max_q_len, few, options):
+    meta = torch.device("meta")
+    indptr = torch.zeros(5, dtype=torch.int32, device=meta)
+    sizes = {"num_heads": num_heads, "page_size": 64, "total_q": 15, "max_q_len": max_q_len} | options
+    seq_lens = torch.zeros(4, dtype=torch.int32, device=meta)
+    facts = (4, 15, num_heads, 64, 9, True, BF16, meta)
+    for made in (
+        mla_cute.plan_prefill(indptr, indptr, **sizes),
+        mla_cute.plan_prefill_block_table(indptr, seq_lens, **sizes, max_pages=9),
+    ):
+        assert made.max_q_len == max_q_len
+        assert made.has_few_rows == (few and not options)
+        steps.clear()
+        made.launcher(prefill_problem(*facts, "group", True), made.form)
+        made.launcher(prefill_problem(*facts), made.form)
+        fp8 = registry.PREFILL_TILE32_FP8 if made.has_few_rows else registry.PREFILL_FP8
+        assert [kernel for kernel, _ in steps] == [fp8, registry.PREFILL]
+
+
+@pytest.mark.parametrize("max_q_len", [-1, 2.0, True])
+def test_a_bad_max_q_len_is_refused(max_q_len):
+    indptr = torch.zeros(5, dtype=torch.int32)
+    with pytest.raises((TypeError, ValueError), match=r"max_q_len: expected (an int|>= 0), got"):
+        mla_cute.plan_prefill(indptr, indptr, num_heads=16, page_size=64, total_q=15, max_q_len=max_q_len)
+
+
+@pytest.mark.parametrize("entry", ["csr", "block_table"])
+def test_requests_of_more_query_tokens_than_the_plan_was_told(entry):
+    case = make_prefill_case([(2, 100), (3, 50), (1, 1)], num_heads=4, page_size=16)
+    case.call(entry, plan=plan_of(case, entry, max_q_len=3))
+    with pytest.raises(ValueError, match=r"qo_indptr: expected at most 2 query tokens .*, got 3 of request 1"):
+        case.call(entry, plan=plan_of(case, entry, max_q_len=2))
 
 
 @pytest.mark.parametrize(
@@ -266,7 +306,7 @@ def test_variants_of_fp8_caches():
     everything = registry.variants(kv_formats=("", *registry.KV_FORMATS))
     assert [v for v in everything if not isinstance(v[1], registry.Fp8Key)] == registry.variants()
     decodes = (registry.DECODE_FP8, registry.DECODE_TILE32_FP8, registry.DECODE_TILE16_FP8)
-    for kernel in (*decodes, registry.PREFILL_FP8):
+    for kernel in (*decodes, registry.PREFILL_FP8, registry.PREFILL_TILE32_FP8):
         keys = [key for of_kernel, key, _ in everything if of_kernel is kernel]
         assert len(keys) == len(set(keys)) == 3 * 2 * 2 * 5
         assert set(keys) == {

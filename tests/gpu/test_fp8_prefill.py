@@ -7,13 +7,13 @@ import random
 
 import pytest
 import torch
-from gpu_helpers import ENTRIES, MIXED, owned, plan_of, same_bits
+from gpu_helpers import ENTRIES, MIXED, capture, owned, plan_of, same_bits
 from gpu_helpers import check_fp8 as check
 
 import mla_cute
 from mla_cute.kernels.registry import box_rows_of
 from mla_cute.testing.cases import CACHE_LAYOUTS, OUT_LAYOUTS, Q_LAYOUTS, DecodeCase, run_case
-from mla_cute.testing.fp8 import LAYOUTS, Fp8Case, compare_fp8, expected_fp8, make_fp8
+from mla_cute.testing.fp8 import LAYOUTS, Fp8Case, compare_fp8, expected_fp8, judge_fp8, make_fp8
 from mla_cute.testing.prefill import make_prefill_case
 
 # What these tests compile: (dtype, box rows, format, e4m3 queries).
@@ -73,6 +73,49 @@ def put_scales(fp8: Fp8Case, b: int, values: torch.Tensor) -> None:
     """`values` [length] or [length, 1 or n] as the scales of request b."""
     array = fp8.scales["ckv_scale_arr"]
     array[fp8.slots(b)] = values.to("cuda").reshape(len(values), -1).expand(-1, array.shape[-1])
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize(("num_heads", "q_len"), [(16, 2), (8, 4), (5, 6), (32, 1)])
+@EVERY_FULL
+def test_drafts_of_few_rows(layout, q_fp8, num_heads, q_len, causal):
+    """By the kernel for up to 32 rows of a request, which the plan is told of, and by the other: right; uncut and cut
+    requests, some of fewer tokens or none, through both forms of metadata, repeated and updated."""
+    q_lens = [q_len, 1, q_len, 0, q_len, q_len, 1, q_len]
+    requests = list(zip(q_lens, [8192, 1, 65, 70, 0, q_len, 1000, 20000], strict=True))
+    fp8 = make(layout, q_fp8, requests, num_heads, causal=causal)
+    expected = expected_fp8(fp8)
+    for entry in ENTRIES:
+        hints = {"kv_format": fp8.kv_format, "q_fp8": q_fp8}
+        for options in ({"max_q_len": q_len}, {}, {"max_q_len": q_len, "batch_invariant": True}):
+            plan = plan_of(fp8.case, entry, **hints | options)
+            assert plan.has_few_rows == (options == {"max_q_len": q_len})
+            check(fp8, expected=expected, entry=entry, plan=plan)
+            want = owned(fp8.case)
+            check_same(fp8, want, entry=entry, plan=plan.update())
+
+
+@pytest.mark.parametrize("layout", ["tensor", "token", "group"])
+def test_drafts_of_few_rows_in_a_graph(layout):
+    """A captured step with few rows follows lengths and queries."""
+    room = {"total_q": 80, "num_pages": 2000, "num_indices": 2000, "max_pages": 50}
+    first, second = (
+        make(layout, False, [(1 + (b + i) % 2, 700 * ((b + i) % 5) + 2) for b in range(40)], 16, seed=i, **room)
+        for i in range(2)
+    )
+    plan = plan_of(first.case, "block_table", kv_format=first.kv_format, max_q_len=2)
+    assert plan.has_few_rows
+
+    def run():
+        plan.update()
+        return first.call("block_table", plan=plan, out=first.case.out, lse=first.case.lse)
+
+    graph, _ = capture(run)
+    for fp8 in (first, second):
+        first.load(fp8)
+        first.reset()
+        graph.replay()
+        assert judge_fp8(first, expected_fp8(first)).ok
 
 
 @dataclasses.dataclass(frozen=True)

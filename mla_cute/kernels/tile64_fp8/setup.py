@@ -195,3 +195,8 @@ def decode_32_rows(key: Fp8Key, config: LaunchConfig) -> Step:
 def prefill(key: Fp8Key, config: LaunchConfig) -> Step:
     """A prefill step: a row tile is 64 (token, head) rows of one request."""
     return Step(Tile64Fp8(key, PackedRows(), config), key.dtype, True, config)
+
+
+def prefill_32_rows(key: Fp8Key, config: LaunchConfig) -> Step:
+    """The same for requests of up to 32 rows."""
+    return Step(Tile32Fp8(key, PackedRows(), config, TILE32_M), key.dtype, True, config)

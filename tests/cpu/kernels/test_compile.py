@@ -26,20 +26,20 @@ APPENDS = registry.append_variants()
 APPENDS_OF_OTHER_DIMS = registry.append_variants(["bfloat16"], head_dims=HEAD_DIMS[1:])
 MERGES = registry.merge_states_variants()
 DECODES_FP8 = (registry.DECODE_FP8, registry.DECODE_TILE32_FP8, registry.DECODE_TILE16_FP8)
-FP8_STEPS = [
-    v for v in registry.variants(kv_formats=registry.KV_FORMATS) if v[0] in (*DECODES_FP8, registry.PREFILL_FP8)
-]
+PREFILLS_FP8 = (registry.PREFILL_FP8, registry.PREFILL_TILE32_FP8)
+TILES32 = (registry.DECODE_TILE32_FP8, registry.PREFILL_TILE32_FP8)
+FP8_STEPS = [v for v in registry.variants(kv_formats=registry.KV_FORMATS) if v[0] in (*DECODES_FP8, *PREFILLS_FP8)]
 
 
 def _covers(variant) -> bool:
-    """A quarter of the 240 FP8 variants, 6 s each: bfloat16 decode at every page class, with both kinds of query where
+    """A fifth of the 300 FP8 variants, 6 s each: bfloat16 decode at every page class, with both kinds of query where
     boxes are whole; prefill, tiles of 32 rows and float16 at the page classes whose producers differ most."""
     kernel, key, _ = variant
     if kernel is registry.PREFILL_FP8:
         return key.dtype == "bfloat16" and key.box_rows in (64, 8, 0) and key.q_fp8 == (key.box_rows == 64)
     if key.dtype == "float16":
         return key.box_rows == 16 and not key.q_fp8
-    if kernel is registry.DECODE_TILE32_FP8:
+    if kernel in TILES32:
         return key.box_rows == 64 or (key.box_rows == 0 and not key.q_fp8)
     return key.box_rows == 64 or key.q_fp8 == (key.box_rows in (32, 0))
 
@@ -48,6 +48,7 @@ def _covers(variant) -> bool:
 COST_S = {
     registry.DECODE_FP8: 14,
     registry.DECODE_TILE32_FP8: 12,
+    registry.PREFILL_TILE32_FP8: 12,
     registry.PREFILL_FP8: 14,
     registry.DECODE: 7,
     registry.PREFILL: 7,
@@ -210,10 +211,10 @@ def test_tile16_instructions(variant):
 
 
 def test_fp8_registry_is_complete():
-    for kernel in (*DECODES_FP8, registry.PREFILL_FP8):
+    for kernel in (*DECODES_FP8, *PREFILLS_FP8):
         keys = [v[1] for v in FP8_STEPS if v[0] == kernel]
         assert len(set(keys)) == len({repr(key) for key in keys}) == len(keys) == 2 * 5 * 3 * 2
-    assert len(COVERED_FP8) == 2 * 3 * (2 + 4 + 1) + 3 * (2 + 1 + 1) + 3 * 3
+    assert len(COVERED_FP8) == 2 * 3 * (2 + 4 + 1) + 2 * 3 * (2 + 1 + 1) + 3 * 3
 
 
 @of_variants(COVERED_FP8)
@@ -228,7 +229,7 @@ def test_fp8_step_instructions(variant):
     else:
         assert mnemonics["HMMA"] == 0
         assert any(o.startswith("QGMMA.64x64x32.F32.E4M3.E4M3") for o in opcodes)
-        rows = 32 if kernel is registry.DECODE_TILE32_FP8 else 64
+        rows = 32 if kernel in TILES32 else 64
         assert any(o.startswith(f"HGMMA.64x{rows}x16.F32") for o in opcodes)
     assert mnemonics["LDSM"] > 0, "V^T comes through a transposing ldmatrix"
     assert mnemonics["USETMAXREG"] >= 2
@@ -267,11 +268,11 @@ def test_lists_begin_with_references_that_are_not_chosen():
 
 def test_other_head_dims_are_complete():
     main = (registry.DECODE, registry.DECODE_TILE16, registry.PREFILL)
-    fp8 = (*DECODES_FP8, registry.PREFILL_FP8)
+    fp8 = (*DECODES_FP8, *PREFILLS_FP8)
     of_pair = {(kernel, box, False) for kernel in (*main, *fp8) for box in (64, 0)}
     of_pair |= {(kernel, 0, True) for kernel in (*main[:2], *fp8[:3])}
     found = [(key.dims, (kernel, key.box_rows, getattr(key, "sparse", False))) for kernel, key, _ in OTHER_DIMS]
-    assert len(found) == len(set(found)) == 5 * len(of_pair) == 95
+    assert len(found) == len(set(found)) == 5 * len(of_pair) == 105
     assert {dims for dims, _ in found} == set(HEAD_DIMS[1:])
 
 
@@ -290,7 +291,7 @@ def test_products_of_other_head_dims(variant):
         assert count("HMMA.16816.F32.BF16") == 2 * ((ckv + kpe) // 16 + ckv // 16)
     elif kernel is registry.DECODE_TILE16_FP8:
         assert count("HMMA.16816.F32") == 2 * ((ckv + kpe) // 16 + ckv // 16)
-    elif kernel is registry.DECODE_TILE32_FP8:
+    elif kernel in TILES32:
         # Both e4m3 parts of Q at once, and always started ahead.
         assert count("QGMMA.64x64x32") == ckv // 32 + kpe // 32 + 4
         assert count("HGMMA.64x32x16") == 2 * (ckv // 128) * 4
@@ -319,7 +320,7 @@ def test_high_accuracy_sums_the_depth_in_parts(variant):
         [sum(n for o, n in opcodes.items() if o.split(".")[0] == name) for opcodes in (few, many)]
         for name in ("QGMMA", "FADD")
     )
-    starts, terms = (2, 1) if key.q_fp8 or kernel is registry.DECODE_TILE32_FP8 else (1, 2)
+    starts, terms = (2, 1) if key.q_fp8 or kernel in TILES32 else (1, 2)
     rope = 2 if key.kv_format == "tensor" else 0  # of 16-bit values otherwise, which are no QGMMA
     assert multiplied == [terms * (starts * first + 16 - first + rope) for first in (16, 4)]
     assert added[1] > added[0]
