@@ -373,6 +373,23 @@ FP8_BARS = tuple(
     for case in _fp8(num_heads, batch, 8192)
 )
 
+# What runs in tiles of 32 rows: 32 heads, lists of tokens among them, and drafts of few heads.
+FP8_32_ROWS: tuple[Case | PrefillCase, ...] = (
+    *(case for b in FP8_BATCHES for n in (1024, 8192) for case in _fp8(32, b, n)),
+    *(case for f in ("token", "group") for b in FP8_BATCHES for case in _fp8(32, b, 8192, f)),
+    *(
+        Case(32, b, 2048, sparse=True, kv_format="group", q_fp8=q_fp8, layout="fused")
+        for b in (16, 64, 512)
+        for q_fp8 in (False, True)
+    ),
+    *(
+        PrefillCase(h, ((128, q, 8192),), kv_format=kv_format, q_fp8=q_fp8)
+        for h, q in ((16, 2), (8, 4))
+        for kv_format in KV_FORMATS
+        for q_fp8 in (False, True)
+    ),
+)
+
 GRID_HEADS, GRID_BATCHES = (8, 16, 32, 64, 128), (1, 4, 16, 64, 128)
 GRID_LENGTHS = (1024, 4096, 8192, 32768, 131072)
 # The longest request of a ragged batch over its shortest, at least.
@@ -435,6 +452,7 @@ PRESETS: dict[str, tuple[Case | PrefillCase, ...]] = {
         for n in (1024, 8192)
         for accuracy in ("high", "fast")
     ),
+    "fp8_32_rows": FP8_32_ROWS,
     "grid": tuple(
         Case(h, b, n, page_size=p) for p in (64, 1) for h in GRID_HEADS for b in GRID_BATCHES for n in GRID_LENGTHS
     ),

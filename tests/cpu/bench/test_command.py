@@ -80,7 +80,7 @@ def test_select_fp8_cases():
     [
         (
             ["nonsense"],
-            "fp8, fp8_prefill, fp8_fast, grid, drafts, sparse, dims, ragged, quick, got",
+            "fp8, fp8_prefill, fp8_fast, fp8_32_rows, grid, drafts, sparse, dims, ragged, quick, got",
         ),
         (["--heads", "129"], "num_heads: expected 1..128, got 129"),
         (["--heads", "16,x"], "expected integers separated by commas, got '16,x'"),

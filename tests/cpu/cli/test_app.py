@@ -454,7 +454,7 @@ def test_bench_without_a_gpu_says_so():
     [
         (
             ["nonsense"],
-            "fp8, fp8_prefill, fp8_fast, grid, drafts, sparse, dims, ragged, quick, got",
+            "fp8, fp8_prefill, fp8_fast, fp8_32_rows, grid, drafts, sparse, dims, ragged, quick, got",
         ),
         (["--heads", "16,x"], "--heads: expected integers separated by commas, got '16,x'"),
         (["--dtype", "fp8"], "--dtype: expected some of bfloat16"),
