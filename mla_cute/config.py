@@ -19,7 +19,8 @@ class KernelConfig:
     kernel            which main kernel runs over 16-bit caches: "tile64" (64 rows per tile on wgmma, two KV tiles in
                       flight); "tile16" (decode: tiles of 16 heads on mma.sync, for few heads or few keys); or
                       "auto": tile16 up to 16 heads
-    fp8_kernel        the same over FP8 caches
+    fp8_kernel        the same over FP8 caches, where "tile64" has 32 rows per tile for decode of up to 32 heads and for
+                      prefill plans of as many rows a request (`max_q_len`)
     accuracy          of "tile64" on FP8 caches; for tile16 and 16-bit caches all three are the same.
                       "high"    sums of 128 channels, which the tensor core adds up with about 14 bits, are added in
                                 float32; a 16-bit query is multiplied as two e4m3 parts
@@ -28,6 +29,7 @@ class KernelConfig:
                       "fast"    a 16-bit query is multiplied as one e4m3 part under a scale per row, its rope part
                                 too where the rope cache is e4m3: half the work of Q K^T, for an error of 3.7e-2 on
                                 normal data (docs/numerics.md). The rest is as "high", and all of it with e4m3 queries
+                                and in tiles of 32 rows, which multiply both parts at once
     evict_first       KV loads carry the L2 evict-first hint
     use_pdl           launch planner, main and merge kernels with programmatic dependent launch
     cut_unit          decode: requests are cut at multiples of that many 64-token blocks: 2, since "tile64" takes

@@ -1,4 +1,4 @@
-"""The schedule of the FP8 row-tile kernel: 64 query rows against pairs of 64-token KV tiles.
+"""The schedule of the FP8 row-tile kernel: 64 or 32 query rows against pairs of 64-token KV tiles.
 
     S = Q K^T on e4m3 wgmma (rows x tokens)          O^T [512 x 64] += V^T P^T on float16 wgmma
 
@@ -15,6 +15,7 @@ each consumer owns half of the channels of O^T.
     wg 0, 1     0-7    240      S = Q K^T of its own tile, P to shared memory, Q K^T of its next tile started,
                                 O^T[its 256 channels] += V^T P^T of both tiles
     producer    8-11   24       K tiles through a ring of `num_stages` slots (lib/ring.py)
+    (32 rows, whose O^T takes half the registers: 224 and 56; params.py has those of other head dimensions)
 
     mbarrier       completed by -> waited for by
     full[slot]     the producer warps, and what copies their tile -> both consumers
@@ -45,8 +46,18 @@ S as column factors, and P V through P (format "token") or through V's fragments
 counted in a unit, a power of two near the largest scale, so that float16 holds them (lib/e4m3.py, unit_below); it is
 raised together with the references when a scale exceeds 64 units.
 
-Shared memory: Q 64 (of one e4m3 part: 32) KiB + its rope 8 or less, P 16, three (Q of one part: four) tiles of 36 to 41
-KiB; of heads of 256 + 64 six tiles of 20. lib/ring.py says how ropes of other widths lie in the tiles.
+Tiles of 32 rows (`tile_rows`): up to 32 heads of decode, or (token, head) rows of a request of prefill. wgmma has 64
+rows of Q, and so both parts of a 16-bit Q are multiplied at once: the high part of row 8 w + i of the tile is row 16 w
++ i of the operand, its low part row 16 w + i + 8. A thread's two rows of S are then the two parts of one row, which it
+adds up; no other thread is asked, and every warp has eight rows of P. Of e4m3 queries, and of a rope that is not
+split, the low rows are whatever shared memory holds: a row of Q makes one row of S, which nobody reads. P V multiplies
+32 rows of P^T instead of 64. For 16-bit queries Q K^T takes half as long as of 64 rows and P V takes half for all: 32
+heads at 128 x 8192 take 169 to 233 us where tiles of 64 rows, half of them padding, take 191 to 320
+(docs/performance.md).
+
+Shared memory: Q 64 (of one e4m3 part or of 32 rows: 32) KiB + its rope 8 or less, P 16 (8), three (with 32 KiB of Q:
+four) tiles of 36 to 41 KiB; of heads of 256 + 64 six tiles of 20. lib/ring.py says how ropes of other widths lie in
+the tiles.
 
 Arguments that recur:
     wg, own, other   0 or 1: this consumer, which is also its own tile in a pair, and the other

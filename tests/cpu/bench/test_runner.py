@@ -115,7 +115,7 @@ def test_fp8_prefill_rows(small_rotation):
     assert {cases_module.case_of(row) for row in json.loads(json.dumps(record))["rows"]} == set(cases)
 
 
-FAST_CASES = [Case(4, 2, 100, 16, kv_format=kv_format, accuracy="fast") for kv_format in ("tensor", "token", "group")]
+FAST_CASES = [Case(33, 2, 100, 16, kv_format=kv_format, accuracy="fast") for kv_format in ("tensor", "token", "group")]
 
 
 def fast(*args, **options):
@@ -134,17 +134,22 @@ def test_an_accuracy_of_the_case_is_planned_run_on_row_tiles_and_checked_for_its
     configs = [options["config"] for _, options in library.asked]
     # Of each case the library's choice first, whose accuracy and kernel are then replaced. The host's calls have none.
     assert len(configs) == 2 + 2 * len(FAST_CASES)
+    assert {config and (config.accuracy, config.fp8_kernel) for config in configs} == {None, ("fast", "auto")}
+    few = FakeLibrary.make(decode_reference)  # tiles of 32 rows, which round no query
+    assert bench([dataclasses.replace(case, num_heads=4) for case in FAST_CASES], few)["failed"] == 0
+    configs = [options["config"] for _, options in few.asked]
     assert {config and (config.accuracy, config.fp8_kernel) for config in configs} == {None, ("fast", "tile64")}
     assert bench(high)["failed"] == 0
     # What rounds queries is wrong where they are to be multiplied as they are, and the other way round.
     for cases, decode in ((high, fast), (FAST_CASES, decode_reference)):
         assert not any(row["check"]["ok"] for row in bench(cases, FakeLibrary.make(decode))["rows"])
     assert {report.cells(row)[4] for row in record["rows"]} == {f"{c.kv_format}/bf16/fast" for c in FAST_CASES}
-    assert FAST_CASES[0].label == "H=4 B=2 L=100 page 16 bfloat16 tensor FP8, q 16 bit fast"
+    assert FAST_CASES[0].label == "H=33 B=2 L=100 page 16 bfloat16 tensor FP8, q 16 bit fast"
 
 
 def test_queries_are_rounded_by_row_tiles_alone():
     fast, high = (KernelConfig(accuracy=accuracy) for accuracy in ("fast", "high"))
+    assert not runner.rounds_queries(Case(32, 1, 64, kv_format="group"), KernelConfig(accuracy="fast"))
     fp8, e4m3 = (Case(64, 1, 64, kv_format="group", q_fp8=q_fp8) for q_fp8 in (False, True))
     assert runner.rounds_queries(fp8, fast)
     assert runner.rounds_queries(cases_module.PrefillCase(1, ((1, 2, 64),), kv_format="tensor"), fast)

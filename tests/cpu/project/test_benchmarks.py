@@ -318,3 +318,46 @@ def test_fp8_shares_of_the_bf16_time_are_the_records():
     assert f"128 heads {span((128, False))} and {span((128, True))};" in TEXT
     group = f"(group {max(found['group', True]):.2f}x;"
     assert f"prefill {span(('prefill', False))} and {span(('prefill', True))} {group}" in TEXT
+
+
+def test_fp8_tiles_of_32_rows_are_the_record():
+    """In docs/performance.md: what runs in them beside peers, and both heights in turns."""
+    notes = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    rows, gains = {}, []
+    for row in json.loads((ROOT / RECORDS / "fp8_32_rows_2026-11-30.json").read_text(encoding="utf-8"))["rows"]:
+        assert row["check"]["ok"], row["case"]
+        case = row["case"]
+        what = f"32 heads, {case.get('batch')}"
+        if "groups" in case:
+            requests, tokens, _ = case["groups"][0]
+            what = f"drafts of {case['num_heads']} heads, {requests} x {tokens}"
+        elif case["sparse"]:
+            what = f"lists of 2048, {case['batch']}"
+        if case.get("kv_len", 8192) != 1024:
+            rows[what, case["kv_format"], case["q_fp8"]] = report.beside(row)
+        if case["q_fp8"] and report.best_peer(row) is not None:
+            gains.append(best_peer(row) / row["us_amortised"])
+    kinds = [(kv_format, q_fp8) for kv_format in ("tensor", "token", "group") for q_fp8 in (False, True)]
+    for what in dict.fromkeys(what for what, _, _ in rows):
+        cells = " | ".join(rows.get((what, *kind), "") for kind in kinds)
+        assert re.sub(r" +", " ", f"\n| {what} | {cells} |\n") in re.sub(r" +", " ", notes), what
+    mean = statistics.geometric_mean(gains)
+    assert f"that is {mean:.2f}x ({min(gains):.2f}x to {max(gains):.2f}x; {len(gains)} cells)" in notes
+    turns = json.loads((ROOT / RECORDS / "tile32_2026-11-30.json").read_text(encoding="utf-8"))["turns"]["rows"]
+    table, ratios = {}, {}
+    for row in turns:
+        case, means = row["case"], [statistics.mean(row["us"][rows]) for rows in ("64 rows", "32 rows")]
+        what = f"{case.get('batch')} x {case.get('kv_len')}"
+        if "groups" in case:
+            what = "drafts of 2 of 16 heads, 128 x 8192"
+        elif case["sparse"]:
+            what = f"lists, {what}"
+        table[what, case["kv_format"], case["q_fp8"]] = "{:.1f} / {:.1f}".format(*means)
+        ratios.setdefault(case["q_fp8"], []).append(means[0] / means[1])
+    for what in dict.fromkeys(what for what, _, _ in table):
+        cells = " | ".join(table.get((what, *kind), "") for kind in kinds)
+        assert re.sub(r" +", " ", f"\n| {what} | {cells} |\n") in re.sub(r" +", " ", notes), what
+    spans = [
+        f"{min(ratios[q]):.2f}x to {max(ratios[q]):.2f}x with {kind}" for q, kind in ((False, "16-bit"), (True, "e4m3"))
+    ]
+    assert f"That is {spans[0]} queries and {spans[1]} ones." in notes
