@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import os
@@ -17,9 +18,9 @@ from .check import DTYPE_NAMES, MAX_PAGE_SIZE, Problem
 from .check_device import Finding, first_of
 from .compile import jit
 from .config import KernelConfig, expect_types, why_infeasible
-from .dims import KV_FORMATS, MAX_HEADS, PART_ROW, TILE32_M
+from .dims import KV_FORMATS, MAX_HEADS, PART_ROW
 from .expect import expect_bool, expect_int
-from .kernels.registry import step_variant
+from .kernels.registry import has_few_rows, step_variant
 from .tuned import select, shape_log
 
 if TYPE_CHECKING:
@@ -196,7 +197,9 @@ class Plan:
     def has_few_rows(self) -> bool:
         """No row tile of prefill has more than 32 rows, and the kernel may go by it. It has other bits, so it may not
         where a request's bits are its own: what a caller promises may be what the batch at hand has."""
-        return not self.batch_invariant and self.max_q_len is not None and self.max_q_len * self.num_heads <= TILE32_M
+        if self.batch_invariant or self.max_q_len is None:
+            return False
+        return has_few_rows(self.num_heads, self.max_q_len)
 
     def _register(self) -> Self:
         """Give the plan a handle, by which it passes through a torch op."""
@@ -229,6 +232,8 @@ class Plan:
             shape_log.recorder.saw(facts)
         if wanted.config is None:
             self.selection = select.choose(*facts, self.device, self.batch_invariant)
+            if self.has_few_rows:
+                self.selection = dataclasses.replace(self.selection, few_rows=True)
             self.config = self.selection.config
         else:
             self.config = wanted.config

@@ -12,9 +12,9 @@ import torch
 from ..attend import attend
 from ..call import DECODE_TABLE, PREFILL_TABLE, SPARSE, UNSCALED, Cache, Call, Pages
 from ..check import FP8
-from ..dims import CKV_DIM, TILE32_M, TILE_M
+from ..dims import CKV_DIM, TILE_M
 from ..kernels.keys import TAIL_ITEMS_PER_PART
-from ..kernels.registry import Variant, planner_variant, step_variant
+from ..kernels.registry import Variant, has_few_rows, planner_variant, step_variant
 from ..launch import table_stride
 from ..plan import Plan
 from ..plan_decode import plan_decode_block_table
@@ -302,7 +302,7 @@ class StepPlans:
         for (op, q_len), (batch, kv_len) in itertools.product(_QUERIES, sizes):
             facts = (op, kv_format, q_fp8, num_heads, page_size, q_len, batch, kv_len)
             config = select.choose(*facts, device, invariant).config
-            may_have_few = op == "prefill" and not invariant and q_len * num_heads <= TILE32_M
+            may_have_few = op == "prefill" and not invariant and has_few_rows(num_heads, q_len)
             for few_rows in (False, True) if may_have_few else (False,):
                 step = step_variant(op, kv_format, q_fp8, num_heads, page_size, dtype, config, few_rows=few_rows)
                 found[step] = None

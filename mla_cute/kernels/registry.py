@@ -57,6 +57,11 @@ def step_of(op: str, kv_format: str, num_heads: int, config: KernelConfig, few_r
     return DECODE_TILE32_FP8 if num_heads <= TILE32_M else DECODE_FP8
 
 
+def has_few_rows(num_heads: int, q_len: int) -> bool:
+    """Whether requests of up to `q_len` query tokens have no more rows than prefill's tiles of 32 over FP8 caches."""
+    return q_len * num_heads <= TILE32_M
+
+
 def takes_tile16(kv_format: str, num_heads: int, config: KernelConfig) -> bool:
     """Whether a decode step's main kernel is the tile16 kernel of its kind of cache."""
     kernel = config.fp8_kernel if kv_format else config.kernel

@@ -84,7 +84,7 @@ class Selection:
     """The configuration of a call and where it is from: "shipped NVIDIA_H200.json entry 17", or "default: " and why.
 
     `entry` is None for a default; `when` is the call's. `among`: entries of the file that are of the call's class, with
-    `entry` the nearest of them that can serve it.
+    `entry` the nearest of them that can serve it. `few_rows`: the plan was told a `max_q_len` with at most 32 rows.
     """
 
     config: KernelConfig
@@ -92,11 +92,12 @@ class Selection:
     entry: Entry | None
     when: When
     among: int = 0
+    few_rows: bool = False
 
     @property
     def kernel(self) -> str:
         """Name of the main kernel that runs."""
-        return step_of(self.when.op, self.when.kv_format, self.when.num_heads, self.config).name
+        return step_of(self.when.op, self.when.kv_format, self.when.num_heads, self.config, self.few_rows).name
 
     def __str__(self) -> str:
         """One line."""

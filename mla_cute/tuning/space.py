@@ -20,7 +20,15 @@ from ..config import KernelConfig, differences, why_infeasible, with_kernel
 from ..gpu_speed import H200, GpuSpeed
 from ..kernels.keys import MAX_PARTS
 from ..kernels.planner import model, model_prefill
-from ..kernels.registry import Variant, decode_parts, planner_variant, step_of, step_variant, takes_tile16
+from ..kernels.registry import (
+    Variant,
+    decode_parts,
+    has_few_rows,
+    planner_variant,
+    step_of,
+    step_variant,
+    takes_tile16,
+)
 from ..tuned.select import When, default_for
 from .recipes import case_of
 
@@ -80,8 +88,13 @@ def variants_of(when: When, config: KernelConfig, dtype: str) -> list[Variant]:
     lengths = "seq_lens"
     if when.op != "sparse":
         lengths = "csr_last" if any(n % when.page_size for n in kv_lens(when)) else "csr"
-    step = step_variant(when.op, when.kv_format, when.q_fp8, when.num_heads, when.page_size, dtype, config)
-    return [step, planner_variant(when.op, lengths, config)]
+    facts = (when.op, when.kv_format, when.q_fp8, when.num_heads, when.page_size, dtype, config)
+    return [step_variant(*facts, few_rows=_has_few_rows(when)), planner_variant(when.op, lengths, config)]
+
+
+def _has_few_rows(when: When) -> bool:
+    """The plans of what is timed are told how many query tokens there are."""
+    return when.op == "prefill" and has_few_rows(when.num_heads, when.q_len)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -96,7 +109,7 @@ def kv_lens(when: When) -> tuple[int, ...]:
 
 def run_key(when: When, config: KernelConfig, num_sms: int) -> Hashable:
     """A value that two configurations share only if this shape runs the same with both."""
-    kernel = step_of(when.op, when.kv_format, when.num_heads, config)
+    kernel = step_of(when.op, when.kv_format, when.num_heads, config, _has_few_rows(when))
     return kernel, config.launch(), plan_signature(when, config, num_sms)
 
 

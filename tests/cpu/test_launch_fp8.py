@@ -75,6 +75,7 @@ def test_a_prefill_of_few_rows_has_a_kernel_over_fp8_caches(steps, num_heads, ma
     meta = torch.device("meta")
     indptr = torch.zeros(5, dtype=torch.int32, device=meta)
     sizes = {"num_heads": num_heads, "page_size": 64, "total_q": 15, "max_q_len": max_q_len} | options
+    sizes |= {"kv_format": "group", "q_fp8": True}
     seq_lens = torch.zeros(4, dtype=torch.int32, device=meta)
     facts = (4, 15, num_heads, 64, 9, True, BF16, meta)
     for made in (
@@ -88,6 +89,7 @@ def test_a_prefill_of_few_rows_has_a_kernel_over_fp8_caches(steps, num_heads, ma
         made.launcher(prefill_problem(*facts), made.form)
         fp8 = registry.PREFILL_TILE32_FP8 if made.has_few_rows else registry.PREFILL_FP8
         assert [kernel for kernel, _ in steps] == [fp8, registry.PREFILL]
+        assert made.selection.kernel == fp8.name
 
 
 @pytest.mark.parametrize("max_q_len", [-1, 2.0, True])

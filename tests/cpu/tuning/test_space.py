@@ -241,7 +241,9 @@ def test_variants_are_what_a_call_compiles():
     assert names(many, KernelConfig(kernel="tile16"))[0][0] == "decode_tile16"
     prefill = dataclasses.replace(bf16, op="prefill", q_len=2)
     assert [name for name, _ in names(prefill)] == ["prefill_tile64", "prefill_planner"]
-    assert names(dataclasses.replace(prefill, kv_format="group"))[0][0] == "prefill_tile64_fp8"
+    fp8 = dataclasses.replace(prefill, kv_format="group")
+    assert names(fp8)[0][0] == "prefill_tile32_fp8", "what is timed is planned with max_q_len"
+    assert names(dataclasses.replace(fp8, q_len=3))[0][0] == "prefill_tile64_fp8"
 
 
 @pytest.mark.parametrize(("kv_format", "q_fp8"), [("", False), ("group", True)])
