@@ -37,7 +37,7 @@ from ..check import FP8
 from ..config import KernelConfig, with_kernel
 from ..dims import CKV_DIM, KPE_DIM, KV_FORMATS, HeadDims
 from ..kernels.keys import APPEND, MERGE_STATES, PLANNER, PREFILL_PLANNER, KernelRef
-from ..kernels.registry import step_of
+from ..kernels.registry import has_few_rows, step_of
 from ..testing.runs import plan_of
 from . import soak
 from .soak_draw import Request, Scenario
@@ -60,9 +60,10 @@ _DECODE_KERNELS = (
     (40, "tile16", 9, _DECODE + 60 * ((1, 65),)),
     (128, "tile64", 10, _DECODE),
 )
-# Over FP8 caches row tiles of up to 32 heads are another kernel.
+# Over FP8 caches row tiles of up to 32 heads, or rows of a request, are another kernel.
 _DECODE_FP8_KERNELS = (*_DECODE_KERNELS, (32, "tile64", 10, _DECODE))
 _PREFILL_KERNELS = ((16, "tile64", 2, _PREFILL),)
+_PREFILL_FP8_KERNELS = (*_PREFILL_KERNELS, (1, "tile64", 2, _PREFILL))
 # Lists of at most so many of the tokens that decode's requests have, some of them twice, whatever the page size.
 _TOPK = 2260
 _SPARSE_KERNELS = {
@@ -191,7 +192,8 @@ def _config(layout: str, kernel: str, min_blocks: int) -> KernelConfig:
 
 def _attention_case(name: str, scenario: Scenario) -> Case:
     assert scenario.config is not None
-    step = step_of(scenario.op, scenario.layout, scenario.num_heads, scenario.config)
+    few_rows = scenario.op == "prefill" and has_few_rows(scenario.num_heads, scenario.max_q_len)
+    step = step_of(scenario.op, scenario.layout, scenario.num_heads, scenario.config, few_rows)
     return Case(name, step, functools.partial(_attention, scenario))
 
 
@@ -218,9 +220,11 @@ def cases() -> dict[str, Case]:
     found = []
     for op in ("decode", "prefill"):
         for layout, q_fp8 in (("", False), *((layout, q) for layout in KV_FORMATS for q in (False, True))):
-            kernels: Sequence[tuple[int, str, int, tuple[tuple[int, int], ...]]] = _PREFILL_KERNELS
+            kernels: Sequence[tuple[int, str, int, tuple[Request, ...]]]
             if op == "decode":
                 kernels = _DECODE_FP8_KERNELS if layout else _DECODE_KERNELS
+            else:
+                kernels = _PREFILL_FP8_KERNELS if layout else _PREFILL_KERNELS
             for num_heads, kernel, min_blocks, requests in kernels:
                 config = _config(layout, kernel, min_blocks)
                 for page_size in (64, 1):

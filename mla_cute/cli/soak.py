@@ -165,6 +165,8 @@ def plan_of(scenario: Scenario, it: Subject) -> mla_cute.DecodePlan | mla_cute.P
         "q_fp8": scenario.q_fp8,
         "other_metadata": scenario.kind == "layers",  # each layer's case has tensors of its own, of the same values
     }
+    if scenario.op == "prefill":
+        options["max_q_len"] = scenario.max_q_len
     if it.lists is None:
         return testing_runs.plan_of(it.case, scenario.entry, **options)
     topk_lens = None if scenario.entry == "all_columns" else it.lists.topk_lens

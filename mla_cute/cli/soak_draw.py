@@ -83,6 +83,11 @@ class Scenario:
     topk: int = 0
     sinks: bool = False
 
+    @property
+    def max_q_len(self) -> int:
+        """Query tokens that no request of a step has more of, which plans are told."""
+        return max(q for step in self.steps for q, _ in step)
+
     def __str__(self) -> str:
         longest = max((kv for step in self.steps for _, kv in step), default=0)
         queries = sum(q for q, _ in self.steps[0])
