@@ -31,7 +31,8 @@ KV_FORMATS = ("tensor", "token", "group")
 NUM_SCALES = {"": 0, "tensor": 0, "token": 1, "group": 4}
 GROUP_DIM = CKV_DIM // NUM_SCALES["group"]
 
-# Query rows of a tile of the tile64 kernels and of the tile16 ones; tokens of a K tile, which planners call a block.
+# Query rows of a tile of the tile64 kernels, of those for few rows over FP8 caches, and of the tile16 ones; tokens of a
+# K tile, which planners call a block.
 TILE_M = 64
 TILE32_M = 32
 TILE16_M = 16

@@ -199,7 +199,7 @@ class Plan:
         where a request's bits are its own: what a caller promises may be what the batch at hand has."""
         if self.batch_invariant or self.max_q_len is None:
             return False
-        return has_few_rows(self.num_heads, self.max_q_len)
+        return has_few_rows(self.form.op, self.num_heads, self.max_q_len)
 
     def _register(self) -> Self:
         """Give the plan a handle, by which it passes through a torch op."""

@@ -196,10 +196,8 @@ def plan_prefill(
     Raises:
         TypeError, ValueError: naming the argument. RuntimeError: the device is not Hopper.
     """
-    batch = _expect_common(qo_indptr, num_heads, page_size, total_q, causal)
+    batch = _expect_common(qo_indptr, num_heads, page_size, total_q, causal, max_q_len)
     expect_hints(kv_format, q_fp8, max_kv_len)
-    if max_q_len is not None:
-        expect_int("max_q_len", max_q_len, 0)
     expect_options(config, batch_invariant)
     expect_bool("other_metadata", other_metadata)
     if num_kv_indices is not None:
@@ -249,10 +247,8 @@ def plan_prefill_block_table(
     Raises:
         TypeError, ValueError: naming the argument. RuntimeError: the device is not Hopper.
     """
-    batch = _expect_common(qo_indptr, num_heads, page_size, total_q, causal)
+    batch = _expect_common(qo_indptr, num_heads, page_size, total_q, causal, max_q_len)
     expect_hints(kv_format, q_fp8, max_kv_len)
-    if max_q_len is not None:
-        expect_int("max_q_len", max_q_len, 0)
     expect_options(config, batch_invariant)
     expect_bool("other_metadata", other_metadata)
     expect_partials(partials)
@@ -267,10 +263,14 @@ def plan_prefill_block_table(
     return PrefillPlan(wanted)._register().update()
 
 
-def _expect_common(qo_indptr: torch.Tensor, num_heads: int, page_size: int, total_q: int, causal: bool) -> int:
+def _expect_common(
+    qo_indptr: torch.Tensor, num_heads: int, page_size: int, total_q: int, causal: bool, max_q_len: int | None
+) -> int:
     """Returns batch."""
     expect_sizes(num_heads, page_size)
     expect_int("total_q", total_q, 0)
     expect_rows("total_q", total_q, num_heads)
     expect_bool("causal", causal)
+    if max_q_len is not None:
+        expect_int("max_q_len", max_q_len, 0)
     return expect_indptr("qo_indptr", qo_indptr, None)

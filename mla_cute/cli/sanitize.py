@@ -52,18 +52,19 @@ _SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) haza
 # The longest request is cut among CTAs and merged; 65, 700 and 1130 end in the middle of a block, 130 of a page.
 _DECODE = ((1, 0), (1, 1), (1, 65), (1, 1130), (1, 130))
 _PREFILL = ((5, 70), (0, 3), (3, 0), (1, 700), (20, 20))
-# Heads, main kernel, min_blocks and requests of decode. Pieces of the longest request are longer than the rings of
-# tiles in shared memory; tile16's begin at an odd block. With 40 heads it has several tiles of heads, the last one not
-# full, and more requests than work lists: CTAs go from item to item.
-_DECODE_KERNELS = (
-    (16, "tile16", 9, _DECODE),
-    (40, "tile16", 9, _DECODE + 60 * ((1, 65),)),
-    (128, "tile64", 10, _DECODE),
-)
+# Heads, main kernel, min_blocks and requests. Pieces of decode's longest request are longer than the rings of tiles in
+# shared memory; tile16's begin at an odd block. With 40 heads it has several tiles of heads, the last one not full, and
+# more requests than work lists: CTAs go from item to item.
+_KERNELS: dict[str, tuple[tuple[int, str, int, tuple[Request, ...]], ...]] = {
+    "decode": (
+        (16, "tile16", 9, _DECODE),
+        (40, "tile16", 9, _DECODE + 60 * ((1, 65),)),
+        (128, "tile64", 10, _DECODE),
+    ),
+    "prefill": ((16, "tile64", 2, _PREFILL),),
+}
 # Over FP8 caches row tiles of up to 32 heads, or rows of a request, are another kernel.
-_DECODE_FP8_KERNELS = (*_DECODE_KERNELS, (32, "tile64", 10, _DECODE))
-_PREFILL_KERNELS = ((16, "tile64", 2, _PREFILL),)
-_PREFILL_FP8_KERNELS = (*_PREFILL_KERNELS, (1, "tile64", 2, _PREFILL))
+_FOR_FEW_ROWS = {"decode": ((32, "tile64", 10, _DECODE),), "prefill": ((1, "tile64", 2, _PREFILL),)}
 # Lists of at most so many of the tokens that decode's requests have, some of them twice, whatever the page size.
 _TOPK = 2260
 _SPARSE_KERNELS = {
@@ -192,7 +193,7 @@ def _config(layout: str, kernel: str, min_blocks: int) -> KernelConfig:
 
 def _attention_case(name: str, scenario: Scenario) -> Case:
     assert scenario.config is not None
-    few_rows = scenario.op == "prefill" and has_few_rows(scenario.num_heads, scenario.max_q_len)
+    few_rows = has_few_rows(scenario.op, scenario.num_heads, scenario.max_q_len)
     step = step_of(scenario.op, scenario.layout, scenario.num_heads, scenario.config, few_rows)
     return Case(name, step, functools.partial(_attention, scenario))
 
@@ -220,12 +221,8 @@ def cases() -> dict[str, Case]:
     found = []
     for op in ("decode", "prefill"):
         for layout, q_fp8 in (("", False), *((layout, q) for layout in KV_FORMATS for q in (False, True))):
-            kernels: Sequence[tuple[int, str, int, tuple[Request, ...]]]
-            if op == "decode":
-                kernels = _DECODE_FP8_KERNELS if layout else _DECODE_KERNELS
-            else:
-                kernels = _PREFILL_FP8_KERNELS if layout else _PREFILL_KERNELS
-            for num_heads, kernel, min_blocks, requests in kernels:
+            fp8_only = _FOR_FEW_ROWS[op] if layout else ()
+            for num_heads, kernel, min_blocks, requests in (*_KERNELS[op], *fp8_only):
                 config = _config(layout, kernel, min_blocks)
                 for page_size in (64, 1):
                     scenario = _scenario(op, num_heads, page_size, requests, layout, q_fp8, config)

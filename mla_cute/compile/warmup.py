@@ -323,7 +323,7 @@ def _variants_of(entry: Entry, op: str, dtypes: Sequence[str], head_dims: Sequen
         if registry.has_format(dims, when.kv_format):
             facts = (op, when.kv_format, when.q_fp8, when.num_heads, when.page_size, dtype, config, dims)
             yield step_variant(*facts)
-            if op == "prefill" and registry.has_few_rows(when.num_heads, when.q_len):
+            if registry.has_few_rows(op, when.num_heads, when.q_len):
                 yield step_variant(*facts, few_rows=True)
     for lengths in ("seq_lens",) if op == "sparse" else registry.LENGTHS:
         yield planner_variant(op, lengths, config)

@@ -302,7 +302,7 @@ class StepPlans:
         for (op, q_len), (batch, kv_len) in itertools.product(_QUERIES, sizes):
             facts = (op, kv_format, q_fp8, num_heads, page_size, q_len, batch, kv_len)
             config = select.choose(*facts, device, invariant).config
-            may_have_few = op == "prefill" and not invariant and has_few_rows(num_heads, q_len)
+            may_have_few = not invariant and has_few_rows(op, num_heads, q_len)
             for few_rows in (False, True) if may_have_few else (False,):
                 step = step_variant(op, kv_format, q_fp8, num_heads, page_size, dtype, config, few_rows=few_rows)
                 found[step] = None

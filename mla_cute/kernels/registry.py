@@ -57,9 +57,10 @@ def step_of(op: str, kv_format: str, num_heads: int, config: KernelConfig, few_r
     return DECODE_TILE32_FP8 if num_heads <= TILE32_M else DECODE_FP8
 
 
-def has_few_rows(num_heads: int, q_len: int) -> bool:
-    """Whether requests of up to `q_len` query tokens have no more rows than prefill's tiles of 32 over FP8 caches."""
-    return q_len * num_heads <= TILE32_M
+def has_few_rows(op: str, num_heads: int, q_len: int) -> bool:
+    """Whether a call is a prefill whose requests, of up to `q_len` query tokens, have no more rows than its tiles of 32
+    over FP8 caches."""
+    return op == "prefill" and q_len * num_heads <= TILE32_M
 
 
 def takes_tile16(kv_format: str, num_heads: int, config: KernelConfig) -> bool:

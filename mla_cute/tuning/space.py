@@ -94,7 +94,7 @@ def variants_of(when: When, config: KernelConfig, dtype: str) -> list[Variant]:
 
 def _has_few_rows(when: When) -> bool:
     """The plans of what is timed are told how many query tokens there are."""
-    return when.op == "prefill" and has_few_rows(when.num_heads, when.q_len)
+    return has_few_rows(when.op, when.num_heads, when.q_len)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

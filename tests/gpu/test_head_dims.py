@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from fp8_decode_case import EVERY_KERNEL as EVERY_FP8_KERNEL
 from gpu_helpers import ENTRIES, MIXED, capture, check, check_fp8, judge_outputs, make_prefill, plan_of, same_bits
 
 import mla_cute
@@ -20,7 +21,6 @@ EVERY_PAIR = pytest.mark.parametrize("dims", HEAD_DIMS, ids=str)
 WITHOUT_ROPE = pytest.mark.parametrize("dims", [dims for dims in HEAD_DIMS if not dims.kpe], ids=str)
 BOTH_Q = pytest.mark.parametrize("q_fp8", [False, True], ids=["q16", "q_e4m3"])
 BOTH_KERNELS = pytest.mark.parametrize("num_heads", [16, 128])
-EVERY_FP8_KERNEL = pytest.mark.parametrize("num_heads", [16, 32, 128])
 
 # A few requests that are cut into pieces, and more than there are parts, most of which are not.
 LONG = [20000, 0, 5000, 1]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fp8_decode_case import EVERY_KERNEL as EVERY_FP8_KERNEL
 from gpu_helpers import bits, capture, other_bits, same_bits, spread_cache
 from hog import beside, compile_hog
 
@@ -15,7 +16,6 @@ LENGTHS = [0, 1, 63, 64, 65, 127, 129, 1000, 2048, 20000, 17, 128]
 LATE = (0, 64, 130, 0, 700)
 BF16, FP16 = torch.bfloat16, torch.float16
 BOTH_KERNELS = pytest.mark.parametrize("num_heads", [16, 128])
-EVERY_FP8_KERNEL = pytest.mark.parametrize("num_heads", [16, 32, 128])
 
 
 def accepted(case, lists, **kwargs):
