@@ -9,6 +9,7 @@ from .gpu_speed import H200, GpuSpeed
 from .kernels.keys import LaunchConfig
 
 KERNELS = ("auto", "tile64", "tile16")
+FP8_KERNELS = (*KERNELS, "convert")
 ACCURACIES = ("high", "native", "fast")
 
 
@@ -20,7 +21,10 @@ class KernelConfig:
                       flight); "tile16" (decode: tiles of 16 heads on mma.sync, for few heads or few keys); or
                       "auto": tile16 up to 16 heads
     fp8_kernel        the same over FP8 caches, where "tile64" has 32 rows per tile for decode of up to 32 heads and for
-                      prefill plans of as many rows a request (`max_q_len`)
+                      prefill plans of as many rows a request (`max_q_len`); or "convert" (prefill, but for e4m3
+                      queries over format "tensor": the cache is converted to 16 bits first, for the 16-bit kernel; for
+                      many rows a request). "auto" for prefill: "convert" from 512 or 1024 (query token, head) rows a
+                      request on (kernels/registry.py), never for format "token"; else "tile64"
     accuracy          of "tile64" on FP8 caches; for tile16 and 16-bit caches all three are the same.
                       "high"    sums of 128 channels, which the tensor core adds up with about 14 bits, are added in
                                 float32; a 16-bit query is multiplied as two e4m3 parts
@@ -104,8 +108,8 @@ def why_infeasible(config: KernelConfig) -> str | None:
         return f"{name}: expected {expected}, got {value!r:.80}"
     if config.kernel not in KERNELS:
         return f"kernel: expected one of {KERNELS}, got {config.kernel!r}"
-    if config.fp8_kernel not in KERNELS:
-        return f"fp8_kernel: expected one of {KERNELS}, got {config.fp8_kernel!r}"
+    if config.fp8_kernel not in FP8_KERNELS:
+        return f"fp8_kernel: expected one of {FP8_KERNELS}, got {config.fp8_kernel!r}"
     if config.accuracy not in ACCURACIES:
         return f"accuracy: expected one of {ACCURACIES}, got {config.accuracy!r}"
     if config.cut_unit not in (1, 2):

@@ -20,7 +20,7 @@ from .compile import jit
 from .config import KernelConfig, expect_types, why_infeasible
 from .dims import KV_FORMATS, MAX_HEADS, PART_ROW
 from .expect import expect_bool, expect_int
-from .kernels.registry import has_few_rows, step_variant
+from .kernels.registry import Variant, has_few_rows, step_variant
 from .tuned import select, shape_log
 
 if TYPE_CHECKING:
@@ -352,11 +352,16 @@ class Plan:
                 raise ValueError(f"plan: expected a plan for {name} {called}, got one for {name} {planned}")
         if self.device.type == "cpu":
             return _no_kernel
-        variant = step_variant(
+        return self._compiled(problem)
+
+    def _compiled(self, problem: Problem) -> Callable[..., None]:
+        return jit.get(*self._variant(problem))
+
+    def _variant(self, problem: Problem) -> Variant:
+        return step_variant(
             problem.op, problem.kv_format, problem.q_fp8, problem.num_heads, problem.page_size,
             DTYPE_NAMES[problem.dtype], self.config, problem.dims, self.has_few_rows,
         )  # fmt: skip
-        return jit.get(*variant)
 
 
 # What stands for a plan in a torch op (ops.py); never used twice.

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 
 from .call import PREFILL, PREFILL_TABLE, Pages
+from .check import Problem
 from .compile import jit
 from .config import KernelConfig
+from .convert import ConvertedStep
 from .dims import BLOCK, PART_ROW, TILE_M
 from .expect import expect_bool, expect_indptr, expect_int, expect_metadata
 from .kernels.keys import (
@@ -20,7 +23,7 @@ from .kernels.keys import (
     TAIL_ITEMS_PER_PART,
     PrefillPlannerKey,
 )
-from .kernels.registry import prefill_min_blocks
+from .kernels.registry import converted_variants, converts, prefill_min_blocks
 from .plan import (
     MOST_PARTIAL_BYTES,
     Layout,
@@ -61,7 +64,7 @@ class PrefillPlan(Plan):
             made); calls on CPU tensors do so always.
     """
 
-    __slots__ = ("total_q", "causal", "max_tiles")
+    __slots__ = ("total_q", "causal", "max_tiles", "_q_len")
 
     _facts = (*Plan._facts, "total_q", "causal")
     packs_rows = True
@@ -72,10 +75,11 @@ class PrefillPlan(Plan):
         self.total_q, self.causal = total_q, wanted.pages.causal
         self.has_work = self.has_work and total_q > 0
         self.max_tiles = -(-total_q * num_heads // TILE_M) + batch
+        self._q_len = -(-total_q // max(batch, 1))
         if self.device.type == "cpu":
             self.config = wanted.config or KernelConfig()
             return
-        sms = self._choose_config(wanted, -(-total_q // max(batch, 1)))
+        sms = self._choose_config(wanted, self._q_len)
         self._planner = jit.get(PREFILL_PLANNER, planner_key(PrefillPlannerKey, wanted), self.config.planner_launch())
         numbers = (
             min(MAX_PARTS, sms), wanted.page_size, wanted.table_stride, num_heads, *self._cut_costs(), int(self.causal),
@@ -89,6 +93,22 @@ class PrefillPlan(Plan):
     def _cut_costs(self) -> tuple[int, int, int]:
         _, overhead, penalty = super()._cut_costs()
         return prefill_min_blocks(self.config), overhead, penalty
+
+    def _compiled(self, problem: Problem) -> Callable[..., None]:
+        if not self._converts(problem):
+            return super()._compiled(problem)
+        converted = converted_variants(problem.kv_format, problem.q_fp8, problem.page_size, self.config, problem.dims)
+        facts, may_round = self.rounds[0].scratch, self.config.fp8_kernel == "convert"
+        return ConvertedStep(problem, facts, self.num_parts, may_round, self._variant(problem), converted)
+
+    def _converts(self, problem: Problem) -> bool:
+        """The two kernels differ in bits, and which one runs goes by what else is in the batch, which bits of a
+        batch-invariant plan may not."""
+        return (
+            not self.batch_invariant
+            and problem.dtype is torch.bfloat16
+            and converts(problem.op, problem.kv_format, problem.q_fp8, self.num_heads, self._q_len, self.config)
+        )
 
 
 @functools.lru_cache(maxsize=4096)

@@ -22,6 +22,7 @@ from .allocate import current_device, empty_maker
 from .call import UNSCALED, CallFields
 from .check import DTYPES, Problem, is_usual_sink
 from .config import KernelConfig
+from .convert import ConvertedStep
 from .expect import MAX_SCALE, MIN_SCALE, Scale, rows_fit_32_bits
 from .launch import (
     LN_2,
@@ -90,7 +91,8 @@ def with_plan(step: Callable[..., None], problem: Problem, plan: Plan) -> ShortW
 
 def keep_without_plan(key: object, step: Callable[..., None], problem: Problem, plan: Plan) -> None:
     """Keep the short way of calls of `key`, one of which made `plan` for itself."""
-    if key is None or not _has_short_way(plan):
+    # A converted step reads the workspace of its plan.
+    if key is None or not _has_short_way(plan) or isinstance(step, ConvertedStep):
         return
     usual = _usual(problem, plan, None)
     of_plan, planner, stride = plan.rounds[0], plan._planner, plan._table_stride

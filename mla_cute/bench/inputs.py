@@ -96,6 +96,8 @@ class KvPool:
                     values = torch.empty(part.shape, device=part.device).normal_(generator=self._generator)
                     part.copy_(quant.to_e4m3(values, unit) if part.dtype is torch.float8_e4m3fn else values)
             scales.uniform_(0.5 * FP8_SCALE, 1.5 * FP8_SCALE, generator=self._generator)
+            if case.kv_format == "group":  # whose scales are powers of two (docs/formats.md)
+                scales.log2_().round_().exp2_()
             self._filled_as = filling(case)
         size = case.page_size
         pages = tokens // size

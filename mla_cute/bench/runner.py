@@ -21,7 +21,7 @@ import torch
 from .. import gpu as gpu_facts
 from ..compile.jit import replace_file
 from ..config import KernelConfig, with_kernel
-from ..kernels.registry import DECODE_FP8, PREFILL_FP8, step_of, takes_tile16
+from ..kernels.registry import DECODE_FP8, PREFILL_FP8, converts, step_of, takes_tile16
 from ..testing.fp8 import E4M3_NOISE, one_e4m3_part
 from . import sustained
 from .cases import PUBLIC_BEST_GPU, PUBLIC_BEST_US, ROTATION_BYTES, Case, PrefillCase, case_of
@@ -168,9 +168,13 @@ class Library:
 
 def rounds_queries(case: Case | PrefillCase, config: KernelConfig) -> bool:
     """Whether the kernel makes one e4m3 part of the case's 16-bit queries."""
+    if config.accuracy != "fast" or case.q_fp8:
+        return False
     op = "prefill" if isinstance(case, PrefillCase) else "decode"
-    row_tiles = step_of(op, case.kv_format, case.num_heads, config) in (DECODE_FP8, PREFILL_FP8)
-    return row_tiles and config.accuracy == "fast" and not case.q_fp8
+    q_len = -(-sum(q_len for q_len, _ in case.requests) // len(case.requests))
+    if converts(op, case.kv_format, case.q_fp8, case.num_heads, q_len, config):
+        return False
+    return step_of(op, case.kv_format, case.num_heads, config) in (DECODE_FP8, PREFILL_FP8)
 
 
 def spot_check(

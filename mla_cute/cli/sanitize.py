@@ -36,7 +36,7 @@ from ..bench.report import text_table
 from ..check import FP8
 from ..config import KernelConfig, with_kernel
 from ..dims import CKV_DIM, KPE_DIM, KV_FORMATS, HeadDims
-from ..kernels.keys import APPEND, MERGE_STATES, PLANNER, PREFILL_PLANNER, KernelRef
+from ..kernels.keys import APPEND, CONVERT, MERGE_STATES, PLANNER, PREFILL_PLANNER, KernelRef
 from ..kernels.registry import has_few_rows, step_of
 from ..testing.runs import plan_of
 from . import soak
@@ -71,6 +71,8 @@ _SPARSE_KERNELS = {
     "": ((16, "tile16", 9), (128, "tile64", 10)),
     "group": ((16, "tile16", 9), (32, "tile64", 10), (128, "tile64", 10)),
 }
+# Format and e4m3 queries of prefills whose cache is converted first.
+_CONVERTED = (("tensor", False), ("group", False), ("group", True))
 _OTHER_DIMS = ((16, "tile16", 9, HeadDims(256, 64)), (128, "tile64", 10, HeadDims(512, 0)))
 _FULL_PAGES = {"decode": ((1, 64), (1, 640)), "prefill": ((5, 64), (1, 640))}
 
@@ -207,6 +209,14 @@ def _sparse_cases() -> Iterator[Case]:
             yield _attention_case(f"sparse-{layout or 'bf16'}-h{num_heads}", scenario)
 
 
+def _converted_cases() -> Iterator[Case]:
+    for layout, q_fp8 in _CONVERTED:
+        config = _config(layout, "convert", 2)
+        scenario = _scenario("prefill", 16, 64, _PREFILL, layout, q_fp8, config)
+        name = f"prefill-{layout}{'-q_e4m3' if q_fp8 else ''}-converted"
+        yield Case(name, CONVERT, functools.partial(_attention, scenario))
+
+
 def _other_dims_cases() -> Iterator[Case]:
     for num_heads, kernel, min_blocks, dims in _OTHER_DIMS:
         scenario = _scenario("decode", num_heads, 64, _DECODE, config=_config("", kernel, min_blocks))
@@ -232,7 +242,7 @@ def cases() -> dict[str, Case]:
         for invariant in (False, True):
             name = f"{op}-planner-csr{'-invariant' if invariant else ''}"
             found.append(Case(name, planner, functools.partial(_full_pages, op, invariant)))
-    found += [*_sparse_cases(), *_other_dims_cases()]
+    found += [*_sparse_cases(), *_converted_cases(), *_other_dims_cases()]
     for kv_format in ("", *KV_FORMATS):
         found.append(Case(f"append-{kv_format or 'bf16'}", APPEND, functools.partial(_append, kv_format)))
     for dtype in (torch.bfloat16, torch.float16, torch.float32):

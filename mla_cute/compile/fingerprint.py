@@ -26,6 +26,7 @@ def variants() -> dict:
     found = [
         *registry.variants(kv_formats=("", *registry.KV_FORMATS)),
         *(registry.sparse_variants() if hasattr(registry, "sparse_variants") else []),
+        *(registry.conversion_variants() if hasattr(registry, "conversion_variants") else []),
         *registry.append_variants(),
         *registry.merge_states_variants(),
     ]
@@ -45,7 +46,7 @@ _OLD_NAMES = {
 
 def name_of(kernel: Any, key: Any) -> str:
     facts = dict(vars(key))
-    last = ["sparse"] if facts.pop("sparse", False) else []
+    last = [fact for fact in ("sparse", "converted") if facts.pop(fact, False)]
     dims = facts.pop("dims", None)
     if dims not in (None, (512, 64)):  # the only ones there were
         last.append("{}+{}".format(*dims))

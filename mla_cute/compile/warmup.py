@@ -264,6 +264,8 @@ def selected(
     head_dims = registry.known_head_dims(head_dims)
     attention = [op for op in ops if op in registry.OPS]
     variants: list[Variant] = [*registry.variants(dtypes, page_sizes, None, attention, kv_formats, head_dims)]
+    if "prefill" in ops:
+        variants += registry.conversion_variants(dtypes, page_sizes, kv_formats, head_dims=head_dims)
     if "sparse" in ops:
         variants += registry.sparse_variants(dtypes, kv_formats, head_dims=head_dims)
     if "append" in ops:
@@ -325,6 +327,8 @@ def _variants_of(entry: Entry, op: str, dtypes: Sequence[str], head_dims: Sequen
             yield step_variant(*facts)
             if registry.has_few_rows(op, when.num_heads, when.q_len):
                 yield step_variant(*facts, few_rows=True)
+            if dtype == "bfloat16" and registry.converts(*facts[:4], when.q_len, config):
+                yield from registry.converted_variants(when.kv_format, when.q_fp8, when.page_size, config, dims)
     for lengths in ("seq_lens",) if op == "sparse" else registry.LENGTHS:
         yield planner_variant(op, lengths, config)
 

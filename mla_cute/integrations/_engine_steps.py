@@ -14,7 +14,7 @@ from ..call import DECODE_TABLE, PREFILL_TABLE, SPARSE, UNSCALED, Cache, Call, P
 from ..check import FP8
 from ..dims import CKV_DIM, TILE_M
 from ..kernels.keys import TAIL_ITEMS_PER_PART
-from ..kernels.registry import Variant, has_few_rows, planner_variant, step_variant
+from ..kernels.registry import Variant, converted_variants, converts, has_few_rows, planner_variant, step_variant
 from ..launch import table_stride
 from ..plan import Plan
 from ..plan_decode import plan_decode_block_table
@@ -306,6 +306,8 @@ class StepPlans:
             for few_rows in (False, True) if may_have_few else (False,):
                 step = step_variant(op, kv_format, q_fp8, num_heads, page_size, dtype, config, few_rows=few_rows)
                 found[step] = None
+            if dtype == "bfloat16" and not invariant and converts(op, kv_format, q_fp8, num_heads, q_len, config):
+                found |= dict.fromkeys(converted_variants(kv_format, q_fp8, page_size, config))
             found[planner_variant(op, "seq_lens", config, invariant)] = None
         return list(found)
 

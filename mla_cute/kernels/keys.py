@@ -72,11 +72,13 @@ class PlannerKey:
 
 @dataclasses.dataclass(frozen=True)
 class PrefillKey:
-    """Static facts of a prefill step, as of a decode step; causal or not is the plan's."""
+    """Static facts of a prefill step, as of a decode step; causal or not is the plan's. `converted`: the cache was made
+    of an FP8 one, and there are scales."""
 
     dtype: str
     box_rows: int
     dims: HeadDims = HeadDims()
+    converted: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +118,17 @@ class AppendKey:
 
 
 @dataclasses.dataclass(frozen=True)
+class ConvertKey:
+    """Static facts of a conversion of an FP8 cache to 16 bits: that element type, a name from KV_FORMATS, whether e4m3
+    queries are converted, too, and head dimensions as of `Fp8Key`."""
+
+    dtype: str
+    kv_format: str
+    q_fp8: bool
+    dims: HeadDims = HeadDims()
+
+
+@dataclasses.dataclass(frozen=True)
 class MergeStatesKey:
     """Static facts of a merge of two states: element type of the outputs, "bfloat16", "float16" or "float32"."""
 
@@ -133,4 +146,5 @@ DECODE_TILE16_FP8 = KernelRef("decode_tile16_fp8", "mla_cute.kernels.tile16.setu
 PLANNER = KernelRef("planner", "mla_cute.kernels.planner.decode", "Planner")
 PREFILL_PLANNER = KernelRef("prefill_planner", "mla_cute.kernels.planner.prefill", "PrefillPlanner")
 APPEND = KernelRef("append", "mla_cute.kernels.append", "Append")
+CONVERT = KernelRef("convert", "mla_cute.kernels.convert", "Convert")
 MERGE_STATES = KernelRef("merge_states", "mla_cute.kernels.merge_states", "MergeStates")

@@ -11,6 +11,7 @@ from ..dims import BLOCK, DTYPES, HEAD_DIMS, KV_FORMATS, TILE16_M, TILE32_M, TIL
 from .keys import (
     APPEND,
     BOX_ROWS,
+    CONVERT,
     DECODE,
     DECODE_FP8,
     DECODE_TILE16,
@@ -25,6 +26,7 @@ from .keys import (
     PREFILL_PLANNER,
     PREFILL_TILE32_FP8,
     AppendKey,
+    ConvertKey,
     DecodeKey,
     Fp8Key,
     KernelRef,
@@ -37,15 +39,15 @@ from .keys import (
 
 OPS = ("decode", "prefill")
 # What `jit.get` takes: kernel, static key, launch configuration.
-Variant = tuple[KernelRef, object, LaunchConfig]
+Variant = tuple[KernelRef, object, LaunchConfig | None]
 
 
 # ------------------------------------------------------------------------------------------ which kernels a call runs
 
 
 def step_of(op: str, kv_format: str, num_heads: int, config: KernelConfig, few_rows: bool = False) -> KernelRef:
-    """The main kernel of a call; `kv_format` is "" for a 16-bit cache. `few_rows`: no request of a prefill has more
-    than 32."""
+    """The main kernel of a call; `kv_format` is "" for a 16-bit cache, and where the cache is converted to one
+    (`converts`). `few_rows`: no request of a prefill has more than 32."""
     if op == "prefill":
         if not kv_format:
             return PREFILL
@@ -61,6 +63,23 @@ def has_few_rows(op: str, num_heads: int, q_len: int) -> bool:
     """Whether a call is a prefill whose requests, of up to `q_len` query tokens, have no more rows than its tiles of 32
     over FP8 caches."""
     return op == "prefill" and q_len * num_heads <= TILE32_M
+
+
+# Rows of a request, on an average, from which on a prefill converts an FP8 cache first, by format and whether queries
+# are e4m3: where that took less time on an H200, 512 and 1024 rows over 8192 tokens being what was tried
+# (docs/performance.md). e4m3 queries over format "tensor" are multiplied fastest as they are. Format "token" gains as
+# "tensor" does, but loses digits: its scales are no powers of two.
+CONVERT_ROWS = {("group", False): 512, ("group", True): 1024, ("tensor", False): 1024}
+
+
+def converts(op: str, kv_format: str, q_fp8: bool, num_heads: int, q_len: int, config: KernelConfig) -> bool:
+    """Whether a call, whose requests have `q_len` query tokens on an average, converts the keys of an FP8 cache to 16
+    bits and runs the 16-bit kernel."""
+    if op != "prefill" or not kv_format or (q_fp8 and kv_format == "tensor"):
+        return False
+    if config.fp8_kernel != "auto":
+        return config.fp8_kernel == "convert"
+    return q_len * num_heads >= CONVERT_ROWS.get((kv_format, q_fp8), math.inf)
 
 
 def takes_tile16(kv_format: str, num_heads: int, config: KernelConfig) -> bool:
@@ -91,6 +110,19 @@ def step_variant(
     else:
         key = PrefillKey(dtype, box_rows, dims) if op == "prefill" else DecodeKey(dtype, box_rows, sparse, dims)
     return step_of(op, kv_format, num_heads, config, few_rows), key, config.launch()
+
+
+def convert_variant(kv_format: str, q_fp8: bool = False, dims: HeadDims = HeadDims()) -> Variant:
+    """What converts the keys of an FP8 cache, and e4m3 queries, to bfloat16. There is nothing to tune."""
+    return CONVERT, ConvertKey("bfloat16", kv_format, q_fp8, dims), None
+
+
+def converted_variants(
+    kv_format: str, q_fp8: bool, page_size: int, config: KernelConfig, dims: HeadDims = HeadDims()
+) -> list[Variant]:
+    """What a prefill that `converts` takes in the place of the step over its FP8 cache."""
+    step = PREFILL, PrefillKey("bfloat16", box_rows_of(page_size), dims, converted=True), config.launch()
+    return [convert_variant(kv_format, q_fp8, dims), step]
 
 
 def planner_variant(op: str, lengths: str, config: KernelConfig, batch_invariant: bool = False) -> Variant:
@@ -220,6 +252,35 @@ def sparse_variants(
         ]
     planners = (PlannerKey("seq_lens", invariant) for invariant in (False, True))
     return found + [(PLANNER, key, config.planner_launch()) for key in planners]
+
+
+def conversion_variants(
+    dtypes: Iterable[str] | None = None,
+    page_sizes: Iterable[int] | None = None,
+    kv_formats: Iterable[str] | None = None,
+    config: KernelConfig | None = None,
+    head_dims: Iterable[tuple[int, int]] = (HeadDims(),),
+) -> list[Variant]:
+    """(kernel, key, launch config) of what prefills that convert an FP8 cache take; arguments as of `variants`, None
+    means all. There are none for float16 or 16-bit caches.
+
+    Raises as `variants`.
+    """
+    dtypes = DTYPES if dtypes is None else known_names("dtypes", dtypes, DTYPES)
+    kv_formats = KV_FORMATS if kv_formats is None else known_names("kv_formats", kv_formats, ("", *KV_FORMATS))
+    sizes = BOX_ROWS if page_sizes is None else known_page_sizes(page_sizes)
+    head_dims = known_head_dims(head_dims)
+    config = config or KernelConfig()
+    found = [
+        variant
+        for dims in head_dims
+        for kv_format in KV_FORMATS
+        if kv_format in kv_formats and has_format(dims, kv_format) and "bfloat16" in dtypes
+        for q_fp8 in ((False,) if kv_format == "tensor" else (False, True))
+        for page_size in sizes
+        for variant in converted_variants(kv_format, q_fp8, page_size or 1, config, dims)
+    ]
+    return list(dict.fromkeys(found))
 
 
 def append_variants(

@@ -40,7 +40,7 @@ class StepArgs:
     merge_y: Int32
     nope_scale_log2: Float32  # what q_nope . ckv is worth in log2 units
     rope_scale_log2: Float32  # likewise q_pe . kpe; over a 16-bit cache both are sm_scale * log2(e)
-    out_scale: Float32 | None  # what a stored ckv is worth in the output
+    out_scale: Float32 | None  # what a ckv of the cache is worth in the output
     ckv_scale_at: Int64 | None  # addresses of scales on the device, 0: there is none (lib/scalars.py)
     kpe_scale_at: Int64 | None
     q_scale_at: Int64 | None
@@ -66,12 +66,16 @@ class Step:
             `q_fp8`; and `launch(args: StepArgs)`.
         packed: rows are (token, head) pairs, as in prefill; else the heads of one token.
         sparse: each query token attends to a list of tokens, and there may be sinks.
+        converted: the 16-bit cache was made of an FP8 one, whose scales the main kernel has: of ckv and of the queries.
     """
 
-    def __init__(self, main: Any, dtype: str, packed: bool, config: LaunchConfig, sparse: bool = False):
+    def __init__(
+        self, main: Any, dtype: str, packed: bool, config: LaunchConfig, sparse: bool = False, converted: bool = False
+    ):
         self.main = main
         self.packed = packed
         self.sparse = sparse
+        self.converted = converted
         self.merge = Merge(dtype, packed, config, sparse, main.dims.ckv)
 
     @cute.jit
@@ -86,8 +90,9 @@ class Step:
             for name in ("q_nope", "q_pe", "ckv", "kpe"):
                 given[name] = _as_bytes(given[name])
         else:
-            given |= {"scales": None, "rope_scale_log2": given["nope_scale_log2"], "out_scale": Float32(1.0)}
-            given |= {"ckv_scale_at": None, "kpe_scale_at": None, "q_scale_at": None}
+            absent = {"scales": None, "rope_scale_log2": given["nope_scale_log2"], "out_scale": Float32(1.0)}
+            absent |= {"ckv_scale_at": None, "kpe_scale_at": None, "q_scale_at": None}
+            given = absent | given
         return StepArgs(**{"max_tiles": None, "sink_at": None} | given)
 
     def _taken(self) -> list[str]:
@@ -96,7 +101,9 @@ class Step:
         if not self.sparse:
             left_out.add("sink_at")
         if not self.main.kv_format:
-            left_out |= {"scales", "rope_scale_log2", "out_scale", "ckv_scale_at", "kpe_scale_at", "q_scale_at"}
+            left_out |= {"scales", "rope_scale_log2", "kpe_scale_at"}
+            if not self.converted:
+                left_out |= {"out_scale", "ckv_scale_at", "q_scale_at"}
         return [field.name for field in dataclasses.fields(StepArgs) if field.name not in left_out]
 
     def compile_args(self) -> tuple:

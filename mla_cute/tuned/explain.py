@@ -47,7 +47,8 @@ class Explanation:
             if entry.runner_up is not None:
                 changed = differences(entry.runner_up, entry.config).items()
                 lines.append(f"  next best {', '.join(f'{name}={value!r}' for name, value in changed)}")
-        return "\n".join([*lines, f"  config    {selection.config}", f"  kernel    {self.kernel}"])
+        behind = ", behind one that converts the cache to 16 bits" if selection.converts else ""
+        return "\n".join([*lines, f"  config    {selection.config}", f"  kernel    {self.kernel}{behind}"])
 
     def _apart(self, entry: Entry) -> str:
         """ "batch 64 by 32, length 16384 by 8192": in what the call is not the shape that was timed, the call first."""

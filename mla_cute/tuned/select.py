@@ -58,7 +58,7 @@ from ..compile import jit
 from ..config import KernelConfig, default_config, is_small_step, with_kernel
 from ..dims import TILE16_M, TILE_M
 from ..gpu_speed import H200, GpuSpeed
-from ..kernels.registry import box_rows_of, step_of, takes_tile16
+from ..kernels.registry import box_rows_of, converts, step_of, takes_tile16
 from .file import SCHEMA, Entry, TunedFile, When, dump, file_name, load, merge, parse, sort_key
 from .shape_log import read_shapes
 
@@ -85,6 +85,8 @@ class Selection:
 
     `entry` is None for a default; `when` is the call's. `among`: entries of the file that are of the call's class, with
     `entry` the nearest of them that can serve it. `few_rows`: the plan was told a `max_q_len` with at most 32 rows.
+    `converts`: an FP8 cache is converted to 16 bits first, for bfloat16 outputs, where there is memory for it and the
+    rope part needs no rounding (convert.py).
     """
 
     config: KernelConfig
@@ -93,11 +95,13 @@ class Selection:
     when: When
     among: int = 0
     few_rows: bool = False
+    converts: bool = False
 
     @property
     def kernel(self) -> str:
         """Name of the main kernel that runs."""
-        return step_of(self.when.op, self.when.kv_format, self.when.num_heads, self.config, self.few_rows).name
+        kv_format = "" if self.converts else self.when.kv_format
+        return step_of(self.when.op, kv_format, self.when.num_heads, self.config, self.few_rows).name
 
     def __str__(self) -> str:
         """One line."""
@@ -107,7 +111,8 @@ class Selection:
                 f" at distance {distance(self.when, self.entry.when):.2f}, "
                 f"{self.entry.us:g} us there, the default {self.entry.default_us:g} us"
             )
-        return f"{self.when}: {taken}; {self.config}; kernel {self.kernel}"
+        behind = " behind convert" if self.converts else ""
+        return f"{self.when}: {taken}; {self.config}; kernel {self.kernel}{behind}"
 
 
 # ------------------------------------------------------------------------------------------------------- selection
@@ -129,6 +134,8 @@ def choose(
     """:func:`select` of the fields of a `When`, for the call path."""
     when = When(op, kv_format, q_fp8, num_heads, page_size, q_len, batch, kv_len)
     selection = _select(when, device, batch_invariant)
+    if not batch_invariant and converts(op, kv_format, q_fp8, num_heads, q_len, selection.config):
+        selection = dataclasses.replace(selection, converts=True)
     log.log(logging.WARNING if _is_set("MLA_CUTE_LOG") else logging.DEBUG, "%s", selection)
     return selection
 

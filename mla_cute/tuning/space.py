@@ -22,6 +22,8 @@ from ..kernels.keys import MAX_PARTS
 from ..kernels.planner import model, model_prefill
 from ..kernels.registry import (
     Variant,
+    converted_variants,
+    converts,
     decode_parts,
     has_few_rows,
     planner_variant,
@@ -55,6 +57,10 @@ def candidates(when: When, gpu: GpuSpeed = H200) -> list[KernelConfig]:
     if when.decodes:
         kernel = "tile64" if takes_tile16(when.kv_format, when.num_heads, default) else "tile16"
         found += _planned(when, with_kernel(default, when.kv_format, kernel), gpu)
+    elif when.kv_format:
+        other = dataclasses.replace(default, fp8_kernel="tile64" if _converts(when, default) else "convert")
+        if _converts(when, default) != _converts(when, other):
+            found += _planned(when, other, gpu)
     return [config for config in dict.fromkeys(found) if why_infeasible(config) is None]
 
 
@@ -89,12 +95,19 @@ def variants_of(when: When, config: KernelConfig, dtype: str) -> list[Variant]:
     if when.op != "sparse":
         lengths = "csr_last" if any(n % when.page_size for n in kv_lens(when)) else "csr"
     facts = (when.op, when.kv_format, when.q_fp8, when.num_heads, when.page_size, dtype, config)
-    return [step_variant(*facts, few_rows=_has_few_rows(when)), planner_variant(when.op, lengths, config)]
+    steps = [step_variant(*facts, few_rows=_has_few_rows(when))]
+    if _converts(when, config) and dtype == "bfloat16":
+        steps = converted_variants(when.kv_format, when.q_fp8, when.page_size, config)
+    return [*steps, planner_variant(when.op, lengths, config)]
 
 
 def _has_few_rows(when: When) -> bool:
     """The plans of what is timed are told how many query tokens there are."""
     return has_few_rows(when.op, when.num_heads, when.q_len)
+
+
+def _converts(when: When, config: KernelConfig) -> bool:
+    return converts(when.op, when.kv_format, when.q_fp8, when.num_heads, when.q_len, config)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,7 +122,8 @@ def kv_lens(when: When) -> tuple[int, ...]:
 
 def run_key(when: When, config: KernelConfig, num_sms: int) -> Hashable:
     """A value that two configurations share only if this shape runs the same with both."""
-    kernel = step_of(when.op, when.kv_format, when.num_heads, config, _has_few_rows(when))
+    kv_format = "" if _converts(when, config) else when.kv_format
+    kernel = step_of(when.op, kv_format, when.num_heads, config, _has_few_rows(when))
     return kernel, config.launch(), plan_signature(when, config, num_sms)
 
 

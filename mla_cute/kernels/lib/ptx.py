@@ -50,6 +50,12 @@ def load_global_16(address: Int64, offset: int = 0) -> list[Uint32]:
     return [Uint32(x) for x in asm(T.i32(), 4, [address], text, "=r,=r,=r,=r,l,~{memory}", True)]
 
 
+def load_global_8(address: Int64, offset: int = 0) -> list[Uint32]:
+    """8 bytes of global memory as two words."""
+    text = f"ld.global.v2.b32 {{$0,$1}}, [$2+{offset}];"
+    return [Uint32(x) for x in asm(T.i32(), 2, [address], text, "=r,=r,l,~{memory}", True)]
+
+
 def store_global(address: Int64, words: list) -> None:
     """Store 1, 2 or 4 words; the address is a multiple of their size."""
     _store("global", "l", address, words, 0)

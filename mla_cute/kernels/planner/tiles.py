@@ -92,7 +92,8 @@ class PrefillTiles(PlannerBase):
 
     @cute.jit
     def _load_request(self, p, r, b):
-        """Keep the facts of request b < batch. Returns (q_len, kv_len)."""
+        """Keep the facts of request b < batch, and what a conversion of the cache goes by in global memory as well
+        (kernels/convert.py). Returns (q_len, kv_len)."""
         q_start = p.mQoIndptr[b]
         q_len = cutlass.max(p.mQoIndptr[b + 1] - q_start, Int32(0))
         kv_len, first = self._request(p, b)
@@ -100,6 +101,8 @@ class PrefillTiles(PlannerBase):
         r[Q_LEN, b] = q_len
         r[KV_LEN, b] = kv_len
         r[FIRST, b] = first
+        p.mScratch[KV_LEN, b] = kv_len
+        p.mScratch[FIRST, b] = first
         return q_len, kv_len
 
     # --------------------------------------------------------------- output

@@ -45,15 +45,19 @@ class Epilogue(Variant):
         if self.rows.is_partial(smem, slot):
             at0 = partials.row_address(params, part_row + regs.row)
             at1 = at0 + 8 * 4 * PART_ROW
-            worth = pack_int16(smem, regs, words)
+            worth = pack_int16(smem, regs, words, self._out_scale(params))
             for r in cutlass.range_constexpr(2):
                 if (regs.lane % 4 == 0) & (regs.row + 8 * r < rows):
                     partials.put_worth(params, part_row + regs.row + 8 * r, wg, worth[r])
         else:
             at0 = output_address(params, *self.rows.token_and_head(params, smem, slot, head0, regs.row))
             at1 = output_address(params, *self.rows.token_and_head(params, smem, slot, head0, regs.row + 8))
-            pack_output(smem, regs, words, self.dtype, self._sinks(params, regs, head0))
+            pack_output(smem, regs, words, self.dtype, self._sinks(params, regs, head0), self._out_scale(params))
         store_rows(smem, regs, words, (at0, at1), rows, wg)
+
+    def _out_scale(self, params: Params):
+        """What V is worth in the output; None: itself."""
+        return scalars.output_factor(params) if self.converted else None
 
     def _sinks(self, params: Params, regs: Fragments, head0) -> list:
         """What sinks add to the sums of this thread's two rows; None where there are no sinks."""
@@ -62,21 +66,23 @@ class Epilogue(Variant):
         return [scalars.sink_weight(params, head0 + regs.row + 8 * r, regs.rRef[r]) for r in range(2)]
 
 
-def _inverse_sum(smem: Smem, regs: Fragments, row: int, sink=None):
+def _row_factor(smem: Smem, regs: Fragments, row: int, out_scale, sink=None):
+    """What a row of O is multiplied by."""
     total = smem.sL[regs.row + 8 * row] + smem.sL[regs.row + 8 * row + TILE_M]
-    return softmax.inverse_sum(total, sink)
+    inverse = softmax.inverse_sum(total, sink)
+    return inverse if out_scale is None else inverse * out_scale
 
 
-def pack_output(smem: Smem, regs: Fragments, words, dtype, sinks: list) -> None:
+def pack_output(smem: Smem, regs: Fragments, words, dtype, sinks: list, out_scale) -> None:
     """O, normalised, in the 16-bit dtype, to `words`: (row, pair of columns)."""
-    inverse = [_inverse_sum(smem, regs, r, sinks[r]) for r in range(2)]
+    factors = [_row_factor(smem, regs, r, out_scale, sinks[r]) for r in range(2)]
     for j in range(o_cols(regs) // 2):
         for r in range(2):
-            pair = (regs.O[r, 2 * j + i] * inverse[r] for i in range(2))
+            pair = (regs.O[r, 2 * j + i] * factors[r] for i in range(2))
             words[r, j] = ptx.to_16bit_pair(*pair, dtype)
 
 
-def pack_int16(smem: Smem, regs: Fragments, words) -> list:
+def pack_int16(smem: Smem, regs: Fragments, words, out_scale) -> list:
     """O as pairs of 16-bit integers (lib/partials.py) to `words`; returns what an integer of each row is worth.
 
     The maximum is taken over sums of two magnitudes: half the FMNMX, which issue at half the rate of FADD, for at most
@@ -94,7 +100,7 @@ def pack_int16(smem: Smem, regs: Fragments, words) -> list:
     for j in range(o_cols(regs) // 2):
         for r in range(2):
             words[r, j] = partials.int16_words((regs.O[r, 2 * j], regs.O[r, 2 * j + 1]), factors[r])[0]
-    return [partials.int16_worth(largest[r] * _inverse_sum(smem, regs, r)) for r in range(2)]
+    return [partials.int16_worth(largest[r] * _row_factor(smem, regs, r, out_scale)) for r in range(2)]
 
 
 @cute.jit

@@ -8,6 +8,7 @@ from cutlass.cute.nvgpu import warp, warpgroup
 from ...dims import TILE_M
 from ..lib import barriers, ptx, softmax, wgmma
 from ..lib.paged import SUB_ELEMS, TILE_N
+from ..lib.scalars import load_scale
 from .params import Bar, Fragments, Params, Smem
 
 # Columns of S that one thread has in each of its two rows.
@@ -21,8 +22,11 @@ def o_cols(regs: Fragments) -> int:
     return cute.size(regs.O, mode=[1])
 
 
-def make_fragments(params: Params, smem: Smem, t: Int32, dtype, ckv_dim: int) -> Fragments:
+def make_fragments(params: Params, smem: Smem, t: Int32, dtype, ckv_dim: int, converted: bool) -> Fragments:
     """Descriptors and registers of consumer thread `t`."""
+    scale_log2 = params.scale_log2
+    if converted:
+        scale_log2 = scale_log2 * (load_scale(params.ckv_scale_at) * load_scale(params.q_scale_at))
     thr_qk, thr_pv = params.mma_qk.get_slice(0), params.mma_pv.get_slice(0)
     rO = cute.make_rmem_tensor(thr_pv.partition_shape_C((TILE_M, ckv_dim // 2)), Float32)
     rS = cute.make_rmem_tensor(thr_qk.partition_shape_C((TILE_M, TILE_N)), Float32)
@@ -49,6 +53,7 @@ def make_fragments(params: Params, smem: Smem, t: Int32, dtype, ckv_dim: int) ->
         rQr=rQr,
         rL=cute.make_rmem_tensor((2,), Float32),
         rW=cute.make_rmem_tensor((2,), Float32),
+        scale_log2=scale_log2,
         rRef=cute.make_rmem_tensor((2,), Float32),
         S=wgmma.row_col_view(rS, TILE_N // 8),
         O=wgmma.row_col_view(rO, ckv_dim // 2 // 8),
@@ -90,19 +95,19 @@ def put_p(regs: Fragments, sP, place) -> None:
     barriers.fence_smem_writes()
 
 
-def row_maxima(params: Params, regs: Fragments) -> list:
+def row_maxima(regs: Fragments) -> list:
     """Of this thread's two rows of S, in log2 units."""
-    return [softmax.row_max(regs.S, r, S_COLS) * params.scale_log2 for r in range(2)]
+    return [softmax.row_max(regs.S, r, S_COLS) * regs.scale_log2 for r in range(2)]
 
 
-def make_p(params: Params, regs: Fragments, part: int) -> list:
+def make_p(regs: Fragments, part: int) -> list:
     """A part of P under the references, in 16 bits. Returns this thread's shares of its row sums, in float32 and not of
     what was rounded. S stays as it is."""
     n = S_COLS // PARTS
     rE = cute.make_rmem_tensor(2 * n, Float32)
     E = wgmma.row_col_view(rE, TILE_N // 8 // PARTS)
     S = cute.make_tensor(regs.rS.iterator + part * 2 * n, E.layout)
-    sums = [softmax.exp_row(S, E, r, n, params.scale_log2, regs.rRef[r]) for r in range(2)]
+    sums = [softmax.exp_row(S, E, r, n, regs.scale_log2, regs.rRef[r]) for r in range(2)]
     # Words made one by one: where values are read again (`rounded_sums`), the compiler would round each by itself, by
     # an instruction of the unit that EX2 needs.
     words = _words_of(regs.rPc, part)

@@ -68,6 +68,7 @@ class Variant:
     loader: TmaLoader | GatherLoader  # how K tiles come from pages
     box_rows: int  # rows of a TMA box, 0: cp.async
     by_tma: bool
+    converted: bool  # the cache was made of an FP8 one, whose scales are in Params
     use_pdl: bool  # programmatic dependent launch
     regs_consumer: int  # registers of a thread
     regs_producer: int
@@ -135,7 +136,10 @@ class Params:
     kpe_unit: Int32
     kpe_page_units: Int32
     kpe_row_units: Int32
-    scale_log2: Float32  # what Q K^T is worth in log2 units
+    scale_log2: Float32  # what Q K^T is worth in log2 units, as far as the host knows
+    out_scale: Float32 | None  # converted: see step.py; likewise the next two
+    ckv_scale_at: Int64 | None
+    q_scale_at: Int64 | None
     lse_scale: Float32  # 1 for base 2, ln 2 for base e
     sink_at: Int64 | None  # sparse: see step.py
     lay_q: cute.ComposedLayout  # (64, 512)
@@ -190,6 +194,7 @@ class Fragments:
     rQr: cute.Tensor  # rope of Q, as operand A
     rL: cute.Tensor  # (2,) this thread's part of the row sums of P, as it was in float32: of the log-sum-exp
     rW: cute.Tensor  # (2,) and of P as it was rounded, where that matters (LARGE_P): what O is divided by
+    scale_log2: Float32  # what Q K^T is worth in log2 units
     rRef: cute.Tensor  # (2,) references of its rows, in log2 units: P = 2^(score - reference)
     S: cute.Tensor  # rS and rO as (row 0 or 1, column)
     O: cute.Tensor

@@ -140,7 +140,7 @@ class Consumer(Epilogue):
 
     def _consume(self, params: Params, smem: Smem, part: Int32, head0: Int32, t: Int32, wg: int) -> None:
         """Run the part's items as thread `t` of consumer `wg`."""
-        regs = math.make_fragments(params, smem, t, self.dtype, self.dims.ckv)
+        regs = math.make_fragments(params, smem, t, self.dtype, self.dims.ckv, self.converted)
         self._consume_items(params, smem, regs, self.rows.num_items(params, part), head0, wg)
 
     @cute.jit
@@ -205,7 +205,7 @@ class Consumer(Epilogue):
     def _choose_references(self, params: Params, smem: Smem, regs: Fragments, wg: Constexpr, first):
         """In an item's first pair: the row maxima of both tiles, which the consumers exchange."""
         if first:
-            maxima = math.row_maxima(params, regs)
+            maxima = math.row_maxima(regs)
             softmax.put_rows(smem.sMax[wg, None], regs.row, regs.lane, maxima)
             Bar.FIRST.sync()
             for r in cutlass.range_constexpr(2):
@@ -222,7 +222,7 @@ class Consumer(Epilogue):
         most = softmax.MAX_P if const_expr(self.dtype is Float16) else softmax.MAX_P_BF16
         asks = []
         for part in cutlass.range_constexpr(math.PARTS):
-            sum0, sum1 = math.make_p(params, regs, part)
+            sum0, sum1 = math.make_p(regs, part)
             weight0, weight1 = sum0, sum1
             rows = Int32(0) if const_expr(part == 0) else asks[part - 1]
             if cute.arch.vote_any_sync((sum0 > softmax.LARGE_P) | (sum1 > softmax.LARGE_P) | (rows != 0)):
@@ -256,7 +256,7 @@ class Consumer(Epilogue):
         asked = [smem.sRaise[tile] == turn + 1 for tile in range(2)]
         if asked[0] | asked[1]:
             warpgroup.wait_group(0)
-            maxima = math.row_maxima(params, regs)
+            maxima = math.row_maxima(regs)
             own = [maxima[r] if (asks[-1] >> r) % 2 != 0 else Float32(softmax.LOWEST) for r in range(2)]
             softmax.put_rows(smem.sMax[wg, None], regs.row, regs.lane, own)
             Bar.RAISE.sync()
@@ -270,7 +270,7 @@ class Consumer(Epilogue):
                 regs.rW[r] = regs.rW[r] * factors[r]
             softmax.multiply_rows(regs.O, math.o_cols(regs), *factors)
             for part in cutlass.range_constexpr(math.PARTS):
-                sums = math.make_p(params, regs, part)
+                sums = math.make_p(regs, part)
                 # No P that counts is above 1 now.
                 for r in cutlass.range_constexpr(2):
                     counts = sums[r] if (asks[part] >> r) % 2 != 0 else Float32(0.0)

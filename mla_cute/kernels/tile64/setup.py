@@ -39,7 +39,14 @@ class Tile64(Producer, Consumer):
     kv_format = ""
 
     def __init__(
-        self, dtype: str, box_rows: int, rows: RowMap, config: LaunchConfig, dims: HeadDims, sparse: bool = False
+        self,
+        dtype: str,
+        box_rows: int,
+        rows: RowMap,
+        config: LaunchConfig,
+        dims: HeadDims,
+        sparse: bool = False,
+        converted: bool = False,
     ):
         self.dtype = CUTLASS_DTYPES[dtype]
         self.dims = dims
@@ -49,6 +56,7 @@ class Tile64(Producer, Consumer):
         self.rows = rows
         self.loader = paged.make_loader(box_rows, config.evict_first, sparse, dims)
         self.mbars = make_mbarriers(self.loader, self.num_stages)
+        self.converted = converted
         self.use_pdl = config.use_pdl
         self.by_tma = box_rows > 0
         self.box_rows = box_rows
@@ -102,6 +110,9 @@ class Tile64(Producer, Consumer):
             num_parts=args.num_parts,
             item_row0=args.item_row0,
             scale_log2=args.nope_scale_log2,
+            out_scale=args.out_scale if self.converted else None,
+            ckv_scale_at=args.ckv_scale_at,
+            q_scale_at=args.q_scale_at,
             lse_scale=args.lse_scale,
             sink_at=args.sink_at,
             lay_q=layout(TILE_M, ckv_dim),
@@ -256,4 +267,5 @@ def decode(key: DecodeKey, config: LaunchConfig) -> Step:
 
 
 def prefill(key: PrefillKey, config: LaunchConfig) -> Step:
-    return Step(Tile64(key.dtype, key.box_rows, PackedRows(), config, key.dims), key.dtype, True, config)
+    main = Tile64(key.dtype, key.box_rows, PackedRows(), config, key.dims, converted=key.converted)
+    return Step(main, key.dtype, True, config, converted=key.converted)

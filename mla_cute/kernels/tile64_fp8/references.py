@@ -23,7 +23,7 @@ UNCHOSEN_BITS = Uint32(0x80000000)
 
 def unchosen() -> Float32:
     """From its bits: the DSL keeps constants by value, and hands out the 0.0 that it has for -0.0."""
-    return Uint32(0x80000000).bitcast(Float32)
+    return UNCHOSEN_BITS.bitcast(Float32)
 
 
 class References(PairMath):

@@ -187,7 +187,9 @@ def test_fp8_presets_and_bars():
         }
         assert {case for case in preset if case.kv_format == kv_format} == expected
     assert {(c.num_heads, c.groups, c.kv_format, c.q_fp8) for c in PRESETS["fp8_prefill"]} == {
-        (h, ((4, 2048, 8192),), f, q) for h in (16, 128) for f in ("tensor", "token", "group") for q in (False, True)
+        (h, (group,), f, q)
+        for h, group in ((16, (4, 2048, 8192)), (16, (16, 128, 8192)), (128, (1, 2048, 8192)))
+        for f, q in (("", False), *((f, q) for f in ("tensor", "token", "group") for q in (False, True)))
     }
     fast = PRESETS["fp8_fast"]
     assert len(set(fast)) == len(fast) == 3 * 2 * 2 * 2 * 2
