@@ -36,7 +36,7 @@ class ConvertedStep:
 
     Args:
         problem: of the calls.
-        facts: where the plan has the requests' lengths and first indices (kernels/planner/tiles.py).
+        facts: the plan's scratch, which has the requests' lengths and first indices (kernels/keys.py).
         num_parts: work lists of the plan, one for each SM.
         may_round: whether to convert where the rope part would be rounded, and not run the FP8 step there.
         over_fp8: the variant of the step over the FP8 cache.

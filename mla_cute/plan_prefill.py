@@ -15,6 +15,7 @@ from .convert import ConvertedStep
 from .dims import BLOCK, PART_ROW, TILE_M
 from .expect import expect_bool, expect_indptr, expect_int, expect_metadata
 from .kernels.keys import (
+    FACTS,
     FIXED_MAX_ITEMS,
     FIXED_MAX_PIECES,
     FIXED_MIN_BLOCKS,
@@ -41,8 +42,6 @@ from .plan import (
     planner_key,
     rounds_of,
 )
-
-_SCRATCH_ROWS = 8
 
 
 class PrefillPlan(Plan):
@@ -121,7 +120,7 @@ def _layout(max_tiles: int, batch: int, num_sms: int, numbers: tuple[int, ...]) 
     grid = (parts, max_tiles, *merge_grid(num_sms, max_tiles, parts, TILE_M))
     rows = parts + max_tiles + _whole_rounds(items, parts)
     of_round = RoundLayout(0, batch, rows, grid, (*numbers, max_tiles))
-    return Layout((of_round,), TAIL_ITEMS_PER_PART * parts * TILE_M, _SCRATCH_ROWS)
+    return Layout((of_round,), TAIL_ITEMS_PER_PART * parts * TILE_M, FACTS)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -135,7 +134,7 @@ def _invariant_layout(batch: int, total_q: int, num_sms: int, numbers: tuple[int
         rows = parts + tiles + _whole_rounds(_invariant_items(n, tiles, room), parts)
         grid = (parts, tiles, *merge_grid(num_sms, tiles, tiles, TILE_M))
         rounds.append(RoundLayout(begin, end, rows, grid, (*numbers, tiles)))
-    return Layout(tuple(rounds), part_rows, _SCRATCH_ROWS)
+    return Layout(tuple(rounds), part_rows, FACTS)
 
 
 def _whole_rounds(items: int, parts: int) -> int:

@@ -27,13 +27,12 @@ from cutlass import Float32, Int32, Int64, Uint8, Uint32, const_expr
 from cutlass.cute.runtime import make_fake_stream
 
 from ..dims import NUM_SCALES
-from .keys import CONVERT, ConvertKey
+from .keys import CONVERT, FACTS, FIRST, KV_LEN, ConvertKey
 from .lib.dtypes import CUTLASS_DTYPES
 from .lib.e4m3 import e4m3x4_to_f16
 from .lib.fake import fake_tensor, sym64
 from .lib.ptx import f16_to_f32, load_global_8, load_global_16, row_address, store_global, to_16bit_pair, unpack_16bit
 from .lib.scalars import load_scale
-from .planner.tiles import FACTS, FIRST, KV_LEN
 
 NUM_WARPS = 8
 ROWS = 4  # of a step of a warp

@@ -22,6 +22,10 @@ FIXED_MAX_PIECES = 16
 COST_CLASSES = 1024
 TAIL_ITEMS_PER_PART = 4
 FIXED_MAX_ITEMS = 128
+# Rows of its scratch, which has a column for each request, and those that a conversion of the cache goes by: keys of
+# the request, index of its first page.
+FACTS = 8
+KV_LEN, FIRST = 2, 3
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,6 +28,7 @@ def test_every_variant_has_a_name_of_its_own():
     assert len(found) == (
         len(registry.variants(kv_formats=("", *registry.KV_FORMATS)))
         + len([kernel for kernel, *_ in registry.sparse_variants() if kernel is not registry.PLANNER])
+        + len(registry.conversion_variants())
         + len(registry.append_variants())
         + len(registry.merge_states_variants())
     )

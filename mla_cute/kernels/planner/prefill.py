@@ -38,12 +38,12 @@ import cutlass.cute as cute
 from cutlass import Int32, const_expr, memory
 from cutlass.cute.runtime import make_fake_stream
 
-from ..keys import COST_CLASSES, MAX_PARTS, PREFILL_PLANNER
+from ..keys import COST_CLASSES, FACTS, MAX_PARTS, PREFILL_PLANNER
 from ..lib.fake import fake_tensor, sym64
 from .balanced import MAX_CUTS, BalancedCuts, Tail
 from .common import NUM_THREADS, NUM_WARPS, fake_ints
 from .invariant import InvariantCuts
-from .tiles import FACTS, PrefillPlanParams, div
+from .tiles import PrefillPlanParams, div
 
 SMEM_REQUESTS = 1024
 
@@ -57,7 +57,7 @@ class PrefillPlannerArgs(NamedTuple):
     lengths: cute.Tensor  # csr: kv_indptr (batch + 1,); seq_lens (batch,)
     last_len: cute.Tensor  # csr_last: kv_last_page_len (batch,); else anything
     table: cute.Tensor  # (rows, 8)
-    scratch: cute.Tensor  # (8, batch + 1)
+    scratch: cute.Tensor  # (FACTS, batch + 1)
     parts: Int32
     page_size: Int32
     table_stride: Int32  # seq_lens: entries of a block table row

@@ -7,16 +7,17 @@ import cutlass.cute as cute
 from cutlass import Int32, Uint32
 
 from ...dims import BLOCK, TILE_M
+from ..keys import FIRST, KV_LEN
 from .common import NUM_THREADS, PlannerBase
 
 PAIR = 2 * BLOCK
 SEES_ALL = 1 << 30  # shift of queries without a causal limit
 
-# A request's facts: rows of a tensor (FACTS, requests + 1). The *_AT are prefix sums, also at b = batch.
-Q_START, Q_LEN, KV_LEN, FIRST = 0, 1, 2, 3
+# A request's facts: rows of a tensor (FACTS, requests + 1), with KV_LEN and FIRST. The *_AT are prefix sums, also at
+# b = batch.
+Q_START, Q_LEN = 0, 1
 WORK_AT, EMPTY_AT = 4, 5  # balanced: tiles with work, empty tiles
 ITEM_AT, ROW_AT, MERGE_AT, WHOLE_AT = 4, 5, 6, 7  # batch_invariant; the last: tiles of requests that are never cut
-FACTS = 8
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,11 @@ def folders(monkeypatch, tmp_path):
 
 
 def default(**change):
-    return registry.variants(**ASKED | change)
+    asked = ASKED | change
+    found = registry.variants(**asked)
+    if "prefill" in asked.get("ops", registry.OPS):
+        found += registry.conversion_variants(asked["dtypes"], asked["page_sizes"], asked["kv_formats"])
+    return found
 
 
 def extra(**change):

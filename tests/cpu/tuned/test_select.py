@@ -159,7 +159,7 @@ def without_entry_field(name: str) -> dict:
         ),
         (
             with_config(fp8_kernel="few"),
-            "entry 1: config: fp8_kernel: expected one of ('auto', 'tile64', 'tile16'), got 'few'",
+            "entry 1: config: fp8_kernel: expected one of ('auto', 'tile64', 'tile16', 'convert'), got 'few'",
         ),
     ],
 )

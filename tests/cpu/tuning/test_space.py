@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mla_cute.config import KERNELS, KernelConfig, why_infeasible
 from mla_cute.dims import BLOCK
 from mla_cute.gpu_speed import H200
-from mla_cute.kernels.keys import MAX_PARTS, DecodeKey
+from mla_cute.kernels.keys import CONVERT, MAX_PARTS, DecodeKey
 from mla_cute.kernels.planner import model, model_prefill
 from mla_cute.tuned.select import When, default_for
 from mla_cute.tuning import recipes, space
@@ -156,7 +156,28 @@ def test_the_kernel_is_tuned_where_there_are_two():
         assert kernels("decode", 17, kv_format, batch=128) == kernels("decode", 128, kv_format) == {"auto", "tile16"}
         # A small step's default names the kernel.
         assert kernels("decode", 32, kv_format, batch=1) == {"tile16", "tile64"}
-        assert kernels("prefill", 16, kv_format) == kernels("prefill", 128, kv_format) == {"auto"}
+        converts = {"auto", "convert"} if kv_format else {"auto"}
+        assert kernels("prefill", 16, kv_format) == kernels("prefill", 128, kv_format) == converts
+
+
+@pytest.mark.parametrize(
+    ("kv_format", "q_fp8", "q_len", "kernels"),
+    [
+        ("group", False, 512, {"auto", "tile64"}),  # by default it converts
+        ("group", True, 16, {"auto", "convert"}),
+        ("token", False, 512, {"auto", "convert"}),
+        ("tensor", False, 512, {"auto", "tile64"}),
+        ("tensor", True, 512, {"auto"}),
+        ("", False, 512, {"auto"}),
+    ],
+)
+def test_whether_prefill_converts_is_tuned(kv_format, q_fp8, q_len, kernels):
+    when = When("prefill", kv_format, q_fp8, 16, 64, q_len, 16, 8192)
+    found = space.candidates(when, H200)
+    assert {config.fp8_kernel for config in found} == kernels
+    assert len({space.run_key(when, config, 132) for config in found}) == len(found)
+    compiled = {ref for config in found for ref, *_ in space.variants_of(when, config, "bfloat16")}
+    assert (CONVERT in compiled) == (len(kernels) == 2)
 
 
 @pytest.mark.parametrize("kv_format", ["", "group"])
