@@ -129,9 +129,9 @@ def why_infeasible(config: KernelConfig) -> str | None:
 # another GPU, so that a cost of so many us is another number of blocks there. Records are in tune/measurements, the
 # sections in docs/performance.md.
 
-# Bytes of a block of a 16-bit cache of 512 + 64 channels, and what of the peak reads get: 4431 of 4814 GB/s in
+# Bytes of a token of a 16-bit cache of 512 + 64 channels, and what of the peak reads get: 4431 of 4814 GB/s in
 # NVIDIA_H200/table_untuned_2026-11-28.json, 3063 of 3352 in NVIDIA_H100_80GB_HBM3/table_2026-11-28.json.
-_BLOCK_BYTES, _READ_SHARE = BLOCK * 2 * (512 + 64), 0.92
+_TOKEN_BYTES, _READ_SHARE = 2 * (512 + 64), 0.92
 # Cycles of a tile of 64 tokens. tile64: half of a pair's 5700, in 4352 of which the tensor cores work (section Open).
 # tile16: 1.0 us, the slope between 128 heads, 1 x 8192 and 4 x 8192 with L2 emptied, 18.3 and 41.2 us for 7.8 and 31
 # tiles (section "Code that is not in L2"); its tensor cores work a quarter of tile64's, for a quarter of the rows.
@@ -149,14 +149,22 @@ _MERGE_BLOCKS = 2
 _PARTIAL_BLOCKS = 4
 
 
-def block_us(num_heads: int, gpu: GpuSpeed, decodes: bool = True) -> float:
-    """Time of a 64-token block of a CTA while all SMs of the GPU work, over a 16-bit cache: of its loads or, where that
-    is more, of the tile. Row tiles share the loads of a block, and those of a prefill are so many that loads do not
-    count."""
-    is_tile16 = decodes and num_heads <= TILE16_M
-    cycles, tensor = (_TILE16_CYCLES, _TILE16_TENSOR_CYCLES) if is_tile16 else (_TILE64_CYCLES, _TILE64_TENSOR_CYCLES)
+def block_us(
+    num_heads: int,
+    gpu: GpuSpeed,
+    decodes: bool = True,
+    tile16: bool | None = None,
+    token_bytes: int = _TOKEN_BYTES,
+) -> float:
+    """Time of a 64-token block of a CTA while all SMs of the GPU work: of its loads or, where that is more, of the
+    tile. Row tiles share the loads of a block, and those of a prefill are so many that loads do not count. `tile16`:
+    whether that kernel decodes; None: the default, up to 16 heads."""
+    if tile16 is None:
+        tile16 = decodes and num_heads <= TILE16_M
+    cycles, tensor = (_TILE16_CYCLES, _TILE16_TENSOR_CYCLES) if tile16 else (_TILE64_CYCLES, _TILE64_TENSOR_CYCLES)
     tile_us = max(cycles, tensor / gpu.tensor_share) / gpu.clock_mhz
-    loads_us = _BLOCK_BYTES / (_READ_SHARE * gpu.gbps_per_sm * 1e3) / -(-num_heads // TILE_M)
+    loads_us = BLOCK * token_bytes / (_READ_SHARE * gpu.gbps_per_sm * 1e3)
+    loads_us /= -(-num_heads // (TILE16_M if tile16 else TILE_M))
     return max(loads_us, tile_us) if decodes else tile_us
 
 

@@ -29,7 +29,7 @@ from ..gpu_speed import H200
 from ..option import UsageError
 from ..tuned import diff, select
 from ..tuned.select import When
-from . import device, recipes, report, session, space, store
+from . import cost, device, recipes, report, session, space, store
 from .options import GRID_OPTIONS, OPTIONS, REPORT_OPTIONS
 from .search import POLICIES, StartError
 from .workers import ChildMeasurer, compile_variants
@@ -247,7 +247,8 @@ def _describe(whens: Sequence[When], screen: Screen) -> None:
     speed = H200 if gpu is None else gpu_facts.speed(torch.device("cuda", gpu.index))
     groups: dict[str, list[int]] = {}
     for when in whens:
-        groups.setdefault(session.group_of(when), []).append(len(space.candidates(when, speed)))
+        timed = cost.choose(when, space.candidates(when, speed), speed).timed
+        groups.setdefault(session.group_of(when), []).append(len(timed))
     rows = [(name, str(len(counts)), str(sum(counts)), str(max(counts))) for name, counts in groups.items()]
     on = f"{gpu.name}" if gpu is not None else f"an H200 of {H200.sm_count} SMs (no GPU is seen here)"
     screen.table(f"what would be tuned on {on}", ("op, cache", "shapes", "candidates", "most of a shape"), rows)

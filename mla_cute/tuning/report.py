@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..config import KernelConfig, differences
-from .search import ORDINARY
+from .cost import PRUNED_FROM
+from .search import GAIN, ORDINARY, PRUNED
 from .session import group_of
 from .store import Measured
 
@@ -40,7 +41,7 @@ class Report:
         worst, best = (pick(self.tuned, key=lambda shape: shape.gain) for pick in (min, max))
         kept = sum(shape.chosen == default_of(shape) for shape in self.tuned)
         bad = sum(not trial["verdict"].startswith(ORDINARY) for shape in self.shapes for trial in shape.candidates)
-        tried = sum(len(shape.candidates) for shape in self.shapes)
+        tried = sum(trial["verdict"] != PRUNED for shape in self.shapes for trial in shape.candidates)
         return [
             f"{len(self.tuned)} shapes on {self.gpu['name']}: tuned is {statistics.geometric_mean(gains):.3f}x the "
             f"speed of the default (geometric mean), {kept} keep the default.",
@@ -48,6 +49,22 @@ class Report:
             f"Best case {best.gain:.3f}x: {best.when}.",
             f"{tried} candidates, {bad} of them failed, hung, crashed or were wrong; "
             f"{len(self.shapes) - len(self.tuned)} shapes could not be tuned.",
+            *self._model_line(),
+        ]
+
+    def _model_line(self) -> list[str]:
+        """How what the model of cost.py leaves out would have done, by the sample of it that was timed."""
+        pruned = sum(trial["verdict"] == PRUNED for shape in self.shapes for trial in shape.candidates)
+        if not pruned:
+            return []
+        ratios = [ratio for shape in self.tuned for ratio in _sampled(shape)]
+        text = f"{pruned} further candidates were not tried: the model has {PRUNED_FROM:g}x of the best's time for them"
+        if not ratios:
+            return [f"{text}, and none of their kind was."]
+        missed = sum(ratio < 1 + GAIN for ratio in ratios)
+        return [
+            f"{text}. {len(ratios)} of their kind were: {missed} of these within {GAIN:.0%} of their shape's best, the "
+            f"nearest at {min(ratios):.2f}x of its time."
         ]
 
     def group_rows(self) -> list[tuple[str, ...]]:
@@ -93,6 +110,19 @@ class Report:
         for shape in sorted(self.shapes, key=lambda shape: dataclasses.astuple(shape.when)):
             groups.setdefault(group_of(shape.when), []).append(shape)
         return groups
+
+
+def _sampled(shape: Measured) -> list[float]:
+    """Times of candidates that the model would leave out, over the least of the shape. Those that dropped out early
+    have few samples."""
+    model = [trial["model_us"] for trial in shape.candidates if trial.get("model_us")]
+    times = [trial["us"] for trial in shape.candidates if trial["us"]]
+    limit = PRUNED_FROM * min(model, default=0.0)
+    return [
+        trial["us"] / min(times)
+        for trial in shape.candidates[1:]
+        if trial["us"] and trial.get("model_us") and trial["model_us"] >= limit
+    ]
 
 
 def default_of(shape: Measured) -> KernelConfig:

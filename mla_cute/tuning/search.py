@@ -37,7 +37,8 @@ DUELS = 3
 POLICIES = ("graph", "eager")
 # A verdict that begins with one of ORDINARY is no failure.
 NO_TIME = "not compiled: no time was left"
-ORDINARY = ("chosen", "default", "not chosen", "dropped", "not compiled")
+PRUNED = "pruned by the model"
+ORDINARY = ("chosen", "default", "not chosen", "dropped", "not compiled", PRUNED)
 
 
 class CandidateError(Exception):
@@ -88,7 +89,8 @@ class Measurer(Protocol):
 @dataclasses.dataclass
 class Trial:
     """One candidate. `verdict` is empty while it is live, `rung` the number of rungs it was timed in, `conditions` are
-    those of the last of these. `us_chained` has who was timed to the end, `host_us` who is compared by it."""
+    those of the last of these. `us_chained` has who was timed to the end, `host_us` who is compared by it; `model_us`
+    is cost.py's, where it has one."""
 
     config: KernelConfig
     verdict: str = ""
@@ -97,6 +99,7 @@ class Trial:
     conditions: Conditions | None = None
     us_chained: float | None = None
     host_us: float | None = None
+    model_us: float | None = None
 
     @property
     def us(self) -> float:
@@ -144,14 +147,17 @@ def tune_shape(
     unfit: Mapping[KernelConfig, str] | None = None,
     step: Callable[[int], None] = lambda live: None,
     policy: str = "graph",
+    model_us: Mapping[KernelConfig, float] | None = None,
 ) -> Result:
     """Search `candidates`, of which the first is the default. `unfit` are verdicts known beforehand, `policy` is one of
-    POLICIES.
+    POLICIES, `model_us` what is kept of the model.
 
     A shape fails, with a reason and no choice, when its default does. `step` is told how many candidates are live, at
     every check and rung.
     """
-    trials = [Trial(config, (unfit or {}).get(config, "")) for config in candidates]
+    trials = [
+        Trial(config, (unfit or {}).get(config, ""), model_us=(model_us or {}).get(config)) for config in candidates
+    ]
     result, default = Result(trials), trials[0]
     try:
         if default.verdict:

@@ -14,7 +14,7 @@ from ..config import KernelConfig, differences
 from ..gpu_speed import GpuSpeed
 from ..tuned import select
 from ..tuned.select import TunedFile, When
-from . import pairs, search, space
+from . import cost, pairs, search, space
 from .recipes import coarse_first
 from .search import Measurer, StartError
 from .space import Variant
@@ -133,8 +133,9 @@ def _tune(
     todo = list(outcome.left_out)
     if not todo:
         return
-    candidates = {when: space.candidates(when, task.speed) for when in todo}
-    missing = _compile(task, candidates, compile_variants, screen, clock, deadline)
+    found = {when: cost.choose(when, space.candidates(when, task.speed), task.speed) for when in todo}
+    timed = {when: chosen.timed for when, chosen in found.items()}
+    missing = _compile(task, timed, compile_variants, screen, clock, deadline)
     took: list[float] = []
     for done, when in enumerate(todo):
         each = sum(took) / len(took) if took else FIRST_SHAPE_S
@@ -142,15 +143,17 @@ def _tune(
         if now + each > deadline:
             return
         left = min((len(todo) - done) * each, deadline - now) if took else None
-        unfit = {config: why for config in candidates[when] if (why := _why_missing(task, when, config, missing))}
+        unfit = {config: why for config in timed[when] if (why := _why_missing(task, when, config, missing))}
 
         def step(live: int) -> None:
-            screen.step(done, len(todo), f"{when}: {live} of {len(candidates[when])} candidates", left)
+            screen.step(done, len(todo), f"{when}: {live} of {len(timed[when])} candidates", left)
 
-        if unfit.get(candidates[when][0]) == search.NO_TIME:
+        if unfit.get(timed[when][0]) == search.NO_TIME:
             continue  # left out: the same command goes on with it
-        step(len(candidates[when]) - len(unfit))
-        result = search.tune_shape(measurer, when, candidates[when], unfit, step, task.policy)
+        step(len(timed[when]) - len(unfit))
+        pruned, model_us = found[when].pruned, found[when].us
+        unfit |= dict.fromkeys(pruned, search.PRUNED)
+        result = search.tune_shape(measurer, when, [*timed[when], *pruned], unfit, step, task.policy, model_us)
         shape = Measured.of(when, task.dtype, task.digest, task.made_with, clock() - now, result, task.policy)
         store.add(shape)
         outcome.left_out.remove(when)

@@ -33,6 +33,7 @@ METHOD = {
     "in front of the first; nothing is chosen by it",
     "sm_mhz, watts, throttled": "means of NVML after each burst of the last rung, and what kept the clock down; a rung "
     "that was kept down is timed once more after a rest, and that counts; null without nvidia-ml-py",
+    "model_us": "what the tuner's model has for it; candidates of the longest times there are left out but for a tenth",
     "rung": "number of rungs the candidate was timed in; 0: not timed",
 }
 
@@ -78,6 +79,7 @@ class Measured:
                 "verdict": trial.verdict,
                 "us_chained": None if trial.us_chained is None else round(trial.us_chained, 3),
                 "host_us": None if trial.host_us is None else round(trial.host_us, 2),
+                "model_us": None if trial.model_us is None else round(trial.model_us, 2),
                 "sm_mhz": trial.conditions and trial.conditions.sm_mhz,
                 "watts": trial.conditions and trial.conditions.watts,
                 "throttled": None if trial.conditions is None else list(trial.conditions.throttled),
@@ -186,7 +188,7 @@ def _check_trial(name: str, trial: Any) -> None:
     _config(f"{name}.config", trial["config"])
     _expect(isinstance(trial["verdict"], str), f"{name}.verdict", "a text", trial["verdict"])
     _expect(trial["us"] is None or _is_time(trial["us"]), f"{name}.us", "a number > 0 or null", trial["us"])
-    for field in ("us_chained", "host_us", "sm_mhz", "watts"):  # of newer records
+    for field in ("us_chained", "host_us", "model_us", "sm_mhz", "watts"):  # of newer records
         value = trial.get(field)
         _expect(value is None or _is_time(value), f"{name}.{field}", "a number > 0 or null", value)
     for field in ("samples", "rung"):

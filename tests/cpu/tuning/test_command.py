@@ -25,7 +25,7 @@ from mla_cute.extras import install_command
 from mla_cute.gpu_speed import H200
 from mla_cute.tuned import select
 from mla_cute.tuned.select import When
-from mla_cute.tuning import command, options, recipes, report, session, space, store
+from mla_cute.tuning import command, cost, options, recipes, report, session, space, store
 
 ROOT = pathlib.Path(mla_cute.__file__).resolve().parents[1]
 SCRIPT = ROOT / "tune" / "autotune.py"
@@ -239,7 +239,8 @@ def test_a_dry_run_counts_and_starts_nothing(monkeypatch, capsys):
     monkeypatch.setattr(command.gpu_facts, "facts", lambda: None)
     assert both("--recipe", "small", "--dry-run") == (0, 0)
     text = capsys.readouterr().out
-    counts = [len(space.candidates(when, H200)) for when in recipes.load("small")]
+    small = recipes.load("small")
+    counts = [len(cost.choose(when, space.candidates(when, H200), H200).timed) for when in small]
     assert f"7 shapes, {sum(counts)} candidates; nothing was run" in text
     assert "an H200 of 132 SMs (no GPU is seen here)" in text
     assert ["decode,", "16-bit", "cache", "4"] in [row.split()[:4] for row in text.splitlines()]

@@ -11,7 +11,7 @@ from mla_cute.config import KernelConfig
 from mla_cute.gpu_speed import H200
 from mla_cute.tuned import select
 from mla_cute.tuned.select import When
-from mla_cute.tuning import search, session, space, store
+from mla_cute.tuning import cost, search, session, space, store
 from mla_cute.tuning.recipes import coarse_first
 from mla_cute.tuning.search import StartError
 from mla_cute.tuning.session import Task
@@ -109,10 +109,14 @@ def test_a_run_fills_both_files(tmp_path):
     assert gpu == GPU
     assert {shape.when: shape.entry() for shape in shapes} == entries
     for shape in shapes:
-        tried = [KernelConfig.from_dict(trial["config"]) for trial in shape.candidates]
-        assert tried == space.candidates(shape.when, H200)
-        assert all(trial["verdict"] for trial in shape.candidates)
-        assert all(trial["us"] > 0 and trial["samples"] > 0 and trial["rung"] > 0 for trial in shape.candidates)
+        listed = [KernelConfig.from_dict(trial["config"]) for trial in shape.candidates]
+        timed, pruned, us = cost.choose(shape.when, space.candidates(shape.when, H200), H200)
+        assert listed == [*timed, *pruned]
+        assert [trial["model_us"] for trial in shape.candidates] == [round(us[c], 2) if us else None for c in listed]
+        tried, left_out = shape.candidates[: len(timed)], shape.candidates[len(timed) :]
+        assert all(trial["verdict"] != search.PRUNED for trial in tried)
+        assert all(trial["us"] > 0 and trial["samples"] > 0 and trial["rung"] > 0 for trial in tried)
+        assert {(trial["verdict"], trial["us"], trial["rung"]) for trial in left_out} <= {(search.PRUNED, None, 0)}
     assert any("100.0 -> 90.0 us (1.111x), evict_first=False" in text for text in screen.lines)
     assert any("batch 1" in text and "the default, 100.0 us" in text for text in screen.lines)
     assert screen.steps[-1] == (6, 6, "done", 0.0)
