@@ -67,6 +67,11 @@ def test_the_table_is_the_records():
     fp8 = row_of("fp8", **few, batch=128, kv_format="tensor", q_fp8=False)
     tensor_bound = row_of("table", **many, batch=64)
     prefill = row_of("prefill", num_heads=16, groups=[[4, 2048, 8192]], page_size=64)
+    group, beside = (
+        row_of("fp8_prefill", num_heads=16, groups=[[4, 2048, 8192]], kv_format=kv_format, q_fp8=False)
+        for kv_format in ("group", "")
+    )
+    gain = beside["us_amortised"] / group["us_amortised"]
     host = {name: times["now"] for name, times in load("host_time_nouns")["us"].items()}
     lines = (
         f"decode, 16 heads, 128 requests of 8192 tokens | {wide['us_amortised']:.1f} us | "
@@ -77,6 +82,8 @@ def test_the_table_is_the_records():
         f"{tensor_bound['tflops']:.0f} TFLOP/s | {tensor_bound['cublas_share']:.0%} of cuBLAS",
         f"causal prefill, 4 x 2048 of 8192 tokens, 16 heads | {prefill['tflops']:.0f} TFLOP/s | "
         f"{prefill['cublas_share']:.0%} of cuBLAS",
+        f"the same over an FP8 cache (format group), another card | {group['tflops']:.0f} TFLOP/s | "
+        f"{gain:.2f}x a bf16 cache's beside it |",
         f"host, a call with a plan / without one | {host['bf16, plan']:.1f} / {host['bf16, no plan']:.1f} us |",
         f"host, a prefill with a plan / without one | {host['bf16 prefill, plan']:.1f} / "
         f"{host['bf16 prefill, no plan']:.1f} us |",
