@@ -25,6 +25,11 @@ PLANNERS = [v for v in VARIANTS if v[0] in (registry.PLANNER, registry.PREFILL_P
 APPENDS = registry.append_variants()
 APPENDS_OF_OTHER_DIMS = registry.append_variants(["bfloat16"], head_dims=HEAD_DIMS[1:])
 MERGES = registry.merge_states_variants()
+# Of other head dimensions by TMA of whole boxes.
+CONVERSIONS = [
+    *registry.conversion_variants(),
+    *registry.conversion_variants(page_sizes=[64], head_dims=HEAD_DIMS[1:]),
+]
 DECODES_FP8 = (registry.DECODE_FP8, registry.DECODE_TILE32_FP8, registry.DECODE_TILE16_FP8)
 PREFILLS_FP8 = (registry.PREFILL_FP8, registry.PREFILL_TILE32_FP8)
 TILES32 = (registry.DECODE_TILE32_FP8, registry.PREFILL_TILE32_FP8)
@@ -110,7 +115,7 @@ def _shipped():
     for path in sorted((pathlib.Path(mla_cute.__file__).parent / "tuned" / "data").glob("*.json")):
         for entry in select.load(path).entries:
             found += space.variants_of(entry.when, entry.config, "bfloat16")
-    known = {*VARIANTS, *COVERED_FP8, *NATIVE_FP8, *FAST_FP8}
+    known = {*VARIANTS, *CONVERSIONS, *COVERED_FP8, *NATIVE_FP8, *FAST_FP8}
     return [v for v in dict.fromkeys(found) if v not in known]
 
 
@@ -160,8 +165,11 @@ def test_registry_is_complete():
 
 
 @of_variants(
-    [*VARIANTS, *APPENDS, *MERGES, *COVERED_FP8, *COVERED_SPARSE, *OTHER_DIMS, *NATIVE_FP8, *FAST_FP8, *SHIPPED]
-)
+    [
+        *VARIANTS, *APPENDS, *MERGES, *CONVERSIONS, *COVERED_FP8, *COVERED_SPARSE, *OTHER_DIMS, *NATIVE_FP8, *FAST_FP8,
+        *SHIPPED,
+    ]
+)  # fmt: skip
 def test_resources(variant, caplog):
     facts, opcodes = compiled(variant)
     assert facts["spill_bytes"] == 0
@@ -351,6 +359,22 @@ def test_planner_uses_no_tensor_core(variant):
     mnemonics = sass.instruction_counts_of(opcodes)
     assert mnemonics["HGMMA"] == mnemonics["HMMA"] == mnemonics["UTMALDG"] == 0
     assert mnemonics["total"] > 100
+
+
+@of_variants([v for v in CONVERSIONS if v[0] is registry.CONVERT])
+def test_conversion_instructions(variant):
+    facts, opcodes = compiled(variant)
+    _, key, _ = variant
+    assert facts["registers"] <= 128, "fewer than two CTAs of 256 threads would fit an SM"
+    assert facts["threads"] == 256
+    chunks = key.dims.ckv // 256  # of a row, that a lane has; four rows of keys, and of e4m3 queries four more
+    loads, ropes = 4 * chunks * (1 + key.q_fp8), int(key.dims.kpe > 0)
+    rope_fp8 = key.kv_format == "tensor"
+    assert opcodes["LDG.E.64"] == loads + ropes * rope_fp8
+    assert opcodes["LDG.E.128"] == ropes * (not rope_fp8) + key.q_fp8
+    assert opcodes["STG.E.128"] == loads + ropes + key.q_fp8
+    conversions = sum(n for opcode, n in opcodes.items() if "E4M3" in opcode)
+    assert conversions == 4 * (loads + ropes * rope_fp8)
 
 
 def test_append_is_complete():
