@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from .call import PREFILL, PREFILL_TABLE, Pages
-from .check import Problem
+from .check import DTYPE_NAMES, Problem
 from .compile import jit
 from .config import KernelConfig
 from .convert import ConvertedStep
@@ -103,11 +103,8 @@ class PrefillPlan(Plan):
     def _converts(self, problem: Problem) -> bool:
         """The two kernels differ in bits, and which one runs goes by what else is in the batch, which bits of a
         batch-invariant plan may not."""
-        return (
-            not self.batch_invariant
-            and problem.dtype is torch.bfloat16
-            and converts(problem.op, problem.kv_format, problem.q_fp8, self.num_heads, self._q_len, self.config)
-        )
+        facts = problem.op, problem.kv_format, problem.q_fp8, self.num_heads, self._q_len, self.config
+        return not self.batch_invariant and converts(*facts, DTYPE_NAMES[problem.dtype])
 
 
 @functools.lru_cache(maxsize=4096)

@@ -172,7 +172,7 @@ def rounds_queries(case: Case | PrefillCase, config: KernelConfig) -> bool:
         return False
     op = "prefill" if isinstance(case, PrefillCase) else "decode"
     q_len = -(-sum(q_len for q_len, _ in case.requests) // len(case.requests))
-    if converts(op, case.kv_format, case.q_fp8, case.num_heads, q_len, config):
+    if converts(op, case.kv_format, case.q_fp8, case.num_heads, q_len, config, case.dtype):
         return False
     return step_of(op, case.kv_format, case.num_heads, config) in (DECODE_FP8, PREFILL_FP8)
 

@@ -327,7 +327,7 @@ def _variants_of(entry: Entry, op: str, dtypes: Sequence[str], head_dims: Sequen
             yield step_variant(*facts)
             if registry.has_few_rows(op, when.num_heads, when.q_len):
                 yield step_variant(*facts, few_rows=True)
-            if dtype == "bfloat16" and registry.converts(*facts[:4], when.q_len, config):
+            if registry.converts(*facts[:4], when.q_len, config, dtype):
                 yield from registry.converted_variants(when.kv_format, when.q_fp8, when.page_size, config, dims)
     for lengths in ("seq_lens",) if op == "sparse" else registry.LENGTHS:
         yield planner_variant(op, lengths, config)

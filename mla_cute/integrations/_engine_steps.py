@@ -306,7 +306,7 @@ class StepPlans:
             for few_rows in (False, True) if may_have_few else (False,):
                 step = step_variant(op, kv_format, q_fp8, num_heads, page_size, dtype, config, few_rows=few_rows)
                 found[step] = None
-            if dtype == "bfloat16" and not invariant and converts(op, kv_format, q_fp8, num_heads, q_len, config):
+            if not invariant and converts(op, kv_format, q_fp8, num_heads, q_len, config, dtype):
                 found |= dict.fromkeys(converted_variants(kv_format, q_fp8, page_size, config))
             found[planner_variant(op, "seq_lens", config, invariant)] = None
         return list(found)

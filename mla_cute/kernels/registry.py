@@ -72,10 +72,18 @@ def has_few_rows(op: str, num_heads: int, q_len: int) -> bool:
 CONVERT_ROWS = {("group", False): 512, ("group", True): 1024, ("tensor", False): 1024}
 
 
-def converts(op: str, kv_format: str, q_fp8: bool, num_heads: int, q_len: int, config: KernelConfig) -> bool:
+def converts(
+    op: str,
+    kv_format: str,
+    q_fp8: bool,
+    num_heads: int,
+    q_len: int,
+    config: KernelConfig,
+    dtype: str = "bfloat16",
+) -> bool:
     """Whether a call, whose requests have `q_len` query tokens on an average, converts the keys of an FP8 cache to 16
-    bits and runs the 16-bit kernel."""
-    if op != "prefill" or not kv_format or (q_fp8 and kv_format == "tensor"):
+    bits and runs the 16-bit kernel. `dtype` is that of its output: float16 cannot hold what any scale makes of e4m3."""
+    if op != "prefill" or not kv_format or (q_fp8 and kv_format == "tensor") or dtype != "bfloat16":
         return False
     if config.fp8_kernel != "auto":
         return config.fp8_kernel == "convert"

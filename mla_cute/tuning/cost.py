@@ -1,11 +1,11 @@
 """Which candidates of a decode step are not worth compiling and timing, by a model of the step's time.
 
 A step is as long as its longest part: what the part's blocks take, and starting its items; and the merge, where
-anything is cut. A block takes its loads or its tile, whichever is longer (config.block_us). On the tuning
-records of an H200 a candidate's time is 0.5 to 2.4 times what this says, for most 0.7 to 1.3 times. So only what the
-model takes for PRUNED_FROM times the shortest candidate or longer is left out, which is 43 % of those records'
-candidates; of 232 shapes none lost one that was within 4 % of its best. A run tries every tenth of what it leaves out,
-the shortest first, and reports how these did (report.py).
+anything is cut. A block takes its loads or its tile, whichever is longer (config.block_us). On the tuning records of an
+H200 a candidate's time is 0.5 to 2.4 times what this says, for most 0.7 to 1.3 times. So only what the model takes for
+PRUNED_FROM times the shortest candidate or longer is left out, which is 43 % of those records' candidates; of 232
+shapes none lost one that was within 4 % of its best. A run tries every tenth of what it leaves out, the shortest first,
+and reports how these did (report.py).
 
 Prefill's candidates, which differ in how its last tiles are cut, are few and not modelled.
 """

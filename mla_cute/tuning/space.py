@@ -96,7 +96,7 @@ def variants_of(when: When, config: KernelConfig, dtype: str) -> list[Variant]:
         lengths = "csr_last" if any(n % when.page_size for n in kv_lens(when)) else "csr"
     facts = (when.op, when.kv_format, when.q_fp8, when.num_heads, when.page_size, dtype, config)
     steps = [step_variant(*facts, few_rows=_has_few_rows(when))]
-    if _converts(when, config) and dtype == "bfloat16":
+    if _converts(when, config, dtype):
         steps = converted_variants(when.kv_format, when.q_fp8, when.page_size, config)
     return [*steps, planner_variant(when.op, lengths, config)]
 
@@ -106,8 +106,8 @@ def _has_few_rows(when: When) -> bool:
     return has_few_rows(when.op, when.num_heads, when.q_len)
 
 
-def _converts(when: When, config: KernelConfig) -> bool:
-    return converts(when.op, when.kv_format, when.q_fp8, when.num_heads, when.q_len, config)
+def _converts(when: When, config: KernelConfig, dtype: str = "bfloat16") -> bool:
+    return converts(when.op, when.kv_format, when.q_fp8, when.num_heads, when.q_len, config, dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -43,6 +43,8 @@ def test_when_a_call_converts(op, kv_format, q_fp8, num_heads, q_len, by_default
     assert registry.converts(*facts, CONFIG) == by_default
     assert registry.converts(*facts, CONVERT) == asked_for
     assert not registry.converts(*facts, AS_IT_IS)
+    assert not registry.converts(*facts, CONFIG, "float16")
+    assert not registry.converts(*facts, CONVERT, "float16")
 
 
 @pytest.fixture

@@ -153,6 +153,9 @@ def test_queries_are_rounded_by_row_tiles_alone():
     fp8, e4m3 = (Case(64, 1, 64, kv_format="group", q_fp8=q_fp8) for q_fp8 in (False, True))
     assert runner.rounds_queries(fp8, fast)
     assert runner.rounds_queries(cases_module.PrefillCase(1, ((1, 2, 64),), kv_format="tensor"), fast)
+    many = cases_module.PrefillCase(16, ((2, 512, 1024),), kv_format="group")
+    assert not runner.rounds_queries(many, fast), "the cache is converted"
+    assert runner.rounds_queries(dataclasses.replace(many, dtype="float16"), fast)
     for case, config in (
         (fp8, high),
         (e4m3, fast),
