@@ -37,9 +37,10 @@ FP8_STEPS = [v for v in registry.variants(kv_formats=registry.KV_FORMATS) if v[0
 
 
 def _covers(variant) -> bool:
-    """A fifth of the 300 FP8 variants, 6 s each: bfloat16 decode at every page class, with both kinds of query where
-    boxes are whole; prefill and float16 at the page classes whose producers differ most; tiles of 32 rows in bfloat16,
-    with 16-bit queries, both parts of which they multiply at once, and with the others in decode."""
+    """A fifth of the 300 FP8 variants, 4 to 8 s of a core each: bfloat16 decode, tiles of 16 heads at every page class
+    and row tiles where their producers differ most (boxes of 32 and 16 rows are loaded as those of 8 are), with both
+    kinds of query where boxes are whole; prefill and float16 at fewer; tiles of 32 rows in bfloat16, with 16-bit
+    queries, both parts of which they multiply at once, and with the others in decode."""
     kernel, key, _ = variant
     if kernel is registry.PREFILL_FP8:
         return key.dtype == "bfloat16" and key.box_rows in (64, 8, 0) and key.q_fp8 == (key.box_rows == 64)
@@ -49,6 +50,8 @@ def _covers(variant) -> bool:
         return key.dtype == "bfloat16" and (key.box_rows == 64 or (key.box_rows == 0 and not key.q_fp8))
     if key.dtype == "float16":
         return key.box_rows == 16 and not key.q_fp8
+    if kernel is registry.DECODE_FP8 and key.box_rows in (32, 16):
+        return False
     return key.box_rows == 64 or key.q_fp8 == (key.box_rows in (32, 0))
 
 
@@ -74,10 +77,16 @@ COVERED_SPARSE = [
 ]
 
 
+# Both widths of ckv, and both of kpe that DeepSeek's heads have not.
+GATHERED_DIMS = ((512, 32), (256, 0))
+
+
 def _covers_dims(variant) -> bool:
-    """Of other head dimensions bfloat16, by TMA of whole boxes and by the gathers, and over FP8 caches one kind of
-    query each; of tiles of 32 rows decode from whole boxes alone, with queries in two parts."""
+    """Of other head dimensions bfloat16, by TMA of whole boxes and, of GATHERED_DIMS, by the gathers; over FP8 caches
+    one kind of query each; of tiles of 32 rows decode from whole boxes alone, with queries in two parts."""
     kernel, key, _ = variant
+    if getattr(key, "box_rows", 64) == 0 and key.dims not in GATHERED_DIMS:
+        return False
     if not isinstance(key, registry.Fp8Key):
         return getattr(key, "dims", HEAD_DIMS[0]) != HEAD_DIMS[0]
     whole_boxes = key.box_rows == 64
@@ -227,7 +236,7 @@ def test_fp8_registry_is_complete():
     for kernel in (*DECODES_FP8, *PREFILLS_FP8):
         keys = [v[1] for v in FP8_STEPS if v[0] == kernel]
         assert len(set(keys)) == len({repr(key) for key in keys}) == len(keys) == 2 * 5 * 3 * 2
-    assert len(COVERED_FP8) == 2 * 3 * (2 + 4 + 1) + 3 * (2 + 1 + 1) + 3 * 3
+    assert len(COVERED_FP8) == 3 * (2 + 4 + 1) + 3 * (2 + 2 + 1) + 3 * (2 + 1 + 1) + 3 * 3
 
 
 @of_variants(COVERED_FP8)
@@ -282,11 +291,13 @@ def test_lists_begin_with_references_that_are_not_chosen():
 def test_other_head_dims_are_complete():
     main = (registry.DECODE, registry.DECODE_TILE16, registry.PREFILL)
     fp8 = (registry.DECODE_FP8, registry.DECODE_TILE16_FP8, registry.PREFILL_FP8)
-    of_pair = {(kernel, box, False) for kernel in (*main, *fp8) for box in (64, 0)}
-    of_pair |= {(kernel, 0, True) for kernel in (*main[:2], *fp8[:2])} | {(registry.DECODE_TILE32_FP8, 64, False)}
-    found = [(key.dims, (kernel, key.box_rows, getattr(key, "sparse", False))) for kernel, key, _ in OTHER_DIMS]
-    assert len(found) == len(set(found)) == 5 * len(of_pair) == 85
-    assert {dims for dims, _ in found} == set(HEAD_DIMS[1:])
+    of_pair = {(kernel, 64, False) for kernel in (*main, *fp8, registry.DECODE_TILE32_FP8)}
+    gathers = {(kernel, 0, False) for kernel in (*main, *fp8)} | {(kernel, 0, True) for kernel in (*main[:2], *fp8[:2])}
+    wanted = {(dims, *facts) for dims in HEAD_DIMS[1:] for facts in of_pair}
+    wanted |= {(dims, *facts) for dims in GATHERED_DIMS for facts in gathers}
+    found = [(key.dims, kernel, key.box_rows, getattr(key, "sparse", False)) for kernel, key, _ in OTHER_DIMS]
+    assert len(found) == len(set(found)) == 55
+    assert set(found) == wanted
 
 
 @of_variants(OTHER_DIMS)
