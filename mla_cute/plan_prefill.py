@@ -97,8 +97,10 @@ class PrefillPlan(Plan):
         if not self._converts(problem):
             return super()._compiled(problem)
         converted = converted_variants(problem.kv_format, problem.q_fp8, problem.page_size, self.config, problem.dims)
-        facts, may_round = self.rounds[0].scratch, self.config.fp8_kernel == "convert"
-        return ConvertedStep(problem, facts, self.num_parts, may_round, self._variant(problem), converted)
+        return ConvertedStep(
+            problem, self.rounds[0].scratch, self.batch, self._table_stride, self.num_parts,
+            self.config.fp8_kernel == "convert", self._variant(problem), converted,
+        )  # fmt: skip
 
     def _converts(self, problem: Problem) -> bool:
         """The two kernels differ in bits, and which one runs goes by what else is in the batch, which bits of a

@@ -247,9 +247,11 @@ class MlaCuteAttnBackend(AttentionBackend):
         return None if lens is None or not len(lens) else int(lens.max()) + self._num_draft_tokens
 
     def _room_for(self, batch: int, longest: int | None) -> torch.Tensor:
-        """The block tables of steps without a graph, which grow: [max_bs, most pages] can be gigabytes at page size 1.
+        """The block tables of a step without a graph, in a room that grows: [max_bs, most pages] can be gigabytes at
+        page size 1.
 
-        Their width is what plans are found by, hence powers of two.
+        They have the columns that the step needs, in powers of two, because plans are found by that; what a prefill
+        copies to convert an FP8 cache goes by it, too.
         """
         if not batch:
             return self._block_tables
@@ -259,7 +261,7 @@ class MlaCuteAttnBackend(AttentionBackend):
         rows, columns = self._block_tables.shape
         if batch > rows or pages > columns:
             self._block_tables = self._new_block_tables(max(batch, rows), max(pages, columns))
-        return self._block_tables
+        return self._block_tables[:, :pages]
 
     def _most_pages(self) -> int:
         return -(-(self.max_context_len + self._num_draft_tokens) // self.page_size)

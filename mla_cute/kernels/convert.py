@@ -11,9 +11,10 @@ of a score, so what the rope part is worth beside the latent part is multiplied 
 q_pe beside an e4m3 q_nope. Channel scales are multiplied into ckv: exact where they are powers of two, as those of
 format "group" are that this library writes. Every product is rounded once, to nearest even.
 
-Page i of the requests' lists becomes page i of the converted cache, whose page ids, written here too, are 0, 1, 2 and
-so on: what was planned from the lists holds for it. Of a request's last page only the tokens that it has are written,
-and of the lists only the pages that requests have are read. Queries lie one behind the other: all rows that there are.
+Page i of the requests' lists becomes page i of the converted cache, less what lies between the rows of a block table in
+front of it. Its page ids are written here, too, in lists like those that they stand for: what was planned from these
+holds for them. Of a request's last page only the tokens that it has are written, and of the lists only the pages that
+requests have are read. Queries lie one behind the other: all rows that there are.
 
 The steps of all requests go to the warps in turn, so that neither one long request nor many short ones leave warps
 without work. Offsets are 64-bit.
@@ -47,11 +48,11 @@ class Params:
     ckv: cute.Tensor  # (pages, page_size, dims.ckv): e4m3 as bytes
     kpe: cute.Tensor  # (pages, page_size, dims.kpe), as bytes in format "tensor"; without rope ckv, and not read
     scales: cute.Tensor  # (pages, page_size, 1 or 4) in formats token and group; else anything
-    ids: cute.Tensor  # (n,): the requests' page ids
+    ids: cute.Tensor  # (n,): the requests' page ids, in lists that begin at facts[FIRST]
     facts: cute.Tensor  # (FACTS, batch + 1): lengths and first indices of the requests, by the plan
     q_nope: cute.Tensor  # (tokens, H, dims.ckv): e4m3 as bytes; 16-bit queries are not read
     q_pe: cute.Tensor  # (tokens, H, dims.kpe)
-    to: cute.Tensor  # (n, page_size, dims.ckv + dims.kpe)
+    to: cute.Tensor  # (copied pages, page_size, dims.ckv + dims.kpe)
     to_ids: cute.Tensor  # (n,)
     to_q_nope: cute.Tensor  # (tokens, H, dims.ckv)
     to_q_pe: cute.Tensor  # (tokens, H, dims.kpe)
@@ -59,6 +60,7 @@ class Params:
     ckv_scale_at: Int64  # as lib/scalars.py
     kpe_scale_at: Int64
     q_scale_at: Int64
+    gap: Int32  # entries of ids between two requests' lists, that are not copied
 
 
 class Convert:
@@ -74,7 +76,7 @@ class Convert:
         self.chunks = key.dims.ckv // (32 * CHUNK)  # of a row, that a lane has
 
     def compile_args(self) -> tuple:
-        pages, page, entries, tokens, heads = (cute.sym_int() for _ in range(5))
+        pages, page, entries, copied, tokens, heads = (cute.sym_int() for _ in range(6))
         ckv_dim, kpe_dim = self.dims
         rope_dim = kpe_dim or ckv_dim
         kpe_dtype = Uint8 if self.kpe_fp8 or not kpe_dim else self.dtype
@@ -98,12 +100,13 @@ class Convert:
             fake_tensor(Int32, (FACTS, cute.sym_int()), (sym64(), 1), 4),
             rows(q_dtype, tokens, heads, ckv_dim),
             rows(self.dtype, tokens, heads, rope_dim),
-            rows(self.dtype, entries, page, ckv_dim + kpe_dim),
+            rows(self.dtype, copied, page, ckv_dim + kpe_dim),
             ids(),
             rows(self.dtype, tokens, heads, ckv_dim),
             rows(self.dtype, tokens, heads, rope_dim),
             Float32(1.0),
             *(Int64(0) for _ in range(3)),
+            Int32(0),
             make_fake_stream(use_tvm_ffi_env_stream=True),
         )
 
@@ -129,7 +132,7 @@ class Convert:
             turn = warp - before
             turn = turn if turn >= 0 else turn + warps
             for step in cutlass.range(turn, steps, warps, unroll=1):
-                self._convert_tokens(p, rope_worth, kv_len, first, step * ROWS, lane)
+                self._convert_tokens(p, rope_worth, kv_len, first, first - b * p.gap, step * ROWS, lane)
             before = (before + steps) % warps
         if const_expr(self.q_fp8):
             rows = Int32(cute.size(p.q_nope, mode=[0]) * cute.size(p.q_nope, mode=[1]))
@@ -137,15 +140,17 @@ class Convert:
                 self._convert_queries(p, rope_worth, rows, row, lane)
 
     @cute.jit
-    def _convert_tokens(self, p: Params, rope_worth, kv_len, first, token0, lane):
-        """Tokens token0 .. token0 + 3 of a request: 8 lanes for each look its page up, and have its rope."""
+    def _convert_tokens(self, p: Params, rope_worth, kv_len, first, to_first, token0, lane):
+        """Tokens token0 .. token0 + 3 of a request: 8 lanes for each look its page up, and have its rope. Its list
+        begins at `first`, its copied pages at `to_first`."""
         own = token0 + lane // LANES_PER_ROPE
         token = cutlass.min(own, kv_len - 1)
         page_size = Uint32(cute.size(p.ckv, mode=[1]))
         page_index = Int32(Uint32(token) // page_size)
         row = token - page_index * Int32(page_size)
-        at = first + page_index
-        page = p.ids[at]
+        page = p.ids[first + page_index]
+        # A request longer than its row of the table, which no call may have, gets wrong results, not foreign memory.
+        to_page = cutlass.min(to_first + page_index, cute.size(p.to, mode=[0]) - 1)
         chunk = lane % LANES_PER_ROPE
         if const_expr(self.dims.kpe > 0):
             # Past a narrow rope's last chunk its first ones are loaded again.
@@ -156,9 +161,9 @@ class Convert:
                 rope = load_global_16(source + Int64(chunk % (self.dims.kpe // CHUNK) * (CHUNK * 2)))
         words, scales, targets = [], [], []
         for n in cutlass.range_constexpr(ROWS):
-            n_page, n_row, n_at = (cute.arch.shuffle_sync(x, offset=n * LANES_PER_ROPE) for x in (page, row, at))
+            n_page, n_row, n_to = (cute.arch.shuffle_sync(x, offset=n * LANES_PER_ROPE) for x in (page, row, to_page))
             words += self._load_row(row_address(p.ckv, n_page, n_row), lane)
-            targets.append(row_address(p.to, n_at, n_row))
+            targets.append(row_address(p.to, n_to, n_row))
             for i in cutlass.range_constexpr(self.chunks):
                 scale = None
                 if const_expr(self.num_scales > 0):
@@ -173,9 +178,9 @@ class Convert:
         if own < kv_len:
             if const_expr(self.dims.kpe > 0):
                 if chunk < self.dims.kpe // CHUNK:
-                    store_global(row_address(p.to, at, row) + Int64((self.dims.ckv + chunk * CHUNK) * 2), rope)
+                    store_global(row_address(p.to, to_page, row) + Int64((self.dims.ckv + chunk * CHUNK) * 2), rope)
             if (chunk == 0) & (row == 0):
-                p.to_ids[at] = at
+                p.to_ids[first + page_index] = to_page
 
     @cute.jit
     def _convert_queries(self, p: Params, rope_worth, rows, row0, lane):

@@ -69,6 +69,12 @@ def prefill_plan(total_q=8 * TOKENS, **options):
     return mla_cute.plan_prefill(indptr, indptr, num_heads=16, page_size=64, total_q=total_q, **options)
 
 
+def block_table_plan(batch, max_pages, table_stride):
+    indptr, lens = (torch.zeros(n, dtype=torch.int32, device=META) for n in (batch + 1, batch))
+    options = {"max_pages": max_pages, "table_stride": table_stride, "kv_format": "group", "config": CONVERT}
+    return mla_cute.plan_prefill_block_table(indptr, lens, num_heads=16, page_size=64, total_q=8 * TOKENS, **options)
+
+
 def problem_of(made, dtype=BF16, kv_format="group", q_fp8=False):
     return prefill_problem(4, made.total_q, 16, 64, 9, True, dtype, META, kv_format, q_fp8)
 
@@ -156,7 +162,7 @@ def test_what_the_kernels_are_given(got, kv_format, dims, q_fp8):
     assert (q8.dtype, q8.data_ptr()) == (torch.uint8 if q_fp8 else BF16, q_nope.data_ptr())
     assert (cache.shape, cache.dtype) == ((50, 64, sum(dims)), BF16)
     assert (new_ids.shape, new_ids.dtype) == ((50,), torch.int32)
-    assert numbers == [0.75 / 0.5, 111, 222, 333]
+    assert numbers == [0.75 / 0.5, 111, 222, 333, 0]
     step_nope, step_pe, step_ckv, step_kpe, step_ids, *rest = step_args
     assert step_nope is new_nope
     assert new_nope.dtype is BF16
@@ -174,6 +180,25 @@ def test_what_the_kernels_are_given(got, kv_format, dims, q_fp8):
         assert step_kpe is step_ckv
     assert step_ids is new_ids
     assert rest == [table, part, out, lse, *GRID, 0.5, 0.02, 111, 333, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("batch", "columns", "stride"), [(4, 12, 12), (4, 12, 4096), (1, 12, 4096), (4, 1, 1), (1, 9, 9)]
+)
+def test_what_lies_between_the_rows_of_a_table_is_not_copied(got, monkeypatch, batch, columns, stride):
+    made = block_table_plan(batch, columns, stride)
+    got.clear()
+    problem = prefill_problem(batch, made.total_q, 16, 64, 9, True, BF16, META, "group")
+    step = made.launcher(problem, made.form)
+    monkeypatch.setattr(convert, "MOST_CONVERTED_BYTES", batch * columns * 64 * 576 * 2)
+    entries = (batch - 1) * stride + columns
+    step(*operands("group", False, entries), *"tpol", *GRID, *NUMBERS)
+    (_, _, (convert_args,)), (_, _, (step_args,)) = got
+    assert convert_args[-1] == (stride - columns if batch > 1 else 0)
+    cache, ids = convert_args[8:10]
+    assert cache.shape == (batch * columns, 64, 576)
+    assert ids.shape == (entries,)
+    assert step_args[2].shape == (batch * columns, 64, 512)
 
 
 @pytest.mark.parametrize(

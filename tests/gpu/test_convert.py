@@ -171,6 +171,27 @@ def test_without_room_for_a_converted_cache(layout, q_fp8, monkeypatch):
     assert all(map(same_bits, owned(fp8.case), want))
 
 
+@pytest.mark.parametrize("page_size", [64, 24, 1])
+@EXACT
+def test_a_block_table_with_rows_far_apart(layout, q_fp8, page_size, monkeypatch):
+    """As an engine has it: a view of a few columns of a table that has room for its longest context. Only pages of
+    those columns are copied, without a gap; the bits are those of the same pages in lists."""
+    fp8 = make(layout, q_fp8, page_size=page_size, fp8=POWERS_OF_TWO)
+    case = fp8.case
+    check(fp8, config=CONVERT)
+    want = owned(case)
+    rows, columns = case.block_table.shape
+    wide = torch.full((rows, 40_000), 2**30, dtype=torch.int32, device="cuda")
+    wide[:, :columns] = case.block_table
+    case.block_table = wide[:, :columns]
+    monkeypatch.setattr(convert, "MOST_CONVERTED_BYTES", rows * columns * page_size * 576 * 2)
+    plan = plan_of(case, "block_table", kv_format=fp8.kv_format, q_fp8=q_fp8, config=CONVERT)
+    for _ in range(2):
+        check(fp8, entry="block_table", plan=plan)
+        assert all(map(same_bits, owned(case), want))
+        plan._launch._over_fp8 = None  # the next call has to convert
+
+
 @pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize(("layout", "q_fp8"), [("tensor", False), ("group656", False), ("group", True)])
 def test_in_a_graph(layout, q_fp8, entry):

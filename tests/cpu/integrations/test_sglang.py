@@ -430,16 +430,19 @@ def test_steps_without_requests(module, mode, before, host_lens, graph):
 
 
 def test_block_tables_of_eager_steps_grow(module):
+    """And a step has the columns that it needs of them, in powers of two."""
     case = make(lens=(70, 3, 9))
     backend = module.MlaCuteAttnBackend(make_runner(case, MLATokenToKVPool(case.cache)))
-    shapes = []
+    shapes, of_steps = [], []
     for lens in ((3, 5), (70, 3, 9), (3,)):
         batch = batch_of(case, ForwardMode.DECODE)
         batch.batch_size = len(lens)
         batch.seq_lens = batch.seq_lens_cpu = torch.tensor(lens)
         backend.init_forward_metadata(batch)
         shapes.append(tuple(backend._block_tables.shape))
+        of_steps.append(tuple(backend.forward_metadata.pages.ids.shape))
     assert shapes == [(2, 1), (3, 11), (3, 11)]
+    assert of_steps == [(2, 1), (3, 11), (1, 1)]
     batch = batch_of(case, ForwardMode.DECODE)
     backend.init_forward_metadata(batch)
     check(case, run(backend, case, batch))
