@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 from .dims import BLOCK, TILE16_M, TILE_M
@@ -196,25 +197,28 @@ def with_kernel(config: KernelConfig, kv_format: str, kernel: str) -> KernelConf
     return dataclasses.replace(config, fp8_kernel=kernel) if kv_format else dataclasses.replace(config, kernel=kernel)
 
 
-# For up to 32, for up to 64 and for more heads: us of tile16's work on an SM up to which a step is small; on an H200,
-# where a tile takes 1 us, as many tiles. See `is_small_step`.
+# For up to 16, 32, 64 and for more heads: us of tile16's work on an SM up to which a step is small; on an H200, where a
+# tile takes 1 us, as many tiles. See `is_small_step`.
 _SMALL_STEP_US = {
-    "16-bit cache": (20, 12, 6),
-    "FP8 cache, 16-bit queries": (11, 18, 16),
-    "FP8 cache, e4m3 queries": (6, 10, 8),
-    "FP8 cache, gathered": (3, 6, 6),
+    "16-bit cache": (math.inf, 20, 12, 6),
+    "FP8 cache, 16-bit queries": (math.inf, 11, 18, 16),
+    "FP8 cache, e4m3 queries": (math.inf, 6, 6, 6),
+    "FP8 cache, gathered": (math.inf, 3, 6, 6),
+    "group, 16-bit queries": (math.inf, 11, 11, 8),
+    "group, gathered": (10, 3, 6, 6),
 }
 
 
 def is_small_step(
     kv_format: str, q_fp8: bool, num_heads: int, batch: int, kv_len: int, gpu: GpuSpeed, gathers: bool
 ) -> bool:
-    """Whether a decode step of more than 16 heads is so small that tile16 is the faster kernel.
+    """Whether a decode step is so small that tile16 is the faster kernel; up to 16 heads it nearly always is.
 
     By tiles of 16 heads x 64 tokens per SM, as measured on an H200 with the keys' L2 emptied before each call, as the
     weights of a layer empty it in an engine, and without (docs/performance.md). A tile costs tile16 more: as many times
     as its heads take tiles, the keys come from L2 again. A row-tile step costs more to begin, most of all where 16-bit
-    queries are converted for an FP8 cache. `gathers`: keys come one by one, for each tile of heads anew.
+    queries are converted for an FP8 cache. `gathers`: keys come one by one, for each tile of heads anew; in format
+    group, whose rows have three parts to copy, row tiles are faster at it even with 16 heads.
 
     What row tiles take longer to begin is us, mostly of fetching code. A tile is cycles: L2 and mma.sync run with the
     SMs, and a tile over half the bytes, in FP8, takes as long. So the limit in tiles goes with the clock. It goes by
@@ -225,5 +229,7 @@ def is_small_step(
     us = batch * -(-kv_len // BLOCK) * -(-num_heads // TILE16_M) / gpu.sm_count * tile_us
     of_cache = "16-bit cache"
     if kv_format:
-        of_cache = f"FP8 cache, {'gathered' if gathers else 'e4m3 queries' if q_fp8 else '16-bit queries'}"
-    return us <= _SMALL_STEP_US[of_cache][0 if num_heads <= 32 else 1 if num_heads <= 64 else 2]
+        of_cache = "gathered" if gathers else "e4m3 queries" if q_fp8 else "16-bit queries"
+        of_group = f"group, {of_cache}"
+        of_cache = of_group if kv_format == "group" and of_group in _SMALL_STEP_US else f"FP8 cache, {of_cache}"
+    return us <= _SMALL_STEP_US[of_cache][sum(num_heads > heads for heads in (TILE16_M, 32, 64))]

@@ -21,12 +21,14 @@ from typing import Any
 
 def variants() -> dict:
     """Every shipped variant in the default configuration by its name: kernel, then the fields of its key."""
+    from mla_cute.config import KernelConfig
     from mla_cute.kernels import registry
 
+    default = KernelConfig()
     found = [
-        *registry.variants(kv_formats=("", *registry.KV_FORMATS)),
+        *registry.variants(config=default, kv_formats=("", *registry.KV_FORMATS)),
         *(registry.sparse_variants() if hasattr(registry, "sparse_variants") else []),
-        *(registry.conversion_variants() if hasattr(registry, "conversion_variants") else []),
+        *(registry.conversion_variants(config=default) if hasattr(registry, "conversion_variants") else []),
         *registry.append_variants(),
         *registry.merge_states_variants(),
     ]

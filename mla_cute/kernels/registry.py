@@ -38,6 +38,8 @@ from .keys import (
 )
 
 OPS = ("decode", "prefill")
+# Of 16-bit row tiles whose requests read keys again.
+KEEPS_KEYS = KernelConfig(evict_first=False)
 # What `jit.get` takes: kernel, static key, launch configuration.
 Variant = tuple[KernelRef, object, LaunchConfig | None]
 
@@ -169,8 +171,9 @@ def variants(
     head_dims: Iterable[tuple[int, int]] = (HeadDims(),),
 ) -> list[Variant]:
     """(kernel, key, launch config) of what `ops` ("decode", "prefill") need for `dtypes` ("bfloat16", "float16") and
-    `page_sizes`; None means all. `kv_formats`: "" is a 16-bit cache, a name from KV_FORMATS an FP8 one, with 16-bit
-    queries and with e4m3 ones. `head_dims`: pairs from HEAD_DIMS; those that a format does not have it goes without.
+    `page_sizes`; None means all, of `config` what calls without one take on an H200. `kv_formats`: "" is a 16-bit
+    cache, a name from KV_FORMATS an FP8 one, with 16-bit queries and with e4m3 ones. `head_dims`: pairs from HEAD_DIMS;
+    those that a format does not have it goes without.
 
     Raises ValueError on an unknown op, dtype, format or pair, or a page size below 1; TypeError where an argument is no
     sequence, or a page size no int.
@@ -184,6 +187,7 @@ def variants(
         asked = {box_rows_of(p) for p in known_page_sizes(page_sizes)}
         boxes = tuple(b for b in BOX_ROWS if b in asked)
     head_dims = known_head_dims(head_dims)
+    prefills = _prefill_configs(config)
     config = config or KernelConfig()
     found: list[Variant] = []
     for op, main, key, main_fp8, planner, planner_key in (
@@ -200,11 +204,12 @@ def variants(
         if op in ops:
             if "" in kv_formats:
                 found += [
-                    (kernel, key(dtype, box, dims=dims), config.launch())
+                    (kernel, key(dtype, box, dims=dims), of_call.launch())
                     for dims in head_dims
                     for kernel in main
                     for dtype in dtypes
                     for box in boxes
+                    for of_call in (prefills if kernel is PREFILL and box else [config])
                 ]
             found += [
                 (fp8_kernel, Fp8Key(dtype, box, kv_format, q_fp8, dims=dims), config.launch())
@@ -222,6 +227,12 @@ def variants(
                 for invariant in (False, True)
             ]
     return found
+
+
+def _prefill_configs(config: KernelConfig | None) -> list[KernelConfig]:
+    """Of the 16-bit row tiles that TMA loads: with the hint that evicts keys from L2 first, and without it for requests
+    of more than one row tile (tuned/select.py)."""
+    return [KernelConfig(), KEEPS_KEYS] if config is None else [config]
 
 
 def has_format(dims: HeadDims, kv_format: str) -> bool:
@@ -270,7 +281,7 @@ def conversion_variants(
     head_dims: Iterable[tuple[int, int]] = (HeadDims(),),
 ) -> list[Variant]:
     """(kernel, key, launch config) of what prefills that convert an FP8 cache take; arguments as of `variants`, None
-    means all. There are none for float16 or 16-bit caches.
+    means all, and of `config` what calls without one take. There are none for float16 or 16-bit caches.
 
     Raises as `variants`.
     """
@@ -278,7 +289,6 @@ def conversion_variants(
     kv_formats = KV_FORMATS if kv_formats is None else known_names("kv_formats", kv_formats, ("", *KV_FORMATS))
     sizes = BOX_ROWS if page_sizes is None else known_page_sizes(page_sizes)
     head_dims = known_head_dims(head_dims)
-    config = config or KernelConfig()
     found = [
         variant
         for dims in head_dims
@@ -286,7 +296,8 @@ def conversion_variants(
         if kv_format in kv_formats and has_format(dims, kv_format) and "bfloat16" in dtypes
         for q_fp8 in ((False,) if kv_format == "tensor" else (False, True))
         for page_size in sizes
-        for variant in converted_variants(kv_format, q_fp8, page_size or 1, config, dims)
+        for of_call in [config or (KEEPS_KEYS if box_rows_of(page_size or 1) else KernelConfig())]
+        for variant in converted_variants(kv_format, q_fp8, page_size or 1, of_call, dims)
     ]
     return list(dict.fromkeys(found))
 

@@ -58,7 +58,7 @@ from ..compile import jit
 from ..config import KernelConfig, default_config, is_small_step, with_kernel
 from ..dims import TILE16_M, TILE_M
 from ..gpu_speed import H200, GpuSpeed
-from ..kernels.registry import box_rows_of, converts, step_of, takes_tile16
+from ..kernels.registry import KEEPS_KEYS, box_rows_of, converts, step_of, takes_tile16
 from .file import SCHEMA, Entry, TunedFile, When, dump, file_name, load, merge, parse, sort_key
 from .shape_log import read_shapes
 
@@ -154,13 +154,25 @@ def select(when: When, device: torch.device, batch_invariant: bool = False) -> S
 def default_for(when: When, gpu: GpuSpeed | None, batch_invariant: bool = False) -> KernelConfig:
     """The configuration of a call that no entry serves; `gpu` is None where there is none."""
     config = default_config(when.num_heads, gpu or H200, when.decodes)
-    # Another kernel is other bits: not by what else is in the batch, where a request's bits are its own.
-    may_change = when.decodes and when.num_heads > TILE16_M and not batch_invariant
-    if may_change and gpu is not None and when.kv_len is not None:
+    if gpu is None or batch_invariant:
+        # Another kernel is other bits: not by what else is in the batch, where a request's bits are its own.
+        return config
+    if not when.decodes:
+        return dataclasses.replace(config, evict_first=KEEPS_KEYS.evict_first) if _shares_keys(when, config) else config
+    if when.kv_len is not None:
         gathers = box_rows_of(when.page_size) == 0
-        if is_small_step(when.kv_format, when.q_fp8, when.num_heads, when.batch, when.kv_len, gpu, gathers):
-            config = with_kernel(config, when.kv_format, "tile16")
+        small = is_small_step(when.kv_format, when.q_fp8, when.num_heads, when.batch, when.kv_len, gpu, gathers)
+        if small != takes_tile16(when.kv_format, when.num_heads, config):
+            config = with_kernel(config, when.kv_format, "tile16" if small else "tile64")
     return config
+
+
+def _shares_keys(when: When, config: KernelConfig) -> bool:
+    """Whether the 16-bit row tiles of a prefill find keys in L2 that others of their request have read: they should
+    not be the first to be evicted. It takes 0 to 4 % less time (docs/performance.md)."""
+    facts = when.op, when.kv_format, when.q_fp8, when.num_heads, when.q_len, config
+    over_16_bits = not when.kv_format or converts(*facts)
+    return over_16_bits and box_rows_of(when.page_size) > 0 and when.q_len * when.num_heads > TILE_M
 
 
 _generation = 0

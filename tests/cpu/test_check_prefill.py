@@ -422,7 +422,7 @@ def test_variants_by_op():
             for invariant in (False, True)
         },
     }
-    assert len(registry.variants(dtypes=("bfloat16",), page_sizes=(64, 1), ops=("prefill",))) == 2 + 6
+    assert len(registry.variants(dtypes=("bfloat16",), page_sizes=(64, 1), ops=("prefill",))) == 2 + 1 + 6
     with pytest.raises(ValueError, match=r"^kv_formats: expected names from \('', 'tensor', .*got \['block'\]"):
         registry.variants(kv_formats=("block",))
     with pytest.raises(ValueError, match=r"^ops: expected names from \('decode', 'prefill'\), got \['append'\]"):

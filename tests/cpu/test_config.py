@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import pathlib
 import statistics
 
@@ -26,12 +27,16 @@ GPUS = (H200, H100, H100_PCIE, H20, GpuSpeed(132, 3938.0, 1785.0), GpuSpeed(132,
 # ---------------------------------------------------------------------------------------------------------------------
 # an H200
 
-# Tiles of 16 heads x 64 tokens per SM up to which tile16 was faster: docs/performance.md.
+# Tiles of 16 heads x 64 tokens per SM up to which tile16 was faster with up to 16, 32, 64 and 128 heads:
+# docs/performance.md.
+ALWAYS = math.inf
 MEASURED_TILES = {
-    ("", False): (20, 12, 6),
-    ("fp8", False): (11, 18, 16),
-    ("fp8", True): (6, 10, 8),
-    ("gathered", False): (3, 6, 6),
+    ("", False): (ALWAYS, 20, 12, 6),
+    ("tensor", False): (ALWAYS, 11, 18, 16),
+    ("tensor", True): (ALWAYS, 6, 6, 6),
+    ("group", False): (ALWAYS, 11, 11, 8),
+    ("gathered", False): (ALWAYS, 3, 6, 6),
+    ("gathered group", False): (10, 3, 6, 6),
 }
 
 
@@ -40,16 +45,24 @@ def as_measured(when: When, batch_invariant: bool) -> KernelConfig:
     rows = when.num_heads if when.decodes else 64
     few = when.decodes and when.num_heads <= 16
     kernels = {}
-    if when.decodes and not few and when.kv_len is not None and not batch_invariant:
-        cache = "" if not when.kv_format else "gathered" if when.page_size % 8 else "fp8"
+    if when.decodes and when.kv_len is not None and not batch_invariant:
+        cache = when.kv_format
+        if when.kv_format and when.page_size % 8:
+            cache = "gathered group" if when.kv_format == "group" else "gathered"
+        elif when.kv_format == "token" or when.q_fp8:
+            cache = "tensor"
         tiles = when.batch * -(-when.kv_len // 64) * -(-when.num_heads // 16) / 132
-        most = MEASURED_TILES[cache, when.q_fp8 and cache == "fp8"]
-        few = tiles <= most[(when.num_heads > 32) + (when.num_heads > 64)]
-        if few:
-            kernels = {"fp8_kernel" if when.kv_format else "kernel": "tile16"}
+        most = MEASURED_TILES[cache, when.q_fp8 and cache == "tensor"]
+        was_few, few = few, tiles <= most[sum(when.num_heads > heads for heads in (16, 32, 64))]
+        if few != was_few:
+            kernels = {"fp8_kernel" if when.kv_format else "kernel": "tile16" if few else "tile64"}
+    shares = when.op == "prefill" and when.q_len * when.num_heads > 64 and when.page_size % 8 == 0
+    shares = shares and when.kv_format == "" and not batch_invariant
     unit = 1 if few else 2
     split_penalty = 2 + -(-4 * rows // 64)
-    return KernelConfig(**kernels, cut_unit=unit, min_blocks=unit, item_overhead=4, split_penalty=split_penalty)
+    return KernelConfig(
+        **kernels, evict_first=not shares, cut_unit=unit, min_blocks=unit, item_overhead=4, split_penalty=split_penalty
+    )
 
 
 @pytest.mark.parametrize("num_heads", [1, 8, 16, 17, 32, 33, 64, 65, 96, 128])
@@ -59,6 +72,8 @@ def test_an_h200_takes_what_was_measured_there(num_heads):
     for op, (kv_format, q_fp8), page_size, batch, kv_len, invariant in itertools.product(
         ("decode", "prefill", "sparse"), caches, (1, 64), batches, lengths, (False, True)
     ):
+        if op == "sparse" and page_size > 1:
+            continue
         when = When(op, kv_format, q_fp8, num_heads, page_size, 1, batch, kv_len)
         assert default_for(when, H200, invariant) == as_measured(when, invariant), (when, invariant)
 
@@ -67,13 +82,41 @@ def test_an_h200_takes_what_was_measured_there(num_heads):
 def test_the_last_small_step_of_an_h200(cache):
     """To the tile, where 132 SMs have as many as was measured."""
     kind, q_fp8 = cache
-    for num_heads, most in zip((32, 64, 128), MEASURED_TILES[cache], strict=True):
+    kv_format = "group" if "group" in kind else "tensor" if kind else ""
+    for num_heads, most in zip((16, 32, 64, 128), MEASURED_TILES[cache], strict=True):
+        facts = {"kv_format": kv_format, "q_fp8": q_fp8, "num_heads": num_heads, "gathers": "gathered" in kind}
+        if most == ALWAYS:
+            assert is_small_step(**facts, batch=10_000, kv_len=131_072, gpu=H200)
+            continue
         blocks = most * 132 // (num_heads // 16)
-        facts = {"kv_format": "group" if kind else "", "q_fp8": q_fp8, "num_heads": num_heads, "batch": 1}
-        small = [
-            is_small_step(**facts, kv_len=64 * n, gpu=H200, gathers=kind == "gathered") for n in (blocks, blocks + 1)
-        ]
+        small = [is_small_step(**facts, batch=1, kv_len=64 * n, gpu=H200) for n in (blocks, blocks + 1)]
         assert small == [True, False], num_heads
+
+
+@pytest.mark.parametrize(
+    ("facts", "shares"),
+    [
+        ({}, True),
+        ({"q_len": 5}, True),
+        ({"q_len": 4}, False),
+        ({"num_heads": 128, "q_len": 1}, True),
+        ({"page_size": 1}, False),
+        ({"page_size": 8}, True),
+        ({"op": "decode", "num_heads": 128, "q_len": 1}, False),
+        ({"op": "sparse", "num_heads": 128, "q_len": 1, "page_size": 1}, False),
+        # In tensor and group where the cache is converted, for the 16-bit kernel.
+        ({"kv_format": "group"}, True),
+        ({"kv_format": "group", "q_len": 16}, False),
+        ({"kv_format": "tensor"}, True),
+        ({"kv_format": "tensor", "q_fp8": True}, False),
+        ({"kv_format": "token"}, False),
+    ],
+)
+def test_row_tiles_that_share_keys_do_not_evict_them_first(facts, shares):
+    shape = {"op": "prefill", "kv_format": "", "q_fp8": False, "num_heads": 16, "page_size": 64, "q_len": 2048}
+    when = When(**shape | facts, batch=4, kv_len=8192)
+    assert default_for(when, H200).evict_first is not shares
+    assert default_for(when, H200, batch_invariant=True).evict_first
 
 
 # ---------------------------------------------------------------------------------------------------------------------

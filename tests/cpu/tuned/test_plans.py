@@ -76,7 +76,7 @@ def test_plans_run_with_the_tuned_configuration(folders, no_kernels):
     for made in make_plans(config=OTHER).values():
         assert (made.config, made.selection) == (OTHER, None)
     for made in make_plans(batch_invariant=True).values():
-        assert made.config == select.default_for(made.selection.when, SPEED)
+        assert made.config == select.default_for(made.selection.when, SPEED, batch_invariant=True)
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])

@@ -376,7 +376,8 @@ def test_files_can_be_turned_off(folders, monkeypatch):
 )
 def test_the_default_is_that_of_the_rows_of_an_item(folders, op, num_heads, split_penalty, unit):
     selection = select.select(when(op=op, num_heads=num_heads, kv_len=65536), META)
-    assert selection.config == KernelConfig(split_penalty=split_penalty, cut_unit=unit, min_blocks=unit)
+    keeps = {"evict_first": False} if (op, num_heads) == ("prefill", 128) else {}  # two row tiles of a token
+    assert selection.config == KernelConfig(split_penalty=split_penalty, cut_unit=unit, min_blocks=unit, **keeps)
     assert selection.source == f"default: no tuned file {FILE}"
 
 

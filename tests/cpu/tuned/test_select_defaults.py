@@ -36,12 +36,18 @@ def test_another_kernel_comes_with_its_pieces(kv_format, field, other, num_heads
         ({"num_heads": 32, "batch": 16, "kv_len": 4096, "q_fp8": False}, False),
         ({"num_heads": 32, "batch": 4, "kv_len": 2048, "kv_format": "group", "q_fp8": False, "page_size": 1}, True),
         ({"num_heads": 32, "batch": 8, "kv_len": 2048, "kv_format": "group", "q_fp8": False, "page_size": 1}, False),
-        ({"num_heads": 64, "batch": 16, "kv_len": 1024}, True),
+        ({"num_heads": 64, "batch": 1, "kv_len": 8192}, True),
+        ({"num_heads": 64, "batch": 16, "kv_len": 1024}, False),
         ({"num_heads": 64, "batch": 4, "kv_len": 8192}, False),
         ({"num_heads": 64, "batch": 4, "kv_len": 8192, "q_fp8": False}, True),
         ({"num_heads": 64, "batch": 64, "kv_len": 1024, "q_fp8": False}, False),
-        ({"num_heads": 128, "batch": 1, "kv_len": 8192}, True),
+        ({"num_heads": 128, "batch": 1, "kv_len": 4096}, True),
+        ({"num_heads": 128, "batch": 1, "kv_len": 8192}, False),
         ({"num_heads": 128, "batch": 16, "kv_len": 1024}, False),
+        ({"num_heads": 64, "batch": 16, "kv_len": 1024, "kv_format": "group", "q_fp8": False}, True),
+        ({"num_heads": 64, "batch": 4, "kv_len": 8192, "kv_format": "group", "q_fp8": False}, False),
+        ({"num_heads": 128, "batch": 1, "kv_len": 8192, "kv_format": "group", "q_fp8": False}, True),
+        ({"num_heads": 128, "batch": 16, "kv_len": 1024, "kv_format": "group", "q_fp8": False}, False),
         ({"num_heads": 128, "batch": 16, "kv_len": 1024, "q_fp8": False}, True),
         ({"num_heads": 128, "batch": 4, "kv_len": 8192, "q_fp8": False}, False),
         ({"num_heads": 128, "batch": 1, "kv_len": 16384}, False),
@@ -73,3 +79,16 @@ def test_small_steps_of_many_heads_take_tile16_by_default(facts, few):
     runs_few = few or (shape.op == "decode" and shape.num_heads <= 16)
     assert config.cut_unit == config.min_blocks == (1 if runs_few else 2)
     assert getattr(select.default_for(shape, H200, batch_invariant=True), field) == "auto"
+
+
+@pytest.mark.parametrize("q_fp8", [False, True])
+@pytest.mark.parametrize("num_heads", [8, 16])
+def test_long_steps_of_few_heads_over_gathered_rows_of_group_take_row_tiles(num_heads, q_fp8):
+    """Measured with lists of 2048 tokens: tile16 is faster for 16 of them, row tiles for 64."""
+    for batch, kernel in ((1, "auto"), (16, "auto"), (64, "tile64"), (1024, "tile64")):
+        lists = when(op="sparse", num_heads=num_heads, page_size=1, batch=batch, kv_len=2048, q_fp8=q_fp8)
+        for kv_format, expected in (("group", kernel), ("token", "auto"), ("tensor", "auto")):
+            config = select.default_for(dataclasses.replace(lists, kv_format=kv_format), H200)
+            assert config.fp8_kernel == expected
+            assert config.cut_unit == config.min_blocks == (2 if expected == "tile64" else 1)
+            assert select.default_for(lists, H200, batch_invariant=True).fp8_kernel == "auto"
