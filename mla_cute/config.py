@@ -33,8 +33,8 @@ class KernelConfig:
                                 to 2 % less time. In format group as "high"
                       "fast"    a 16-bit query is multiplied as one e4m3 part under a scale per row, its rope part
                                 too where the rope cache is e4m3: half the work of Q K^T, for an error of 3.7e-2 on
-                                normal data (docs/numerics.md). The rest is as "high", and all of it with e4m3 queries
-                                and in tiles of 32 rows, which multiply both parts at once
+                                normal data (docs/numerics.md). The rest is as "high", and all of it with e4m3 queries,
+                                in tiles of 32 rows, which multiply both parts at once, and where prefill converts
     evict_first       KV loads carry the L2 evict-first hint
     use_pdl           launch planner, main and merge kernels with programmatic dependent launch
     cut_unit          decode: requests are cut at multiples of that many 64-token blocks: 2, since "tile64" takes

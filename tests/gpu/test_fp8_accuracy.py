@@ -16,6 +16,8 @@ from mla_cute.testing.prefill import make_prefill_case
 from mla_cute.testing.sparse import lists_of, run_sparse, sinks_of
 
 HIGH, NATIVE, FAST = (mla_cute.KernelConfig(accuracy=accuracy) for accuracy in ("high", "native", "fast"))
+# Of row tiles over the FP8 cache: a prefill that converts the cache rounds no query to e4m3.
+FAST_ROWS = dataclasses.replace(FAST, fp8_kernel="tile64")
 # Relative Frobenius error against float32, rounding of the output to bf16 (1.66e-3) included.
 LIMIT = 2.5e-3
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -60,7 +62,7 @@ def test_where_high_and_native_are_the_same_no_bit_changes(num_heads):
 def check_fast(fp8, expected=None, **options):
     """By the limits of "high", against float32 on the queries as "fast" rounds them."""
     expected = expected or expected_fp8(fp8, accuracy="fast")
-    verdict = run_fp8(fp8, expected=expected, **{"config": FAST} | options)
+    verdict = run_fp8(fp8, expected=expected, **{"config": FAST_ROWS} | options)
     assert verdict.ok, verdict
     return verdict
 
@@ -76,7 +78,7 @@ def test_fast_rounds_queries_and_loses_nothing_else(op, layout, drift):
     for entry in ENTRIES:
         verdict = check_fast(fp8, expected, entry=entry)
         assert drift != 0 or verdict.relative_error < LIMIT
-        plan = plan_of(case, entry, kv_format=fp8.kv_format, config=FAST)
+        plan = plan_of(case, entry, kv_format=fp8.kv_format, config=FAST_ROWS)
         check_fast(fp8, expected, entry=entry, plan=plan, config=None)
         out, lse = case.out.clone(), case.lse.clone()
         check_fast(fp8, expected, entry=entry, plan=plan, config=None)
@@ -91,7 +93,7 @@ def test_fast_costs_what_one_part_costs(op, layout):
     lengths = [8192, 5000, 1000, 65, 64] if op == "decode" else [(70, 8192), (200, 1000), (1, 65)]
     fp8 = make_fp8(make_16_bit(op, lengths), layout, spread=1.0)
     fp8.reset()
-    fp8.call(out=fp8.case.out, lse=fp8.case.lse, config=FAST)
+    fp8.call(out=fp8.case.out, lse=fp8.case.lse, config=FAST_ROWS)
     assert judge_fp8(fp8, expected_fp8(fp8, accuracy="fast")).ok
     against_given = judge_fp8(fp8, expected_fp8(fp8))
     assert FAST_ERROR[0] < against_given.relative_error < FAST_ERROR[1], against_given
@@ -200,6 +202,15 @@ def test_where_fast_is_as_high_no_bit_changes(layout):
     tile16 = dataclasses.replace(FAST, fp8_kernel="tile16", cut_unit=1)
     fp8 = make_fp8(make_case([3000, 70], num_heads=64, page_size=64, device="cuda"), layout)
     assert run_fp8(fp8, config=tile16).ok
+
+
+@pytest.mark.parametrize("layout", ["group", "group656"])
+def test_fast_is_as_high_where_the_cache_is_converted(layout):
+    fp8 = make_fp8(make_16_bit("prefill"), layout)
+    assert plan_of(fp8.case, kv_format="group", config=None).selection.converts
+    high, fast = fp8.call(config=HIGH), fp8.call(config=FAST)
+    rows = fp8.case.queries[-1]
+    assert all(same_bits(a[:rows], b[:rows]) for a, b in zip(high, fast, strict=True))
 
 
 def test_fast_over_16_bit_caches_is_as_high():
