@@ -145,9 +145,10 @@ _ITEM_BLOCKS = 4
 # What cutting costs whatever is cut, in the H200's blocks, 4.4 us up to 64 heads: merging took 3.7 to 5.7 us (section
 # "Merging what was cut").
 _MERGE_BLOCKS = 2
-# And for each 64 heads. It is memory traffic, and so as many blocks on every GPU: 64 partial rows of 512 floats, as
-# they were when this was chosen, are 262 KB written and read, 3.6 blocks. In 16 bits, as now, they are half of it.
-_PARTIAL_BLOCKS = 4
+# And for each tile of 64 heads. It is memory traffic, and so as many blocks on every GPU: 64 partial rows of 512 in 16
+# bits are 131 KB written and read, 1.8 blocks. (With 4, as rows of float32 had, 32 requests of 1024 tokens and 128
+# heads were not cut, and took 34.8 us instead of 30.4: docs/performance.md, "Defaults by what the tuner timed".)
+_PARTIAL_BLOCKS = 2
 
 
 def block_us(
@@ -180,7 +181,7 @@ def default_config(num_heads: int, gpu: GpuSpeed, decodes: bool = True) -> Kerne
     blocks = block_us(heads, H200, decodes) / block_us(heads, gpu, decodes)
     config = KernelConfig(
         item_overhead=max(1, round(_ITEM_BLOCKS * blocks)),
-        split_penalty=round(_MERGE_BLOCKS * blocks) - (-_PARTIAL_BLOCKS * heads // TILE_M),
+        split_penalty=round(_MERGE_BLOCKS * blocks) + _PARTIAL_BLOCKS * -(-heads // TILE_M),
     )
     return _with_pieces(config, tile16=decodes and num_heads <= TILE16_M)
 
@@ -201,6 +202,7 @@ def with_kernel(config: KernelConfig, kv_format: str, kernel: str) -> KernelConf
 # tile takes 1 us, as many tiles. See `is_small_step`.
 _SMALL_STEP_US = {
     "16-bit cache": (math.inf, 20, 12, 6),
+    "16-bit cache, gathered": (math.inf, 7, 12, 6),
     "FP8 cache, 16-bit queries": (math.inf, 11, 18, 16),
     "FP8 cache, e4m3 queries": (math.inf, 6, 6, 6),
     "FP8 cache, gathered": (math.inf, 3, 6, 6),
@@ -227,7 +229,7 @@ def is_small_step(
     """
     tile_us = _TILE16_CYCLES / gpu.clock_mhz
     us = batch * -(-kv_len // BLOCK) * -(-num_heads // TILE16_M) / gpu.sm_count * tile_us
-    of_cache = "16-bit cache"
+    of_cache = "16-bit cache, gathered" if gathers else "16-bit cache"
     if kv_format:
         of_cache = "gathered" if gathers else "e4m3 queries" if q_fp8 else "16-bit queries"
         of_group = f"group, {of_cache}"

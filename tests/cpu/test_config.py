@@ -32,6 +32,7 @@ GPUS = (H200, H100, H100_PCIE, H20, GpuSpeed(132, 3938.0, 1785.0), GpuSpeed(132,
 ALWAYS = math.inf
 MEASURED_TILES = {
     ("", False): (ALWAYS, 20, 12, 6),
+    ("gathered 16-bit", False): (ALWAYS, 7, 12, 6),
     ("tensor", False): (ALWAYS, 11, 18, 16),
     ("tensor", True): (ALWAYS, 6, 6, 6),
     ("group", False): (ALWAYS, 11, 11, 8),
@@ -47,8 +48,8 @@ def as_measured(when: When, batch_invariant: bool) -> KernelConfig:
     kernels = {}
     if when.decodes and when.kv_len is not None and not batch_invariant:
         cache = when.kv_format
-        if when.kv_format and when.page_size % 8:
-            cache = "gathered group" if when.kv_format == "group" else "gathered"
+        if when.page_size % 8:
+            cache = {"": "gathered 16-bit", "group": "gathered group"}.get(when.kv_format, "gathered")
         elif when.kv_format == "token" or when.q_fp8:
             cache = "tensor"
         tiles = when.batch * -(-when.kv_len // 64) * -(-when.num_heads // 16) / 132
@@ -59,7 +60,7 @@ def as_measured(when: When, batch_invariant: bool) -> KernelConfig:
     shares = when.op == "prefill" and when.q_len * when.num_heads > 64 and when.page_size % 8 == 0
     shares = shares and when.kv_format == "" and not batch_invariant
     unit = 1 if few else 2
-    split_penalty = 2 + -(-4 * rows // 64)
+    split_penalty = 2 + 2 * -(-rows // 64)
     return KernelConfig(
         **kernels, evict_first=not shares, cut_unit=unit, min_blocks=unit, item_overhead=4, split_penalty=split_penalty
     )
@@ -82,7 +83,7 @@ def test_an_h200_takes_what_was_measured_there(num_heads):
 def test_the_last_small_step_of_an_h200(cache):
     """To the tile, where 132 SMs have as many as was measured."""
     kind, q_fp8 = cache
-    kv_format = "group" if "group" in kind else "tensor" if kind else ""
+    kv_format = "group" if "group" in kind else "" if kind in ("", "gathered 16-bit") else "tensor"
     for num_heads, most in zip((16, 32, 64, 128), MEASURED_TILES[cache], strict=True):
         facts = {"kv_format": kv_format, "q_fp8": q_fp8, "num_heads": num_heads, "gathers": "gathered" in kind}
         if most == ALWAYS:
@@ -144,7 +145,7 @@ def test_costs_are_as_many_us_on_every_gpu(gpu, num_heads, decodes):
     config = default_config(num_heads, gpu, decodes)
     assert why_infeasible(config) is None
     own, measured = (block_us(num_heads, of, decodes) for of in (gpu, H200))
-    partials = -(-4 * (num_heads if decodes else 64) // 64)
+    partials = 2 * -(-(num_heads if decodes else 64) // 64)
     assert abs(config.item_overhead * own - 4 * measured) <= 0.51 * own
     assert abs((config.split_penalty - partials) * own - 2 * measured) <= 0.51 * own
 

@@ -210,24 +210,24 @@ def test_errors_over_a_bf16_cache_are_the_records():
     assert f"found {min(errors):.1e} to {max(errors):.1e}" in prose("numerics")
 
 
-def runs_tile16(case):
-    """Whether a case of the FP8 record runs the kernel for few heads, its plans knowing format and lengths."""
-    facts = (case[name] for name in ("kv_format", "q_fp8", "num_heads", "page_size"))
-    chosen = select.choose("decode", *facts, 1, case["batch"], case["kv_len"], torch.device("cuda", 0))
-    return "tile16" in chosen.kernel
+def ran_tile16(case):
+    """Whether a case of the FP8 record, of cc5f9dc, ran the kernel for few heads: up to so many of its tiles per SM,
+    but for one that an entry of the tuned file served."""
+    if [case[name] for name in ("kv_format", "q_fp8", "num_heads", "batch", "kv_len")] == ["group", True, 128, 1, 8192]:
+        return False
+    heads = case["num_heads"]
+    tiles = case["batch"] * -(-case["kv_len"] // 64) * -(-heads // 16) / 132
+    most = {64: 10, 128: 8} if case["q_fp8"] else {64: 18, 128: 16}
+    return heads <= 16 or tiles <= most[heads]
 
 
-def test_times_of_queries_are_the_records(monkeypatch):
+def test_times_of_queries_are_the_records():
     rows, few = {}, {}
-    gpu = record("fp8")["gpu"]
-    monkeypatch.setattr(select, "gpu_of", lambda device: (gpu["name"], H200))
-    select.clear()
     for row in record("fp8")["rows"]:
         case = row["case"]
         key = case["num_heads"], (case["batch"], case["kv_len"]), case["kv_format"], case["q_fp8"]
         rows[key] = row["us_amortised"]
-        few[key] = runs_tile16(case)
-    select.clear()
+        few[key] = ran_tile16(case)
     found = [row for row in tables("formats") if row[0] in ("16", "64", "128")]
     assert len(found) == 3
     for heads, *cells in found:

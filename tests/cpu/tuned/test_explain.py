@@ -61,7 +61,7 @@ def test_a_default_is_explained(folders):
         f"prefill, 128 heads, page size 1, batch 3, 100 query tokens, length not known, 16-bit cache, "
         f"on {NAME} (meta, {SMS} SMs)",
         f"  from      default: no tuned file {FILE}",
-        f"  config    {KernelConfig(split_penalty=6)}",
+        f"  config    {KernelConfig(split_penalty=4)}",
         "  kernel    prefill_tile64",
     ]
 

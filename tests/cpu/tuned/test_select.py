@@ -367,11 +367,11 @@ def test_files_can_be_turned_off(folders, monkeypatch):
 @pytest.mark.parametrize(
     ("op", "num_heads", "split_penalty", "unit"),
     [
-        ("decode", 16, 3, 1),
+        ("decode", 16, 4, 1),
         ("decode", 17, 4, 2),
-        ("decode", 128, 10, 2),
-        ("prefill", 16, 6, 2),
-        ("prefill", 128, 6, 2),
+        ("decode", 128, 6, 2),
+        ("prefill", 16, 4, 2),
+        ("prefill", 128, 4, 2),
     ],
 )
 def test_the_default_is_that_of_the_rows_of_an_item(folders, op, num_heads, split_penalty, unit):

@@ -15,6 +15,8 @@ from mla_cute.tuning.store import load
 
 ROOT = Path(__file__).resolve().parents[3]
 RECORDS = ROOT / "tune" / "measurements" / "NVIDIA_H200"
+# In which nothing had been left out yet.
+UNPRUNED = ("tune_deepseek-v3-formats_2026-11-28", "tune_ragged_2026-11-30")
 DECODE = When("decode", "", False, 16, 64, 1, 1, 8192)
 
 
@@ -60,8 +62,8 @@ def test_what_the_model_would_have_left_out_of_the_records():
     """The numbers of the docstring."""
     tried = pruned = shapes = 0
     nearest, ratios = [], []
-    for path in sorted(RECORDS.glob("tune_*.json")):
-        for shape in load(path)[1]:
+    for name in UNPRUNED:
+        for shape in load(RECORDS / f"{name}.json")[1]:
             if not shape.when.decodes:
                 continue
             shapes += 1
