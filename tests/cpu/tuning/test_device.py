@@ -200,6 +200,16 @@ def test_footprint_is_what_pool_and_inputs_take(when):
     assert device_module.footprint(case) == case.pool_bytes + sum(x.nbytes for x in tensors)
 
 
+def test_what_a_shape_allocated_is_given_back_before_the_next(monkeypatch):
+    """When nothing of it is held any more: memory that only torch can use is what CUDA's own allocations lack."""
+    held = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: held.append(device._shape))
+    device = make([DECODE, PREFILL])
+    for when in (DECODE, PREFILL, DECODE):
+        device.open(when, DEFAULT)
+    assert held == [None] * 3
+
+
 def test_a_search_on_the_device(monkeypatch):
     """The whole chain but the kernels: the fake times rise by the sample, so no candidate beats another for sure."""
     monkeypatch.setattr(search, "RUNGS", (4, 8, 16))
