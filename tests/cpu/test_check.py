@@ -12,7 +12,7 @@ from call_case import (
     verify_block_table_on_device,
     verify_on_device,
 )
-from limits import seconds_of
+from limits import functions_run
 
 from mla_cute import check as check_module
 from mla_cute.call import DECODE, call_of
@@ -395,12 +395,11 @@ def test_what_the_early_exit_accepts_the_explanation_accepts(monkeypatch):
             assert check_decode_block_table(**block_table_call(case)) == want
 
 
-def test_a_call_is_checked_in_microseconds():
+def test_a_usual_call_is_checked_by_few_functions():
     case = small_case()
     names = ("q_nope", "q_pe", "ckv_cache", "kpe_cache", "kv_indptr", "kv_indices")
     call = call_of(DECODE, *(csr_call(case)[name] for name in names), 0.1)
-    seconds = seconds_of(lambda: check_module.check(call))
-    assert seconds < 10e-6, f"{seconds * 1e6:.1f} us; 2.3 us on an idle core"
+    assert functions_run(lambda: check_module.check(call)) < 20, "11 with Python 3.11; 183 where sm_scale is an int"
 
 
 # ------------------------------------------------------------------------------------------------ values on the device

@@ -23,7 +23,7 @@ from fp8_call_case import (
     make_call,
 )
 from fp8_case import FORMAT_OF
-from limits import seconds_of
+from limits import functions_run
 
 import mla_cute
 from mla_cute import check as shared
@@ -118,13 +118,12 @@ def test_numbers_are_accepted_as_sm_scale_is(form, q_fp8):
     assert with_array.check(ckv_scale=1, kpe_scale=1) == with_array.check()
 
 
-def test_a_call_is_checked_in_microseconds():
+def test_a_usual_call_is_checked_by_few_functions():
     for layout in ("tensor", "group"):
         call = make_call("decode", layout, False, outputs=False)
         names = ("q_nope", "q_pe", "ckv_cache", "kpe_cache", "kv_indptr", "kv_indices")
         tensors, scales = tuple(call.arguments[name] for name in names), call.fp8.scales
-        seconds = seconds_of(lambda: check_decode(*tensors, 0.1, **scales))
-        assert seconds < 15e-6, f"{layout}: {seconds * 1e6:.1f} us; 3.9 us on an idle core"
+        assert functions_run(lambda: check_decode(*tensors, 0.1, **scales)) < 100, f"{layout}: 51 with Python 3.11"
 
 
 # ------------------------------------------------------------------------------------------------ wrong arguments

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from call_case import check_prefill, check_prefill_block_table, prefill_problem
-from limits import seconds_of
+from limits import functions_run
 from prefill_case import SmallPrefill, make_prefill
 
 import mla_cute
@@ -161,12 +161,11 @@ def test_gpu_queries_may_be_evenly_spaced_or_not(form):
         CHECKS[form](**call)
 
 
-def test_a_call_is_checked_in_microseconds():
+def test_a_usual_call_is_checked_by_few_functions():
     case = small()
     names = ("q_nope", "q_pe", "ckv_cache", "kpe_cache", "qo_indptr", "kv_indptr", "kv_indices")
     call = call_of(PREFILL, *(case.csr[name] for name in names), 0.1)
-    seconds = seconds_of(lambda: shared.check(call))
-    assert seconds < 12e-6, f"{seconds * 1e6:.1f} us; 3 us on an idle core"
+    assert functions_run(lambda: shared.check(call)) < 25, "13 with Python 3.11"
 
 
 # ------------------------------------------------------------------------------------------------ values on the device
