@@ -201,13 +201,14 @@ def with_kernel(config: KernelConfig, kv_format: str, kernel: str) -> KernelConf
 # For up to 16, 32, 64 and for more heads: us of tile16's work on an SM up to which a step is small; on an H200, where a
 # tile takes 1 us, as many tiles. See `is_small_step`.
 _SMALL_STEP_US = {
-    "16-bit cache": (math.inf, 20, 12, 6),
-    "16-bit cache, gathered": (math.inf, 7, 12, 6),
-    "FP8 cache, 16-bit queries": (math.inf, 11, 18, 16),
-    "FP8 cache, e4m3 queries": (math.inf, 6, 6, 6),
-    "FP8 cache, gathered": (math.inf, 3, 6, 6),
-    "group, 16-bit queries": (math.inf, 11, 11, 8),
-    "group, gathered": (10, 3, 6, 6),
+    ("16-bit", "16-bit queries"): (math.inf, 20, 12, 6),
+    ("16-bit", "gathered"): (math.inf, 7, 12, 6),
+    ("FP8", "16-bit queries"): (math.inf, 11, 18, 16),
+    ("FP8", "e4m3 queries"): (math.inf, 6, 6, 6),
+    ("FP8", "gathered"): (math.inf, 3, 6, 6),
+    # Where it is another than of FP8 caches.
+    ("group", "16-bit queries"): (math.inf, 11, 11, 8),
+    ("group", "gathered"): (10, 3, 6, 6),
 }
 
 
@@ -229,9 +230,6 @@ def is_small_step(
     """
     tile_us = _TILE16_CYCLES / gpu.clock_mhz
     us = batch * -(-kv_len // BLOCK) * -(-num_heads // TILE16_M) / gpu.sm_count * tile_us
-    of_cache = "16-bit cache, gathered" if gathers else "16-bit cache"
-    if kv_format:
-        of_cache = "gathered" if gathers else "e4m3 queries" if q_fp8 else "16-bit queries"
-        of_group = f"group, {of_cache}"
-        of_cache = of_group if kv_format == "group" and of_group in _SMALL_STEP_US else f"FP8 cache, {of_cache}"
-    return us <= _SMALL_STEP_US[of_cache][sum(num_heads > heads for heads in (TILE16_M, 32, 64))]
+    kind = "gathered" if gathers else "e4m3 queries" if q_fp8 else "16-bit queries"
+    cache = kv_format if (kv_format, kind) in _SMALL_STEP_US else "FP8" if kv_format else "16-bit"
+    return us <= _SMALL_STEP_US[cache, kind][sum(num_heads > heads for heads in (TILE16_M, 32, 64))]

@@ -58,7 +58,7 @@ from ..compile import jit
 from ..config import KernelConfig, default_config, is_small_step, with_kernel
 from ..dims import TILE16_M, TILE_M
 from ..gpu_speed import H200, GpuSpeed
-from ..kernels.registry import KEEPS_KEYS, box_rows_of, converts, step_of, takes_tile16
+from ..kernels.registry import box_rows_of, converts, step_of, takes_tile16
 from .file import SCHEMA, Entry, TunedFile, When, dump, file_name, load, merge, parse, sort_key
 from .shape_log import read_shapes
 
@@ -158,7 +158,7 @@ def default_for(when: When, gpu: GpuSpeed | None, batch_invariant: bool = False)
         # Another kernel is other bits: not by what else is in the batch, where a request's bits are its own.
         return config
     if not when.decodes:
-        return dataclasses.replace(config, evict_first=KEEPS_KEYS.evict_first) if _shares_keys(when, config) else config
+        return dataclasses.replace(config, evict_first=not _shares_keys(when, config))
     if when.kv_len is not None:
         gathers = box_rows_of(when.page_size) == 0
         small = is_small_step(when.kv_format, when.q_fp8, when.num_heads, when.batch, when.kv_len, gpu, gathers)
