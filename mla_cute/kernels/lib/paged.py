@@ -156,7 +156,7 @@ class GatherLoader:
     one address per four rows: addresses made per copy cost 250 cycles a copy, made per four rows between the copies 50,
     now 15 to 40 beside the wgmmas' shared-memory reads. Rows past kv_end are written as zeros without a branch.
     Completion is signalled by cp.async.mbarrier.arrive.noinc of all 128 lanes, once per two ckv sub-tiles (256 bytes
-    of a row, the prefetch size), the rope with the last. The writes are generic-proxy, so the consumers fence after
+    of a row), the rope with the last. The writes are generic-proxy, so the consumers fence after
     their wait, before wgmma reads.
     """
 
@@ -235,15 +235,22 @@ class GatherLoader:
 
 
 @cute.jit
-def chosen_row(params, index_base, token, kv_end):
-    """(page, row in the page) of the token that stands at `token` of a query's list; page -1 where none does."""
-    page = Int32(-1)
-    row = Int32(0)
+def chosen_token(params, index_base, token, kv_end):
+    """What stands at `token` of a query's list, -1 where nothing does."""
+    at = Int32(-1)
     if token < kv_end:
         at = params.mIndices[index_base + token]
-        if at >= 0:
-            page = at // params.page_size
-            row = at - page * params.page_size
+    return at
+
+
+@cute.jit
+def row_of(params, at):
+    """(page, row in the page) of what `chosen_token` found; page -1 where there is no token."""
+    page = Int32(-1)
+    row = Int32(0)
+    if at >= 0:
+        page = at // params.page_size
+        row = at - page * params.page_size
     return page, row
 
 
@@ -267,7 +274,7 @@ class SparseLoader(GatherLoader):
     @cute.jit
     def lookup(self, params, index_base, block, kv_end, w, lane):
         """As `GatherLoader.lookup`, and which of the warp's rows hold tokens, bit i for row i."""
-        page, row = chosen_row(params, index_base, block * TILE_N + w * 16 + lane % 16, kv_end)
+        page, row = row_of(params, chosen_token(params, index_base, block * TILE_N + w * 16 + lane % 16, kv_end))
         bits = cute.arch.vote_ballot_sync(page >= 0)
         page = cutlass.max(page, Int32(0))
         ckv = page * params.ckv_page_units + row * params.ckv_row_units

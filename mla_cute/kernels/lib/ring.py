@@ -22,7 +22,7 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from ...dims import NUM_SCALES, HeadDims
 from . import barriers, paged
-from .paged import SUB_BYTES, TILE_N, TmaLoader, chosen_row, rows_of_block, tell_chosen
+from .paged import SUB_BYTES, TILE_N, TmaLoader, chosen_token, row_of, rows_of_block, tell_chosen
 from .ptx import cp_async_16, cp_async_16_of_bits, cp_async_small
 from .row_map import RowMap, Word, load_item
 
@@ -53,13 +53,17 @@ class RingMbarriers(barriers.Mbarriers):
         self._num_stages, self._own = num_stages, own
         self._arrivals = full_arrivals, empty_arrivals
 
-    def init(self, mbar: Any) -> None:
+    def init(self, mbar: Any, full_arrivals: Any = None) -> None:
         """Initialise them, by one thread, slot by slot; those of slots that the ring lacks stay unused.
 
-        `mbar`: pointer to the first.
+        `mbar`: pointer to the first; `full_arrivals`: in the place of what was said at first, where it is known at run
+        time alone.
         """
+        of_full, of_empty = self._arrivals
+        if full_arrivals is not None:
+            of_full = full_arrivals
         for slot in range(self._num_stages):
-            for first, arrivals in zip((self.full, self.empty), self._arrivals, strict=True):
+            for first, arrivals in ((self.full, of_full), (self.empty, of_empty)):
                 cute.arch.mbarrier_init(mbar + first + slot, arrivals)
         for name, (length, arrivals) in self._own.items():
             for i in range(length):
@@ -228,6 +232,10 @@ class GatherRingLoader:
     def look_up(self, params: RingParams, index_base, block, kv_end, warp, lane):
         return token_row(params, index_base, block * TILE_N + warp * 16 + lane % 16, kv_end)
 
+    def row(self, params: RingParams, page, row):
+        """(page, row in the page), from what `look_up` found."""
+        return page, row
+
     def held(self, page, block, kv_end, warp):
         """Which of the warp's 16 rows hold tokens, in the form that `copy` takes: how many."""
         return rows_of_block(block, kv_end) - warp * 16
@@ -251,6 +259,7 @@ class GatherRingLoader:
     def fill(self, params: RingParams, smem: RingSmem, page, row, block, kv_end, slot, phase, warp, lane):
         """As `TmaRingLoader.fill`, but one lane's share of the copies."""
         at = warp * 16 + lane % 16
+        page, row = self.row(params, page, row)
         held = self.held(page, block, kv_end, warp)
         page = self.any_page(page)
         ckv = page * params.ckv_page_units + row * params.ckv_row_units
@@ -321,7 +330,11 @@ class SparseRingLoader(GatherRingLoader):
     copy = staticmethod(cp_async_16_of_bits)
 
     def look_up(self, params: RingParams, index_base, block, kv_end, warp, lane):
-        return chosen_row(params, index_base, block * TILE_N + warp * 16 + lane % 16, kv_end)
+        """What the list says, and nothing that follows from it: a tile ahead, a producer does not wait for it."""
+        return chosen_token(params, index_base, block * TILE_N + warp * 16 + lane % 16, kv_end), Int32(0)
+
+    def row(self, params: RingParams, page, row):
+        return row_of(params, page)
 
     def held(self, page, block, kv_end, warp):
         return cute.arch.vote_ballot_sync(page >= 0)

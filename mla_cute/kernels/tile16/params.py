@@ -64,6 +64,7 @@ class Params:
     kpe_unit: Int32
     kpe_page_units: Int32
     kpe_row_units: Int32
+    whole: Int32 | None  # tiles of whole rows: whether they lie so in the cache (lib/whole_rows.py)
     nope_scale_log2: Float32
     rope_scale_log2: Float32
     out_scale: Float32
@@ -90,10 +91,12 @@ class Smem:
     """Views of one CTA's shared memory; the addresses are in bytes."""
 
     mbar: Any  # pointer to the first of `make_mbarriers`
-    sK_sub: cute.Tensor  # the ring as lib/ring.py fills it: ckv sub-tiles
-    sR_tma: cute.Tensor  # and rope tiles
-    sScales: cute.Tensor  # (token, group, slot); None: a 16-bit cache
-    k_address: Int32  # of slot 0's ckv
+    # The ring as lib/ring.py fills it: ckv sub-tiles, rope tiles and scales, (token, group, slot). None where tiles are
+    # whole rows, the last over a 16-bit cache, too.
+    sK_sub: Any
+    sR_tma: Any
+    sScales: Any
+    k_address: Int32  # of slot 0's ckv, or of its rows
     r_address: Int32  # of slot 0's rope
     q_address: Int32  # of what of Q stays in shared memory
     p_address: Int32  # of P of both parities; while an item begins, Q passes through here

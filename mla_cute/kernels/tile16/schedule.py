@@ -127,10 +127,11 @@ class Consumer:
         at = self._p_address(smem, regs, parity)
         inverse = cute.arch.rcp_approx(regs.rUnit[0])
         token = regs.w * 8 + regs.l4 * 2
+        of_groups = self.tiles.column_scales(smem, regs, slot) if self.tiles.num_scales else []
         for g in range(self.tiles.p_tiles):
             x = e
             if self.tiles.num_scales:
-                scales = self.tiles.column_scales(smem, regs, slot, g)
+                scales = of_groups[g]
                 scales = [cutlass.select_(token + i < left, scales[i], Float32(0.0)) for i in range(2)]
                 out_of_range = out_of_range | (cute.arch.fmax(*scales) > regs.rUnit[0] * MAX_UNITS)
                 x = [e[j] * (scales[j % 2] * inverse) for j in range(4)]
@@ -213,8 +214,9 @@ class Consumer:
         if const_expr(self.tiles.num_scales > 0):
             token = regs.w * 8 + regs.l4 * 2
             largest = Float32(0.0)
+            of_groups = self.tiles.column_scales(smem, regs, slot)
             for g in cutlass.range_constexpr(self.tiles.num_scales):
-                scales = self.tiles.column_scales(smem, regs, slot, g)
+                scales = of_groups[g]
                 for i in cutlass.range_constexpr(2):
                     largest = cute.arch.fmax(largest, scales[i] if token + i < left else Float32(0.0))
             largest = softmax.quad_max(largest)

@@ -1,7 +1,7 @@
 """The tile16 kernel's launch, shared memory and roles, and what compiles it; schedule.py has the schedule.
 
-Registers: 240 for consumers, 24 for producers (gather 232 and 40). Shared memory: five (format "group": four) tiles of
-36 to 41 KiB, or three of 72 KiB; of heads of 256 + 64 six of 20 or five of 40 KiB.
+Registers: 240 for consumers, 24 for producers (gather 232 and 40). Shared memory: five tiles of 36 to 41 KiB, or
+three of 72 KiB; of heads of 256 + 64 six of 20 or five of 40 KiB.
 """
 
 import cutlass.cute as cute
@@ -14,12 +14,14 @@ from ..lib.dtypes import CUTLASS_DTYPES
 from ..lib.paged import TILE_N
 from ..lib.ring import RingMbarriers, RingProducer, smem_layout
 from ..lib.row_map import HeadRows
+from ..lib.whole_rows import WholeRowLoader, are_whole
 from ..step import Step, StepArgs
 from .params import LOOP_WORDS, NUM_CONSUMERS, NUM_WARPS, P_WORDS, Params, Smem, make_mbarriers
 from .schedule import Consumer
 from .tiles import Tiles
 from .tiles_16bit import SixteenBitTiles
 from .tiles_fp8 import Fp8Tiles
+from .tiles_rows import WholeRowTiles
 
 NUM_PRODUCER_WARPS = 4  # of lib/ring.py
 NUM_THREADS = NUM_CONSUMERS + 32 * NUM_PRODUCER_WARPS
@@ -47,6 +49,8 @@ class Tile16(RingProducer):
         self.dims = tiles.dims
         self.rows = HeadRows()
         self._set_cache(box_rows, config.evict_first, tiles.kv_format, sparse)
+        if tiles.whole_rows:
+            self.loader = WholeRowLoader(sparse)
         self.mbars = make_mbarriers(self.num_stages, self.loader.full_arrivals)
         self.consumer = Consumer(tiles, self.rows, self.mbars)
         self.use_pdl = config.use_pdl
@@ -73,6 +77,7 @@ class Tile16(RingProducer):
             mO=args.out,
             mLse=args.lse,
             mPart=args.part,
+            whole=are_whole(args.ckv, args.kpe, args.scales) if const_expr(self.tiles.whole_rows) else None,
             num_heads=args.num_heads,
             num_tiles=num_tiles,
             nope_scale_log2=args.nope_scale_log2,
@@ -98,7 +103,12 @@ class Tile16(RingProducer):
     def _smem(self, params: Params) -> Smem:
         rope_dtype = Uint8 if self.rope_fp8 else self.dtype
         scales = max(1, self.num_scales)
-        num_scales = scales * TILE_N * self.num_stages if self.kv_format else 4
+        whole = self.tiles.whole_rows
+        has_scales = bool(self.kv_format) and not whole
+        num_scales = scales * TILE_N * self.num_stages if has_scales else 4
+        num_keys = self.num_stages * (self.tiles.tile_bytes if whole else TILE_N * self.dims.ckv)
+        num_rope = 8 if whole else self.num_stages * TILE_N * KPE_DIM
+        align = 16 if whole else 1024  # of a swizzle's pattern
         # Three 16-bit tiles leave 11 KiB for the rest, so what only FP8 caches use is shrunk to a stub there.
         num_row_scales, num_max_scales = (2 * TILE16_M, NUM_WARPS) if self.kv_format else (2, 1)
         kept = self.tiles.q_kept_bytes
@@ -117,17 +127,15 @@ class Tile16(RingProducer):
                 sChosen: cute.struct.MemRange[Int32, NUM_PRODUCER_WARPS * self.num_stages]
             sScales: cute.struct.Align[cute.struct.MemRange[Float32, num_scales], 16]
             sQP: cute.struct.Align[cute.struct.MemRange[Uint8, kept + transient], 16]
-            sK: cute.struct.Align[cute.struct.MemRange[self.kv_dtype, self.num_stages * TILE_N * self.dims.ckv], 1024]
-            sR: cute.struct.Align[cute.struct.MemRange[rope_dtype, self.num_stages * TILE_N * KPE_DIM], 1024]
+            sK: cute.struct.Align[cute.struct.MemRange[self.kv_dtype, num_keys], align]
+            sR: cute.struct.Align[cute.struct.MemRange[rope_dtype, num_rope], align]
 
         st = memory.SmemAllocator().allocate(Storage)
         return Smem(
             mbar=st.mbar.data_ptr(),
-            sK_sub=st.sK.get_tensor(params.lay_sub.outer, swizzle=params.lay_sub.inner),
-            sR_tma=st.sR.get_tensor(params.lay_r.outer, swizzle=params.lay_r.inner),
-            sScales=st.sScales.get_tensor(cute.make_layout((TILE_N, scales, self.num_stages)))
-            if self.kv_format
-            else None,
+            sK_sub=None if whole else st.sK.get_tensor(params.lay_sub.outer, swizzle=params.lay_sub.inner),
+            sR_tma=None if whole else st.sR.get_tensor(params.lay_r.outer, swizzle=params.lay_r.inner),
+            sScales=st.sScales.get_tensor(cute.make_layout((TILE_N, scales, self.num_stages))) if has_scales else None,
             k_address=Int32(st.sK.data_ptr().toint()),
             r_address=Int32(st.sR.data_ptr().toint()),
             q_address=Int32(st.sQP.data_ptr().toint()),
@@ -156,7 +164,10 @@ class Tile16(RingProducer):
                 if const_expr(tma is not None):
                     cpasync.prefetch_descriptor(tma)
             with cute.arch.elect_one():
-                self.mbars.init(smem.mbar)
+                if const_expr(self.tiles.whole_rows):
+                    self.mbars.init(smem.mbar, self.loader.arrivals(params))
+                else:
+                    self.mbars.init(smem.mbar)
         cute.arch.mbarrier_init_fence()
         if const_expr(self.use_pdl):
             cute.arch.griddepcontrol_wait()
@@ -181,5 +192,7 @@ def decode(key: DecodeKey, config: LaunchConfig) -> Step:
 
 
 def decode_fp8(key: Fp8Key, config: LaunchConfig) -> Step:
-    tiles = Fp8Tiles(CUTLASS_DTYPES[key.dtype], key.dims, key.sparse, key.kv_format, key.q_fp8)
+    facts = CUTLASS_DTYPES[key.dtype], key.dims, key.sparse, key.kv_format, key.q_fp8
+    by_tma = key.box_rows > 0
+    tiles = Fp8Tiles(*facts, by_tma) if by_tma or key.kv_format != "group" else WholeRowTiles(*facts)
     return Step(Tile16Fp8(tiles, key.box_rows, config, key.sparse), key.dtype, False, config, key.sparse)

@@ -39,6 +39,7 @@ class Tiles(abc.ABC):
     q_fp8: bool
     num_scales: int  # float32 scales that a token has
     p_tiles: int  # copies of P: one for each scale, at least one
+    whole_rows: bool = False  # the ring holds rows as lib/whole_rows.py copies them
     num_stages: int  # slots of the ring, as many as shared memory has room for
     q_steps: int  # the first steps of Q, which a warp keeps in registers for the whole item
     q_kept_bytes: int  # of shared memory for the other steps of Q, for the whole item
@@ -73,16 +74,16 @@ class Tiles(abc.ABC):
         if self.sparse:
             # The 16 rows of a producer warp are the tokens of two consumer warps. Warp and lane are made from the
             # thread index: what follows from `regs` would be kept over all tiles, for which there are no registers.
-            t = ptx.thread_index()
-            word = ptx.load_shared_word(Int32(smem.sChosen.iterator.toint()) + slot * 16 + t // 64 * 4)
-            bits = word >> Uint32(t // 32 % 2 * 8 + t % 4 * 2)
+            t = Uint32(ptx.thread_index())
+            word = ptx.load_shared_word(Int32(smem.sChosen.iterator.toint()) + slot * 16 + Int32(t >> 6) * 4)
+            bits = word >> ((t >> 2 & 8) + (t & 3) * 2)
             return lambda i: (bits & Uint32(1 << i)) != Uint32(0)
         token = regs.w * 8 + regs.l4 * 2
         return lambda i: token + i < left
 
-    def column_scales(self, smem: Smem, regs: Fragments, slot, group: int) -> list:
-        """Scales of this thread's two tokens for channels 128 group .. 128 group + 127. Only with num_scales > 0. From
-        kv_end on they are undefined."""
+    def column_scales(self, smem: Smem, regs: Fragments, slot) -> list[list]:
+        """Of each group of channels the scales of this thread's two tokens. Only with num_scales > 0. From kv_end on
+        they are undefined."""
         raise NotImplementedError
 
     @abc.abstractmethod

@@ -96,6 +96,7 @@ class SixteenBitTiles(Tiles):
     @cute.jit
     def scores(self, params: Params, smem: Smem, regs: Fragments, slot, phase, left):
         cute.arch.mbarrier_wait(smem.mbar + RingMbarriers.full + slot, phase)
+        sees = self.sees(smem, regs, slot, left)
         r8 = regs.lane % 8
         chunk = regs.lane // 8
         rows = regs.w * 8 + r8
@@ -111,7 +112,6 @@ class SixteenBitTiles(Tiles):
             for m in cutlass.range_constexpr(2):
                 a = self._q_fragment(smem, regs, sub * 4 + half * 2 + m)
                 acc[2 * half + m] = ptx.mma_m16n8k16(acc[2 * half + m], a, [x[2 * m], x[2 * m + 1]], self.mma_dtype)
-        sees = self.sees(smem, regs, slot, left)
         for j in cutlass.range_constexpr(4):
             score = ((acc[0][j] + acc[1][j]) + (acc[2][j] + acc[3][j])) * params.nope_scale_log2
             regs.rNext[j] = score if sees(j % 2) else -Float32.inf

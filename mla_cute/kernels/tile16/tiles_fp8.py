@@ -31,15 +31,19 @@ STEP_BYTES = 32 * 4 * 4  # 32 lanes of four words
 class Fp8Tiles(Tiles):
     rope_fp8: bool  # format "tensor": the rope of the cache is e4m3, else it is of `dtype`
     tile_bytes: int  # of ckv in a slot of the ring
-    q_total_steps: int  # of Q as A fragments: 32 of 16 channels, the rope's four, and four behind them that take zeros
+    # Of Q as A fragments: 32 of 16 channels, the rope's four, and where it is e4m3 four behind them that take zeros.
+    q_total_steps: int
 
-    def __init__(self, dtype: type, dims: HeadDims, sparse: bool, kv_format: str, q_fp8: bool):
+    def __init__(self, dtype: type, dims: HeadDims, sparse: bool, kv_format: str, q_fp8: bool, by_tma: bool):
         super().__init__(dtype, dims, sparse, kv_format, q_fp8)
         self.rope_fp8 = kv_format == "tensor"
         self.tile_bytes = self.nope_steps // 8 * SUB_BYTES
-        self.q_total_steps = self.nope_steps + 8
-        self.q_steps = 8 if kv_format == "group" else min(24, self.nope_steps)
-        self.num_stages = (4 if kv_format == "group" else 5) if dims.ckv == 512 else 6
+        self.q_total_steps = self.nope_steps + (8 if self.rope_fp8 else 4)
+        # Reading Q from shared memory is what a tile has most of there: with 8 steps in registers a tile of format
+        # group read 115 KB of Q beside 90 KB of K and P. The gather's consumers have 8 registers less than TMA's, and
+        # of 32 steps 8 to 48 bytes spill there.
+        self.q_steps = min(32 if by_tma else 28, self.nope_steps)
+        self.num_stages = 5 if dims.ckv == 512 else 6
         # What stays in shared memory lies in front of what the warps keep in registers.
         self.q_kept_bytes = (self.q_total_steps - self.q_steps) * STEP_BYTES
         self.q_transient_bytes = self.q_steps * STEP_BYTES
@@ -137,22 +141,43 @@ class Fp8Tiles(Tiles):
 
     # ---------------------------------------------------------------- tiles
 
-    def column_scales(self, smem: Smem, regs: Fragments, slot, group: int) -> list:
-        at = smem.scale_address + ((slot * self.num_scales + group) * TILE_N + regs.w * 8 + regs.l4 * 2) * 4
-        return ptx.load_shared_f32x2(at)
+    def column_scales(self, smem: Smem, regs: Fragments, slot) -> list[list]:
+        at = smem.scale_address + (slot * self.num_scales * TILE_N + regs.w * 8 + regs.l4 * 2) * 4
+        return [ptx.load_shared_f32x2(at, g * TILE_N * 4) for g in range(self.num_scales)]
+
+    # Where the parts of a token's row lie; `WholeRowTiles` says otherwise. `row` is this lane's, r8 = row % 8, and
+    # `chunk` the 16 bytes that it reads of the first of several words.
+
+    def _k_words(self, smem: Smem, slot, row, r8, chunk):
+        """From sub and half to ldmatrix's words of channels 128 sub + 64 half .. + 63."""
+        at = smem.k_address + slot * self.tile_bytes + row * 128
+        return lambda sub, half: ptx.ldmatrix_x4(at + ((chunk + 4 * half) ^ r8) * 16, sub * SUB_BYTES, False)
+
+    def _rope_words(self, smem: Smem, slot, row, r8, chunk):
+        """From half to those of a 16-bit rope's channels 32 half .. + 31."""
+        at = smem.r_address + slot * (TILE_N * 128) + row * 128
+        return lambda half: ptx.ldmatrix_x4(at + ((chunk + 4 * half) ^ r8) * 16, 0, False)
+
+    def _v_words(self, smem: Smem, regs: Fragments, slot, row, r8, chunk):
+        """From kk and c to transposing ldmatrix's words of tokens 16 kk .. + 15, the warp's channels 32 c .. + 31."""
+        tile = self._v_address(smem, regs, slot) + row * 128
+        chunk = self._first_chunk(regs) + chunk
+        at = [tile + ((chunk + 2 * c) ^ r8) * 16 for c in range(self.own_channels // 32)]
+        return lambda kk, c: ptx.ldmatrix_x4(at[c], kk * 2048, True)
 
     @cute.jit
     def scores(self, params: Params, smem: Smem, regs: Fragments, slot, phase, left):
         cute.arch.mbarrier_wait(smem.mbar + RingMbarriers.full + slot, phase)
+        sees = self.sees(smem, regs, slot, left)
         r8 = regs.lane % 8
         chunk = regs.lane // 8
-        rows = regs.w * 8 + r8
-        at = smem.k_address + slot * self.tile_bytes + rows * 128
+        row = regs.w * 8 + r8
+        words = self._k_words(smem, slot, row, r8, chunk)
         # One accumulator per 128 channels, which is a scale group, and one for the rope.
         subs = self.nope_steps // 8
         acc = [[Float32(0.0)] * 4 for _ in range(subs + 1)]
         for half in cutlass.range_constexpr(2):
-            x = [ptx.ldmatrix_x4(at + ((chunk + 4 * half) ^ r8) * 16, sub * SUB_BYTES, False) for sub in range(subs)]
+            x = [words(sub, half) for sub in range(subs)]
             for m in cutlass.range_constexpr(4):
                 for sub in cutlass.range_constexpr(subs):
                     step = sub * 8 + half * 4 + m
@@ -160,19 +185,18 @@ class Fp8Tiles(Tiles):
         if const_expr(self.rope_steps == 0):
             pass
         elif const_expr(self.rope_fp8):
-            at = smem.r_address + slot * (TILE_N * 64) + rows * 64 + (chunk ^ (r8 // 2)) * 16
+            at = smem.r_address + slot * (TILE_N * 64) + row * 64 + (chunk ^ (r8 // 2)) * 16
             x = ptx.ldmatrix_x4(at, 0, False)
             for m in cutlass.range_constexpr(self.rope_steps):
                 step = self.nope_steps + m
                 acc[subs] = self._multiply_q(smem, regs, acc[subs], step, e4m3.e4m3x4_to_f16(x[m]), "f16")
         else:
-            at = smem.r_address + slot * (TILE_N * 128) + rows * 128
-            x = [word for half in range(2) for word in ptx.ldmatrix_x4(at + ((chunk + 4 * half) ^ r8) * 16, 0, False)]
+            words = self._rope_words(smem, slot, row, r8, chunk)
+            x = [*words(0), *words(1)]
             for m in cutlass.range_constexpr(4):
                 b = x[2 * m], x[2 * m + 1]
                 acc[4] = self._multiply_q(smem, regs, acc[4], 32 + m, b, ptx.ptx_name(self.dtype))
         nope = self._combine(smem, regs, slot, acc)
-        sees = self.sees(smem, regs, slot, left)
         for j in cutlass.range_constexpr(4):
             row = regs.row + 8 * (j // 2)
             score = nope[j] * smem.sRow[row, 0]
@@ -191,13 +215,13 @@ class Fp8Tiles(Tiles):
     def _combine(self, smem: Smem, regs: Fragments, slot, acc):
         """The sum of the accumulators of 128 channels, times their scales."""
         if self.kv_format == "group":
-            scales = [self.column_scales(smem, regs, slot, g) for g in range(4)]
+            scales = self.column_scales(smem, regs, slot)
             parts = [[acc[g][j] * scales[g][j % 2] for g in range(4)] for j in range(4)]
         else:
             parts = [[acc[g][j] for g in range(self.nope_steps // 8)] for j in range(4)]
         sums = [(x[0] + x[1]) + (x[2] + x[3]) if len(x) == 4 else x[0] + x[1] for x in parts]
         if self.kv_format == "token":
-            scales = self.column_scales(smem, regs, slot, 0)
+            scales = self.column_scales(smem, regs, slot)[0]
             sums = [sums[j] * scales[j % 2] for j in range(4)]
         return sums
 
@@ -225,19 +249,15 @@ class Fp8Tiles(Tiles):
             cute.arch.sync_warp()
 
     def multiply_v(self, smem: Smem, regs: Fragments, slot, parity, acc: list) -> None:
-        tile = self._v_address(smem, regs, slot)
         r8 = regs.lane % 8
         quarter = regs.lane // 8
-        row = quarter % 2 * 8 + r8
-        chunk = self._first_chunk(regs) + quarter // 2
-        loads = self.own_channels // 32
-        at = [tile + row * 128 + ((chunk + 2 * c) ^ r8) * 16 for c in range(loads)]
+        words = self._v_words(smem, regs, slot, quarter % 2 * 8 + r8, r8, quarter // 2)
         group = regs.w // 2 if self.p_tiles > 1 else Int32(0)
         p_at = smem.p_address + ((parity * self.p_tiles + group) * P_WORDS + regs.lane * 4) * 4
         for kk in range(4):
             a = ptx.load_shared_16(p_at, kk * 512)
-            for c in range(loads):
-                x = ptx.ldmatrix_x4(at[c], kk * 2048, True)
+            for c in range(self.own_channels // 32):
+                x = words(kk, c)
                 y = [e4m3.e4m3x4_to_f16(e4m3.transpose_pairs(v)) for v in x]
                 for q in range(2):
                     t = (2 * c + q) * 2
