@@ -208,7 +208,6 @@ _SMALL_STEP_US = {
     ("FP8", "gathered"): (math.inf, 3, 6, 6),
     # Where it is another than of FP8 caches.
     ("group", "16-bit queries"): (math.inf, 11, 11, 8),
-    ("group", "gathered"): (10, 3, 6, 6),
 }
 
 
@@ -220,8 +219,7 @@ def is_small_step(
     By tiles of 16 heads x 64 tokens per SM, as measured on an H200 with the keys' L2 emptied before each call, as the
     weights of a layer empty it in an engine, and without (docs/performance.md). A tile costs tile16 more: as many times
     as its heads take tiles, the keys come from L2 again. A row-tile step costs more to begin, most of all where 16-bit
-    queries are converted for an FP8 cache. `gathers`: keys come one by one, for each tile of heads anew; in format
-    group, whose rows have three parts to copy, row tiles are faster at it even with 16 heads.
+    queries are converted for an FP8 cache. `gathers`: keys come one by one, for each tile of heads anew.
 
     What row tiles take longer to begin is us, mostly of fetching code. A tile is cycles: L2 and mma.sync run with the
     SMs, and a tile over half the bytes, in FP8, takes as long. So the limit in tiles goes with the clock. It goes by
