@@ -70,6 +70,7 @@ _TOPK = 2260
 _SPARSE_KERNELS = {
     "": ((16, "tile16", 9), (128, "tile64", 10)),
     "group": ((16, "tile16", 9), (32, "tile64", 10), (128, "tile64", 10)),
+    "group656": ((16, "tile16", 9),),
 }
 # Format and e4m3 queries of prefills whose cache is converted first.
 _CONVERTED = (("tensor", False), ("group", False), ("group", True))

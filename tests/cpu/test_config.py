@@ -37,7 +37,6 @@ MEASURED_TILES = {
     ("tensor", True): (ALWAYS, 6, 6, 6),
     ("group", False): (ALWAYS, 11, 11, 8),
     ("gathered", False): (ALWAYS, 3, 6, 6),
-    ("gathered group", False): (10, 3, 6, 6),
 }
 
 
@@ -49,7 +48,7 @@ def as_measured(when: When, batch_invariant: bool) -> KernelConfig:
     if when.decodes and when.kv_len is not None and not batch_invariant:
         cache = when.kv_format
         if when.page_size % 8:
-            cache = {"": "gathered 16-bit", "group": "gathered group"}.get(when.kv_format, "gathered")
+            cache = "gathered" if when.kv_format else "gathered 16-bit"
         elif when.kv_format == "token" or when.q_fp8:
             cache = "tensor"
         tiles = when.batch * -(-when.kv_len // 64) * -(-when.num_heads // 16) / 132

@@ -71,6 +71,27 @@ def test_fp8_caches(num_heads, layout, q_fp8, drift):
     accepted(fp8, lists, expected=expected, batch_invariant=True)
 
 
+@pytest.mark.parametrize("page_size", [1, 24, 64])
+def test_rows_in_one_stretch_have_the_bits_of_rows_in_parts(page_size):
+    """tile16 copies the first whole, and the others part by part, to the same places."""
+    case = make_case(LENGTHS, num_heads=16, page_size=page_size, device="cuda")
+    fp8 = make_fp8(case, "group656")
+    lists = lists_of(case, first_none=LATE)
+    options = {"config": mla_cute.KernelConfig(fp8_kernel="tile16")}
+    out, lse = call_sparse(fp8, lists, **options)
+    q_nope, q_pe, ckv, kpe = case.tensors
+    scales = fp8.scales["ckv_scale_arr"]
+    assert scales.data_ptr() == ckv.data_ptr() + 512
+    apart = [x.clone(memory_format=torch.contiguous_format) for x in (ckv, kpe, scales)]
+    for caches in (apart, [ckv, kpe, apart[2]], [ckv, apart[1], scales]):
+        in_parts = mla_cute.mla_sparse(
+            q_nope, q_pe, *caches[:2], lists.indices, case.sm_scale, topk_lens=lists.topk_lens,
+            **fp8.scales | {"ckv_scale_arr": caches[2]}, **options,
+        )  # fmt: skip
+        assert same_bits(in_parts[0], out)
+        assert same_bits(in_parts[1], lse)
+
+
 @pytest.mark.parametrize("score", [-12.0, -24.0, -80.0], ids=lambda score: f"{score:.0f} nats")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @EVERY_FP8_KERNEL

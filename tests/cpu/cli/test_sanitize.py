@@ -98,6 +98,7 @@ def test_cases_of_lists_take_every_kernel_and_are_cut():
         "sparse-bf16-h16": registry.DECODE_TILE16,
         "sparse-bf16-h128": registry.DECODE,
         "sparse-group-h16": registry.DECODE_TILE16_FP8,
+        "sparse-group656-h16": registry.DECODE_TILE16_FP8,
         "sparse-group-h32": registry.DECODE_TILE32_FP8,
         "sparse-group-h128": registry.DECODE_FP8,
     }

@@ -1,12 +1,14 @@
 """Which kernel, and which pieces of requests, calls take that no tuned entry serves."""
 
 import dataclasses
+import itertools
 
 import pytest
 from tuned_case import when
 
 from mla_cute.config import default_config, why_infeasible, with_kernel
 from mla_cute.gpu_speed import H200
+from mla_cute.kernels import registry
 from mla_cute.tuned import select
 
 
@@ -83,12 +85,11 @@ def test_small_steps_of_many_heads_take_tile16_by_default(facts, few):
 
 @pytest.mark.parametrize("q_fp8", [False, True])
 @pytest.mark.parametrize("num_heads", [8, 16])
-def test_long_steps_of_few_heads_over_gathered_rows_of_group_take_row_tiles(num_heads, q_fp8):
-    """Measured with lists of 2048 tokens: tile16 is faster for 16 of them, row tiles for 64."""
-    for batch, kernel in ((1, "auto"), (16, "auto"), (64, "tile64"), (1024, "tile64")):
-        lists = when(op="sparse", num_heads=num_heads, page_size=1, batch=batch, kv_len=2048, q_fp8=q_fp8)
-        for kv_format, expected in (("group", kernel), ("token", "auto"), ("tensor", "auto")):
-            config = select.default_for(dataclasses.replace(lists, kv_format=kv_format), H200)
-            assert config.fp8_kernel == expected
-            assert config.cut_unit == config.min_blocks == (2 if expected == "tile64" else 1)
-            assert select.default_for(lists, H200, batch_invariant=True).fp8_kernel == "auto"
+def test_lists_of_few_heads_take_tile16_however_many_they_are(num_heads, q_fp8):
+    for batch, kv_format in itertools.product((1, 16, 64, 1024), ("", "tensor", "token", "group")):
+        facts = {"num_heads": num_heads, "batch": batch, "kv_format": kv_format, "q_fp8": q_fp8 and kv_format != ""}
+        lists = when(op="sparse", page_size=1, kv_len=2048, **facts)
+        for invariant in (False, True):
+            config = select.default_for(lists, H200, batch_invariant=invariant)
+            assert registry.takes_tile16(kv_format, num_heads, config)
+            assert config.cut_unit == config.min_blocks == 1
