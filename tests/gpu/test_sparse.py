@@ -79,7 +79,7 @@ def test_rows_in_one_stretch_have_the_bits_of_rows_in_parts(page_size):
     lists = lists_of(case, first_none=LATE)
     options = {"config": mla_cute.KernelConfig(fp8_kernel="tile16")}
     out, lse = call_sparse(fp8, lists, **options)
-    q_nope, q_pe, ckv, kpe = case.tensors
+    q_nope, q_pe, ckv, kpe = fp8.case.tensors
     scales = fp8.scales["ckv_scale_arr"]
     assert scales.data_ptr() == ckv.data_ptr() + 512
     apart = [x.clone(memory_format=torch.contiguous_format) for x in (ckv, kpe, scales)]
