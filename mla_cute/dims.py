@@ -30,10 +30,11 @@ DTYPES = ("bfloat16", "float16")
 KV_FORMATS = ("tensor", "token", "group")
 NUM_SCALES = {"": 0, "tensor": 0, "token": 1, "group": 4}
 GROUP_DIM = CKV_DIM // NUM_SCALES["group"]
-# Bytes of a row of DeepSeek-V3.2's caches, format "group": 512 e4m3, from SCALES_AT on four float32, from ROPE_AT on 64
-# 16-bit numbers.
-ROW_BYTES = 656
-SCALES_AT, ROPE_AT = CKV_DIM, CKV_DIM + 16
+# Where in a row of DeepSeek-V3.2's caches, format "group", behind 512 e4m3 its four float32 scales begin, its 64 16-bit
+# channels of rope, and the next row: 656 bytes.
+GROUP_SCALES_AT = CKV_DIM
+GROUP_ROPE_AT = GROUP_SCALES_AT + 4 * NUM_SCALES["group"]
+GROUP_ROW_BYTES = GROUP_ROPE_AT + 2 * KPE_DIM
 
 # Query rows of a tile of the tile64 kernels, of those for few rows over FP8 caches, and of the tile16 ones; tokens of a
 # K tile, which planners call a block.

@@ -28,10 +28,9 @@ import math
 import torch
 
 from .check import FP8
-from .dims import CKV_DIM, GROUP_DIM, KPE_DIM
+from .dims import CKV_DIM, GROUP_DIM, GROUP_ROPE_AT, GROUP_ROW_BYTES, GROUP_SCALES_AT
 from .expect import CKV_DIMS, KPE_DIMS, MIN_SCALE, expect_dense, expect_scale
 
-GROUP_ROW_BYTES = CKV_DIM + 4 * (CKV_DIM // GROUP_DIM) + 2 * KPE_DIM
 E4M3_MAX = 448.0
 
 
@@ -233,9 +232,8 @@ def group_rows(pool: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
             "pool: expected a contiguous last dimension and other strides and offset in multiples of 4 bytes, got "
             f"strides {list(pool.stride())} and offset {pool.storage_offset()}"
         )
-    scales_end = CKV_DIM + 4 * (CKV_DIM // GROUP_DIM)
     return (
-        pool[..., :CKV_DIM].view(torch.float8_e4m3fn),
-        pool[..., CKV_DIM:scales_end].view(torch.float32),
-        pool[..., scales_end:].view(torch.bfloat16),
+        pool[..., :GROUP_SCALES_AT].view(torch.float8_e4m3fn),
+        pool[..., GROUP_SCALES_AT:GROUP_ROPE_AT].view(torch.float32),
+        pool[..., GROUP_ROPE_AT:].view(torch.bfloat16),
     )

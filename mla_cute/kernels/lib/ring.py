@@ -23,7 +23,7 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 from ...dims import NUM_SCALES, HeadDims
 from . import barriers, paged
 from .paged import SUB_BYTES, TILE_N, TmaLoader, chosen_token, row_of, rows_of_block, tell_chosen
-from .ptx import cp_async_16, cp_async_16_of_bits, cp_async_small
+from .ptx import cp_async_16, cp_async_16_of_bits, cp_async_small, row_address
 from .row_map import RowMap, Word, load_item
 
 # A kernel has room for mbarriers of so many slots; the longest ring, tile16's over FP8 caches, has five.
@@ -124,10 +124,7 @@ def token_row(params: RingParams, index_base, token, kv_end):
 @cute.jit
 def load_scales(params: RingParams, smem: RingSmem, page, row, at, num_scales: Constexpr, valid, slot):
     """Scales of token `at` of a tile, whose cache row is (page, row), to slot `slot`; zeros where not valid."""
-    src = (
-        params.mScales.iterator.toint()
-        + (Int64(page) * params.mScales.stride[0] + Int64(row) * params.mScales.stride[1]) * 4
-    )
+    src = row_address(params.mScales, page, row)
     dst = Int32(smem.sScales.iterator.toint()) + (slot * (TILE_N * num_scales) + at) * 4
     for g in cutlass.range_constexpr(num_scales):
         cp_async_small(dst, src, 4, valid, g * TILE_N * 4, g * 4)

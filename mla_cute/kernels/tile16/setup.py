@@ -50,7 +50,7 @@ class Tile16(RingProducer):
         self.rows = HeadRows()
         self._set_cache(box_rows, config.evict_first, tiles.kv_format, sparse)
         if tiles.whole_rows:
-            self.loader = WholeRowLoader(sparse)
+            self.loader = WholeRowLoader(self.loader)
         self.mbars = make_mbarriers(self.num_stages, self.loader.full_arrivals)
         self.consumer = Consumer(tiles, self.rows, self.mbars)
         self.use_pdl = config.use_pdl
@@ -106,7 +106,7 @@ class Tile16(RingProducer):
         whole = self.tiles.whole_rows
         has_scales = bool(self.kv_format) and not whole
         num_scales = scales * TILE_N * self.num_stages if has_scales else 4
-        num_keys = self.num_stages * (self.tiles.tile_bytes if whole else TILE_N * self.dims.ckv)
+        num_keys = self.num_stages * self.tiles.tile_bytes * 8 // self.kv_dtype.width
         num_rope = 8 if whole else self.num_stages * TILE_N * KPE_DIM
         align = 16 if whole else 1024  # of a swizzle's pattern
         # Three 16-bit tiles leave 11 KiB for the rest, so what only FP8 caches use is shrunk to a stub there.
@@ -164,10 +164,7 @@ class Tile16(RingProducer):
                 if const_expr(tma is not None):
                     cpasync.prefetch_descriptor(tma)
             with cute.arch.elect_one():
-                if const_expr(self.tiles.whole_rows):
-                    self.mbars.init(smem.mbar, self.loader.arrivals(params))
-                else:
-                    self.mbars.init(smem.mbar)
+                self.mbars.init(smem.mbar, self.loader.arrivals(params) if const_expr(self.tiles.whole_rows) else None)
         cute.arch.mbarrier_init_fence()
         if const_expr(self.use_pdl):
             cute.arch.griddepcontrol_wait()

@@ -40,6 +40,7 @@ class Tiles(abc.ABC):
     num_scales: int  # float32 scales that a token has
     p_tiles: int  # copies of P: one for each scale, at least one
     whole_rows: bool = False  # the ring holds rows as lib/whole_rows.py copies them
+    tile_bytes: int  # of ckv in a slot of the ring, of whole rows all of them
     num_stages: int  # slots of the ring, as many as shared memory has room for
     q_steps: int  # the first steps of Q, which a warp keeps in registers for the whole item
     q_kept_bytes: int  # of shared memory for the other steps of Q, for the whole item

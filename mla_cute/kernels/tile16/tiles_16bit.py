@@ -20,7 +20,6 @@ Q_SUB_BYTES = 16 * 128  # 64 channels of Q's 16 rows
 
 
 class SixteenBitTiles(Tiles):
-    tile_bytes: int  # of ckv in a slot of the ring
     q_pass_steps: int  # steps of Q that pass through shared memory at a time, on their way to registers
     mma_dtype: str  # "bf16" or "f16", of all operands
 

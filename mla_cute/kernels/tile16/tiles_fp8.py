@@ -30,7 +30,6 @@ STEP_BYTES = 32 * 4 * 4  # 32 lanes of four words
 
 class Fp8Tiles(Tiles):
     rope_fp8: bool  # format "tensor": the rope of the cache is e4m3, else it is of `dtype`
-    tile_bytes: int  # of ckv in a slot of the ring
     # Of Q as A fragments: 32 of 16 channels, the rope's four, and where it is e4m3 four behind them that take zeros.
     q_total_steps: int
 

@@ -91,5 +91,6 @@ def test_lists_of_few_heads_take_tile16_however_many_they_are(num_heads, q_fp8):
         lists = when(op="sparse", page_size=1, kv_len=2048, **facts)
         for invariant in (False, True):
             config = select.default_for(lists, H200, batch_invariant=invariant)
+            assert config.kernel == config.fp8_kernel == "auto"
             assert registry.takes_tile16(kv_format, num_heads, config)
             assert config.cut_unit == config.min_blocks == 1
