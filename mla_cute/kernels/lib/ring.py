@@ -3,8 +3,8 @@
 A K tile is 64 tokens: sub-tiles of ckv, 64 x 128 bytes each (four of e4m3, eight of 16 bits; 128-byte swizzle), one
 64 x 64 of rope (16-bit: 8 KiB, 128-byte swizzle; e4m3: 4 KiB, 64-byte swizzle) and 64 x {0, 1, 4} float32 scales. The
 ring has `num_stages` slots with one full and one empty mbarrier each. lib/paged.py tells the page classes and what is
-done about rows past kv_end. Scales are always gathered, by cp.async of 4 bytes, to [group][token]: a [.., 1] row is no
-TMA box.
+done about rows past kv_end. Scales are always gathered, by cp.async of 4 bytes, to [group][token], tokens in the order
+of `scale_place`: a [.., 1] row is no TMA box. They are zeros where a row holds no token.
 
 That is of heads of 512 + 64. 256 channels are half as many sub-tiles. The rope's rows stay as long with 32 channels:
 TMA fills them up with zeros, the gather leaves what is behind as it was; without a rope there is no tile of it.
@@ -98,7 +98,7 @@ class RingSmem(Protocol):
     mbar: Any  # pointer to the first of `RingMbarriers`
     sK_sub: cute.Tensor  # ckv of all slots under `lay_sub`
     sR_tma: cute.Tensor  # rope of all slots, (64, 64, num_stages), e4m3 as bytes
-    sScales: cute.Tensor  # (64, num_scales, num_stages) float32
+    sScales: cute.Tensor  # (64, num_scales, num_stages) float32, tokens in the order of `scale_place`
     sProduce: cute.Tensor  # (8, 4) Int32: NUM_ITEMS and so on of each producer warp
     sChosen: Any  # sparse: (producer warp, slot) Int32, which of its 16 rows hold tokens
 
@@ -121,11 +121,18 @@ def token_row(params: RingParams, index_base, token, kv_end):
     return page, row
 
 
+def scale_place(token):
+    """Where the scale of a tile's token lies among the 64 of a group. A thread of a warp has tokens 8 j + 2 l4 and the
+    next of every eight as an accumulator's columns, l4 being lane % 4: those of j = 2 c and 2 c + 1 lie together, from
+    16 c + 4 l4 on, so that it reads them by one load of 16 bytes."""
+    return (token & 0x31) | ((token & 6) << 1) | ((token >> 2) & 2)
+
+
 @cute.jit
 def load_scales(params: RingParams, smem: RingSmem, page, row, at, num_scales: Constexpr, valid, slot):
     """Scales of token `at` of a tile, whose cache row is (page, row), to slot `slot`; zeros where not valid."""
     src = row_address(params.mScales, page, row)
-    dst = Int32(smem.sScales.iterator.toint()) + (slot * (TILE_N * num_scales) + at) * 4
+    dst = Int32(smem.sScales.iterator.toint()) + (slot * (TILE_N * num_scales) + scale_place(at)) * 4
     for g in cutlass.range_constexpr(num_scales):
         cp_async_small(dst, src, 4, valid, g * TILE_N * 4, g * 4)
 

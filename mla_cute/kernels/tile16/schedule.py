@@ -103,9 +103,9 @@ class Consumer:
     # ------------------------------------------------------------------ a tile
 
     @cute.jit
-    def _softmax(self, smem: Smem, regs: Fragments, slot, parity, left):
+    def _softmax(self, smem: Smem, regs: Fragments, slot, parity):
         """P of this warp's tokens to shared memory, and whether other references are needed, for all warps to read."""
-        out_of_range = self._write_p(smem, regs, slot, parity, left)
+        out_of_range = self._write_p(smem, regs, slot, parity)
         any_out_of_range = cute.arch.vote_any_sync(out_of_range | (regs.first[0] != 0))
         flag = Int32(0)
         if any_out_of_range:
@@ -115,7 +115,7 @@ class Consumer:
         cute.arch.sync_warp()
         barriers.arrive_once_per_warp(smem.mbar + self.mbars.p + parity)
 
-    def _write_p(self, smem: Smem, regs: Fragments, slot, parity, left):
+    def _write_p(self, smem: Smem, regs: Fragments, slot, parity):
         """P = 2^(rS - rRef) to shared memory, a copy per scale group times scale / unit; its row sums to rSums.
 
         Returns whether P, or a scale counted in units, is out of the range in which their product fits float16."""
@@ -126,13 +126,11 @@ class Consumer:
         out_of_range = (regs.rSums[0] > most) | (regs.rSums[1] > most)
         at = self._p_address(smem, regs, parity)
         inverse = cute.arch.rcp_approx(regs.rUnit[0])
-        token = regs.w * 8 + regs.l4 * 2
         of_groups = self.tiles.column_scales(smem, regs, slot) if self.tiles.num_scales else []
         for g in range(self.tiles.p_tiles):
             x = e
             if self.tiles.num_scales:
                 scales = of_groups[g]
-                scales = [cutlass.select_(token + i < left, scales[i], Float32(0.0)) for i in range(2)]
                 out_of_range = out_of_range | (cute.arch.fmax(*scales) > regs.rUnit[0] * MAX_UNITS)
                 x = [e[j] * (scales[j % 2] * inverse) for j in range(4)]
             words = [self.tiles.to_p_pair(x[2 * r], x[2 * r + 1]) for r in range(2)]
@@ -147,7 +145,7 @@ class Consumer:
         )
 
     @cute.jit
-    def _agree(self, smem: Smem, regs: Fragments, slot, parity, p_phase, left):
+    def _agree(self, smem: Smem, regs: Fragments, slot, parity, p_phase):
         """Behind it all warps' P of the tile is in shared memory, relative to the references in rRef, which are the
         same in all warps, and counted in rL."""
         cute.arch.mbarrier_wait(smem.mbar + self.mbars.p + parity, p_phase)
@@ -155,12 +153,12 @@ class Consumer:
         for w in cutlass.range_constexpr(NUM_WARPS - 1):
             flags = flags | smem.sFlags[w + 1, parity]
         if flags != 0:
-            self._raise_references(smem, regs, slot, parity, left)
+            self._raise_references(smem, regs, slot, parity)
         for r in cutlass.range_constexpr(2):
             regs.rL[r] = regs.rL[r] + regs.rSums[r]
 
     @cute.jit
-    def _raise_references(self, smem: Smem, regs: Fragments, slot, parity, left):
+    def _raise_references(self, smem: Smem, regs: Fragments, slot, parity):
         """By all consumers: references rise to the tile's row maxima, and the unit to its largest scale if that is out
         of range; O and row sums follow them, and P is written again. In an item's first tile references may also fall.
         """
@@ -168,7 +166,7 @@ class Consumer:
             mx = softmax.quad_max(cute.arch.fmax(regs.rS[2 * r], regs.rS[2 * r + 1]))
             if regs.l4 == 0:
                 smem.sMax[regs.row + 8 * r, regs.w] = mx
-        self._put_largest_scale(smem, regs, slot, left)
+        self._put_largest_scale(smem, regs, slot)
         Bar.REFERENCES.sync()
         keep = Float32(1.0)
         if const_expr(self.tiles.num_scales > 0):
@@ -205,20 +203,17 @@ class Consumer:
                 regs.first[0] = Int32(0)
         else:
             regs.first[0] = Int32(0)
-        self._write_p(smem, regs, slot, parity, left)
+        self._write_p(smem, regs, slot, parity)
         Bar.REFERENCES.sync()
 
     @cute.jit
-    def _put_largest_scale(self, smem: Smem, regs: Fragments, slot, left):
+    def _put_largest_scale(self, smem: Smem, regs: Fragments, slot):
         """The largest scale of this warp's tokens to sMaxScale, where tokens have scales."""
         if const_expr(self.tiles.num_scales > 0):
-            token = regs.w * 8 + regs.l4 * 2
             largest = Float32(0.0)
             of_groups = self.tiles.column_scales(smem, regs, slot)
             for g in cutlass.range_constexpr(self.tiles.num_scales):
-                scales = of_groups[g]
-                for i in cutlass.range_constexpr(2):
-                    largest = cute.arch.fmax(largest, scales[i] if token + i < left else Float32(0.0))
+                largest = cute.arch.fmax(largest, cute.arch.fmax(*of_groups[g]))
             largest = softmax.quad_max(largest)
             if regs.lane == 0:
                 smem.sMaxScale[regs.w] = largest
@@ -279,13 +274,13 @@ class Consumer:
             self.tiles.scores(params, smem, regs, slot, phase, left)
             for _ in cutlass.range(cute.ceil_div(left, TILE_N) - 1, unroll=1):
                 self._take_next_scores(regs)
-                self._softmax(smem, regs, slot, parity, left)
+                self._softmax(smem, regs, slot, parity)
                 next_slot = slot + 1
                 if next_slot == self.tiles.num_stages:
                     next_slot = Int32(0)
                     phase ^= 1
                 self.tiles.scores(params, smem, regs, next_slot, phase, left - TILE_N)
-                self._agree(smem, regs, slot, parity, p_phase, left)
+                self._agree(smem, regs, slot, parity, p_phase)
                 self._pv(smem, regs, slot, parity, left)
                 slot = next_slot
                 left -= TILE_N
@@ -293,8 +288,8 @@ class Consumer:
                 if parity == 0:
                     p_phase ^= 1
             self._take_next_scores(regs)
-            self._softmax(smem, regs, slot, parity, left)
-            self._agree(smem, regs, slot, parity, p_phase, left)
+            self._softmax(smem, regs, slot, parity)
+            self._agree(smem, regs, slot, parity, p_phase)
             self._pv(smem, regs, slot, parity, left)
             slot += 1
             if slot == self.tiles.num_stages:

@@ -83,8 +83,8 @@ class Tiles(abc.ABC):
         return lambda i: token + i < left
 
     def column_scales(self, smem: Smem, regs: Fragments, slot) -> list[list]:
-        """Of each group of channels the scales of this thread's two tokens. Only with num_scales > 0. From kv_end on
-        they are undefined."""
+        """Of each group of channels the scales of this thread's two tokens. Only with num_scales > 0. They are
+        0 where there is no token."""
         raise NotImplementedError
 
     @abc.abstractmethod

@@ -21,7 +21,7 @@ from cutlass import Float32, Int32, Int64, Uint32, const_expr
 from ...dims import HeadDims
 from ..lib import barriers, e4m3, ptx, scalars
 from ..lib.paged import SUB_BYTES, TILE_N
-from ..lib.ring import RingMbarriers
+from ..lib.ring import RingMbarriers, scale_place
 from .params import P_WORDS, Bar, Fragments, Params, Smem
 from .tiles import Tiles
 
@@ -141,7 +141,8 @@ class Fp8Tiles(Tiles):
     # ---------------------------------------------------------------- tiles
 
     def column_scales(self, smem: Smem, regs: Fragments, slot) -> list[list]:
-        at = smem.scale_address + (slot * self.num_scales * TILE_N + regs.w * 8 + regs.l4 * 2) * 4
+        place = scale_place(regs.w * 8) + regs.l4 * 4
+        at = smem.scale_address + (slot * self.num_scales * TILE_N + place) * 4
         return [ptx.load_shared_f32x2(at, g * TILE_N * 4) for g in range(self.num_scales)]
 
     # Where the parts of a token's row lie; `WholeRowTiles` says otherwise. `row` is this lane's, r8 = row % 8, and

@@ -109,11 +109,11 @@ class PairMath(Variant):
         if self.dims.kpe:
             self._start_rope(params, regs, slot, regs.rS if self.score_chunks == 1 else regs.rT)
         warpgroup.wait_group(0)
-        for j in range(8):
-            scales = self._column_scales(smem, regs, slot, 0, j) if self.num_scales == 1 else []
-            for n in (2 * j, 2 * j + 1):
+        for c in range(4):
+            scales = self._column_scales(smem, regs, slot, 0, c) if self.num_scales == 1 else []
+            for n in range(4 * c, 4 * c + 4):
                 for r in range(self.own_rows):
-                    factor = a[r] * scales[n % 2] if scales else a[r]
+                    factor = a[r] * scales[n % 4] if scales else a[r]
                     first = -regs.rRef[r]
                     if self.dims.kpe:
                         first = self._of_parts(rope, r, n, self.rope_parts) * b[r] - regs.rRef[r]
@@ -134,49 +134,48 @@ class PairMath(Variant):
             if part > 1:
                 self._start_nope(params, smem, regs, tile, part)
             warpgroup.wait_group(0)
-            for j in range(8):
-                of_s = of_t = [Float32(1.0)] * 2
+            for c in range(4):
+                of_s = of_t = [Float32(1.0)] * 4
                 if self.num_scales == 4:
                     # T holds part 0 at first, beside part 1 in S.
-                    of_t = self._column_scales(smem, regs, slot, part if part > 1 else 0, j)
-                    of_s = self._column_scales(smem, regs, slot, 1, j) if part == 1 else of_s
-                for n in (2 * j, 2 * j + 1):
+                    of_t = self._column_scales(smem, regs, slot, part if part > 1 else 0, c)
+                    of_s = self._column_scales(smem, regs, slot, 1, c) if part == 1 else of_s
+                for n in range(4 * c, 4 * c + 4):
                     for r in range(self.own_rows):
                         s = self._of_parts(regs.S, r, n, self.q_parts if part == 1 else 1)
-                        regs.S[r, n] = s * of_s[n % 2] + self._of_parts(regs.T, r, n, self.q_parts) * of_t[n % 2]
+                        regs.S[r, n] = s * of_s[n % 4] + self._of_parts(regs.T, r, n, self.q_parts) * of_t[n % 4]
 
-    def _column_scales(self, smem: Smem, regs: Fragments, slot: Int32, group: int, j: int) -> list[Float32]:
-        """Scales of this thread's two of tokens 8 j .. 8 j + 7."""
-        return ptx.load_shared_f32x2(self._scale_address(smem, regs, slot, group), 32 * j) if self.num_scales else []
-
-    def _scale_address(self, smem: Smem, regs: Fragments, slot: Int32, group: int) -> Int32:
-        """Where the scale of token 2 (lane % 4), this thread's first, lies."""
+    def _column_scales(self, smem: Smem, regs: Fragments, slot: Int32, group: int, c: int) -> list[Float32]:
+        """Scales of this thread's four of tokens 16 c .. 16 c + 15, 0 where there is no token. lib/ring.py, scale_place,
+        says how they lie."""
         base = Int32(smem.sScales.iterator.toint())
-        return base + ((slot * self.num_scales + group) * TILE_N + regs.lane % 4 * 2) * 4
+        at = base + ((slot * self.num_scales + group) * TILE_N + regs.lane % 4 * 4) * 4
+        return [x.bitcast(Float32) for x in ptx.load_shared_16(at, 64 * c)]
 
     # -------------------------------------------------------------------- P
 
-    def _exp(self, smem: Smem, regs: Fragments, slot: Int32, valid: Int32) -> list[Float32]:
+    def _exp(self, smem: Smem, regs: Fragments, slot: Int32) -> list[Float32]:
         """P = 2^S as float16 in rP, times the token's scale in units in format "token"; returns this thread's share of
         the sums of its rows, without the scales."""
         totals = [Float32(0.0)] * self.own_rows
         words = cute.recast_tensor(regs.rP, Uint32)
         inverse = cute.arch.rcp_approx(regs.rUnit[0])
         for j in range(8):
-            scales = []
-            if self.kv_format == "token":
-                scales = [x * inverse for x in self._column_scales(smem, regs, slot, 0, j)]
-            if scales and self.has_tail:
-                token = 8 * j + regs.lane % 4 * 2
-                scales = [cutlass.select_(token + i < valid, scales[i], Float32(0.0)) for i in range(2)]
+            if self.kv_format == "token" and j % 2 == 0:
+                scales = [x * inverse for x in self._column_scales(smem, regs, slot, 0, j // 2)]
             for r in range(self.own_rows):
                 e = [softmax.exp2(regs.S[r, 2 * j + i]) for i in range(2)]
                 totals[r] = totals[r] + (e[0] + e[1])
-                words[self.own_rows * j + r] = ptx.to_f16x2(*([e[i] * scales[i] for i in range(2)] if scales else e))
+                if self.kv_format == "token":
+                    e = [e[i] * scales[j % 2 * 2 + i] for i in range(2)]
+                words[self.own_rows * j + r] = ptx.to_f16x2(*e)
         return totals
 
-    def _put_p(self, smem: Smem, regs: Fragments, wg) -> None:
-        """P from rP to shared memory, for wgmma of both consumers to read once they have met."""
+    def _put_p(self, smem: Smem, regs: Fragments, slot: Int32, wg) -> None:
+        """P from rP to shared memory, for wgmma of both consumers to read once they have met, and in format "group" the
+        scales that go with the own tile's V. `slot`: the own tile's."""
+        if self.kv_format == "group":
+            self._put_v_scales(smem, regs, slot, wg)
         if self.tile_rows == TILE_M:
             cute.copy(regs.stm, regs.tPr, regs.tPs)
         else:
@@ -230,15 +229,20 @@ class PairMath(Variant):
                 words[at] = low
                 words[at + 1] = high
 
-    def _v_scales(self, smem: Smem, regs: Fragments, slot: Int32, valid: Int32, group: int) -> list[Uint32]:
-        """Scales of this thread's two tokens of every eight for a channel group, in units, as pairs of float16."""
+    def _put_v_scales(self, smem: Smem, regs: Fragments, slot: Int32, tile) -> None:
+        """The scales of pair tile `tile`, in units, as pairs of float16 to smem.sVScales: each warp those of a group,
+        each lane those of two tokens. Made once, they would take each thread as many instructions for two steps of V as
+        half of V's conversion does."""
+        at = Int32(smem.sScales.iterator.toint()) + (slot * self.num_scales * TILE_N + regs.t * 2) * 4
         inverse = cute.arch.rcp_approx(regs.rUnit[0])
-        at = self._scale_address(smem, regs, slot, group)
-        pairs = []
-        for j in range(8):
-            x = [v * inverse for v in ptx.load_shared_f32x2(at, 32 * j)]
-            if self.has_tail:
-                token = 8 * j + regs.lane % 4 * 2
-                x = [cutlass.select_(token + i < valid, x[i], Float32(0.0)) for i in range(2)]
-            pairs.append(ptx.to_f16x2(*x))
-        return pairs
+        x = [v * inverse for v in ptx.load_shared_f32x2(at, 0)]
+        # From the order of `scale_place`, bits c1 c0 l1 l0 j0 of the pair's number, to c1 l1 l0 c0 j0.
+        lane = regs.lane
+        place = (lane & 0x11) | ((lane & 6) << 1) | ((lane >> 2) & 2)
+        to = Int32(smem.sVScales.iterator.toint()) + (tile * WARPGROUP + (regs.t // 32) * 32 + place) * 4
+        ptx.store_shared(to, [ptx.to_f16x2(*x)])
+
+    def _v_scales(self, smem: Smem, regs: Fragments, tile: int, group: int) -> list[Uint32]:
+        """Of pair tile `tile`, this thread's two tokens of every eight, from smem.sVScales."""
+        at = Int32(smem.sVScales.iterator.toint()) + (tile * WARPGROUP + group * 32 + regs.lane % 4 * 4) * 4
+        return ptx.load_shared_16(at, 0) + ptx.load_shared_16(at, 64)

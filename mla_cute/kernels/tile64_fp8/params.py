@@ -165,7 +165,9 @@ class Smem:
     sK_sub: cute.Tensor  # the same as bytes in sub-tiles, for the producer
     sR: cute.Tensor  # (64, 64, num_stages): the rope
     sR_tma: cute.Tensor  # the same, e4m3 as bytes
-    sScales: cute.Tensor  # (64, num_scales, num_stages)
+    sScales: cute.Tensor  # (64, num_scales, num_stages), tokens in the order of lib/ring.py, `scale_place`
+    # Format "group": (place, group, tile of the pair), a word for the scales of two tokens in units, as float16.
+    sVScales: Any
     sMax: cute.Tensor  # (consumer, row): maxima of its tile; in the epilogue [0, row]: references
     sFactor: cute.Tensor  # (row,): what O is multiplied by where the reference or the unit is raised
     sL: cute.Tensor  # (consumer, row): its tiles' share of the row sums

@@ -29,7 +29,7 @@ def unchosen() -> Float32:
 class References(PairMath):
     """Asking for new references, and raising them: methods of Tile64Fp8. `pair` is the pair at hand."""
 
-    def _out_of_range(self, smem: Smem, regs: Fragments, pair: Pair, totals: list, slot: Int32, valid: Int32):
+    def _out_of_range(self, smem: Smem, regs: Fragments, pair: Pair, totals: list, slot: Int32):
         """This thread asks for new references: a P or a scale of its own tile would leave float16's range, or the pair
         is its item's first, whose references are not chosen yet. `totals` are its shares of P's row sums, which
         no P exceeds."""
@@ -43,7 +43,7 @@ class References(PairMath):
             for r in range(1, self.own_rows):
                 asks = asks | first[r]
         if self.num_scales > 0:
-            asks = asks | self._scale_out_of_range(smem, regs, slot, valid)
+            asks = asks | self._scale_out_of_range(smem, regs, slot)
         return asks
 
     def _most(self) -> float:
@@ -57,13 +57,13 @@ class References(PairMath):
             return regs.rRef[r].bitcast(Uint32) == UNCHOSEN_BITS
         return pair.valid[0] == smem.sItem[pair.item_slot, Word.KV_END] - smem.sItem[pair.item_slot, Word.KV_BEGIN]
 
-    def _scale_out_of_range(self, smem: Smem, regs: Fragments, slot, valid):
+    def _scale_out_of_range(self, smem: Smem, regs: Fragments, slot):
         """One of the scales of the consumer's own tile that this thread looks at is more than MAX_UNITS units."""
-        token = regs.t % TILE_N
-        largest = smem.sScales[token, regs.t // TILE_N % self.num_scales, slot]
+        place = regs.t % TILE_N
+        largest = smem.sScales[place, regs.t // TILE_N % self.num_scales, slot]
         if self.num_scales > 2:
-            largest = cute.arch.fmax(largest, smem.sScales[token, regs.t // TILE_N + 2, slot])
-        return (token < valid) & (largest > regs.rUnit[0] * MAX_UNITS)
+            largest = cute.arch.fmax(largest, smem.sScales[place, regs.t // TILE_N + 2, slot])
+        return largest > regs.rUnit[0] * MAX_UNITS
 
     @cute.jit
     def _ask_to_raise(self, smem: Smem, pair: Pair, asks):
@@ -72,14 +72,14 @@ class References(PairMath):
             smem.sRaise[pair.tile // 2 % 2] = pair.tile + 1
 
     @cute.jit
-    def _raise_if_asked(self, smem: Smem, regs: Fragments, pair: Pair, sums, slot, valid, wg):
+    def _raise_if_asked(self, smem: Smem, regs: Fragments, pair: Pair, sums, slot, wg):
         """Behind Bar.P; `sums` as in `_raise_references`."""
         if smem.sRaise[pair.tile // 2 % 2] == pair.tile + 1:
             first = tuple(self._is_first(smem, regs, pair, r) for r in range(self.own_rows))
-            self._raise_references(smem, regs, pair, sums, first, slot, valid, wg)
+            self._raise_references(smem, regs, pair, sums, first, slot, wg)
 
     @cute.jit
-    def _raise_references(self, smem: Smem, regs: Fragments, pair: Pair, sums, first, slot, valid, wg):
+    def _raise_references(self, smem: Smem, regs: Fragments, pair: Pair, sums, first, slot, wg):
         """Both consumers together raise the references of rows whose P is out of range to their largest scores of the
         tiles where it is, and the unit to the pair's largest scale. P of the pair and `sums`, this thread's shares of
         its row sums, are made again; what was added up before, O and rL, is multiplied to the new references. In an
@@ -116,10 +116,10 @@ class References(PairMath):
             regs.rL[r] = regs.rL[r] * factor
             for n in cutlass.range_constexpr(16):
                 regs.S[r, n] = regs.S[r, n] - up
-        again = self._exp(smem, regs, slot, valid)
+        again = self._exp(smem, regs, slot)
         for r in cutlass.range_constexpr(self.own_rows):
             sums[r] = again[r]
-        self._put_p(smem, regs, wg)
+        self._put_p(smem, regs, slot, wg)
         Bar.P.sync()
         for j in cutlass.range_constexpr(self.tile_rows // 8):
             for e in cutlass.range_constexpr(2):
@@ -148,8 +148,6 @@ class References(PairMath):
         largest = Float32(0.0)
         for i in cutlass.range_constexpr(2):
             for h in cutlass.range_constexpr(2):
-                token = regs.lane + 32 * h
                 for g in cutlass.range_constexpr(self.num_scales):
-                    x = smem.sScales[token, g, pair.slots[i]]
-                    largest = cute.arch.fmax(largest, x if token < pair.valid[i] else Float32(0.0))
+                    largest = cute.arch.fmax(largest, smem.sScales[regs.lane + 32 * h, g, pair.slots[i]])
         return largest

@@ -127,21 +127,21 @@ class Consumer(QueryLoad, References, Epilogue):
             softmax.mask_unchosen(regs.S, 8, Int32(smem.sChosen.iterator.toint()) + own_slot * 16, regs.lane)
         else:
             self.rows.mask(params, smem, regs, item_slot, own_valid, gap)
-        totals = self._exp(smem, regs, own_slot, own_valid)
+        totals = self._exp(smem, regs, own_slot)
         barriers.sync_of(P_FREE, own)
         sums = cute.make_rmem_tensor((self.own_rows,), Float32)
         for r in range(self.own_rows):
             sums[r] = totals[r]
-        self._put_p(smem, regs, wg)
+        self._put_p(smem, regs, own_slot, wg)
         if self.has_tail:
             for i in range(2):
                 self._zero_v_tail(smem, pair.slots[i], wg, pair.valid[i])
         if not self.num_scales:
             # V's first fragment is made before the wait for the other's P. With scales no registers are left for it.
             self._v_fragment(smem, regs, pair.slots[0], 0, wg, 0, None)
-        self._ask_to_raise(smem, pair, self._out_of_range(smem, regs, pair, totals, own_slot, own_valid))
+        self._ask_to_raise(smem, pair, self._out_of_range(smem, regs, pair, totals, own_slot))
         Bar.P.sync()
-        self._raise_if_asked(smem, regs, pair, sums, own_slot, own_valid, wg)
+        self._raise_if_asked(smem, regs, pair, sums, own_slot, wg)
         for r in range(self.own_rows):
             regs.rL[r] = regs.rL[r] + sums[r]
         self._multiply_v(params, smem, regs, pair, left, wg)
@@ -154,7 +154,7 @@ class Consumer(QueryLoad, References, Epilogue):
         scales = None
         if self.num_scales:
             if self.kv_format == "group":
-                scales = self._v_scales(smem, regs, pair.slots[0], pair.valid[0], wg * 2)
+                scales = self._v_scales(smem, regs, 0, wg * 2)
             self._v_fragment(smem, regs, pair.slots[0], 0, wg, 0, scales)
         for n, (i, m) in enumerate(steps):
             if self.ahead and n == self.blocks:
@@ -172,7 +172,7 @@ class Consumer(QueryLoad, References, Epilogue):
                     warpgroup.wait_group(1)
                 i, m = steps[n + 1]
                 if self.kv_format == "group" and m % 2 == 0:
-                    scales = self._v_scales(smem, regs, pair.slots[i], pair.valid[i], wg * 2 + m // 2)
+                    scales = self._v_scales(smem, regs, i, wg * 2 + m // 2)
                 self._v_fragment(smem, regs, pair.slots[i], m, wg, (n + 1) % 2, scales)
                 if m == self.blocks - 1:
                     # The last of this tile's V is in registers.

@@ -97,6 +97,8 @@ class Tile64Fp8(Consumer):
             sScales: cute.struct.Align[
                 cute.struct.MemRange[Float32, max(1, self.num_scales) * TILE_N * self.num_stages], 16
             ]
+            if self.kv_format == "group":
+                sVScales: cute.struct.Align[cute.struct.MemRange[Uint32, 2 * 4 * TILE_N // 2], 16]
             sP: cute.struct.Align[cute.struct.MemRange[Float16, 2 * self.tile_rows * TILE_N], 1024]
             sQ: cute.struct.Align[cute.struct.MemRange[Uint8, self.q_terms * TILE_M * self.dims.ckv], 1024]
             sQr: cute.struct.Align[cute.struct.MemRange[Uint8, self.rope_terms * rope_bytes], 1024]
@@ -126,6 +128,7 @@ class Tile64Fp8(Consumer):
             sR=sR,
             sR_tma=view(st.sR, params.lay_r, Uint8) if const_expr(self.rope_fp8) else sR,
             sScales=st.sScales.get_tensor(cute.make_layout((TILE_N, max(1, self.num_scales), self.num_stages))),
+            sVScales=plain(st.sVScales, TILE_N // 2, 4, 2) if self.kv_format == "group" else None,
             sMax=st.sMax.get_tensor(cute.make_layout((2, TILE_M), stride=(TILE_M, 1))),
             sFactor=plain(st.sFactor, TILE_M),
             sL=st.sL.get_tensor(cute.make_layout((2, TILE_M), stride=(TILE_M, 1))),
