@@ -91,8 +91,8 @@ class Smem:
     """Views of one CTA's shared memory; the addresses are in bytes."""
 
     mbar: Any  # pointer to the first of `make_mbarriers`
-    # The ring as lib/ring.py fills it: ckv sub-tiles, rope tiles and scales, (token, group, slot), tokens in the order of
-    # `scale_place`. None where tiles are whole rows, the last over a 16-bit cache, too.
+    # The ring as lib/ring.py fills it: ckv sub-tiles, rope tiles and scales, (token by `scale_place`, group, slot). All
+    # None where tiles are whole rows, the last over a 16-bit cache, too.
     sK_sub: Any
     sR_tma: Any
     sScales: Any

@@ -31,7 +31,7 @@ Order in a pair (`_pair`):
     1. Q K^T of the own tile, which was started in the pair before (`ahead`) or is started now; wait for the other tile,
        finish S, mask it
     2. P = 2^(S - reference) in registers; wait until the other consumer has multiplied this one's last P (P_FREE);
-       P to shared memory
+       P to shared memory, and in format "group" the tile's scales as V's fragments are multiplied by them
     3. ask for new references if P or a scale is out of range; wait for the other consumer's P, and for what it asks (P)
     4. if either has asked, both raise the references: P again, O to the new ones (references.py)
     5. O^T += V^T P^T in eight wgmma steps, two tiles x four blocks of 64 channels (of 256: two blocks). V of a step
@@ -55,9 +55,9 @@ split, the low rows are whatever shared memory holds: a row of Q makes one row o
 heads at 128 x 8192 take 169 to 233 us where tiles of 64 rows, half of them padding, take 191 to 320
 (docs/performance.md).
 
-Shared memory: Q 64 (of one e4m3 part or of 32 rows: 32) KiB + its rope 8 or less, P 16 (8), three (with 32 KiB of Q:
-four) tiles of 36 to 41 KiB; of heads of 256 + 64 six tiles of 20. lib/ring.py says how ropes of other widths lie in
-the tiles.
+Shared memory: Q 64 (of one e4m3 part or of 32 rows: 32) KiB + its rope 8 or less, P 16 (8), scales of V 1, three (with
+32 KiB of Q: four) tiles of 36 to 41 KiB; of heads of 256 + 64 six tiles of 20. lib/ring.py says how ropes of other
+widths lie in the tiles.
 
 Arguments that recur:
     wg, own, other   0 or 1: this consumer, which is also its own tile in a pair, and the other
@@ -136,9 +136,8 @@ class Consumer(QueryLoad, References, Epilogue):
         if self.has_tail:
             for i in range(2):
                 self._zero_v_tail(smem, pair.slots[i], wg, pair.valid[i])
-        if not self.num_scales:
-            # V's first fragment is made before the wait for the other's P. With scales no registers are left for it.
-            self._v_fragment(smem, regs, pair.slots[0], 0, wg, 0, None)
+        # V's first fragment is made before the wait for the other's P, with which its scales come.
+        self._v_fragment(smem, regs, pair.slots[0], 0, wg, 0, None)
         self._ask_to_raise(smem, pair, self._out_of_range(smem, regs, pair, totals, own_slot))
         Bar.P.sync()
         self._raise_if_asked(smem, regs, pair, sums, own_slot, wg)
@@ -148,14 +147,13 @@ class Consumer(QueryLoad, References, Epilogue):
         barriers.arrive_of(P_FREE, other)
 
     def _multiply_v(self, params: Params, smem: Smem, regs: Fragments, pair: Pair, left: Int32, wg: Int32) -> None:
-        """O^T += V^T P^T of both tiles in steps of 64 channels; without scales the first fragment is there already."""
+        """O^T += V^T P^T of both tiles in steps of 64 channels; the first fragment is there already, but for scales."""
         # Tile 0 first: its slot is refilled while tile 1 is multiplied.
         steps = [(i, m) for i in range(2) for m in range(self.blocks)]
         scales = None
-        if self.num_scales:
-            if self.kv_format == "group":
-                scales = self._v_scales(smem, regs, 0, wg * 2)
-            self._v_fragment(smem, regs, pair.slots[0], 0, wg, 0, scales)
+        if self.kv_format == "group":
+            scales = self._v_scales(smem, regs, 0, wg * 2)
+            self._scale_fragment(regs, 0, scales)
         for n, (i, m) in enumerate(steps):
             if self.ahead and n == self.blocks:
                 # This is in no branch and not left in flight over the loop's end: ptxas would then wait behind every
