@@ -28,8 +28,8 @@ and for an item's last pair. In a model the weights of a layer put the code out 
 
 Order in a pair (`_pair`):
 
-    1. Q K^T of the own tile, which was started in the pair before (`ahead`) or is started now; wait for the other tile,
-       finish S, mask it
+    1. Q K^T of the own tile, which was started in the pair before (`ahead`) or is started now; wait for the other tile
+       (`other_late`: behind 2), finish S, mask it
     2. P = 2^(S - reference) in registers; wait until the other consumer has multiplied this one's last P (P_FREE);
        P to shared memory, and in format "group" the tile's scales as V's fragments are multiplied by them
     3. ask for new references if P or a scale is out of range; wait for the other consumer's P, and for what it asks (P)
@@ -121,7 +121,9 @@ class Consumer(QueryLoad, References, Epilogue):
         own_valid = left - own * TILE_N
         if not self.ahead:
             self._start_nope(params, smem, regs, tile + Uint32(own), 0)
-        cute.arch.mbarrier_wait(smem.mbar + self.mbars.full + other_slot, self._phase(tile + Uint32(other)))
+        of_other = smem.mbar + self.mbars.full + other_slot, self._phase(tile + Uint32(other))
+        if not self.other_late:
+            cute.arch.mbarrier_wait(*of_other)
         self._scores(params, smem, regs, tile + Uint32(own))
         if self.loader.sparse:
             softmax.mask_unchosen(regs.S, 8, Int32(smem.sChosen.iterator.toint()) + own_slot * 16, regs.lane)
@@ -133,6 +135,8 @@ class Consumer(QueryLoad, References, Epilogue):
         for r in range(self.own_rows):
             sums[r] = totals[r]
         self._put_p(smem, regs, own_slot, wg)
+        if self.other_late:
+            cute.arch.mbarrier_wait(*of_other)
         if self.has_tail:
             for i in range(2):
                 self._zero_v_tail(smem, pair.slots[i], wg, pair.valid[i])
