@@ -207,7 +207,10 @@ _SMALL_STEP_US = {
     ("FP8", "e4m3 queries"): (math.inf, 6, 6, 6),
     ("FP8", "gathered"): (math.inf, 3, 6, 6),
     # Where it is another than of FP8 caches.
-    ("group", "16-bit queries"): (math.inf, 11, 11, 8),
+    ("group", "16-bit queries"): (math.inf, 11, 12, 8),
+    ("group", "e4m3 queries"): (math.inf, 8, 6, 6),
+    ("group", "gathered, 16-bit queries"): (math.inf, 8, 8, 8),
+    ("group", "gathered, e4m3 queries"): (math.inf, 6, 8, 6),
 }
 
 
@@ -228,6 +231,8 @@ def is_small_step(
     """
     tile_us = _TILE16_CYCLES / gpu.clock_mhz
     us = batch * -(-kv_len // BLOCK) * -(-num_heads // TILE16_M) / gpu.sm_count * tile_us
-    kind = "gathered" if gathers else "e4m3 queries" if q_fp8 else "16-bit queries"
-    cache = kv_format if (kv_format, kind) in _SMALL_STEP_US else "FP8" if kv_format else "16-bit"
-    return us <= _SMALL_STEP_US[cache, kind][sum(num_heads > heads for heads in (TILE16_M, 32, 64))]
+    queries = "e4m3 queries" if q_fp8 else "16-bit queries"
+    kinds = (f"gathered, {queries}", "gathered") if gathers else (queries,)
+    known = ((cache, kind) for cache in (kv_format, "FP8" if kv_format else "16-bit") for kind in kinds)
+    limits = next(_SMALL_STEP_US[of] for of in known if of in _SMALL_STEP_US)
+    return us <= limits[sum(num_heads > heads for heads in (TILE16_M, 32, 64))]

@@ -35,8 +35,11 @@ MEASURED_TILES = {
     ("gathered 16-bit", False): (ALWAYS, 7, 12, 6),
     ("tensor", False): (ALWAYS, 11, 18, 16),
     ("tensor", True): (ALWAYS, 6, 6, 6),
-    ("group", False): (ALWAYS, 11, 11, 8),
+    ("group", False): (ALWAYS, 11, 12, 8),
+    ("group", True): (ALWAYS, 8, 6, 6),
     ("gathered", False): (ALWAYS, 3, 6, 6),
+    ("gathered group", False): (ALWAYS, 8, 8, 8),
+    ("gathered group", True): (ALWAYS, 6, 8, 6),
 }
 
 
@@ -48,11 +51,11 @@ def as_measured(when: When, batch_invariant: bool) -> KernelConfig:
     if when.decodes and when.kv_len is not None and not batch_invariant:
         cache = when.kv_format
         if when.page_size % 8:
-            cache = "gathered" if when.kv_format else "gathered 16-bit"
-        elif when.kv_format == "token" or when.q_fp8:
+            cache = {"": "gathered 16-bit", "group": "gathered group"}.get(when.kv_format, "gathered")
+        elif when.kv_format == "token":
             cache = "tensor"
         tiles = when.batch * -(-when.kv_len // 64) * -(-when.num_heads // 16) / 132
-        most = MEASURED_TILES[cache, when.q_fp8 and cache == "tensor"]
+        most = MEASURED_TILES[cache, when.q_fp8 and cache != "gathered"]
         was_few, few = few, tiles <= most[sum(when.num_heads > heads for heads in (16, 32, 64))]
         if few != was_few:
             kernels = {"fp8_kernel" if when.kv_format else "kernel": "tile16" if few else "tile64"}
@@ -68,7 +71,7 @@ def as_measured(when: When, batch_invariant: bool) -> KernelConfig:
 @pytest.mark.parametrize("num_heads", [1, 8, 16, 17, 32, 33, 64, 65, 96, 128])
 def test_an_h200_takes_what_was_measured_there(num_heads):
     batches, lengths = (1, 2, 3, 4, 8, 16, 17, 64, 128, 500), (None, 1, 64, 1000, 1024, 2048, 4096, 8192, 16384, 131072)
-    caches = (("", False), ("tensor", False), ("tensor", True), ("group", False), ("token", True))
+    caches = (("", False), ("tensor", False), ("tensor", True), ("group", False), ("group", True), ("token", True))
     for op, (kv_format, q_fp8), page_size, batch, kv_len, invariant in itertools.product(
         ("decode", "prefill", "sparse"), caches, (1, 64), batches, lengths, (False, True)
     ):
