@@ -335,7 +335,7 @@ def test_fp8_tiles_of_32_rows_are_the_record():
     """In docs/performance.md: what runs in them beside peers, and both heights in turns."""
     notes = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     rows, gains = {}, []
-    for row in json.loads((ROOT / RECORDS / "fp8_32_rows_2026-11-30.json").read_text(encoding="utf-8"))["rows"]:
+    for row in json.loads((ROOT / RECORDS / "fp8_32_rows_2026-12-01.json").read_text(encoding="utf-8"))["rows"]:
         assert row["check"]["ok"], row["case"]
         case = row["case"]
         what = f"32 heads, {case.get('batch')}"

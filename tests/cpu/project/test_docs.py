@@ -6,6 +6,7 @@ import json
 import pathlib
 import re
 import shlex
+import statistics
 
 import pytest
 import torch
@@ -211,13 +212,10 @@ def test_errors_over_a_bf16_cache_are_the_records():
 
 
 def ran_tile16(case):
-    """Whether a case of the FP8 record, of cc5f9dc, ran the kernel for few heads: up to so many of its tiles per SM,
-    but for one that an entry of the tuned file served."""
-    if [case[name] for name in ("kv_format", "q_fp8", "num_heads", "batch", "kv_len")] == ["group", True, 128, 1, 8192]:
-        return False
+    """Whether a case of the FP8 record, of 22aa337, ran the kernel for few heads: up to so many of its tiles per SM."""
     heads = case["num_heads"]
     tiles = case["batch"] * -(-case["kv_len"] // 64) * -(-heads // 16) / 132
-    most = {64: 10, 128: 8} if case["q_fp8"] else {64: 18, 128: 16}
+    most = {64: 6, 128: 6} if case["q_fp8"] else {64: 11, 128: 8} if case["kv_format"] == "group" else {64: 18, 128: 16}
     return heads <= 16 or tiles <= most[heads]
 
 
@@ -241,10 +239,12 @@ def test_times_of_queries_are_the_records():
                 kinds = "16 heads" if case[0] <= 16 else "more heads"
             saved.setdefault(kinds, []).append(100 * (1 - us / rows[(*case, False)]))
     assert saved.keys() == {"16 heads", "more heads", (False, False), (True, False)}
-    assert max(saved["16 heads"]) < 2.5
+    mean = statistics.mean(saved["16 heads"])
+    assert abs(mean) < 1.5
     ranges = {kinds: f"save {min(found):.0f} to {max(found):.0f} %" for kinds, found in saved.items()}
     text = prose("formats")
-    assert f"with 16 heads e4m3 queries gain nothing (they {ranges['16 heads']} in the record's cases)" in text
+    gain = f"with 16 heads e4m3 queries gain nothing (they {ranges['16 heads']} in the record's cases, {mean:.1f} % on an"
+    assert f"{gain} average)" in text
     assert f"in small steps of more they {ranges['more heads']};" in text
     assert f"otherwise, e4m3 queries {ranges[False, False]} in the record's cases" in text
     assert f"but e4m3 ones do not: there they {ranges[True, False]}." in text
