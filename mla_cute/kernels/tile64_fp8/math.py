@@ -8,6 +8,7 @@ from cutlass.cute.nvgpu import warp, warpgroup
 from ...dims import TILE_M
 from ..lib import barriers, e4m3, ptx, softmax, wgmma
 from ..lib.paged import SUB_BYTES, TILE_N
+from ..lib.ring import scale_place
 from .params import FILL, WARPGROUP, Fragments, Params, Smem, Variant
 
 
@@ -64,7 +65,7 @@ class PairMath(Variant):
 
     @property
     def has_tail(self) -> bool:
-        """Whether rows past the item's end may hold anything. The sparse gather writes zeros there, to scales too."""
+        """Whether rows past the item's end may hold anything. The sparse gather writes zeros there."""
         return not self.loader.sparse
 
     # --------------------------------------------------------------- scores
@@ -240,9 +241,8 @@ class PairMath(Variant):
         at = Int32(smem.sScales.iterator.toint()) + (slot * self.num_scales * TILE_N + regs.t * 2) * 4
         inverse = cute.arch.rcp_approx(regs.rUnit[0])
         x = [v * inverse for v in ptx.load_shared_f32x2(at, 0)]
-        # From the order of `scale_place`, bits c1 c0 l1 l0 j0 of the pair's number, to c1 l1 l0 c0 j0.
-        lane = regs.lane
-        place = (lane & 0x11) | ((lane & 6) << 1) | ((lane >> 2) & 2)
+        # Pairs of tokens in the order of `scale_place` once more, so that four of a thread's lie together again.
+        place = scale_place(regs.lane & 31)  # the compiler does not know that a lane is below 32
         to = Int32(smem.sVScales.iterator.toint()) + (tile * WARPGROUP + (regs.t // 32) * 32 + place) * 4
         ptx.store_shared(to, [ptx.to_f16x2(*x)])
 

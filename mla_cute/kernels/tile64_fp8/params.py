@@ -64,6 +64,7 @@ class Variant(RingProducer):
     blocks: int  # of 64 channels of O^T, that a consumer owns
     score_chunks: int  # Q K^T is added up in float32 after each of so many parts of its depth
     ahead: bool  # a pair's Q K^T is started before the P V of the pair in front of it
+    early_v: bool  # V's first fragment is made before the wait for the other consumer's P
     other_late: bool  # a consumer waits for the other one's tile behind its own scores, not in front of them
     use_pdl: bool  # the kernel runs under programmatic dependent launch
     regs_consumer: int  # registers of a thread
@@ -98,6 +99,9 @@ class Variant(RingProducer):
         # Gathered tiles come late where three slots hold little in advance: lists of 64 and 128 heads take 5 and 4 %
         # less time so. Where TMA loads, or four slots are there, it is 0 to 2 % more (docs/performance.md).
         self.other_late = not self.ahead and not self.by_tma
+        # Of lists over format token with e4m3 queries 16 bytes spill so.
+        spills = key.sparse and self.kv_format == "token" and self.q_fp8 and tile_rows == TILE_M
+        self.early_v = not spills
         self.use_pdl = config.use_pdl
         self.regs_consumer, self.regs_producer = 240, 24
         if from_pages and (self.dims.ckv == 256 or self.dims == (512, 32)):

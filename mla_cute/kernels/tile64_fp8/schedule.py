@@ -140,8 +140,9 @@ class Consumer(QueryLoad, References, Epilogue):
         if self.has_tail:
             for i in range(2):
                 self._zero_v_tail(smem, pair.slots[i], wg, pair.valid[i])
-        # V's first fragment is made before the wait for the other's P, with which its scales come.
-        self._v_fragment(smem, regs, pair.slots[0], 0, wg, 0, None)
+        if self.early_v:
+            # Its scales come with the other's P.
+            self._v_fragment(smem, regs, pair.slots[0], 0, wg, 0, None)
         self._ask_to_raise(smem, pair, self._out_of_range(smem, regs, pair, totals, own_slot))
         Bar.P.sync()
         self._raise_if_asked(smem, regs, pair, sums, own_slot, wg)
@@ -151,10 +152,13 @@ class Consumer(QueryLoad, References, Epilogue):
         barriers.arrive_of(P_FREE, other)
 
     def _multiply_v(self, params: Params, smem: Smem, regs: Fragments, pair: Pair, left: Int32, wg: Int32) -> None:
-        """O^T += V^T P^T of both tiles in steps of 64 channels; the first fragment is there already, but for scales."""
+        """O^T += V^T P^T of both tiles in steps of 64 channels; with `early_v` the first fragment is there already, but
+        for scales."""
         # Tile 0 first: its slot is refilled while tile 1 is multiplied.
         steps = [(i, m) for i in range(2) for m in range(self.blocks)]
         scales = None
+        if not self.early_v:
+            self._v_fragment(smem, regs, pair.slots[0], 0, wg, 0, None)
         if self.kv_format == "group":
             scales = self._v_scales(smem, regs, 0, wg * 2)
             self._scale_fragment(regs, 0, scales)
