@@ -202,11 +202,11 @@ def with_kernel(config: KernelConfig, kv_format: str, kernel: str) -> KernelConf
 # tile takes 1 us, as many tiles. See `is_small_step`.
 _SMALL_STEP_US = {
     ("16-bit", "16-bit queries"): (math.inf, 20, 12, 6),
-    ("16-bit", "gathered"): (math.inf, 7, 12, 6),
+    ("16-bit", "gathered, 16-bit queries"): (math.inf, 7, 12, 6),
     ("FP8", "16-bit queries"): (math.inf, 11, 18, 16),
     ("FP8", "e4m3 queries"): (math.inf, 6, 6, 6),
-    ("FP8", "gathered"): (math.inf, 3, 6, 6),
-    # Where it is another than of FP8 caches.
+    ("FP8", "gathered, 16-bit queries"): (math.inf, 3, 6, 6),
+    ("FP8", "gathered, e4m3 queries"): (math.inf, 3, 6, 6),
     ("group", "16-bit queries"): (math.inf, 11, 12, 8),
     ("group", "e4m3 queries"): (math.inf, 8, 6, 6),
     ("group", "gathered, 16-bit queries"): (math.inf, 8, 8, 8),
@@ -231,8 +231,6 @@ def is_small_step(
     """
     tile_us = _TILE16_CYCLES / gpu.clock_mhz
     us = batch * -(-kv_len // BLOCK) * -(-num_heads // TILE16_M) / gpu.sm_count * tile_us
-    queries = "e4m3 queries" if q_fp8 else "16-bit queries"
-    kinds = (f"gathered, {queries}", "gathered") if gathers else (queries,)
-    known = ((cache, kind) for cache in (kv_format, "FP8" if kv_format else "16-bit") for kind in kinds)
-    limits = next(_SMALL_STEP_US[of] for of in known if of in _SMALL_STEP_US)
-    return us <= limits[sum(num_heads > heads for heads in (TILE16_M, 32, 64))]
+    cache = "group" if kv_format == "group" else "FP8" if kv_format else "16-bit"
+    kind = ("gathered, " if gathers else "") + ("e4m3 queries" if q_fp8 else "16-bit queries")
+    return us <= _SMALL_STEP_US[cache, kind][sum(num_heads > heads for heads in (TILE16_M, 32, 64))]
