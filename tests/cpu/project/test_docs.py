@@ -6,7 +6,6 @@ import json
 import pathlib
 import re
 import shlex
-import statistics
 
 import pytest
 import torch
@@ -220,11 +219,11 @@ def ran_tile16(case):
 
 
 def test_times_of_queries_are_the_records():
-    rows, few = {}, {}
+    rows, cold, few = {}, {}, {}
     for row in record("fp8")["rows"]:
         case = row["case"]
         key = case["num_heads"], (case["batch"], case["kv_len"]), case["kv_format"], case["q_fp8"]
-        rows[key] = row["us_amortised"]
+        rows[key], cold[key] = row["us_amortised"], row["us_cold"]
         few[key] = ran_tile16(case)
     found = [row for row in tables("formats") if row[0] in ("16", "64", "128")]
     assert len(found) == 3
@@ -239,12 +238,15 @@ def test_times_of_queries_are_the_records():
                 kinds = "16 heads" if case[0] <= 16 else "more heads"
             saved.setdefault(kinds, []).append(100 * (1 - us / rows[(*case, False)]))
     assert saved.keys() == {"16 heads", "more heads", (False, False), (True, False)}
-    mean = statistics.mean(saved["16 heads"])
-    assert abs(mean) < 1.5
+    # Of one case a run says 5 %, and the same run with L2 emptied in front of each call -5 %.
+    *others, most = sorted(saved["16 heads"])
+    emptied = [100 * (1 - us / cold[(*key[:3], False)]) for key, us in cold.items() if key[0] == 16 and key[3]]
+    assert max(others) < 2.5
+    assert max(emptied) < 2.5
     ranges = {kinds: f"save {min(found):.0f} to {max(found):.0f} %" for kinds, found in saved.items()}
     text = prose("formats")
-    few_heads = f"they {ranges['16 heads']} in the record's cases, {mean:.1f} % on an average"
-    assert f"with 16 heads e4m3 queries gain nothing ({few_heads})" in text
+    assert f"with 16 heads e4m3 queries gain nothing (they {ranges['16 heads']} in the record's cases, " in text
+    assert f"{min(emptied):.0f} to {max(emptied):.0f} % with L2 emptied; the {most:.0f} % are one case)" in text
     assert f"in small steps of more they {ranges['more heads']};" in text
     assert f"otherwise, e4m3 queries {ranges[False, False]} in the record's cases" in text
     assert f"but e4m3 ones do not: there they {ranges[True, False]}." in text
