@@ -79,8 +79,8 @@ COST_S = {
 }
 COVERED_FP8 = [v for v in FP8_STEPS if _covers(v)]
 SPARSE = [v for v in registry.sparse_variants() if v[0] is not registry.PLANNER]
-# All over 16-bit caches, and of FP8 ones bfloat16 with one kind of query each, of format token's row tiles both: e4m3
-# queries left none of their registers, and spilled unseen.
+# All over 16-bit caches, and of FP8 ones bfloat16 with one kind of query each; of format token's row tiles with both,
+# which have no register to spare.
 COVERED_SPARSE = [
     (kernel, key, config)
     for kernel, key, config in SPARSE
